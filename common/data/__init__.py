@@ -1,0 +1,1 @@
+"""Shards, slabs and embeddings: how data is stored and sampled."""

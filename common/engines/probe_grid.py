@@ -1,0 +1,256 @@
+"""Train a grid of MIL probes in one pass, choose one on validation, test it once."""
+
+# B bags, N volumes, S slices, D embedding, C classes, L * K probes of the grid, F fixed poolers
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from monai.inferers import Inferer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from common.data.bag_batches import ShuffledBatches, pad_bags
+from common.data.embeddings import IDENTITY_KEYS, EmbeddingBags
+from common.engines.best_probe import BestProbe
+from common.metrics.multilabel import average_precision, macro, multilabel_report
+from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
+
+logger = logging.getLogger(__name__)
+
+BAGS_PER_CHUNK = 64  # volumes scored at once; bounds memory, changes no number
+
+
+class ProbeGridTrainer(SupervisedTrainer):
+    """Train every probe of a grid on the same batches; validate, choose and test them.
+
+    Each probe's loss is the mean binary cross-entropy over the volumes and classes of a batch. Every
+    ``val_interval`` steps and after the last, macro AUPRC is measured for every probe on ``val_bags``; the
+    single best (probe, step) is kept with per-class thresholds and, after the last step, tested once on
+    ``test_bags``. A probe whose scores are not finite is named and cannot be chosen. A metric that a class
+    leaves undefined, for want of positives or negatives, is NaN: the class is named and left out of the mean.
+
+    ``engine.state.output`` is ``[{"loss": mean over the probes}]``. ``engine.state.metrics`` holds
+    ``val_macro_auprc/<pooler>/lr_<lr>`` and ``val_macro_auprc_best``; after the test ``test_macro_<metric>``
+    of the chosen probe. ``engine.state.reports`` then holds the reports of "probe" and "prevalence": the
+    floor that the same score for every volume reaches, computed by the same code (AUROC and balanced
+    accuracy .5, AUPRC the prevalence p, F1 2p / (1 + p) of calling every volume positive).
+
+    Source: DALE-CT IV-B.
+
+    Args:
+        device: device of network and batch.
+        max_epochs: 1: an epoch is just ``epoch_length`` steps.
+        epoch_length: optimizer steps of the whole run.
+        train_data_loader: endless batches of ``EmbeddingBags``, by ``ShuffledBatches`` and ``collate_bags``.
+        val_bags: volumes to choose on.
+        test_bags: volumes to test on.
+        network: the grid.
+        optimizer: optimizer over ``network.parameter_groups()``.
+        lr_scheduler: stepped after every optimizer step.
+        loss_function: element-wise loss of logits and labels.
+        best: the choice so far; saved in checkpoints.
+        val_interval: steps between two validations.
+        inferer: how a batch goes through the network; MONAI's SimpleInferer by default.
+        train_handlers: Ignite handlers.
+
+    Raises:
+        ValueError: if the three cohorts' embeddings differ in origin or width or share a volume; in training,
+            if no class of the validation set has a positive.
+        FloatingPointError: in training, if every probe has diverged.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        max_epochs: int,
+        epoch_length: int,
+        train_data_loader: DataLoader,
+        val_bags: EmbeddingBags,
+        test_bags: EmbeddingBags,
+        network: ProbeGrid,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler,
+        loss_function: nn.Module,
+        best: BestProbe,
+        val_interval: int,
+        inferer: Inferer | None = None,
+        train_handlers: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            epoch_length=epoch_length,
+            inferer=inferer,
+            decollate=False,
+        )
+        self.grid = network
+        self.batches = cast(ShuffledBatches, train_data_loader.batch_sampler)
+        self.train_bags = cast(EmbeddingBags, train_data_loader.dataset)
+        self.val_bags, self.test_bags = val_bags, test_bags
+        _check_cohorts({"train": self.train_bags, "validation": val_bags, "test": test_bags})
+        self.fixed_train = self.fixed_val = torch.empty(0)
+        self.lr_scheduler = lr_scheduler
+        self.best = best
+        self.val_interval = val_interval
+        self.num_steps = max_epochs * epoch_length
+        self.state.reports = {}
+        # before the handlers: a checkpoint of this step must hold the choice, a report what the test gave
+        self.add_event_handler(Events.STARTED, self._pool_once)
+        self.add_event_handler(Events.EPOCH_STARTED, self._start_data_at_this_step)
+        self.add_event_handler(Events.ITERATION_COMPLETED, self._validate)
+        self.add_event_handler(
+            Events.ITERATION_COMPLETED(once=self.num_steps) | Events.COMPLETED, self._test_once
+        )
+        self._register_handlers(list(train_handlers or []))
+
+    def chosen_probe(self) -> MILProbe:
+        """Return the best probe so far, with the weights it had when it was chosen."""
+        probe = self.grid.probe(self.best.index)
+        probe.load_state_dict(self.best.parameters)
+        return probe
+
+    # MONAI annotates a dict, but its handlers read the list that decollating makes of it
+    def _iteration(  # type: ignore[override]
+        self, engine: Engine, batchdata: dict[str, Any]
+    ) -> list[dict[str, torch.Tensor]]:
+        device = self.state.device
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        bags = [bag.to(device, non_blocking=True) for bag in batchdata["bags"]]
+        logits = self.inferer(self.fixed_train[batchdata["index"]].to(device), self.network, bags)
+        targets = batchdata["labels"].to(logits).expand_as(logits)
+        losses = self.loss_function(logits, targets).mean(dim=(1, 2))
+        losses.sum().backward()
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        losses = losses.detach()
+        return [{"loss": losses[torch.isfinite(losses)].mean()}]
+
+    def _pool_once(self, engine: Engine) -> None:
+        """Poolers without parameters give the same vector at every step."""
+        self.fixed_train, self.fixed_val = (
+            torch.cat([self.grid.fixed_features(chunk).cpu() for _, chunk in self._chunks(bags)])
+            for bags in (self.train_bags, self.val_bags)
+        )
+
+    def _start_data_at_this_step(self, engine: Engine) -> None:
+        """Ignite makes the iterator of the data after this event, and thus after a checkpoint was loaded."""
+        self.batches.start_step = self.state.iteration
+
+    def _validate(self, engine: Engine) -> None:
+        step = self.state.iteration
+        if step % self.val_interval and step != self.num_steps:
+            return
+        names = [probe_name(*name) for name in self.grid.names]
+        targets = self.val_bags.labels.numpy()
+        scores = self._grid_scores(self.fixed_val, self.val_bags)
+        means = _macro_auprc(scores, targets, self.val_bags.class_names)
+        diverged = [
+            name for name, of_probe in zip(names, scores, strict=True) if not np.isfinite(of_probe).all()
+        ]
+        if len(diverged) == len(names):
+            raise FloatingPointError(
+                f"scores must be finite, got NaN from every probe at step {step}. Lower learning_rates."
+            )
+        if diverged:
+            logger.warning("Step %d: %s diverged and cannot be chosen.", step, diverged)
+        if np.isnan(means).all():
+            raise ValueError(
+                f"validation must have a positive of some class, got none in {len(targets)} volumes."
+            )
+        self.best.offer(means, step, self.grid, scores, targets)
+        by_probe = {f"val_macro_auprc/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
+        self.state.metrics |= by_probe | {"val_macro_auprc_best": self.best.auprc}
+        logger.info(
+            "Step %d: best validation macro AUPRC %.4f, by %s at step %d.",
+            *(step, self.best.auprc, names[self.best.index], self.best.step),
+        )
+
+    def _test_once(self, engine: Engine) -> None:
+        """After the last step, or when a run resumes that was killed between that and its report."""
+        if self.state.iteration < self.num_steps or self.state.reports:
+            return
+        names, targets = self.test_bags.class_names, self.test_bags.labels.numpy()
+        scores = self._probe_scores(self.chosen_probe(), self.test_bags)
+        report = multilabel_report(scores, targets, self.best.thresholds.numpy(), names)
+        self.state.reports = {"probe": report, "prevalence": prevalence_report(targets, names)}
+        self.state.metrics |= {f"test_macro_{metric}": value for metric, value in report["macro"].items()}
+
+    @torch.no_grad()
+    def _grid_scores(self, fixed: torch.Tensor, bags: EmbeddingBags) -> np.ndarray:
+        """Probabilities of every probe, float64 (L * K, N, C)."""
+        self.network.eval()
+        parts = []
+        for rows, chunk in self._chunks(bags):
+            logits = self.inferer(fixed[rows].to(self.state.device), self.network, chunk)
+            parts.append(logits.double().sigmoid().cpu())
+        return torch.cat(parts, dim=1).numpy()
+
+    @torch.no_grad()
+    def _probe_scores(self, probe: MILProbe, bags: EmbeddingBags) -> np.ndarray:
+        """Probabilities of one probe, float64 (N, C)."""
+        parts = [probe(*pad_bags(chunk)).double().sigmoid().cpu() for _, chunk in self._chunks(bags)]
+        return torch.cat(parts).numpy()
+
+    def _chunks(self, bags: EmbeddingBags) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        for first in range(0, len(bags), BAGS_PER_CHUNK):
+            rows = slice(first, min(first + BAGS_PER_CHUNK, len(bags)))
+            yield (
+                rows,
+                [bags[index]["tokens"].to(self.state.device) for index in range(rows.start, rows.stop)],
+            )
+
+
+def prevalence_report(targets: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Report on a probe that knows nothing: it gives all volumes one score and calls them all positive.
+
+    Args:
+        targets: labels of the test set.
+        class_names: names of the classes.
+
+    Shape:
+        ``targets (N, C)``.
+    """
+    return multilabel_report(np.zeros(targets.shape), targets, np.zeros(targets.shape[1]), class_names)
+
+
+def _macro_auprc(scores: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Macro AUPRC of every probe; NaN for one with a score that is not finite."""
+    finite = np.isfinite(scores).all(axis=(1, 2))
+    per_class = np.full((len(scores), targets.shape[1]), np.nan)
+    per_class[finite] = average_precision(scores[finite], targets)
+    return np.array([macro(values, class_names)[0] for values in per_class])
+
+
+def _check_cohorts(cohorts: dict[str, EmbeddingBags]) -> None:
+    """Refuse cohorts that do not belong together; name classes that cannot be learned or measured."""
+    train = cohorts["train"].identity
+    seen: dict[str, str] = {}
+    for cohort, bags in cohorts.items():
+        for key in ("dim", *IDENTITY_KEYS):
+            if bags.identity[key] != train[key]:
+                raise ValueError(
+                    f"{key} must be the same in every cohort, got {train[key]!r} in train and "
+                    f"{bags.identity[key]!r} in {cohort}. Embed them with one encoder."
+                )
+        for volume in bags.volumes:
+            if volume in seen:
+                raise ValueError(
+                    f"cohorts must not share a volume, got '{volume}' in {seen[volume]} and {cohort}."
+                )
+            seen[volume] = cohort
+        counts = zip(bags.class_names, bags.labels.sum(0).tolist(), strict=True)
+        absent = [name for name, positives in counts if positives == 0]
+        if absent:
+            logger.warning("%s (%d volumes) has no positive of %s.", cohort, len(bags), absent)

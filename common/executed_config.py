@@ -1,0 +1,108 @@
+"""The config that a ``python -m monai.bundle run`` command executes, read again and checked."""
+
+import ast
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+MONAI_ARGUMENTS = (
+    *("config_file", "meta_file", "logging_file", "args_file", "tracking", "workflow_type"),
+    *("run_id", "init_id", "final_id"),
+)
+
+
+def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the merged config that this process runs, after refusing knobs that the bundle does not have.
+
+    MONAI takes any ``--name value`` and any key of a further config file: a misspelt knob changes nothing and
+    says nothing. When the process was not started through MONAI's command line, the bundle's own file is
+    returned.
+
+    Args:
+        bundle_root: folder of the bundle.
+        name: config file in its ``configs`` folder, such as ``train.json``.
+        argv: command line; ``sys.argv`` by default.
+
+    Returns:
+        Unresolved content: references and expressions stand as written.
+
+    Raises:
+        ValueError: if an override or a further config file names something the bundle's config does not
+            define, or an override is a bare None, which MONAI ignores.
+    """
+    own = json.loads((Path(bundle_root) / "configs" / name).read_text())
+    overrides = _overrides(sys.argv if argv is None else argv)
+    files = overrides.pop("config_file", None)
+    if files is None:
+        return own
+    files = [files] if isinstance(files, str) else list(files)
+    overrides = {key: value for key, value in overrides.items() if key not in MONAI_ARGUMENTS}
+    for key, value in overrides.items():
+        if value is None or value == "null":
+            raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
+    for further in files[1:]:
+        overrides_of_file = json.loads(Path(further).read_text())
+        _refuse_unknown(overrides_of_file, own, f"'{further}'")
+    _refuse_unknown(overrides, own, "the command line")
+    parser = ConfigParser()
+    parser.read_config(files)
+    parser.update(pairs=overrides)
+    return parser.get()
+
+
+def _overrides(argv: Sequence[str]) -> dict[str, Any]:
+    """Read ``--name value`` and ``--name=value`` pairs the way MONAI's command line does."""
+    pairs: dict[str, Any] = {}
+    words = list(argv)
+    for index, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            following = words[index + 1 : index + 2]
+            value = following[0] if following and not following[0].startswith("--") else "True"
+        try:
+            pairs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pairs[name] = value
+    return pairs
+
+
+def _refuse_unknown(overrides: dict[str, Any], own: dict[str, Any], where: str) -> None:
+    for name in overrides:
+        node: Any = own
+        for part in name.lstrip("+").replace("#", "::").split("::"):
+            known = list(node) if isinstance(node, dict) else [str(index) for index in range(len(node or []))]
+            if part not in known:
+                near = difflib.get_close_matches(part, known, n=1)
+                hint = (
+                    f" Did you mean '{near[0]}'?"
+                    if near
+                    else f" Known: {', '.join(k for k in known if k[0] != '_')}."
+                )
+                raise ValueError(f"knob must be one the bundle defines, got '{name}' in {where}.{hint}")
+            node = node[part] if isinstance(node, dict) else node[int(part)]
+
+
+def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """Return the plain knobs on which the course of a run depends, to be remembered in its checkpoints.
+
+    Args:
+        config: executed config.
+        free: knobs that may differ when a run is resumed: paths, logging, workers.
+
+    Example:
+        >>> knobs_that_bind({"seed": 1, "output_dir": "a", "net": {}}, free=["output_dir"])
+        {'seed': 1}
+    """
+    free = (*free, "bundle_root", "code_root", "code_path", "imports", "initialize", "run", "finalize")
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in free and not name.startswith("_") and not isinstance(value, dict)
+    }

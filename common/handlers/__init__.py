@@ -1,0 +1,1 @@
+"""Ignite handlers: checkpoints, tracking, progress and output."""

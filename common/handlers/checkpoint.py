@@ -1,0 +1,135 @@
+"""Checkpoints that let a killed run go on with the same command and end in the same weights."""
+
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from common.data.atomic_file import atomic_file
+
+logger = logging.getLogger(__name__)
+
+AGREE_EVERY = 10  # iterations between two looks, over all ranks, at whether one was asked to stop
+
+
+class Checkpoint:
+    """Save and restore everything a run's future depends on.
+
+    Loads the newest checkpoint of ``folder`` when the run starts, saves every ``interval_steps`` iterations,
+    at the end, and when the process gets SIGTERM (as a cluster sends before it takes the machine back), after
+    which the run ends. The data and all random numbers are functions of the step (see ``common.engines``), so
+    that the iteration number is all there is to remember of them.
+
+    Files appear only when whole: written aside, synced, renamed. Rank 0 writes; every rank reads.
+
+    Args:
+        folder: where checkpoints lie, as ``step_00002000.pt``.
+        objects: name to network, optimizer, scheduler or anything else with ``state_dict`` and
+            ``load_state_dict``. A network wrapped by DistributedDataParallel is saved without the wrapping.
+        interval_steps: iterations between checkpoints.
+        keep: newest checkpoints to keep.
+        knobs: settings that the run's course depends on, JSON values; a checkpoint of other settings is
+            refused.
+
+    Raises:
+        ValueError: at the start of a run, if the newest checkpoint was made with other knobs.
+        TypeError: if a parameter is sharded (FSDP): rank 0 alone would save a fraction of it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        objects: dict[str, Any],
+        interval_steps: int,
+        keep: int,
+        knobs: dict[str, Any],
+    ) -> None:
+        self.folder = Path(folder)
+        self.objects = {name: _unwrapped(item) for name, item in objects.items()}
+        self.interval_steps = interval_steps
+        self.keep = keep
+        self.knobs = knobs
+        self.asked_to_stop = False
+        for name, item in self.objects.items():
+            if isinstance(item, nn.Module) and any(
+                isinstance(tensor, DTensor) for tensor in item.parameters()
+            ):
+                raise TypeError(f"objects must not be sharded, got DTensor parameters in '{name}'.")
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an Ignite engine."""
+        engine.add_event_handler(Events.STARTED, self._load)
+        engine.add_event_handler(Events.STARTED, self._listen)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval_steps), self._save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_asked)
+        engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def newest(self) -> Path | None:
+        """Return the checkpoint of the highest step, or None."""
+        return max(self.folder.glob("step_*.pt"), default=None)
+
+    def _load(self, engine: Engine) -> None:
+        path = self.newest()
+        if path is None:
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        changed = {
+            name: (state["knobs"].get(name), self.knobs.get(name))
+            for name in sorted(state["knobs"].keys() | self.knobs.keys())
+            if state["knobs"].get(name) != self.knobs.get(name)
+        }
+        if changed:
+            raise ValueError(
+                f"knobs must be those of checkpoint '{path}', got {{name: (checkpoint, now)}} {changed}. "
+                f"Choose another output_dir, or the old values."
+            )
+        for name, item in self.objects.items():
+            item.load_state_dict(state[name])
+        engine.state.iteration = state["iteration"]
+        engine.state.epoch = state["iteration"] // engine.state.epoch_length
+        logger.info("Resumed at step %d from '%s'.", state["iteration"], path)
+
+    def _save(self, engine: Engine) -> None:
+        path = self.folder / f"step_{engine.state.iteration:08d}.pt"
+        if idist.get_rank() != 0 or path.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {name: item.state_dict() for name, item in self.objects.items()}
+        with atomic_file(path) as file:
+            torch.save(state | {"iteration": engine.state.iteration, "knobs": self.knobs}, file)
+        for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
+            old.unlink()
+        for left_by_a_kill in self.folder.glob("step_*.partial"):
+            left_by_a_kill.unlink()
+
+    def _listen(self, engine: Engine) -> None:
+        try:
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
+        except ValueError:  # Python allows this in the main thread only
+            logger.warning("SIGTERM does not save a checkpoint: the run is not in the main thread.")
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+
+    def _stop_if_asked(self, engine: Engine) -> None:
+        asked = self.asked_to_stop
+        if idist.get_world_size() > 1:
+            # ranks may get the signal at different steps, and one that stops alone leaves the others waiting
+            if engine.state.iteration % AGREE_EVERY:
+                return
+            asked = bool(idist.all_reduce(int(asked), op="MAX"))
+        if asked:
+            logger.warning("Asked to stop: saving step %d and ending.", engine.state.iteration)
+            engine.state.stopped_early = True  # type: ignore[attr-defined]
+            engine.terminate()
+
+
+def _unwrapped(item: Any) -> Any:  # noqa: ANN401 (whatever has a state)
+    return item.module if isinstance(item, nn.parallel.DistributedDataParallel) else item

@@ -1,0 +1,188 @@
+"""One MLflow run per training run: never merged into another, never left RUNNING by a crash."""
+
+import glob
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
+
+import ignite.distributed as idist  # noqa: E402 (see above)
+import torch  # noqa: E402 (see above)
+from ignite.engine import Engine, Events  # noqa: E402 (see above)
+from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see above)
+from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
+
+logger = logging.getLogger(__name__)
+
+MAX_PARAM_CHARS = 6000  # MLflow's own limit on a parameter's value
+MAX_PARAMS_PER_CALL = 100  # MLflow's own limit on a batch
+
+
+class MLflowRun:
+    """Record a run in MLflow: every knob, the terms of the loss, and files.
+
+    MONAI's handler adopts whatever run is active and leaves it RUNNING when training fails, so that the next
+    run's metrics land in it. Here a run belongs to an output folder: it is created when training starts at
+    step 0, found again when training resumes, and ends FINISHED, FAILED (an exception) or KILLED (asked to
+    stop). Attach it after the handlers whose files it uploads. Rank 0 alone records.
+
+    Args:
+        tracking_uri: MLflow store or server, such as ``sqlite:///mlflow.db`` or ``http://127.0.0.1:5000``.
+        experiment: experiment to put the run in, made when missing.
+        run_name: name shown in the list of runs.
+        output_dir: folder the run writes to; remembers the run's id.
+        config: executed config: its plain values become parameters and the whole an artifact.
+        log_every: iterations between two records of the metrics.
+        items_per_step: what one step over all ranks consumes, for the rate; None for no rate.
+        rate_name: name of that rate, such as "views_per_second".
+        optimizer: its first learning rate is recorded as ``lr``.
+        artifacts: patterns, relative to ``output_dir``, of files to upload as they appear.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment: str,
+        run_name: str,
+        output_dir: str | Path,
+        config: dict[str, Any],
+        log_every: int,
+        items_per_step: int | None = None,
+        rate_name: str = "items_per_second",
+        optimizer: torch.optim.Optimizer | None = None,
+        artifacts: list[str] | None = None,
+    ) -> None:
+        self.tracking_uri = tracking_uri
+        self.experiment = experiment
+        self.run_name = run_name
+        self.output_dir = Path(output_dir)
+        self.config = config
+        self.log_every = log_every
+        self.items_per_step = items_per_step
+        self.rate_name = rate_name
+        self.optimizer = optimizer
+        self.artifacts = artifacts or []
+        self.uploaded: dict[str, int] = {}
+        self.run_id = ""
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an Ignite engine; does nothing on ranks other than 0."""
+        if idist.get_rank() != 0:
+            return
+        self.client = MlflowClient(self.tracking_uri)
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._batch_wanted)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._batch_there)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._log)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._upload)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _start(self, engine: Engine) -> None:
+        memory = self.output_dir / "mlflow_run.json"
+        known = json.loads(memory.read_text()) if memory.is_file() and engine.state.iteration > 0 else {}
+        if known.get("tracking_uri") == self.tracking_uri:
+            self.run_id = known["run_id"]
+            self.client.update_run(self.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        else:
+            self._create(memory)
+        self.last_step, self.last_time, self.wait = engine.state.iteration, time.perf_counter(), 0.0
+        self._upload(engine)
+        logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
+
+    def _create(self, memory: Path) -> None:
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
+        self.run_id = self.client.create_run(experiment_id, run_name=self.run_name).info.run_id
+        params = [
+            Param(name, str(value)[:MAX_PARAM_CHARS]) for name, value in plain_knobs(self.config).items()
+        ]
+        for first in range(0, len(params), MAX_PARAMS_PER_CALL):
+            self.client.log_batch(self.run_id, params=params[first : first + MAX_PARAMS_PER_CALL])
+        tags = {"output_dir": str(self.output_dir.resolve()), "world_size": str(idist.get_world_size())}
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self.client.log_dict(self.run_id, self.config, "executed_config.json")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        memory.write_text(json.dumps({"tracking_uri": self.tracking_uri, "run_id": self.run_id}))
+
+    def _create_experiment(self) -> str:
+        # MLflow would put the files of a database store under the working directory of the first run
+        location = None
+        if self.tracking_uri.startswith("sqlite:///"):
+            database = Path(self.tracking_uri.removeprefix("sqlite:///")).resolve()
+            location = (database.parent / "mlartifacts").as_uri()
+        return self.client.create_experiment(self.experiment, artifact_location=location)
+
+    def _batch_wanted(self, engine: Engine) -> None:
+        self.wanted = time.perf_counter()
+
+    def _batch_there(self, engine: Engine) -> None:
+        self.wait += time.perf_counter() - self.wanted
+
+    def _log(self, engine: Engine) -> None:
+        state: Any = engine.state
+        step = state.iteration
+        if step % self.log_every and step != 1:
+            return
+        values = {name: float(value) for name, value in state.output[0].items()}
+        values |= {name: float(value) for name, value in state.metrics.items()}
+        if self.optimizer is not None:
+            values["lr"] = self.optimizer.param_groups[0]["lr"]
+        now = time.perf_counter()
+        if self.items_per_step is not None:
+            values[self.rate_name] = (step - self.last_step) * self.items_per_step / (now - self.last_time)
+            values["data_wait_share"] = self.wait / (now - self.last_time)
+        self.last_step, self.last_time, self.wait = step, now, 0.0
+        milliseconds = int(time.time() * 1000)
+        # a store may refuse NaN (an undefined class), and leaving the point out says the same
+        metrics = [
+            Metric(name, value, milliseconds, step) for name, value in values.items() if math.isfinite(value)
+        ]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+    def _upload(self, engine: Engine) -> None:
+        for pattern in self.artifacts:
+            for name in sorted(glob.glob(pattern, root_dir=self.output_dir)):
+                path = self.output_dir / name
+                changed = path.stat().st_mtime_ns
+                if self.uploaded.get(name) != changed:
+                    self.client.log_artifact(
+                        self.run_id, str(path), artifact_path=os.path.dirname(name) or None
+                    )
+                    self.uploaded[name] = changed
+
+    def _finish(self, engine: Engine) -> None:
+        self._upload(engine)
+        status = RunStatus.KILLED if getattr(engine.state, "stopped_early", False) else RunStatus.FINISHED
+        self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        if self.run_id:
+            self.client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:500])
+            stopped = isinstance(error, KeyboardInterrupt)
+            status = RunStatus.KILLED if stopped else RunStatus.FAILED
+            self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+        raise error  # Ignite holds an exception for handled as soon as there is a handler
+
+
+def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the top-level knobs of a bundle config: its plain values, not its components or sections.
+
+    Args:
+        config: merged content of a bundle config.
+
+    Example:
+        >>> plain_knobs({"_desc_": "x", "slab_mm": 12.0, "loss": {"_target_": "Loss"}, "run":
+        ["$@train.run()"]}) {'slab_mm': 12.0}
+    """
+    sections = ("imports", "initialize", "run", "finalize")
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in sections and not isinstance(value, dict)
+    }

@@ -1,0 +1,1 @@
+"""What encoders and probes are measured by."""

@@ -1,0 +1,118 @@
+"""Slice encoder: tokens of a timm ViT, and its weights as safetensors in plain timm keys."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from common.data.atomic_file import atomic_file
+
+logger = logging.getLogger(__name__)
+
+
+def cls_and_patches(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the CLS token and the patch tokens of a timm ViT after its final norm.
+
+    Register tokens, where a model has them, are left out: they are prefix tokens that hold no place.
+
+    Source: DALE-CT III-C; token order as in timm.
+
+    Args:
+        encoder: timm VisionTransformer.
+        images: normalized slices or views.
+
+    Shape:
+        ``images (N, 1, H, W)``; CLS ``(N, D)``; patches ``(N, P, D)``, row-major, P = (H / patch) (W /
+        patch).
+    """
+    tokens = encoder.forward_features(images)  # type: ignore[operator]
+    return tokens[:, 0], tokens[:, encoder.num_prefix_tokens :]
+
+
+def save_encoder(encoder: nn.Module, path: str | Path, identity: dict[str, Any]) -> None:
+    """Write encoder weights atomically, with what a loader must check beside them.
+
+    Args:
+        encoder: timm VisionTransformer.
+        path: ``.safetensors`` file to write.
+        identity: facts that weights only make sense with (name, patch size, HU window, slice axes, ...); JSON
+            values.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    with atomic_file(path) as file:
+        file.write(save(tensors, metadata={"identity": json.dumps(identity, sort_keys=True)}))
+
+
+def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str, Any]) -> nn.Module:
+    """Load weights strictly into an encoder, after checking that they were trained for the same input.
+
+    Args:
+        encoder: timm VisionTransformer built from the bundle's ``network_def``.
+        path: safetensors file of :func:`save_encoder` or of the Hub (plain timm keys); None keeps the random
+            initial weights and says so.
+        identity: the bundle's own facts. Each one that the file also states must agree.
+
+    Returns:
+        The same encoder, for use in a config.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a stated fact, a key or a shape differs.
+    """
+    if path is None:
+        logger.warning("encoder_weights is null: the encoder keeps its random initial weights.")
+        return encoder
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"encoder_weights must be a safetensors file, got '{path}', which does not exist. "
+            "Train the bundle first, or download it, or pass --encoder_weights."
+        )
+    with safe_open(path, framework="pt") as file:
+        stated = json.loads((file.metadata() or {}).get("identity", "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    for name, expected in identity.items():
+        if name in stated and stated[name] != expected:
+            raise ValueError(
+                f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}."
+            )
+    own = encoder.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"weights must have exactly the encoder's keys, got missing {missing[:3]}, "
+            f"extra {unexpected[:3]} in '{path}'."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} for '{path}'."
+            )
+    encoder.load_state_dict(tensors, strict=True)
+    return encoder
+
+
+def encoder_id(path: str | Path | None, seed: int) -> str:
+    """Name the weights that made an embedding, so that embeddings of two encoders are never mixed.
+
+    Args:
+        path: weights file; None for random initial weights.
+        seed: seed of the random initial weights.
+
+    Returns:
+        ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if path is None:
+        return f"random:{seed}"
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,242 @@
+"""MIL probes: a pooler and a linear classifier on frozen embeddings, one alone or a grid of them at once."""
+
+# B bags, S slices (padded), D embedding, C classes, L learning rates, K poolers, F fixed poolers
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from common.data.atomic_file import atomic_file
+from common.networks.poolers import LearnedQueryAttentionPool, build_pooler
+
+
+class MILProbe(nn.Module):
+    """Pool the slices of each volume and read the classes linearly from the result.
+
+    Source: DALE-CT IV-B.
+
+    Args:
+        pooler: module from bags and mask to ``(B, D)``.
+        dim: D, width of the embeddings.
+        num_classes: C.
+
+    Shape:
+        ``bags (B, S, D)`` of any floating type, ``mask (B, S)`` bool. Output: logits ``(B, C)``.
+
+    Example:
+        >>> probe = MILProbe(build_pooler("max", dim=4), dim=4, num_classes=3)
+        >>> probe(torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, pooler: nn.Module, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.pooler = pooler
+        self.classifier = nn.Linear(dim, num_classes)
+
+    def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Classify; see the class."""
+        return self.classifier(self.pooler(bags.to(self.classifier.weight.dtype), mask))
+
+
+class ProbeGrid(nn.Module):
+    """One MIL probe for each pair of a learning rate and a pooler, trained side by side on the same batches.
+
+    The probes share no parameter: the gradient of the sum of their losses is each one's own, and each follows
+    the course it would take alone. What they share is the reading of the data. Poolers without parameters are
+    applied once a volume (:meth:`fixed_features`); the learned queries of all meet a bag in one product.
+
+    The initial weights of a probe depend on the seed and its pooler only, so that learning rates compare.
+
+    Source: DALE-CT IV-B: 4 learning rates x 5 poolers.
+
+    Args:
+        poolers: names of ``common.networks.poolers.POOLERS``; without parameters or with learned queries.
+        learning_rates: peak learning rates; one parameter group for each.
+        dim: D, width of the embeddings.
+        num_classes: C.
+        seed: seed of the initial weights.
+
+    Shape:
+        ``fixed (B, F, D)`` rows of :meth:`fixed_features`, ``bags`` B tensors ``(S, D)``.
+        Output: logits ``(L * K, B, C)``, probe ``l * K + k`` having learning rate l and pooler k.
+
+    Raises:
+        ValueError: if a pooler is unknown, or a pooler or a learning rate is given twice or not at all.
+    """
+
+    query_counts: torch.Tensor
+    query_owners: torch.Tensor
+
+    def __init__(
+        self, poolers: Sequence[str], learning_rates: Sequence[float], dim: int, num_classes: int, seed: int
+    ) -> None:
+        super().__init__()
+        for name, values in (("poolers", poolers), ("learning_rates", learning_rates)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be given, each once, got {list(values)}.")
+        self.dim, self.num_classes = dim, num_classes
+        self.names = [(pooler, learning_rate) for learning_rate in learning_rates for pooler in poolers]
+        self.learning_rates = list(learning_rates)
+        templates = [_initial_probe(name, dim, num_classes, seed) for name in poolers]
+        learned = [
+            template.pooler
+            for template in templates
+            if isinstance(template.pooler, LearnedQueryAttentionPool)
+        ]
+        self.is_learned = [isinstance(template.pooler, LearnedQueryAttentionPool) for template in templates]
+        self.fixed_poolers = [
+            t.pooler for t, is_learned in zip(templates, self.is_learned, strict=True) if not is_learned
+        ]
+        self.num_queries = [len(pooler.queries) for pooler in learned]
+        weight = torch.stack([template.classifier.weight.detach() for template in templates])
+        bias = torch.stack([template.classifier.bias.detach() for template in templates])
+        self.weights = nn.ParameterList(weight.clone() for _ in learning_rates)
+        self.biases = nn.ParameterList(bias.clone() for _ in learning_rates)
+        queries = [pooler.queries.detach() for pooler in learned]
+        self.queries = nn.ParameterList(torch.cat(queries) for _ in learning_rates if queries)
+        counts = torch.tensor(self.num_queries * len(learning_rates), dtype=torch.long)
+        owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self.register_buffer("query_counts", counts, persistent=False)
+        self.register_buffer("query_owners", owners, persistent=False)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one optimizer group for each learning rate."""
+        lists = [parameters for parameters in (self.weights, self.biases, self.queries) if len(parameters)]
+        return [
+            {"params": [parameters[i] for parameters in lists], "lr": learning_rate}
+            for i, learning_rate in enumerate(self.learning_rates)
+        ]
+
+    @torch.no_grad()
+    def fixed_features(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Apply the poolers that have no parameters, one volume after the other.
+
+        Args:
+            bags: tensors ``(S, D)``.
+
+        Shape:
+            Output: ``(len(bags), F, D)``.
+        """
+        dtype = self.weights[0].dtype
+        features = torch.empty(
+            len(bags), len(self.fixed_poolers), self.dim, dtype=dtype, device=bags[0].device
+        )
+        for row, bag in zip(features, bags, strict=True):
+            mask = torch.ones(1, len(bag), dtype=torch.bool, device=bag.device)
+            for index, pooler in enumerate(self.fixed_poolers):
+                row[index] = pooler(bag[None].to(dtype), mask)[0]
+        return features
+
+    def forward(self, fixed: torch.Tensor, bags: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Classify with every probe; see the class."""
+        num_rates = len(self.learning_rates)
+        fixed_columns = iter(fixed.unbind(1))
+        learned_columns = iter(self._learned_features(bags)) if self.num_queries else iter(())
+        pooled = torch.stack(
+            [
+                next(learned_columns) if is_learned else next(fixed_columns).expand(num_rates, -1, -1)
+                for is_learned in self.is_learned
+            ],
+            dim=1,
+        )
+        weight, bias = torch.stack(list(self.weights)), torch.stack(list(self.biases))
+        return (pooled @ weight.mT + bias[:, :, None]).flatten(0, 1)
+
+    def probe(self, index: int) -> MILProbe:
+        """Return a copy of one probe that works alone.
+
+        Args:
+            index: place in ``names``.
+        """
+        rate, place = divmod(index, len(self.is_learned))
+        probe = MILProbe(build_pooler(self.names[index][0], self.dim), self.dim, self.num_classes)
+        probe = probe.to(self.weights[0])
+        with torch.no_grad():
+            probe.classifier.weight.copy_(self.weights[rate][place])
+            probe.classifier.bias.copy_(self.biases[rate][place])
+            if isinstance(probe.pooler, LearnedQueryAttentionPool):
+                own = sum(self.is_learned[:place])
+                probe.pooler.queries.copy_(self.queries[rate].split(self.num_queries)[own])
+        return probe
+
+    def _learned_features(self, bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Attention output of each learned pooler for every learning rate and bag, ``(L, B, D)`` each."""
+        queries = torch.stack(list(self.queries)).flatten(0, 1) / math.sqrt(self.dim)
+        outputs = []
+        for bag in bags:
+            slices = bag.to(queries.dtype)
+            attention = (queries @ slices.mT).softmax(1)
+            # the sum of a pooler's outputs over its queries is the output of its summed attention
+            summed = attention.new_zeros(len(self.query_counts), len(bag))
+            outputs.append(summed.index_add(0, self.query_owners, attention) @ slices)
+        means = torch.stack(outputs, dim=1) / self.query_counts[:, None, None]
+        return means.unflatten(0, (len(self.learning_rates), -1)).unbind(1)
+
+
+def probe_name(pooler: str, learning_rate: float) -> str:
+    """Name a probe of the grid, as metrics and tables do.
+
+    Args:
+        pooler: name of the pooler.
+        learning_rate: peak learning rate.
+
+    Example:
+        >>> probe_name("max", 0.1)
+        'max/lr_0.1'
+    """
+    return f"{pooler}/lr_{learning_rate:g}"
+
+
+def save_probe(folder: str | Path, probe: MILProbe, card: dict[str, Any]) -> None:
+    """Write a probe as ``probe.safetensors`` and ``probe.json``, each appearing only when whole.
+
+    Args:
+        folder: where to write.
+        probe: trained probe.
+        card: what the weights only make sense with, JSON values; ``pooler``, ``dim`` and ``class_names`` are
+            needed to load it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
+    with atomic_file(folder / "probe.safetensors") as file:
+        file.write(save(tensors))
+    with atomic_file(folder / "probe.json", "w", encoding="utf-8") as file:
+        file.write(json.dumps(card, indent=2, allow_nan=False) + "\n")
+
+
+def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
+    """Read a probe of :func:`save_probe`.
+
+    Args:
+        folder: folder of ``probe.safetensors`` and ``probe.json``.
+
+    Returns:
+        The probe, and its card: class names, thresholds, encoder.
+
+    Raises:
+        FileNotFoundError: if one of the two files does not exist.
+    """
+    folder = Path(folder)
+    for name in ("probe.safetensors", "probe.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"probe must be a folder with '{name}', got '{folder}'. Run an evaluation bundle first."
+            )
+    card = json.loads((folder / "probe.json").read_text())
+    probe = MILProbe(build_pooler(card["pooler"], card["dim"]), card["dim"], len(card["class_names"]))
+    probe.load_state_dict(load_file(folder / "probe.safetensors"))
+    return probe, card
+
+
+def _initial_probe(name: str, dim: int, num_classes: int, seed: int) -> MILProbe:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MILProbe(build_pooler(name, dim), dim, num_classes)

@@ -1,0 +1,1 @@
+"""Transforms from CT volumes to what encoders see, and from masks to soft labels."""

@@ -1,0 +1,34 @@
+"""Why a volume is left out of the shards."""
+
+from common.data.shard_index import RejectedVolume
+
+EXCLUDED = "not a chest"
+"""Reason of volumes that the dataset itself lists as no chest CT: left out, but no failure."""
+
+
+class RejectedError(ValueError):
+    """A volume that must not reach a shard; caught in one place, counted and listed.
+
+    Args:
+        reason: a few words that many volumes may share, to count by.
+        detail: one line about this volume.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def of(self, volume: str) -> RejectedVolume:
+        """Return the record of the rejection.
+
+        Example:
+            >>> RejectedError("unreadable", "the file ends early").of("train_1_a_1").reason
+            'unreadable'
+        """
+        return RejectedVolume(volume, self.reason, " ".join(self.detail.split()))
+
+
+def is_failure(rejected: RejectedVolume) -> bool:
+    """Tell a volume that something is wrong with from one that was never meant to be used."""
+    return rejected.reason != EXCLUDED

@@ -1,0 +1,189 @@
+"""Every bundle states what it is, in the form that MONAI's schema and the model cards ask for."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.utils import canonicalize_name
+
+from common.transforms.hounsfield import HU_WINDOWS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUNDLES = sorted(path.parents[1] for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
+ENCODERS = [bundle for bundle in BUNDLES if not bundle.name.startswith("eval_")]
+
+# meta_schema_20240725.json of MONAI: its required keys, and each tensor's.
+REQUIRED = {
+    "schema": str,
+    "version": str,
+    "monai_version": str,
+    "pytorch_version": str,
+    "numpy_version": str,
+    "required_packages_version": dict,
+    "task": str,
+    "description": str,
+    "authors": str,
+    "copyright": str,
+    "network_data_format": dict,
+}
+REQUIRED_OF_A_TENSOR = {
+    "type": str,
+    "format": str,
+    "num_channels": int,
+    "spatial_shape": list,
+    "dtype": str,
+    "value_range": list,
+}
+HEADINGS = [
+    "What it is",
+    "Use it",
+    "Inputs and outputs",
+    "How it was trained",
+    "Results",
+    "Data and licence",
+    "Limits",
+    "Citation",
+]
+
+each_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+each_encoder = pytest.mark.parametrize("bundle", ENCODERS, ids=lambda bundle: bundle.name)
+
+
+def metadata_of(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+
+
+def tensors_of(bundle: Path) -> dict[str, dict[str, Any]]:
+    network = metadata_of(bundle)["network_data_format"]
+    return network["inputs"] | network["outputs"]
+
+
+def test_the_bundles_are_found() -> None:
+    assert {"dale_ct_2s", "eval_ct_rate"} <= {bundle.name for bundle in BUNDLES}
+
+
+@each_bundle
+def test_metadata_has_what_the_schema_requires(bundle: Path) -> None:
+    metadata = metadata_of(bundle)
+    wrong = {
+        key: metadata.get(key) for key, kind in REQUIRED.items() if not isinstance(metadata.get(key), kind)
+    }
+    assert wrong == {}
+    assert metadata["schema"].endswith("/meta_schema_20240725.json")
+    # MONAI renames this key on load, over the required packages
+    assert "optional_packages_version" not in metadata
+
+
+@each_bundle
+def test_tensors_have_what_the_schema_requires(bundle: Path) -> None:
+    assert tensors_of(bundle)
+    for name, tensor in tensors_of(bundle).items():
+        wrong = {
+            key: tensor.get(key)
+            for key, kind in REQUIRED_OF_A_TENSOR.items()
+            if not isinstance(tensor.get(key), kind)
+        }
+        assert wrong == {}, name
+        assert all(
+            isinstance(size, int) or re.fullmatch(r"[\d\s*pn]+", size) for size in tensor["spatial_shape"]
+        )
+
+
+@each_encoder
+def test_network_has_the_names_that_monai_verifies(bundle: Path) -> None:
+    network = metadata_of(bundle)["network_data_format"]
+    assert "image" in network["inputs"]
+    assert "pred" in network["outputs"]
+
+
+@each_bundle
+def test_every_channel_is_defined(bundle: Path) -> None:
+    for name, tensor in tensors_of(bundle).items():
+        # the dimensions of an embedding have no meaning of their own: one entry describes them together
+        count = 1 if tensor["format"] == "latent" else tensor["num_channels"]
+        assert list(tensor["channel_def"]) == [str(channel) for channel in range(count)], name
+
+
+@each_bundle
+def test_version_is_in_the_changelogs(bundle: Path) -> None:
+    metadata = metadata_of(bundle)
+    assert metadata["version"] in metadata["changelog"]
+    # monai.bundle sorts versions as strings, so that 0.10.0 would count as older than 0.9.0
+    assert all(re.fullmatch(r"\d\.\d\.\d", version) for version in metadata["changelog"])
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"`{bundle.name}` {re.escape(metadata['version'])}\b", changes)
+
+
+@each_bundle
+def test_names_agree(bundle: Path) -> None:
+    assert re.sub(r"[^a-z0-9]+", "_", metadata_of(bundle)["name"].lower()) == bundle.name
+    # monai.bundle takes what follows "_v" for a version
+    assert "_v" not in bundle.name
+
+
+@each_bundle
+def test_versions_are_those_of_the_requirements(
+    bundle: Path, pinned: Callable[[str], dict[str, str]]
+) -> None:
+    metadata, pins = metadata_of(bundle), pinned("requirements.txt")
+    assert metadata["monai_version"] == pins["monai"]
+    assert metadata["pytorch_version"] == pins["torch"]
+    assert metadata["numpy_version"] == pins["numpy"]
+    stated = {
+        canonicalize_name(name): version for name, version in metadata["required_packages_version"].items()
+    }
+    assert stated.items() <= pins.items()
+
+
+@each_bundle
+def test_model_card_has_its_eight_headings(bundle: Path) -> None:
+    card = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", card, re.M) == HEADINGS
+
+
+@each_bundle
+def test_licences_are_there(bundle: Path) -> None:
+    assert (bundle / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
+    assert (bundle / "docs" / "data_license.txt").read_text(encoding="utf-8").strip()
+
+
+@each_bundle
+def test_large_files_can_be_fetched_and_checked(bundle: Path) -> None:
+    listing = bundle / "large_files.yml"
+    if not listing.exists():
+        assert bundle not in ENCODERS
+        return
+    for file in yaml.safe_load(listing.read_text(encoding="utf-8"))["large_files"]:
+        assert file["url"].startswith("https://")
+        assert file["hash_type"] == "sha256"
+        assert re.fullmatch(r"[0-9a-f]{64}", file["hash_val"])
+
+
+@each_encoder
+def test_encoder_states_the_input_that_its_weights_make_sense_with(bundle: Path) -> None:
+    metadata, image = metadata_of(bundle), tensors_of(bundle)["image"]
+    window = metadata["hu_window"]
+    assert (
+        tuple(window[key] for key in ("min_hu", "max_hu", "mean_hu", "std_hu")) == HU_WINDOWS[window["name"]]
+    )
+    span = [(window[end] - window["mean_hu"]) / window["std_hu"] for end in ("min_hu", "max_hu")]
+    assert image["value_range"] == pytest.approx(span, abs=5e-4)
+    assert metadata["slice_axes"] in {"yx", "xy"}
+    assert image["spatial_shape"] == [f"{metadata['patch_size_px']}*n"] * 2
+    assert metadata["image_size_px"] % metadata["patch_size_px"] == 0
+
+
+@each_encoder
+def test_metadata_and_inference_config_agree(bundle: Path) -> None:
+    metadata = metadata_of(bundle)
+    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
+    assert config["name"] == bundle.name
+    assert config["hu_window"] == metadata["hu_window"]["name"]
+    assert config["slice_axes"] == metadata["slice_axes"]
+    assert config["patch_size_px"] == metadata["patch_size_px"]
+    assert config["size_px"] == metadata["image_size_px"]
+    assert config["embed_dim"] == metadata["network_data_format"]["outputs"]["pred"]["num_channels"]

@@ -1,0 +1,112 @@
+"""The paper as a table: every value it states, and those its recipe states, against the rendered bundles."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from monai.bundle import ConfigParser
+
+from common.labels import load_labels
+from common.transforms.hounsfield import HU_WINDOWS
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+
+PAPER = [  # bundle, config, knob, value, where it is stated
+    ("dale_ct_2s", "train", "slab_mm", 12.0, "III-A"),
+    ("dale_ct_2s", "train", "num_global", 2, "III-A"),
+    ("dale_ct_2s", "train", "num_local", 8, "III-A"),
+    ("dale_ct_2s", "train", "global_size_px", 256, "III-A: 224 or 256"),
+    ("dale_ct_2s", "train", "local_size_px", 144, "III-A: 140 or 144"),
+    ("dale_ct_2s", "train", "guided_prob", 0.8, "III-A"),
+    ("dale_ct_2s", "train", "guidance", "paper", "III-A: global and local views"),
+    ("dale_ct_2s", "train", "aux_weight", 0.1, "III-C2; number of the release"),
+    ("dale_ct_2s", "train", "auxiliary_head::num_ts_classes", 118, "III-C2"),
+    ("dale_ct_2s", "train", "auxiliary_head::num_rex_classes", 14, "III-C2"),
+    ("dale_ct_2s", "train", "auxiliary_loss::terms", ["ts_cls", "ts_patch", "rex_cls", "rex_patch"], "Eq. 2"),
+    ("dale_ct_2s", "train", "sigreg_weight", 0.02, "III-C1; number of the release"),
+    ("dale_ct_2s", "train", "num_directions", 1024, "release"),
+    ("dale_ct_2s", "train", "num_knots", 17, "release"),
+    ("dale_ct_2s", "train", "t_max", 3.0, "release"),
+    ("dale_ct_2s", "train", "projection_dim", 124, "release"),
+    ("dale_ct_2s", "train", "projector_hidden_dim", 2048, "release"),
+    ("dale_ct_2s", "train", "global_scale", [0.6, 1.0], "release"),
+    ("dale_ct_2s", "train", "local_scale", [0.3, 0.6], "release"),
+    ("dale_ct_2s", "train", "rex_fraction", 0.2, "release"),
+    ("dale_ct_2s", "train", "flip_prob", 0.0, "ours: laterality is anatomy"),
+    ("dale_ct_2s", "train", "gamma_prob", 0.8, "release"),
+    ("dale_ct_2s", "train", "gamma_range", [0.9, 1.1], "release"),
+    ("dale_ct_2s", "train", "blur_probs", [0.5, 0.1], "release"),
+    ("dale_ct_2s", "train", "blur_sigma_range", [0.1, 2.0], "release"),
+    ("dale_ct_2s", "train", "hu_window", "ct_rate", "III-A"),
+    ("dale_ct_2s", "train", "identity::slice_axes", "yx", "ours: the radiological way"),
+    ("dale_ct_2s", "inference", "slice_axes", "yx", "as trained"),
+    ("dale_ct_2s", "train", "vit", "vit_large_patch14_dinov2", "III-C2: ViT-Large"),
+    ("dale_ct_2s", "train", "patch_size_px", 16, "released weights; the paper says 14"),
+    ("dale_ct_2s", "train", "img_size_px", 512, "released weights"),
+    ("dale_ct_2s", "train", "embed_dim", 1024, "III-C2: ViT-Large"),
+    ("dale_ct_2s", "train", "depth", 24, "III-C2: ViT-Large"),
+    ("dale_ct_2s", "train", "num_heads", 16, "III-C2: ViT-Large"),
+    ("dale_ct_2s", "train", "layer_scale_init", 1e-5, "release"),
+    ("dale_ct_2s", "train", "batch_size", 64, "release: 64 x 8 ranks = 512"),
+    ("dale_ct_2s", "train", "max_steps", 50_000, "release"),
+    ("dale_ct_2s", "train", "warmup_steps", 5_000, "release"),
+    ("dale_ct_2s", "train", "lr", 3e-4, "release"),
+    ("dale_ct_2s", "train", "final_lr", 3e-5, "release"),
+    ("dale_ct_2s", "train", "weight_decay", 0.04, "release"),
+    ("dale_ct_2s", "train", "clip_norm", 3.0, "release; global norm is ours"),
+    ("dale_ct_2s", "train", "amp_dtype", "bfloat16", "III-B"),
+    ("dale_ct_2s", "train", "checkpoint_every", 2_000, "release"),
+    ("dale_ct_2s", "inference", "size_px", 256, "IV-A2"),
+    ("dale_ct_2s", "inference", "preprocessing_name", "cropped_256", "Table VI"),
+    ("eval_ct_rate", "train", "learning_rates", [0.1, 0.03, 0.01, 0.003], "IV-B; numbers of the release"),
+    ("eval_ct_rate", "train", "max_steps", 15_000, "IV-B"),
+    ("eval_ct_rate", "train", "batch_size", 16, "IV-B"),
+    ("eval_ct_rate", "train", "momentum", 0.95, "IV-B"),
+    ("eval_ct_rate", "train", "val_interval", 2_500, "release"),
+    ("eval_ct_rate", "train", "num_val_patients", 1_000, "release"),
+    ("eval_ct_rate", "train", "seed", 42, "release"),
+]
+
+
+@pytest.mark.parametrize(("bundle", "config", "knob", "value", "where"), PAPER)
+def test_the_bundle_holds_the_stated_value(bundle, config, knob, value, where):
+    node = json.loads((BUNDLES / bundle / "configs" / f"{config}.json").read_text())
+    for part in knob.split("::"):
+        node = node[part]
+    assert node == value, where
+
+
+def test_the_encoder_is_a_vit_large_of_the_released_shape():
+    parser = ConfigParser()
+    parser.read_config(BUNDLES / "dale_ct_2s" / "configs" / "inference.json")
+    with torch.device("meta"):
+        encoder = timm.create_model(
+            **{
+                name: parser.get_parsed_content(f"network_def::{name}")
+                for name in json.loads((BUNDLES / "dale_ct_2s" / "configs" / "inference.json").read_text())[
+                    "network_def"
+                ]
+                if not name.startswith("_")
+            }
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in encoder.named_parameters()}
+    assert shapes["pos_embed"] == (1, 1 + 32 * 32, 1024)
+    assert shapes["patch_embed.proj.weight"] == (1024, 1, 16, 16)
+    assert shapes["blocks.23.ls1.gamma"] == (1024,)
+    assert "reg_token" not in shapes
+    assert round(sum(parameter.numel() for parameter in encoder.parameters()) / 1e6) == 304
+
+
+def test_the_ct_rate_window_is_the_papers():
+    assert tuple(HU_WINDOWS["ct_rate"]) == (-997.0, 888.0, -142.39, 360.97)
+
+
+def test_positive_weights_are_the_papers():
+    organs, findings = load_labels("totalsegmentator"), load_labels("rexgroundingct")
+    assert {label.pos_weight for label in findings} == {800.0}  # III-C2
+    assert organs[0].name == "background"
+    assert organs[0].pos_weight == 1
+    assert max(label.pos_weight for label in organs) == 1000
+    assert next(label.pos_weight for label in organs if label.name == "liver") == 30.53

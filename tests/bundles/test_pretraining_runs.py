@@ -1,0 +1,221 @@
+"""``python -m monai.bundle run`` on the pretraining bundle: tiny network, everything else as users run it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from monai.bundle import ConfigWorkflow
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from common.data.shards import VolumeSlices, write_shard
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUNDLE = REPOSITORY / "bundles" / "dale_ct_2s"
+TINY = {
+    **{
+        "global_size_px": 32,
+        "local_size_px": 16,
+        "img_size_px": 32,
+        "patch_size_px": 8,
+        "embed_dim": 24,
+        "depth": 1,
+    },
+    **{"num_heads": 2, "layer_scale_init": 0.1, "projector_hidden_dim": 16, "projection_dim": 11},
+    **{"num_directions": 32, "batch_size": 4, "max_steps": 9, "warmup_steps": 2, "amp_dtype": "float32"},
+    **{"num_workers": 0, "log_every": 1, "checkpoint_every": 2, "num_local": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Seven little volumes of noise with masks, two of them ReX-annotated."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+
+    def volume(index: int, rex: bool) -> VolumeSlices:
+        slices = 6 + index
+        return VolumeSlices(
+            volume=f"train_{index}_a_1",
+            ct=rng.integers(-1000, 1000, (slices, 40, 48)).astype(np.int16),
+            ts=rng.integers(0, 118, (slices, 128, 128)).astype(np.uint8),
+            rex=(rng.random((slices, 128, 128)) < 0.01).astype(np.uint16) * 5 if rex else None,
+            spacing_mm=(0.8, 0.8, 3.0),
+            original_shape=(48, 40, slices),
+            original_axcodes="LPS",
+            labels={"Lung nodule": index % 2},
+            split="train",
+        )
+
+    write_shard(folder / "train-000000.tar", [volume(index, rex=False) for index in range(5)])
+    write_shard(folder / "train-rex-000000.tar", [volume(index, rex=True) for index in range(5, 7)])
+    return folder
+
+
+def command(shards: Path, out: Path, launcher: tuple[str, ...] = (), **knobs) -> list[str]:
+    paths = {"bundle_root": BUNDLE, "dataset_dir": shards, "output_dir": out, "run_name": out.name}
+    paths |= {
+        "encoder_weights": out / "model.safetensors",
+        "tracking_uri": f"sqlite:///{out.parent}/mlflow.db",
+    }
+    words = [word for name, value in {**paths, **TINY, **knobs}.items() for word in (f"--{name}", str(value))]
+    config = str(BUNDLE / "configs" / "train.json")
+    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *words]
+
+
+def run(shards: Path, out: Path, launcher: tuple[str, ...] = (), **knobs) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # run from another folder: the bundle finds its code by itself
+    return subprocess.run(
+        command(shards, out, launcher, **knobs),
+        cwd=out.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    result = run(shards, out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+def record(out: Path, name: str):
+    client = MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("pretraining")
+    return client, next(r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == name)
+
+
+def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(unbroken):
+    weights = load_file(unbroken / "model.safetensors")
+    assert weights["patch_embed.proj.weight"].shape == (24, 1, 8, 8)
+    assert (unbroken / "views.png").stat().st_size > 10_000
+    with safe_open(unbroken / "model.safetensors", framework="pt") as file:
+        identity = json.loads(file.metadata()["identity"])
+    assert identity["hu_window"] == [-997.0, 888.0, -142.39, 360.97]
+    assert identity["slice_axes"] == "yx"
+    client, run_record = record(unbroken, "unbroken")
+    assert run_record.info.status == "FINISHED"
+    assert run_record.data.params["slab_mm"] == "12.0"
+    assert run_record.data.params["embed_dim"] == "24"  # what ran, not what the bundle's file says
+    terms = {"loss", "lejepa", "invariance", "sigreg", "aux", "aux_ts_cls", "aux_ts_patch", "aux_rex_cls"}
+    others = {"aux_rex_patch", "lr", "grad_norm", "views_per_second", "data_wait_share", "cls_effective_rank"}
+    assert terms | others <= run_record.data.metrics.keys()
+    values = run_record.data.metrics
+    assert values["lejepa"] == pytest.approx(0.98 * values["invariance"] + 0.02 * values["sigreg"], rel=1e-5)
+    quarters = [values[f"aux_{term}"] for term in ("ts_cls", "ts_patch", "rex_cls", "rex_patch")]
+    assert values["aux"] == pytest.approx(sum(quarters) / 4, rel=1e-5)
+    assert values["loss"] == pytest.approx(values["lejepa"] + 0.1 * values["aux"], rel=1e-5)
+    assert {"executed_config.json", "views.png", "checkpoints"} <= {
+        item.path for item in client.list_artifacts(run_record.info.run_id)
+    }
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(shards, unbroken, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(shards, out),
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step_*.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "model.safetensors").exists()
+    result = run(shards, out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Resumed at step" in result.stderr
+    resumed, expected = load_file(out / "model.safetensors"), load_file(unbroken / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0, msg=name)
+    assert record(out, "killed")[1].info.status == "FINISHED"
+
+
+def test_a_run_of_another_seed_ends_elsewhere(shards, unbroken, tmp_path):
+    """The control of the two equalities beside it: they could fail."""
+    assert run(shards, tmp_path / "other", seed=43).returncode == 0
+    other, expected = (
+        load_file(tmp_path / "other" / "model.safetensors"),
+        load_file(unbroken / "model.safetensors"),
+    )
+    assert (other["cls_token"] - expected["cls_token"]).abs().max() > 1e-3
+
+
+@pytest.mark.two_ranks
+def test_two_ranks_with_half_the_batch_each_equal_one(shards, unbroken, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    )
+    result = run(shards, tmp_path / "two", launcher, batch_size=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    two, one = load_file(tmp_path / "two" / "model.safetensors"), load_file(unbroken / "model.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    client_of_two, record_of_two = record(tmp_path / "two", "two")
+    client_of_one, record_of_one = record(unbroken, "unbroken")
+    for term in ("loss", "sigreg", "aux_rex_patch"):
+        losses = [
+            [metric.value for metric in client.get_metric_history(run_record.info.run_id, term)]
+            for client, run_record in ((client_of_two, record_of_two), (client_of_one, record_of_one))
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        assert len(losses[0]) == TINY["max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (
+            {"slab_mn": 5},
+            "knob must be one the bundle defines, got 'slab_mn' in the command line. Did you mean 'slab_mm'",
+        ),
+        ({"global_size_px": 33}, "global_size_px must be a multiple of patch_size_px, got 33 and 8. Use 32"),
+        ({"dataset_dir": "nowhere"}, "nowhere"),
+        ({"seed": 7}, "knobs must be those of checkpoint"),
+    ],
+    ids=["unknown knob", "patch size", "no shards", "another run's folder"],
+)
+def test_a_bad_setting_ends_at_once_with_one_clear_line(shards, unbroken, tmp_path, knobs, message):
+    out = unbroken if "seed" in knobs else tmp_path / "bad"
+    result = run(shards, out, **knobs)
+    assert result.returncode != 0
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_bundle_has_what_monais_training_contract_asks_for(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the bundle sets it, and monkeypatch puts it back
+    workflow = ConfigWorkflow(
+        str(BUNDLE / "configs" / "train.json"),
+        workflow_type="train",
+        logging_file=False,
+        bundle_root=str(BUNDLE),
+        dataset_dir=str(shards),
+        output_dir=str(tmp_path),
+        **TINY,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []

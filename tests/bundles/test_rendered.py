@@ -1,0 +1,80 @@
+"""Bundles are rendered from recipes: nothing is edited by hand, and a variant differs only in what it is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bundles.render import BUNDLES, dumped, merged, rendered
+
+CONFIGS = sorted(path for path in rendered() if path.suffix == ".json")
+
+
+def test_committed_bundles_are_up_to_date():
+    check = subprocess.run([sys.executable, BUNDLES / "render.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]}/{path.stem}")
+def test_configs_hold_no_macro_no_lambda_and_are_ascii(path):
+    text = path.read_text()
+    assert '"%' not in text
+    assert "lambda" not in text
+    assert text.isascii()
+    assert "_desc_" in json.loads(text)
+
+
+def test_both_configs_of_an_encoder_build_the_same_network():
+    for path in CONFIGS:
+        if path.stem == "train" and (path.parent / "inference.json") in CONFIGS:
+            train, inference = (
+                json.loads(path.read_text()),
+                json.loads((path.parent / "inference.json").read_text()),
+            )
+            assert train["network_def"] == inference["network_def"]
+            facts = {"name", "patch_size_px", "img_size_px", "slice_axes", "hu_window"}
+            assert set(train["identity"]) == set(inference["identity"]) == facts
+            shared = [
+                name for name in ("vit", "img_size_px", "patch_size_px", "embed_dim", "depth", "hu_window")
+            ]
+            assert [train[name] for name in shared] == [inference[name] for name in shared]
+
+
+def test_dale_ct_2s_is_the_recipe_plus_its_auxiliary_supervision():
+    recipe = json.loads((BUNDLES / "_recipes" / "lejepa_train.json").read_text())
+    variant = json.loads((BUNDLES / "dale_ct_2s" / "configs" / "train.json").read_text())
+    different = {name for name in recipe.keys() | variant.keys() if recipe.get(name) != variant.get(name)}
+    assert different == {"name", "aux_weight", "auxiliary_head", "auxiliary_loss"}
+
+
+def test_a_misspelt_key_of_an_overlay_is_an_error():
+    with pytest.raises(KeyError, match="x.json: 'aux_wieght' is not defined by the recipe"):
+        merged({"aux_weight": 0}, {"aux_wieght": 1}, "x.json")
+    with pytest.raises(KeyError, match="'train::trainr' is not defined"):
+        merged({"train": {"trainer": 1}}, {"train::trainr": 1}, "x.json")
+
+
+def test_an_overlay_reaches_into_a_section_and_leaves_the_recipe_alone():
+    recipe = {"train": {"trainer": {"a": 1}, "b": 2}}
+    assert merged(recipe, {"train::b": 3}, "x")["train"] == {"trainer": {"a": 1}, "b": 3}
+    assert recipe["train"]["b"] == 2
+
+
+def test_rendering_changes_the_form_of_json_only():
+    content = {"a": [1, 2.5, None], "b": {"c": ["$x"] * 40, "d": {}}, "e": [{"f": [1, [2, 3]]}], "g": "@h"}
+    assert json.loads(dumped(content)) == content
+    assert all(len(line) <= 110 for line in dumped(content).splitlines())
+
+
+def test_bundles_hold_no_python():
+    assert [path for path in BUNDLES.glob("*/**/*.py") if path.is_file()] == []
+
+
+def test_recipes_are_all_rendered_or_used():
+    used = set()
+    for path in (BUNDLES / "_recipes").glob("*.json"):
+        used |= {path.stem} & {p.name for p in BUNDLES.iterdir()}
+        used |= set(json.loads(path.read_text()).get("_recipes_", {}).values())
+    assert used == {path.stem for path in Path(BUNDLES / "_recipes").glob("*.json")}

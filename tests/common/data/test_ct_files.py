@@ -1,0 +1,35 @@
+"""Which volumes inference works on."""
+
+import pytest
+
+from common.data.ct_files import ct_files
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_volumes_are_found_in_sub_folders_and_sorted_by_name(tmp_path):
+    touch(tmp_path, "train_2/b.nii.gz", "train_1/a.nii", "notes.txt")
+    assert [item["volume"] for item in ct_files(tmp_path, tmp_path / "out")] == ["a", "b"]
+    assert ct_files(tmp_path / "train_1" / "a.nii", tmp_path / "out")[0]["volume"] == "a"
+
+
+def test_a_volume_with_an_embedding_is_done(tmp_path):
+    touch(tmp_path, "in/a.nii.gz", "in/b.nii.gz", "out/a.safetensors")
+    assert [item["volume"] for item in ct_files(tmp_path / "in", tmp_path / "out")] == ["b"]
+
+
+def test_nothing_to_do_is_an_error_that_says_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold .nii.gz or .nii volumes, got none"):
+        ct_files(tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
+        ct_files(tmp_path / "no", tmp_path)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    touch(tmp_path, "a/x.nii.gz", "b/x.nii.gz")
+    with pytest.raises(ValueError, match="volume names must be unique"):
+        ct_files(tmp_path, tmp_path / "out")

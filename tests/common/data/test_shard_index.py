@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.data.shard_index import (
+    SCHEMA_VERSION,
+    IndexBuilder,
+    RejectedVolume,
+    ShardIndex,
+    index_path,
+    load_index,
+    save_index,
+)
+
+COLUMNS = {
+    "num_slices": 2,
+    "spacing_mm": (0.7, 0.8, 1.5),
+    "shape": (11, 13),
+    "original_shape": (13, 11, 2),
+    "original_axcodes": "LPS",
+    "has_ts": True,
+    "has_rex": False,
+}
+
+
+def build(tar_bytes: int = 3) -> ShardIndex:
+    builder = IndexBuilder("train")
+    builder.add_volume("a", {"x": 1, "y": 0}, **COLUMNS)
+    builder.add_slice([(512, 7), (1536, 5), (-1, -1), (2560, 3)], has_ts=True, has_rex=False)
+    builder.add_slice([(3584, 8), (4608, 6), (-1, -1), (5632, 4)], has_ts=False, has_rex=False)
+    builder.add_volume("bb", None, **(COLUMNS | {"num_slices": 1, "original_axcodes": "RAS"}))
+    builder.add_slice([(6656, 9), (-1, -1), (-1, -1), (7680, 2)], has_ts=False, has_rex=False)
+    builder.rejected.append(RejectedVolume("c", "unreadable", "c.nii.gz ends early"))
+    return builder.build("plan 1", tar_bytes)
+
+
+def stored(folder: Path, **changes: object) -> Path:
+    shard = folder / "train-000000.tar"
+    shard.write_bytes(b"tar")
+    save_index(shard, build()._replace(**changes))
+    return shard
+
+
+def test_every_array_comes_back(tmp_path: Path) -> None:
+    index, expected = load_index(stored(tmp_path)), build()
+    for name in ShardIndex._fields:
+        np.testing.assert_array_equal(getattr(index, name), getattr(expected, name), err_msg=name)
+
+
+def test_arrays_have_one_row_a_slice_or_a_volume() -> None:
+    index = build()
+    assert index.member_offset.tolist()[0] == [512, 1536, -1, 2560]
+    assert index.member_size.tolist()[1] == [8, 6, -1, 4]
+    assert index.slice_has_ts.tolist() == [True, False, False]
+    assert index.first_sample.tolist() == [0, 2]
+    assert index.labels.tolist() == [[1, 0], [-1, -1]]
+    assert index.original_axcodes.tolist() == ["LPS", "RAS"]
+    assert index.rejected_reason.tolist() == ["unreadable"]
+
+
+def test_a_shard_all_of_whose_volumes_were_rejected_has_an_index() -> None:
+    index = IndexBuilder("train").build("", tar_bytes=0)
+    assert index.member_offset.shape == (0, 4)
+    assert index.spacing_mm.shape == (0, 3)
+    assert index.labels.shape == (0, 0)
+    assert index.first_sample.tolist() == []
+
+
+def test_the_same_index_has_the_same_bytes(tmp_path: Path) -> None:
+    first = index_path(stored(tmp_path)).read_bytes()
+    assert index_path(stored(tmp_path)).read_bytes() == first
+
+
+def test_one_volume_twice_and_other_labels_are_refused() -> None:
+    builder = IndexBuilder("train")
+    builder.add_volume("a", {"x": 1, "y": 0}, **COLUMNS)
+    with pytest.raises(ValueError, match="volume must come once in a shard, got 'a' twice"):
+        builder.add_volume("a", None, **COLUMNS)
+    with pytest.raises(
+        ValueError, match=r"labels must name the same classes in a shard, got \['y', 'x'\] for volume"
+    ):
+        builder.add_volume("b", {"y": 1, "x": 0}, **COLUMNS)
+
+
+def test_a_missing_shard_or_index_is_named(tmp_path: Path) -> None:
+    shard = stored(tmp_path)
+    index_path(shard).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"train-000000\.index\.npz' must exist\. Run the same python -m data_prep"
+    ):
+        load_index(shard)
+    with pytest.raises(FileNotFoundError, match=r"train-000007\.tar' must exist"):
+        load_index(tmp_path / "train-000007.tar")
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    shard = stored(tmp_path, schema_version=np.int64(SCHEMA_VERSION + 1))
+    with pytest.raises(
+        ValueError, match=r"schema_version must be 1, got 2 for '.*npz'\. Write the shards again"
+    ):
+        load_index(shard)
+
+
+def test_a_shard_of_another_size_is_refused(tmp_path: Path) -> None:
+    shard = stored(tmp_path)
+    shard.write_bytes(b"ta")
+    with pytest.raises(ValueError, match=r"tar' must have 3 bytes as its index says, got 2\. Copy it again"):
+        load_index(shard)
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    shard = stored(tmp_path)
+    whole = index_path(shard).read_bytes()
+    for damaged in (b"", b"no archive", whole[: len(whole) // 2], whole[:300] + bytes(50) + whole[350:]):
+        index_path(shard).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"npz' must be a readable index, got .*Delete the shard"):
+            load_index(shard)
+
+
+def test_objects_that_need_pickle_are_not_loaded(tmp_path: Path) -> None:
+    shard = stored(tmp_path, plan=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="must be a readable index, got Object arrays cannot be loaded"):
+        load_index(shard)

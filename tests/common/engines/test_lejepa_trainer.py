@@ -1,0 +1,185 @@
+"""One iteration is Eq. 3, on data and random numbers that are functions of the step."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from common.data.slab_dataset import StepBatches
+from common.engines.lejepa_trainer import LeJEPATrainer
+from common.losses.auxiliary import AuxiliaryBCELoss
+from common.losses.lejepa import LeJEPALoss
+from common.networks.heads import AuxiliaryHead, ProjectionHead
+from common.networks.pretraining_model import PretrainingModel
+from common.optimizers.adamw import adamw
+from common.optimizers.warmup_cosine import warmup_cosine
+from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
+
+TS_WEIGHT, REX_WEIGHT = torch.linspace(1, 9, 118), torch.linspace(3, 5, 14)
+
+
+class Samples(Dataset):
+    """A sample is a function of its position, as ``SlabViews``' are."""
+
+    def __getitem__(self, position: int) -> dict:
+        rng = np.random.default_rng(position)
+        sample = {
+            "position": position,
+            "volume": f"train_{position}",
+            "has_ts": True,
+            "has_rex": position % 3 == 0,
+        }
+        for group, views, size in (("global", 2, 16), ("local", 3, 8)):
+            shape = (views, size, size)
+            sample[f"{group}_views"] = rng.integers(-1024, 1000, shape).astype(np.int16)
+            sample[f"{group}_ts"] = rng.integers(0, 118, shape).astype(np.uint8)
+            sample[f"{group}_rex"] = rng.integers(0, 2**14, shape).astype(np.int16)
+        return sample | {"gamma": np.ones(5, np.float32), "blur_sigma": np.zeros(5, np.float32)}
+
+
+def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> LeJEPATrainer:
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_large_patch14_dinov2",
+        **{"in_chans": 1, "num_classes": 0, "dynamic_img_size": True, "img_size": 16, "patch_size": 8},
+        **{"embed_dim": 12, "depth": 1, "num_heads": 2, "init_values": 0.1},
+    )
+    network = PretrainingModel(
+        vit, ProjectionHead(12, 9, 7), AuxiliaryHead(12, 118, 14) if auxiliary else None
+    )
+    optimizer = adamw(network, lr=lr, weight_decay=0.04)
+    arguments = {
+        "device": torch.device("cpu"),
+        "max_epochs": 1,
+        "epoch_length": steps,
+        "train_data_loader": DataLoader(Samples(), batch_sampler=StepBatches(5, rank=0, world_size=1)),
+        "network": network,
+        "optimizer": optimizer,
+        "lr_scheduler": warmup_cosine(optimizer, warmup_steps=0, total_steps=10, final_lr=lr / 10),
+        "loss_function": LeJEPALoss(sigreg_weight=0.02, num_directions=16),
+        "auxiliary_loss": AuxiliaryBCELoss(TS_WEIGHT, REX_WEIGHT) if auxiliary else None,
+        "aux_weight": 0.1,
+        "hu_window": HU_WINDOWS["ct_rate"],
+        "patch_size_px": 8,
+        "clip_norm": 3.0,
+        "amp_dtype": "float32",
+        "rank_every": 1,
+    }
+    return LeJEPATrainer(**arguments | changes)
+
+
+def loss_by_hand(network: PretrainingModel, step: int) -> dict[str, float]:
+    """Eq. 1 to 3 from the samples, one view at a time."""
+    samples = [Samples()[5 * (step - 1) + index] for index in range(5)]
+    projections = torch.empty(5, 5, 7)
+    sums = {name: [] for name in ("ts_cls", "ts_patch", "rex_cls", "rex_patch")}
+    by_group = []
+    for group, offset, views in (("global", 0, 2), ("local", 2, 3)):
+        terms = {name: [] for name in sums}
+        for index, sample in enumerate(samples):
+            for view in range(views):
+                image = torch.from_numpy(sample[f"{group}_views"][view])
+                tokens = network.encoder.forward_features(
+                    normalize_hu(image, HU_WINDOWS["ct_rate"])[None, None]
+                )[0]
+                projections[offset + view, index] = network.projector(tokens[0])
+                logits = network.auxiliary_head(tokens)
+                side = image.shape[0] // 8
+                ids = torch.from_numpy(sample[f"{group}_ts"][view]).long()
+                organs = functional.one_hot(ids, 118).float()
+                bits = torch.from_numpy(sample[f"{group}_rex"][view]).long()
+                findings = torch.stack([(bits >> code) & 1 for code in range(14)], -1).float()
+                for place in range(-1, side * side):
+                    rows, columns = slice(None), slice(None)
+                    if place >= 0:
+                        rows = slice(8 * (place // side), 8 * (place // side) + 8)
+                        columns = slice(8 * (place % side), 8 * (place % side) + 8)
+                    level = "cls" if place < 0 else "patch"
+                    share = organs[rows, columns].mean((0, 1))
+                    terms[f"ts_{level}"].append(bce(logits["ts"][place + 1], share, TS_WEIGHT))
+                    if sample["has_rex"]:
+                        present = findings[rows, columns].amax((0, 1))
+                        terms[f"rex_{level}"].append(bce(logits["rex"][place + 1], present, REX_WEIGHT))
+        by_group.append({name: torch.stack(values).mean() for name, values in terms.items()})
+    auxiliary = sum(sum(group.values()) / 4 for group in by_group) / 2
+    lejepa = LeJEPALoss(sigreg_weight=0.02, num_directions=16)(projections, num_global=2, step=step)["loss"]
+    return {"loss": float(lejepa + 0.1 * auxiliary), "lejepa": float(lejepa), "aux": float(auxiliary)}
+
+
+def bce(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    positive, negative = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
+    return -(weight * target * positive + (1 - target) * negative).mean()
+
+
+def test_the_loss_of_a_step_is_equation_3_computed_view_by_view():
+    engine = trainer(steps=1)
+    with torch.no_grad():
+        expected = loss_by_hand(engine.network, step=1)
+    engine.run()
+    output = engine.state.output[0]
+    assert {name: float(output[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_lowers_the_loss_and_moves_every_part_of_the_network():
+    engine = trainer(steps=10)
+    before = {name: tensor.clone() for name, tensor in engine.network.state_dict().items()}
+    losses = []
+    engine.add_event_handler("ITERATION_COMPLETED", lambda e: losses.append(float(e.state.output[0]["loss"])))
+    engine.run()
+    after = engine.network.state_dict()
+    assert losses[-1] < losses[0]
+    still = [name for name, tensor in before.items() if torch.equal(after[name], tensor)]
+    assert still == []
+    assert 0 < engine.state.metrics["cls_effective_rank"] <= 9
+
+
+def test_without_auxiliary_supervision_there_are_only_the_terms_of_equation_1():
+    engine = trainer(steps=1, auxiliary=False)
+    engine.run()
+    assert engine.state.output[0].keys() == {"loss", "lejepa", "invariance", "sigreg", "grad_norm"}
+
+
+def test_a_run_that_starts_at_a_later_step_reads_the_data_of_that_step():
+    engine, seen = trainer(steps=7), []
+    engine.add_event_handler("STARTED", lambda e: setattr(e.state, "iteration", 4))
+    engine.add_event_handler("ITERATION_COMPLETED", lambda e: seen.append(e.state.batch["position"].tolist()))
+    engine.run()
+    assert seen == [list(range(5 * step, 5 * step + 5)) for step in (4, 5, 6)]
+
+
+def test_the_gradient_is_clipped_by_its_global_norm():
+    free, clipped = trainer(steps=1, clip_norm=1e9), trainer(steps=1, clip_norm=0.01)
+    for engine in (free, clipped):
+        engine.run()
+    norms = [
+        torch.stack([parameter.grad.norm() for parameter in engine.network.parameters()]).norm()
+        for engine in (free, clipped)
+    ]
+    assert float(norms[1]) == pytest.approx(0.01, rel=1e-3)
+    assert float(clipped.state.output[0]["grad_norm"]) == pytest.approx(float(norms[0]), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_volumes():
+    engine = trainer(steps=3)
+    with torch.no_grad():
+        engine.network.projector[0].weight.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"at step 1 for volumes \['train_0', .*Lower lr"):
+        engine.run()
+
+
+def test_an_unknown_amp_dtype_is_refused():
+    with pytest.raises(ValueError, match="amp_dtype must be 'bfloat16' or 'float32', got 'float16'"):
+        trainer(steps=1, amp_dtype="float16")
+
+
+def test_bfloat16_autocast_leaves_the_loss_in_float32():
+    engine = trainer(steps=1, amp_dtype="bfloat16")
+    engine.run()
+    exact = trainer(steps=1)
+    exact.run()
+    assert engine.state.output[0]["sigreg"].dtype == torch.float32
+    assert float(engine.state.output[0]["loss"]) == pytest.approx(
+        float(exact.state.output[0]["loss"]), rel=0.02
+    )

@@ -1,0 +1,315 @@
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from torch import nn
+from torch.utils.data import DataLoader
+
+from common.data.bag_batches import ShuffledBatches, collate_bags, pad_bags
+from common.data.embeddings import EmbeddingBags
+from common.engines.best_probe import BestProbe
+from common.engines.probe_grid import ProbeGridTrainer, prevalence_report
+from common.handlers.checkpoint import Checkpoint
+from common.networks.mil_probe import MILProbe, ProbeGrid
+from common.networks.poolers import POOLERS, build_pooler
+from common.optimizers.warmup_cosine import warmup_cosine
+
+CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
+RATES = [0.1, 0.03, 0.01, 0.003]
+SEED = 42
+
+
+@pytest.fixture
+def cohorts(write_cohort: Any) -> dict[str, EmbeddingBags]:
+    return {
+        split: EmbeddingBags(*write_cohort(split, volumes, signal=2.0, seed=seed), CLASSES)
+        for seed, (split, volumes) in enumerate((("train", 37), ("validation", 17), ("test", 23)))
+    }
+
+
+def build(
+    cohorts: dict[str, EmbeddingBags],
+    max_steps: int = 30,
+    val_interval: int = 10,
+    learning_rates: list[float] = RATES,
+    poolers: tuple[str, ...] = tuple(POOLERS),
+    dtype: torch.dtype = torch.float32,
+    checkpoints: Path | None = None,
+) -> ProbeGridTrainer:
+    """Build everything anew, as a new process does."""
+    network = ProbeGrid(poolers, learning_rates, cohorts["train"].identity["dim"], len(CLASSES), SEED).to(
+        dtype
+    )
+    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
+    scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=max_steps, final_lr=0.0)
+    best = BestProbe()
+    loader = DataLoader(
+        cohorts["train"],
+        batch_sampler=ShuffledBatches(len(cohorts["train"]), batch_size=16, seed=SEED),
+        collate_fn=collate_bags,
+    )
+    objects = {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler, "best": best}
+    return ProbeGridTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        epoch_length=max_steps,
+        train_data_loader=loader,
+        val_bags=cohorts["validation"],
+        test_bags=cohorts["test"],
+        network=network,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        loss_function=nn.BCEWithLogitsLoss(reduction="none"),
+        best=best,
+        val_interval=val_interval,
+        train_handlers=[Checkpoint(checkpoints, objects, interval_steps=7, keep=2, knobs={})]
+        if checkpoints
+        else [],
+    )
+
+
+def train_alone(
+    bags: EmbeddingBags, pooler: str, learning_rate: float, steps: int
+) -> tuple[MILProbe, MILProbe]:
+    """The plain way: one probe, padded batches, torch's own SGD and cosine. Returns it before and after."""
+    probes = []
+    for _ in range(2):
+        torch.manual_seed(SEED)
+        probes.append(
+            MILProbe(build_pooler(pooler, bags.tokens.shape[1]), bags.tokens.shape[1], len(CLASSES)).double()
+        )
+    before, probe = probes
+    optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.95)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    step = epoch = 0
+    while step < steps:
+        order = np.random.default_rng([SEED, epoch]).permutation(len(bags))
+        for first in range(0, len(order), 16):
+            chosen = order[first : first + 16]
+            logits = probe(*pad_bags([bags[index]["tokens"].double() for index in chosen]))
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(logits, bags.labels[chosen].double()).backward()
+            optimizer.step()
+            scheduler.step()
+            step += 1
+            if step == steps:
+                break
+        epoch += 1
+    return before, probe
+
+
+def test_every_probe_of_the_grid_ends_where_it_would_alone(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=31, dtype=torch.float64)
+    trainer.run()
+    for index, (pooler, learning_rate) in enumerate(trainer.grid.names):
+        before, alone = train_alone(cohorts["train"], pooler, learning_rate, steps=31)
+        together = trainer.grid.probe(index).state_dict()
+        assert set(together) == set(alone.state_dict())
+        for name, expected in alone.state_dict().items():
+            update = float((expected - before.state_dict()[name]).norm())
+            assert update > 0
+            assert float((together[name] - expected).norm()) < 1e-10 * update, (pooler, learning_rate, name)
+
+
+@pytest.mark.parametrize(("signal", "low", "high"), [(4.0, 0.95, 1.0), (0.0, 0.4, 0.6)])
+def test_grid_learns_a_planted_signal_and_finds_none_in_noise(
+    write_cohort: Any, signal: float, low: float, high: float
+) -> None:
+    trainer = build(
+        {
+            split: EmbeddingBags(*write_cohort(split, volumes, signal=signal, seed=seed), CLASSES)
+            for seed, (split, volumes) in enumerate((("train", 149), ("validation", 53), ("test", 101)))
+        },
+        max_steps=150,
+        val_interval=50,
+    )
+    trainer.run()
+    assert low <= trainer.state.reports["probe"]["macro"]["auroc"] <= high
+
+
+def test_validation_measures_every_probe_and_keeps_the_best(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=25, val_interval=10)
+    seen: dict[tuple[str, int], float] = {}
+    bags = cohorts["validation"]
+
+    def measure_again(engine: Engine) -> None:
+        if engine.state.iteration not in (10, 20, 25):
+            return
+        for index, (pooler, rate) in enumerate(trainer.grid.names):
+            with torch.no_grad():
+                logits = trainer.grid.probe(index)(
+                    *pad_bags([item["tokens"] for item in map(bags.__getitem__, range(17))])
+                )
+            value = average_precision_score(bags.labels.numpy(), logits.numpy(), average="macro")
+            seen[pooler, rate, engine.state.iteration] = value
+            assert engine.state.metrics[f"val_macro_auprc/{pooler}/lr_{rate:g}"] == pytest.approx(
+                value, abs=1e-6
+            )
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, measure_again)
+    trainer.run()
+    assert len(seen) == 60
+    chosen = (*trainer.grid.names[trainer.best.index], trainer.best.step)
+    assert seen[chosen] == pytest.approx(max(seen.values()), abs=1e-6)
+    assert trainer.state.metrics["val_macro_auprc_best"] == pytest.approx(max(seen.values()), abs=1e-6)
+
+
+def test_chosen_probe_is_tested_with_the_thresholds_of_validation(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=25)
+    trainer.run()
+    bags, probe = cohorts["test"], trainer.chosen_probe()
+    with torch.no_grad():
+        logits = probe(*pad_bags([bags[index]["tokens"] for index in range(len(bags))])).double()
+    scores, targets = logits.sigmoid().numpy(), bags.labels.numpy()
+    report = trainer.state.reports["probe"]["macro"]
+    assert report["auroc"] == pytest.approx(roc_auc_score(targets, scores, average="macro"), abs=1e-9)
+    assert report["auprc"] == pytest.approx(
+        average_precision_score(targets, scores, average="macro"), abs=1e-9
+    )
+    positive = scores >= trainer.best.thresholds.numpy()
+    assert report["f1"] == pytest.approx(f1_score(targets, positive, average="macro"), abs=1e-9)
+    assert trainer.state.metrics["test_macro_auroc"] == report["auroc"]
+
+
+def test_prevalence_floor_has_its_closed_form() -> None:
+    targets = np.zeros((20, 3))
+    targets[:7, 0], targets[:1, 1], targets[:19, 2] = 1, 1, 1
+    report = prevalence_report(targets, CLASSES)
+    for name, share in zip(CLASSES, (7 / 20, 1 / 20, 19 / 20), strict=True):
+        expected = {"auroc": 0.5, "auprc": share, "f1": 2 * share / (1 + share), "balanced_accuracy": 0.5}
+        assert report["per_class"][name] == pytest.approx(expected)
+
+
+def test_report_holds_the_floor_of_the_same_test_set(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=3)
+    trainer.run()
+    share = cohorts["test"].labels.mean(0).tolist()
+    floor = trainer.state.reports["prevalence"]["per_class"]
+    assert [floor[name]["auprc"] for name in CLASSES] == pytest.approx(share)
+
+
+def weights_of(trainer: ProbeGridTrainer) -> list[torch.Tensor]:
+    momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
+    return [*trainer.grid.parameters(), *momentum, *trainer.best.parameters.values(), trainer.best.thresholds]
+
+
+@pytest.mark.parametrize("killed_after", [1, 8, 21, 29])
+def test_killed_run_resumes_to_the_same_bits(
+    cohorts: dict[str, EmbeddingBags], tmp_path: Path, killed_after: int
+) -> None:
+    straight = build(cohorts)
+    straight.run()
+
+    killed = build(cohorts, checkpoints=tmp_path / "checkpoints")
+
+    def kill(engine: Engine) -> None:
+        raise KeyboardInterrupt
+
+    killed.add_event_handler(Events.ITERATION_COMPLETED(once=killed_after), kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+
+    resumed = build(cohorts, checkpoints=tmp_path / "checkpoints")
+    steps: list[int] = []
+    resumed.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: steps.append(engine.state.iteration))
+    resumed.run()
+    assert steps == list(range(killed_after // 7 * 7 + 1, 31))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(resumed), weights_of(straight), strict=True))
+    assert (resumed.best.index, resumed.best.step) == (straight.best.index, straight.best.step)
+    assert resumed.state.reports == straight.state.reports
+
+
+def test_run_killed_before_its_report_tests_when_resumed(
+    cohorts: dict[str, EmbeddingBags], tmp_path: Path
+) -> None:
+    finished = build(cohorts, checkpoints=tmp_path)
+    finished.run()
+    again = build(cohorts, checkpoints=tmp_path)
+    again.run()
+    assert again.state.iteration == 30
+    assert again.state.reports == finished.state.reports
+
+
+def test_run_that_is_asked_to_stop_does_not_test(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=12), lambda engine: engine.terminate())
+    trainer.run()
+    assert trainer.state.reports == {}
+
+
+def test_class_absent_from_a_split_is_named_and_left_out(
+    write_cohort: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(4)
+    cohorts = {}
+    for split, absent in (("train", 0), ("validation", 1), ("test", 2)):
+        labels = (rng.random((19, 3)) < 0.5).astype(int)
+        labels[:, absent] = 0
+        cohorts[split] = EmbeddingBags(*write_cohort(split, 19, labels=labels), CLASSES)
+    with caplog.at_level(logging.WARNING):
+        trainer = build(cohorts, max_steps=5)
+    for split, absent in (("train", 0), ("validation", 1), ("test", 2)):
+        assert f"{split} (19 volumes) has no positive of ['{CLASSES[absent]}']" in caplog.text
+    trainer.run()
+    report = trainer.state.reports["probe"]
+    assert report["undefined"]["auroc"] == report["undefined"]["auprc"] == ["Pleural effusion"]
+    assert math.isnan(report["per_class"]["Pleural effusion"]["auroc"])
+    defined = [report["per_class"][name]["auroc"] for name in CLASSES[:2]]
+    assert report["macro"]["auroc"] == pytest.approx(np.mean(defined))
+    assert float(trainer.best.thresholds[1]) == 0.5
+    assert math.isfinite(trainer.best.auprc)
+
+
+def test_validation_without_any_positive_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
+    cohorts["validation"].labels.zero_()
+    with pytest.raises(
+        ValueError, match="validation must have a positive of some class, got none in 17 volumes"
+    ):
+        build(cohorts, max_steps=5).run()
+
+
+def test_diverged_probes_are_named_and_not_chosen(
+    cohorts: dict[str, EmbeddingBags], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build(cohorts, max_steps=12, learning_rates=[3e38, 0.01])
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert "'max/lr_3e+38'" in caplog.text
+    assert "diverged and cannot be chosen" in caplog.text
+    assert trainer.grid.names[trainer.best.index][1] == 0.01
+    alone = build(cohorts, max_steps=12, learning_rates=[0.01])
+    alone.run()
+    torch.testing.assert_close(trainer.best.parameters, alone.best.parameters)
+    assert math.isfinite(float(trainer.state.output[0]["loss"]))
+
+
+def test_grid_in_which_every_probe_diverged_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
+    message = "scores must be finite, got NaN from every probe at step 30. Lower learning_rates"
+    with pytest.raises(FloatingPointError, match=message):
+        build(cohorts, val_interval=30, learning_rates=[3e38]).run()
+
+
+def test_cohorts_of_two_encoders_are_refused(cohorts: dict[str, EmbeddingBags], write_cohort: Any) -> None:
+    other = EmbeddingBags(*write_cohort("other", 5, encoder="dale_ct_0"), CLASSES)
+    message = "encoder must be the same in every cohort, got 'dale_ct_2s' in train and 'dale_ct_0' in test"
+    with pytest.raises(ValueError, match=message):
+        build(cohorts | {"test": other})
+
+
+def test_cohorts_of_two_widths_are_refused(cohorts: dict[str, EmbeddingBags], write_cohort: Any) -> None:
+    wide = EmbeddingBags(*write_cohort("wide", 5, dim=11), CLASSES)
+    with pytest.raises(
+        ValueError, match="dim must be the same in every cohort, got 7 in train and 11 in validation"
+    ):
+        build(cohorts | {"validation": wide})
+
+
+def test_cohorts_that_share_a_volume_are_refused(cohorts: dict[str, EmbeddingBags]) -> None:
+    with pytest.raises(ValueError, match="must not share a volume, got 'train_1_a_1' in train and test"):
+        build(cohorts | {"test": cohorts["train"]})

@@ -1,0 +1,113 @@
+"""A killed run goes on where it stopped and ends as an unbroken one."""
+
+import os
+import signal
+
+import pytest
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from common.handlers.checkpoint import Checkpoint
+
+
+class Killed(Exception):
+    pass
+
+
+def run(
+    folder, steps: int, kill_at: int | None = None, knobs=None, keep: int = 2, sigterm_at: int | None = None
+):
+    """Train a little network on data that is a function of the step, as our engines do."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    seen = []
+
+    def step(engine, _):
+        seen.append(engine.state.iteration)
+        if engine.state.iteration == kill_at:
+            raise Killed
+        if engine.state.iteration == sigterm_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(engine.state.iteration))
+        optimizer.zero_grad()
+        network(x).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    engine = Engine(step)
+    objects = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+    checkpoint = Checkpoint(
+        folder, objects, interval_steps=3, keep=keep, knobs={"seed": 1} if knobs is None else knobs
+    )
+    engine.state.epoch_length = steps
+    checkpoint.attach(engine)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        engine.run(range(steps), max_epochs=1, epoch_length=steps)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return network.state_dict(), optimizer.state_dict(), seen
+
+
+def test_a_run_killed_between_checkpoints_ends_in_the_same_weights(tmp_path):
+    unbroken, optimizer, _ = run(tmp_path / "a", steps=11)
+    with pytest.raises(Killed):
+        run(tmp_path / "b", steps=11, kill_at=8)
+    resumed, optimizer_resumed, seen = run(tmp_path / "b", steps=11)
+    assert seen == [7, 8, 9, 10, 11]
+    for name, tensor in unbroken.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+    for index, state in optimizer["state"].items():
+        assert torch.equal(state["exp_avg_sq"], optimizer_resumed["state"][index]["exp_avg_sq"])
+
+
+def test_the_control_a_run_that_forgets_its_optimizer_ends_elsewhere(tmp_path):
+    unbroken, _, _ = run(tmp_path / "a", steps=11)
+    with pytest.raises(Killed):
+        run(tmp_path / "b", steps=11, kill_at=8)
+    path = tmp_path / "b" / "step_00000006.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"] = {}
+    torch.save(state, path)
+    forgetful, _, _ = run(tmp_path / "b", steps=11)
+    assert not torch.equal(forgetful["weight"], unbroken["weight"])
+
+
+def test_a_finished_run_does_nothing_when_run_again(tmp_path):
+    run(tmp_path, steps=6)
+    assert run(tmp_path, steps=6)[2] == []
+
+
+def test_sigterm_saves_the_step_and_ends_the_run(tmp_path):
+    _, _, seen = run(tmp_path, steps=11, sigterm_at=4)
+    assert seen == [1, 2, 3, 4]
+    assert (tmp_path / "step_00000004.pt").is_file()
+    unbroken, _, _ = run(tmp_path / "unbroken", steps=11)
+    torch.testing.assert_close(run(tmp_path, steps=11)[0], unbroken, rtol=0, atol=0)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_half_written_ones_go(tmp_path):
+    (tmp_path / "step_00000003.pt.partial").write_bytes(b"half")
+    run(tmp_path, steps=11, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000009.pt", "step_00000011.pt"]
+
+
+def test_other_knobs_are_refused_and_named(tmp_path):
+    run(tmp_path, steps=3, knobs={"seed": 1, "lr": 0.1})
+    with pytest.raises(ValueError, match=r"\{'seed': \(1, 2\)\}. Choose another output_dir"):
+        run(tmp_path, steps=3, knobs={"seed": 2, "lr": 0.1})
+
+
+def test_checkpoints_load_without_running_code(tmp_path):
+    run(tmp_path, steps=3)
+    assert torch.load(tmp_path / "step_00000003.pt", weights_only=True)["iteration"] == 3
+
+
+def test_sharded_parameters_are_refused(monkeypatch):
+    network = nn.Linear(2, 3)
+    monkeypatch.setattr("common.handlers.checkpoint.DTensor", nn.Parameter)
+    with pytest.raises(TypeError, match="must not be sharded, got DTensor parameters in 'network'"):
+        Checkpoint("unused", {"network": network}, interval_steps=1, keep=1, knobs={})

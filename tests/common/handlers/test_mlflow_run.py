@@ -1,0 +1,106 @@
+"""One MLflow run per training run, in a real SQLite store."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from mlflow.tracking import MlflowClient
+
+from common.handlers.mlflow_run import MLflowRun, plain_knobs
+
+CONFIG = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+def run(store, folder, name, steps=5, start=0, fail_at=None, stop_at=None):
+    def step(engine, _):
+        if engine.state.iteration == fail_at:
+            raise RuntimeError("the loss went away")
+        if engine.state.iteration == stop_at:
+            engine.state.stopped_early = True
+            engine.terminate()
+        return [{"loss": torch.tensor(engine.state.iteration / 2), "undefined": torch.tensor(float("nan"))}]
+
+    engine = Engine(step)
+    if start:
+        engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "iteration", start))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
+    handler = MLflowRun(
+        store,
+        "pretraining",
+        name,
+        folder,
+        CONFIG,
+        log_every=2,
+        items_per_step=10,
+        rate_name="views_per_second",
+        optimizer=optimizer,
+        artifacts=["*.png", "checkpoints/*.pt"],
+    )
+    handler.attach(engine)
+    engine.run([0] * steps, max_epochs=1, epoch_length=steps)
+    return handler.run_id
+
+
+def runs(store):
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("pretraining")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_knobs_terms_rate_and_files_are_recorded(store, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "views.png").write_bytes(b"png")
+    (tmp_path / "checkpoints" / "step_00000004.pt").write_bytes(b"weights")
+    run_id = run(store, tmp_path, "whole")
+    record = runs(store)["whole"]
+    assert record.info.status == "FINISHED"
+    assert record.data.params == {"slab_mm": "12.0", "seed": "1"}
+    assert record.data.metrics["loss"] == 2.0  # of step 4, the last that was logged
+    assert record.data.metrics["lr"] == 0.25
+    assert record.data.metrics["views_per_second"] > 0
+    assert 0 <= record.data.metrics["data_wait_share"] <= 1
+    assert "undefined" not in record.data.metrics
+    client = MlflowClient(store)
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [1, 2, 4]
+    names = {item.path for item in client.list_artifacts(run_id)}
+    assert {"executed_config.json", "views.png", "checkpoints"} <= names
+    database = Path(store.removeprefix("sqlite:///"))
+    assert list(database.parent.glob("mlartifacts/*/artifacts/checkpoints/step_00000004.pt"))
+
+
+def test_a_crash_ends_the_run_failed_and_the_next_is_a_run_of_its_own(store, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss went away"):
+        run(store, tmp_path / "a", "crashed", fail_at=3)
+    run(store, tmp_path / "b", "next")
+    assert runs(store)["crashed"].info.status == "FAILED"
+    assert "the loss went away" in runs(store)["crashed"].data.tags["error"]
+    assert runs(store)["next"].info.status == "FINISHED"
+    assert runs(store)["crashed"].info.run_id != runs(store)["next"].info.run_id
+
+
+def test_a_resumed_run_goes_on_in_its_own_record(store, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss went away"):
+        run(store, tmp_path, "resumed", fail_at=3)
+    first = runs(store)["resumed"].info.run_id
+    run(store, tmp_path, "resumed", steps=6, start=2)
+    assert runs(store)["resumed"].info.run_id == first
+    assert runs(store)["resumed"].info.status == "FINISHED"
+
+
+def test_a_run_begun_anew_in_the_same_folder_is_a_new_record(store, tmp_path):
+    assert run(store, tmp_path, "again") != run(store, tmp_path, "again")
+
+
+def test_a_run_asked_to_stop_is_killed_not_finished(store, tmp_path):
+    run(store, tmp_path, "stopped", stop_at=3)
+    assert runs(store)["stopped"].info.status == "KILLED"
+
+
+def test_plain_knobs_are_values_not_components():
+    assert plain_knobs(CONFIG) == {"slab_mm": 12.0, "seed": 1}

@@ -1,0 +1,104 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from PIL import Image
+
+from common.data.bag_batches import pad_bags
+from common.data.embeddings import EmbeddingBags
+from common.engines.best_probe import BestProbe
+from common.engines.probe_grid import prevalence_report
+from common.handlers.probe_report import ProbeReport
+from common.metrics.multilabel import multilabel_report
+from common.networks.mil_probe import ProbeGrid, load_probe
+
+CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
+
+
+@pytest.fixture
+def engine(write_cohort: Any) -> Engine:
+    """An engine that has chosen probe 3 (learned attention, lr .01) and tested it; class 2 is absent."""
+    labels = np.random.default_rng(0).integers(0, 2, (13, 3))
+    labels[:, 2] = 0
+    engine = Engine(lambda engine, batch: None)
+    engine.test_bags = EmbeddingBags(*write_cohort("test", 13, labels=labels), CLASSES)
+    engine.grid = ProbeGrid(["max", "learned_attention"], [0.1, 0.01], dim=7, num_classes=3, seed=0)
+    engine.best = BestProbe()
+    scores, targets = np.random.default_rng(1).random((4, 13, 3)), engine.test_bags.labels.numpy()
+    engine.best.offer(np.array([0.1, 0.2, 0.3, 0.4]), 20, engine.grid, scores, targets)
+    engine.chosen_probe = lambda: engine.grid.probe(3)
+    report = multilabel_report(scores[3], targets, engine.best.thresholds.numpy(), CLASSES)
+    engine.state.reports = {"probe": report, "prevalence": prevalence_report(targets, CLASSES)}
+    return engine
+
+
+def test_chosen_probe_is_saved_with_what_a_user_needs(engine: Engine, tmp_path: Path) -> None:
+    ProbeReport(tmp_path / "out", seed=42).attach(engine)
+    engine.run([0], max_epochs=1)
+    probe, card = load_probe(tmp_path / "out")
+    bags = [engine.test_bags[index]["tokens"] for index in range(13)]
+    assert torch.equal(probe(*pad_bags(bags)), engine.grid.probe(3)(*pad_bags(bags)))
+    expected = {
+        "pooler": "learned_attention",
+        "learning_rate": 0.01,
+        "step": 20,
+        "seed": 42,
+        "validation_macro_auprc": 0.4,
+        "dim": 7,
+        "class_names": CLASSES,
+        "encoder": "dale_ct_2s",
+        "encoder_id": "sha256:dale_ct_2s",
+        "preprocessing": "cropped_256",
+        "slice_order": "feet_to_head",
+    }
+    assert {name: card[name] for name in expected} == expected
+    assert card["thresholds"] == engine.best.thresholds.tolist()
+    assert card["undefined_classes"]["auroc"] == ["Pleural effusion"]
+
+
+def test_card_is_strict_json_even_without_any_defined_class(engine: Engine, tmp_path: Path) -> None:
+    engine.state.reports["probe"]["macro"]["auroc"] = float("nan")
+    ProbeReport(tmp_path, seed=42).attach(engine)
+    engine.run([0], max_epochs=1)
+    assert (
+        json.loads((tmp_path / "probe.json").read_text(), parse_constant=pytest.fail)["test"]["auroc"] is None
+    )
+
+
+def test_per_class_table_names_an_undefined_metric(engine: Engine, tmp_path: Path) -> None:
+    ProbeReport(tmp_path, seed=42).attach(engine)
+    engine.run([0], max_epochs=1)
+    with (tmp_path / "per_class.csv").open(newline="") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert list(rows) == CLASSES
+    labels = engine.test_bags.labels
+    for index, name in enumerate(CLASSES[:2]):
+        per_class = engine.state.reports["probe"]["per_class"][name]
+        assert float(rows[name]["auroc"]) == pytest.approx(per_class["auroc"], abs=1e-6)
+        assert float(rows[name]["auprc_of_prevalence"]) == pytest.approx(
+            float(labels[:, index].mean()), abs=1e-6
+        )
+        assert int(rows[name]["positives"]) == int(labels[:, index].sum())
+        assert rows[name]["volumes"] == "13"
+    assert rows["Pleural effusion"]["auroc"] == rows["Pleural effusion"]["f1"] == "nan"
+    assert rows["Pleural effusion"]["threshold"] == "0.500000"
+
+
+def test_picture_is_drawn(engine: Engine, tmp_path: Path) -> None:
+    ProbeReport(tmp_path, seed=42).attach(engine)
+    engine.run([0], max_epochs=1)
+    with Image.open(tmp_path / "per_class.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
+    assert {(0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)} <= colours
+
+
+def test_run_that_was_asked_to_stop_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
+    engine.state.stopped_early = True
+    ProbeReport(tmp_path, seed=42).attach(engine)
+    engine.run([0], max_epochs=1)
+    assert list(tmp_path.glob("probe*")) + list(tmp_path.glob("per_class*")) == []

@@ -1,0 +1,89 @@
+"""Encoder weights travel with the facts they depend on."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.networks.encoder import cls_and_patches, encoder_id, load_encoder, save_encoder
+
+IDENTITY = {"patch_size_px": 8, "slice_axes": "yx"}
+
+
+def tiny_vit(embed_dim: int = 12, registers: str = "vit_large_patch14_dinov2") -> torch.nn.Module:
+    return timm.create_model(
+        registers,
+        in_chans=1,
+        num_classes=0,
+        dynamic_img_size=True,
+        img_size=32,
+        patch_size=8,
+        embed_dim=embed_dim,
+        depth=1,
+        num_heads=2,
+    )
+
+
+def test_cls_and_patches_are_the_tokens_after_the_final_norm_in_row_major_order():
+    torch.manual_seed(0)
+    vit = tiny_vit().eval()
+    images = torch.randn(3, 1, 16, 24)
+    cls, patches = cls_and_patches(vit, images)
+    assert cls.shape == (3, 12)
+    assert patches.shape == (3, 2 * 3, 12)
+    torch.testing.assert_close(cls, vit(images), rtol=1e-4, atol=1e-4)  # timm's own pooled output
+    tokens = vit.norm(vit.forward_intermediates(images, norm=False, intermediates_only=False)[0])
+    torch.testing.assert_close(patches, tokens[:, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_register_tokens_are_not_patches():
+    vit = tiny_vit(registers="vit_large_patch14_reg4_dinov2").eval()
+    assert cls_and_patches(vit, torch.randn(2, 1, 16, 16))[1].shape == (2, 4, 12)
+
+
+def test_saved_weights_have_plain_timm_keys_and_load_into_the_same_tokens(tmp_path):
+    torch.manual_seed(0)
+    trained, fresh = tiny_vit().eval(), tiny_vit().eval()
+    path = tmp_path / "models" / "model.safetensors"
+    save_encoder(trained, path, IDENTITY)
+    assert load_file(path).keys() == trained.state_dict().keys()
+    images = torch.randn(2, 1, 16, 16)
+    load_encoder(fresh, path, IDENTITY)
+    torch.testing.assert_close(fresh(images), trained(images), rtol=0, atol=0)
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_weights_for_another_input_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_encoder(tiny_vit(), path, IDENTITY)
+    with pytest.raises(ValueError, match=r"slice_axes of '.*' must be 'xy' as this bundle states, got 'yx'"):
+        load_encoder(tiny_vit(), path, {"slice_axes": "xy"})
+    with pytest.raises(ValueError, match=r"must have shape .*\b14\b.*got .*\b12\b"):
+        load_encoder(tiny_vit(embed_dim=14), path, IDENTITY)
+
+
+def test_missing_and_extra_keys_are_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = dict(tiny_vit().state_dict())
+    tensors["extra"] = tensors.pop("norm.bias")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"missing \['norm.bias'\], extra \['extra'\]"):
+        load_encoder(tiny_vit(), path, {})
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Train the bundle first, or download it"):
+        load_encoder(tiny_vit(), tmp_path / "none.safetensors", {})
+
+
+def test_null_keeps_random_weights_and_says_so(caplog):
+    vit = tiny_vit()
+    assert load_encoder(vit, None, {}) is vit
+    assert "random initial weights" in caplog.text
+
+
+def test_encoder_id_follows_the_bytes(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert encoder_id(path, seed=0) == "sha256:ba7816bf8f01cfea"  # FIPS 180-2's own example
+    assert encoder_id(None, seed=7) == "random:7"

@@ -1,0 +1,171 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from common.data.bag_batches import pad_bags
+from common.networks.mil_probe import MILProbe, ProbeGrid, load_probe, probe_name, save_probe
+from common.networks.poolers import POOLERS, build_pooler
+
+RATES = [0.1, 0.03, 0.01, 0.003]
+DIM, CLASSES = 7, 3
+
+
+def grid(**changes: Any) -> ProbeGrid:
+    settings = {
+        "poolers": list(POOLERS),
+        "learning_rates": RATES,
+        "dim": DIM,
+        "num_classes": CLASSES,
+        "seed": 5,
+    }
+    return ProbeGrid(**settings | changes)
+
+
+def bags(lengths: tuple[int, ...] = (4, 1, 6, 2, 5)) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(length, DIM, generator=generator, dtype=torch.float64) for length in lengths]
+
+
+def scramble(network: nn.Module) -> None:
+    """Give every probe weights of its own, as after training."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def test_grid_names_every_pair_once_rates_first() -> None:
+    names = grid().names
+    assert len(set(names)) == 20
+    assert names[0] == ("average", 0.1)
+    assert names[7] == ("learned_attention", 0.03)
+
+
+def test_every_probe_of_the_grid_equals_the_probe_alone() -> None:
+    network = grid().double()
+    scramble(network)
+    logits = network(network.fixed_features(bags()), bags())
+    assert logits.shape == (20, 5, CLASSES)
+    for index in range(20):
+        torch.testing.assert_close(
+            network.probe(index)(*pad_bags(bags())), logits[index], rtol=1e-12, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    "poolers", [["average", "max"], ["learned_attention"], ["multi_learned_attention", "max"]]
+)
+def test_any_choice_of_poolers_makes_a_grid(poolers: list[str]) -> None:
+    network = grid(poolers=poolers, learning_rates=[0.1, 0.2, 0.3]).double()
+    scramble(network)
+    logits = network(network.fixed_features(bags()), bags())
+    for index, (name, _) in enumerate(network.names):
+        assert name == poolers[index % len(poolers)]
+        torch.testing.assert_close(
+            network.probe(index)(*pad_bags(bags())), logits[index], rtol=1e-12, atol=1e-12
+        )
+
+
+def test_gradient_of_the_summed_loss_is_each_probes_own() -> None:
+    network = grid().double()
+    scramble(network)
+    targets = (torch.arange(15).reshape(5, CLASSES) % 2).double()
+    loss = nn.functional.binary_cross_entropy_with_logits
+    logits = network(network.fixed_features(bags()), bags())
+    sum(loss(of_probe, targets) for of_probe in logits).backward()
+    for index, (name, _) in enumerate(network.names):
+        alone = network.probe(index)
+        loss(alone(*pad_bags(bags())), targets).backward()
+        rate, place = divmod(index, 5)
+        torch.testing.assert_close(network.weights[rate].grad[place], alone.classifier.weight.grad)
+        torch.testing.assert_close(network.biases[rate].grad[place], alone.classifier.bias.grad)
+        own = {"learned_attention": slice(0, 1), "multi_learned_attention": slice(1, 5)}.get(name)
+        if own is not None:
+            torch.testing.assert_close(network.queries[rate].grad[own], alone.pooler.queries.grad)
+
+
+def test_initial_weights_depend_on_seed_and_pooler_only() -> None:
+    network, other = grid(), grid(poolers=["multi_learned_attention", "average"], learning_rates=[7.0])
+    for index, (name, _) in enumerate(network.names):
+        torch.manual_seed(5)
+        alone = MILProbe(build_pooler(name, DIM), DIM, CLASSES)
+        for key, tensor in network.probe(index).state_dict().items():
+            assert torch.equal(tensor, alone.state_dict()[key])
+    assert torch.equal(other.probe(0).pooler.queries, network.probe(4).pooler.queries)
+    assert not torch.equal(grid(seed=6).weights[0], network.weights[0])
+
+
+def test_making_a_grid_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    grid()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_each_learning_rate_is_a_parameter_group_and_none_is_forgotten() -> None:
+    network = grid()
+    groups = network.parameter_groups()
+    assert [group["lr"] for group in groups] == RATES
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in network.parameters())
+    assert sum(p.numel() for p in network.parameters()) == 4 * (5 * (DIM * CLASSES + CLASSES) + 5 * DIM)
+
+
+def test_a_diverged_probe_leaves_the_others_alone() -> None:
+    network = grid(learning_rates=[0.1, 0.2]).double()
+    broken = grid(learning_rates=[0.1, 0.2]).double()
+    with torch.no_grad():
+        broken.queries[1][2, 3] = math.nan
+    for each in (network, broken):
+        logits = each(each.fixed_features(bags()), bags())
+        nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)).backward()
+    assert torch.isnan(broken.weights[1].grad[4]).all()
+    assert torch.equal(broken.weights[1].grad[:4], network.weights[1].grad[:4])
+    assert torch.equal(broken.queries[0].grad, network.queries[0].grad)
+
+
+def test_half_precision_bags_are_read_in_the_probes_precision() -> None:
+    network = grid()
+    halves = [bag.half() for bag in bags()]
+    logits = network(network.fixed_features(halves), halves)
+    singles = [bag.float() for bag in halves]
+    assert torch.equal(logits, network(network.fixed_features(singles), singles))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"poolers": []}, r"poolers must be given, each once, got \[\]"),
+        ({"poolers": ["max", "max"]}, r"poolers must be given, each once, got \['max', 'max'\]"),
+        ({"learning_rates": [0.1, 0.1]}, r"learning_rates must be given, each once, got \[0.1, 0.1\]"),
+        ({"poolers": ["median"]}, "pooler must be one of .*, got 'median'"),
+    ],
+)
+def test_impossible_grid_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grid(**changes)
+
+
+@pytest.mark.parametrize("name", POOLERS)
+def test_saved_probe_comes_back_with_its_card(tmp_path: Path, name: str) -> None:
+    probe = MILProbe(build_pooler(name, DIM), DIM, CLASSES)
+    card = {"pooler": name, "dim": DIM, "class_names": ["a", "b", "c"], "thresholds": [0.1, 0.2, 0.3]}
+    save_probe(tmp_path / "new", probe, card)
+    loaded, loaded_card = load_probe(tmp_path / "new")
+    assert loaded_card == card
+    singles = [bag.float() for bag in bags()]
+    assert torch.equal(loaded(*pad_bags(singles)), probe(*pad_bags(singles)))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["probe.json", "probe.safetensors"]
+
+
+def test_missing_probe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="probe must be a folder with 'probe.safetensors', got"):
+        load_probe(tmp_path)
+
+
+def test_probe_names_are_short() -> None:
+    assert probe_name("average", 0.003) == "average/lr_0.003"

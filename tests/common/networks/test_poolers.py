@@ -1,0 +1,154 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.networks.poolers import (
+    POOLERS,
+    LearnedQueryAttentionPool,
+    MaxPool,
+    MeanPool,
+    MeanQueryAttentionPool,
+    build_pooler,
+)
+
+LENGTHS = (5, 2, 3)
+DIM = 7
+each_pooler = pytest.mark.parametrize("name", POOLERS)
+
+
+def ragged(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, DIM, generator=generator, dtype=torch.float64) for length in LENGTHS]
+
+
+def padded(bags: list[torch.Tensor], padding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = torch.full((len(bags), max(map(len, bags)), DIM), padding, dtype=torch.float64)
+    mask = torch.zeros(batch.shape[:2], dtype=torch.bool)
+    for row, bag in enumerate(bags):
+        batch[row, : len(bag)] = bag
+        mask[row, : len(bag)] = True
+    return batch, mask
+
+
+def attention_by_hand(queries: np.ndarray, bag: np.ndarray) -> np.ndarray:
+    """Mean over the queries of sum_s softmax_s(q x_s / sqrt(D)) x_s, element by element."""
+    outputs = []
+    for query in queries:
+        scores = [sum(q * x for q, x in zip(query, row, strict=True)) / math.sqrt(DIM) for row in bag]
+        weights = [math.exp(score) / sum(math.exp(other) for other in scores) for score in scores]
+        outputs.append(sum(weight * row for weight, row in zip(weights, bag, strict=True)))
+    return np.mean(outputs, axis=0)
+
+
+def reference(pooler: nn.Module, bag: torch.Tensor) -> np.ndarray:
+    rows = bag.numpy()
+    if isinstance(pooler, MeanPool):
+        return sum(rows) / len(rows)
+    if isinstance(pooler, MaxPool):
+        return np.array([max(column) for column in rows.T])
+    if isinstance(pooler, MeanQueryAttentionPool):
+        return attention_by_hand((sum(rows) / len(rows))[None], rows)
+    return attention_by_hand(pooler.queries.detach().numpy(), rows)
+
+
+@each_pooler
+def test_pooling_equals_the_equation_bag_by_bag(name: str) -> None:
+    bags = ragged()
+    pooler = build_pooler(name, DIM).double()
+    pooled = pooler(*padded(bags)).detach().numpy()
+    np.testing.assert_allclose(pooled, [reference(pooler, bag) for bag in bags], rtol=1e-12)
+
+
+@each_pooler
+def test_padding_never_matters(name: str) -> None:
+    pooler = build_pooler(name, DIM).double()
+    zeros = pooler(*padded(ragged()))
+    for padding in (1e3, math.inf, math.nan):
+        assert torch.equal(pooler(*padded(ragged(), padding)), zeros)
+
+
+@each_pooler
+def test_order_of_slices_does_not_matter(name: str) -> None:
+    pooler = build_pooler(name, DIM).double()
+    backwards = [bag.flip(0) for bag in ragged()]
+    torch.testing.assert_close(pooler(*padded(backwards)), pooler(*padded(ragged())), rtol=1e-12, atol=0)
+
+
+@each_pooler
+def test_one_slice_is_its_own_pooling(name: str) -> None:
+    slices = torch.randn(3, 1, DIM)
+    pooled = build_pooler(name, DIM)(slices, torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(pooled, slices[:, 0])
+
+
+@each_pooler
+def test_gradient_with_respect_to_slices_and_queries_is_the_derivative(name: str) -> None:
+    pooler = build_pooler(name, DIM).double()
+    batch, mask = padded(ragged())
+    parameters = list(pooler.parameters())
+    assert torch.autograd.gradcheck(
+        lambda slices, *queries: torch.func.functional_call(
+            pooler, dict(zip(["queries"], queries, strict=False)), (slices, mask)
+        ),
+        (batch.requires_grad_(), *parameters),
+    )
+
+
+def test_four_queries_give_the_mean_of_four_single_queries() -> None:
+    together = LearnedQueryAttentionPool(DIM, num_queries=4).double()
+    alone = LearnedQueryAttentionPool(DIM, num_queries=1).double()
+    outputs = []
+    for query in together.queries.detach():
+        alone.queries.data = query[None].clone()
+        outputs.append(alone(*padded(ragged())))
+    torch.testing.assert_close(together(*padded(ragged())), torch.stack(outputs).mean(0), rtol=1e-12, atol=0)
+
+
+def test_query_of_zeros_averages() -> None:
+    pooler = LearnedQueryAttentionPool(DIM, num_queries=1).double()
+    nn.init.zeros_(pooler.queries)
+    torch.testing.assert_close(pooler(*padded(ragged())), MeanPool()(*padded(ragged())))
+
+
+def test_queries_start_with_variance_one_over_dim() -> None:
+    torch.manual_seed(0)
+    queries = LearnedQueryAttentionPool(1024, num_queries=100).queries
+    assert float(queries.detach().pow(2).mean()) == pytest.approx(1 / 1024, rel=0.02)
+
+
+def test_the_five_poolings_have_the_papers_parameters() -> None:
+    counts = {name: sum(p.numel() for p in build_pooler(name, DIM).parameters()) for name in POOLERS}
+    assert counts == {
+        "average": 0,
+        "max": 0,
+        "learned_attention": DIM,
+        "average_attention": 0,
+        "multi_learned_attention": 4 * DIM,
+    }
+
+
+@each_pooler
+def test_mask_of_another_shape_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"mask must have shape \(B, S\) = \(3, 5\), got \(3, 4\)\."):
+        build_pooler(name, DIM).double()(padded(ragged())[0], torch.ones(3, 4, dtype=torch.bool))
+
+
+@each_pooler
+def test_empty_bag_is_refused(name: str) -> None:
+    batch, mask = padded(ragged())
+    mask[1] = False
+    with pytest.raises(ValueError, match="bags must hold at least one slice, got 0 for bag 1 of the batch"):
+        build_pooler(name, DIM).double()(batch, mask)
+
+
+def test_attention_without_a_query_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_queries must be at least 1, got 0"):
+        LearnedQueryAttentionPool(DIM, num_queries=0)
+
+
+def test_unknown_pooler_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pooler must be one of \['average', .*\], got 'median'"):
+        build_pooler("median", DIM)

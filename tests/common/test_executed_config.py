@@ -1,0 +1,62 @@
+"""The executed config is what MONAI runs, and a misspelt knob is an error."""
+
+import json
+
+import pytest
+
+from common.executed_config import executed_config, knobs_that_bind
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    (tmp_path / "configs").mkdir()
+    content = {"slab_mm": 12.0, "train": {"trainer": {"max_epochs": 3}}, "scales": [0.3, 0.6], "net": None}
+    (tmp_path / "configs" / "train.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def command(bundle, *words):
+    return ["monai.bundle", "run", "--config_file", str(bundle / "configs" / "train.json"), *words]
+
+
+def test_overrides_of_the_command_line_are_merged(bundle):
+    words = ["--slab_mm", "5", "--train::trainer::max_epochs=7", "--scales", "[0.1, 0.2]", "--bundle_root"]
+    with pytest.raises(ValueError, match="bundle_root"):  # not a knob of this little bundle
+        executed_config(str(bundle), "train.json", command(bundle, *words))
+    config = executed_config(str(bundle), "train.json", command(bundle, *words[:-1]))
+    assert config["slab_mm"] == 5
+    assert config["train"]["trainer"]["max_epochs"] == 7
+    assert config["scales"] == [0.1, 0.2]
+
+
+def test_further_config_files_are_merged_and_checked(bundle):
+    overlay = bundle / "demo.json"
+    overlay.write_text(json.dumps({"slab_mm": 6.0}))
+    files = f"['{bundle / 'configs' / 'train.json'}', '{overlay}']"
+    argv = ["monai.bundle", "run", "--config_file", files]
+    assert executed_config(str(bundle), "train.json", argv)["slab_mm"] == 6.0
+    overlay.write_text(json.dumps({"slab_mn": 6.0}))
+    with pytest.raises(ValueError, match=r"got 'slab_mn' in '.*demo.json'. Did you mean 'slab_mm'"):
+        executed_config(str(bundle), "train.json", argv)
+
+
+@pytest.mark.parametrize("knob", ["--slab_mn", "--train::trainer::max_epoch", "--scales::2"])
+def test_an_unknown_knob_is_named_with_the_nearest_one(bundle, knob):
+    with pytest.raises(ValueError, match=f"got '{knob[2:]}' in the command line"):
+        executed_config(str(bundle), "train.json", command(bundle, knob, "1"))
+
+
+@pytest.mark.parametrize("word", ["None", "null"])
+def test_a_bare_none_which_monai_ignores_is_refused(bundle, word):
+    with pytest.raises(ValueError, match=r"net must be '\$None' \(quoted\) to be null"):
+        executed_config(str(bundle), "train.json", command(bundle, "--net", word))
+    assert executed_config(str(bundle), "train.json", command(bundle, "--net", "$None"))["net"] == "$None"
+
+
+def test_without_monais_command_line_the_bundles_own_file_counts(bundle):
+    assert executed_config(str(bundle), "train.json", ["pytest", "-q"])["slab_mm"] == 12.0
+
+
+def test_binding_knobs_leave_out_components_and_what_may_change():
+    config = {"seed": 1, "output_dir": "x", "net": {"_target_": "Net"}, "run": ["$1"], "_desc_": ""}
+    assert knobs_that_bind(config, free=["output_dir"]) == {"seed": 1}

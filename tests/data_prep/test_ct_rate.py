@@ -1,0 +1,223 @@
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.labels import load_labels
+from data_prep.ct_rate import find_ct_rate, find_volumes, read_metadata, read_no_chest
+from data_prep.rejection import EXCLUDED
+from data_prep.rexgroundingct import Annotation
+from data_prep.source_volume import Rescale
+
+
+def test_volumes_come_with_everything_the_dataset_says(tiny: Any) -> None:
+    paths = [tiny.add(name) for name in ("train_2_a_1", "train_1_a_1")]
+    tiny.ts_path("train_1_a_1", "train").parent.mkdir(parents=True)
+    tiny.ts_path("train_1_a_1", "train").touch()
+    rex = Annotation(Path("masks/train_2_a_1.nii.gz"), ("1a",))
+    sources, rejected = find_ct_rate(tiny.root, "train", annotations={"train_2_a_1": rex})
+    assert rejected == []
+    first, second = sources
+    assert (first.volume, second.volume) == ("train_1_a_1", "train_2_a_1")
+    assert (first.ct, second.ct) == (paths[1], paths[0])
+    assert (first.ts, second.ts) == (tiny.ts_path("train_1_a_1", "train"), None)
+    assert (first.rex, second.rex) == (None, rex)
+    assert first.rescale == Rescale(1, -1024, (0.7, 0.8, 1.5))
+    assert first.form == "v2"
+    assert first.labels == {label.name: label.index % 2 for label in load_labels("ct_rate")}
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "folder", "form"),
+    [
+        (["train_fixed", "train"], "auto", "train_fixed", "v2"),
+        (["train_fixed", "train"], "v1", "train", "v1"),
+        (["train_fixed"], "auto", "train_fixed", "v2"),
+        (["train"], "auto", "train", "v1"),
+        (["train"], "v2", "train", "v2"),
+        ([""], "auto", "", "auto"),
+        ([""], "v1", "", "v1"),
+    ],
+)
+def test_the_folder_tells_the_form(
+    present: list[str], asked: str, folder: str, form: str, tmp_path: Path
+) -> None:
+    for name in present:
+        path = tmp_path / "dataset" / name / "train_1_a_1.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = find_volumes(tmp_path, "train", asked)
+    assert found.form == form
+    assert found.files == {"train_1_a_1": [tmp_path / "dataset" / folder / "train_1_a_1.nii.gz"]}
+
+
+def test_a_flat_folder_is_searched_for_the_split_and_not_for_masks(tmp_path: Path) -> None:
+    for name in (
+        "train_1_a_1",
+        "valid_1_a_1",
+        "ts_seg/ts_total/train_1_a_1",
+        "rex/segmentations/train_1_a_1",
+    ):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert find_volumes(tmp_path, "train", "auto").files == {"train_1_a_1": [tmp_path / "train_1_a_1.nii.gz"]}
+    assert list(find_volumes(tmp_path, "valid", "auto").files) == ["valid_1_a_1"]
+
+
+def test_validation_tables_have_their_own_names(tiny: Any) -> None:
+    tiny.add("valid_1_a_1", split="valid")
+    sources, _ = find_ct_rate(tiny.root, "valid")
+    assert [source.split for source in sources] == ["valid"]
+    assert sources[0].labels is not None
+
+
+def rejections(tiny: Any) -> dict[str, tuple[str, str]]:
+    _, rejected = find_ct_rate(tiny.root, "train")
+    return {item.volume: (item.reason, item.detail) for item in rejected}
+
+
+def test_a_volume_the_metadata_lacks_or_has_twice_is_rejected(tiny: Any) -> None:
+    for name in ("train_1_a_1", "train_2_a_1", "train_3_a_1"):
+        tiny.add(name)
+    tiny.rows = [row for row in tiny.rows if not row["VolumeName"].startswith("train_2")] + [tiny.rows[2]]
+    tiny.write_tables()
+    assert rejections(tiny) == {
+        "train_2_a_1": (
+            "metadata",
+            "a volume must have one row in the metadata, but train_2_a_1 is not in it",
+        ),
+        "train_3_a_1": (
+            "metadata",
+            "a volume must have one row in the metadata, but train_3_a_1 is in it 2 times",
+        ),
+    }
+
+
+def test_scans_of_other_body_parts_are_left_out(tiny: Any) -> None:
+    """The list names volumes by the paths of another form of the dataset."""
+    tiny.add("train_1_a_1")
+    tiny.add("train_2_a_1")
+    listing = tiny.root / "dataset" / "metadata" / "no_chest_train.txt"
+    listing.write_text("/data/dataset/train/train_2/train_2_a/train_2_a_1.nii.gz\n\n")
+    assert rejections(tiny) == {"train_2_a_1": (EXCLUDED, "listed in no_chest_train.txt")}
+
+
+def test_lists_of_windows_and_bare_names_are_read(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(
+        "\ufefftrain_1_a_1\r\ntrain\\train_2\\train_2_a_1.nii.gz\r\n", encoding="utf-8"
+    )
+    assert read_no_chest(tmp_path / "list.txt") == {"train_1_a_1", "train_2_a_1"}
+
+
+def test_a_missing_list_is_said(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.add("train_1_a_1")
+    with caplog.at_level(logging.WARNING):
+        assert find_ct_rate(tiny.root, "train")[1] == []
+    assert "no list no_chest_<split>.txt" in caplog.text
+    assert "Shards will hold no TotalSegmentator ids" in caplog.text
+
+
+def test_two_files_of_a_volume_are_rejected(tiny: Any) -> None:
+    path = tiny.add("train_1_a_1")
+    path.with_name("train_1_a_1.nii").write_bytes(b"")
+    reason, detail = rejections(tiny)["train_1_a_1"]
+    assert reason == "duplicate"
+    assert detail.startswith("a volume must be one file, got")
+
+
+def test_two_label_maps_of_a_volume_are_rejected(tiny: Any) -> None:
+    tiny.add("train_1_a_1")
+    for suffix in (".nii", ".nii.gz"):
+        path = tiny.ts_path("train_1_a_1", "train").with_name(f"train_1_a_1{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert rejections(tiny)["train_1_a_1"][1].startswith("a label map must be one file, got")
+
+
+@pytest.mark.parametrize(
+    ("row", "rescale"),
+    [
+        ({"ZSpacing": ""}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(0.7, 0.8, nan))"),
+        ({"ZSpacing": "nan"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(0.7, 0.8, nan))"),
+        ({"ZSpacing": "thin"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(0.7, 0.8, nan))"),
+        ({"XYSpacing": ""}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
+        ({"XYSpacing": "[0.7]"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
+        ({"XYSpacing": "0.7"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
+        ({"XYSpacing": '["a", [1]]'}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
+        (
+            {"RescaleIntercept": "-8192.0"},
+            "Rescale(slope=1.0, intercept=-8192.0, spacing_mm=(0.7, 0.8, 1.5))",
+        ),
+        ({"RescaleSlope": ""}, "Rescale(slope=nan, intercept=-1024.0, spacing_mm=(0.7, 0.8, 1.5))"),
+        ({"RescaleIntercept": "0"}, "Rescale(slope=1.0, intercept=0.0, spacing_mm=(0.7, 0.8, 1.5))"),
+    ],
+)
+def test_fields_of_the_metadata_are_read_without_a_guess(
+    row: dict[str, str], rescale: str, tiny: Any
+) -> None:
+    tiny.add("train_1_a_1", **row)
+    sources, _ = find_ct_rate(tiny.root, "train")
+    assert str(sources[0].rescale) == rescale
+
+
+def test_tables_may_lie_in_the_root(tiny: Any) -> None:
+    tiny.add("train_1_a_1")
+    table = tiny.root / "dataset" / "metadata" / "train_metadata.csv"
+    table.rename(tiny.root / "train_metadata.csv")
+    assert len(find_ct_rate(tiny.root, "train")[0]) == 1
+
+
+def test_missing_labels_are_said(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.add("train_1_a_1")
+    (tiny.root / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert find_ct_rate(tiny.root, "train")[0][0].labels is None
+    assert "Shards will hold no labels" in caplog.text
+
+
+def test_label_maps_may_lie_elsewhere(tiny: Any, tmp_path: Path) -> None:
+    tiny.add("train_1_a_1")
+    (tmp_path / "maps").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="totalsegmentator must hold NIfTI label maps, got none in '.*maps'"
+    ):
+        find_ct_rate(tiny.root, "train", totalsegmentator=tmp_path / "maps")
+    (tmp_path / "maps" / "train_1_a_1.nii.gz").touch()
+    sources, _ = find_ct_rate(tiny.root, "train", totalsegmentator=tmp_path / "maps")
+    assert sources[0].ts == tmp_path / "maps" / "train_1_a_1.nii.gz"
+    with pytest.raises(
+        FileNotFoundError, match="totalsegmentator must be a folder, got '.*nowhere', which is none"
+    ):
+        find_ct_rate(tiny.root, "train", totalsegmentator=tmp_path / "nowhere")
+
+
+def test_what_is_not_there_is_named(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"root must hold volumes train_\*\.nii\.gz, got none in '.*train_fixed'"
+    ):
+        find_ct_rate(tmp_path / "nowhere", "train")
+    tiny.add("train_1_a_1")
+    (tiny.root / "dataset" / "metadata" / "train_metadata.csv").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"root must hold dataset/metadata/train_metadata\.csv, got none in"
+    ):
+        find_ct_rate(tiny.root, "train")
+
+
+def test_other_splits_and_forms_are_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"split must be one of \['train', 'valid'\], got 'test'"):
+        find_ct_rate(tiny.root, "test")
+    with pytest.raises(ValueError, match=r"form must be one of \('auto', 'v1', 'v2'\), got 'v3'"):
+        find_ct_rate(tiny.root, "train", form="v3")
+
+
+def test_metadata_without_a_column_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "m.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["VolumeName", "RescaleSlope", "XYSpacing"], ["a", "1", "[1, 1]"]])
+    with pytest.raises(
+        ValueError, match=r"m\.csv' must have the columns .*, got none of \['RescaleIntercept', 'ZSp"
+    ):
+        read_metadata(tmp_path / "m.csv")
