@@ -41,8 +41,9 @@ def write_manifest(out: Path) -> None:
 
 
 def _manifest_rows(shard: str, index: ShardIndex) -> list[list[object]]:
+    first_samples = index.first_sample
     return [
-        [volume, index.split, shard, index.first_sample[i], index.num_slices[i]]
+        [volume, index.split, shard, first_samples[i], index.num_slices[i]]
         + [f"{mm:g}" for mm in index.spacing_mm[i]]
         + [*index.shape[i], "x".join(map(str, index.original_shape[i])), index.original_axcodes[i]]
         + [int(index.has_ts[i]), int(index.has_rex[i])]

@@ -180,8 +180,8 @@ def _spacing_mm(row: Mapping[str, str]) -> tuple[float, float, float]:
 def _number(value: str | float | None) -> float:
     """Return a field as a number, NaN where it is none: the checks behind name it."""
     try:
-        return float(value or "nan")
-    except ValueError:
+        return float(value)  # type: ignore[arg-type]  # None is one of the things it may turn out to be
+    except (TypeError, ValueError):
         return math.nan
 
 
@@ -213,9 +213,7 @@ def _label_maps(root: Path, split: str, stated: Path | None) -> dict[str, list[P
 def _table(root: Path, name: str) -> Path:
     path = _optional_table(root, name)
     if path is None:
-        raise FileNotFoundError(
-            f"root must hold '{name}', got none in '{root / 'dataset' / 'metadata'}' nor '{root}'."
-        )
+        raise FileNotFoundError(f"root must hold dataset/metadata/{name}, got none in '{root}'.")
     return path
 
 

@@ -8,7 +8,7 @@ is analytic (:mod:`data_prep.phantom_anatomy`): no patient's data go into it. Al
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ def phantom(
 
 def write_cohort(
     out: Path, num_volumes: int, settings: Settings, num_processes: int | None = None
-) -> Iterator[ScanId]:
+) -> Generator[ScanId, None, None]:
     """Write a cohort; volumes that are there already are kept.
 
     Args:

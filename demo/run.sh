@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
-VOLUMES=${VOLUMES:-300}
+VOLUMES=${VOLUMES:-480}
 OUT=demo/out
 ENCODER=bundles/dale_ct_2s
 PROBE=bundles/eval_ct_rate
@@ -17,7 +17,8 @@ run() { printf '$ %s\n' "${*//$PYTHON/python}"; "$@"; }
 started=$SECONDS
 
 step "1. A synthetic chest-CT cohort in CT-RATE's layout, with labels and masks"
-run "$PYTHON" -m data_prep phantom --volumes "$VOLUMES" --out "$OUT/cohort" --seed 1 --matrix 192 --spacing 3 --spacing 5
+run "$PYTHON" -m data_prep phantom --volumes "$VOLUMES" --out "$OUT/cohort" --seed 1 --matrix 128 \
+    --spacing-mm 4 6 --valid-share 0.3
 
 step "2. WebDataset shards: HU slices, organ masks, findings"
 run "$PYTHON" -m data_prep ct-rate --root "$OUT/cohort" --split train --out "$OUT/shards" \

@@ -41,7 +41,7 @@ class ShardIndex(NamedTuple):
         plan: fingerprint of what the shard was to hold; empty where the writer gave none.
         tar_bytes: size of the tar, so that a truncated or exchanged one is noticed.
         member_offset: ``(S, F)`` int64, first byte of a member's data in the tar; -1 where absent.
-        member_size: ``(S, F)`` int64, its bytes; -1 where absent.
+        member_size: ``(S, F)`` int32, its bytes; -1 where absent.
         volume: ``(N,)`` names, in the order of their slices.
         num_slices: ``(N,)``.
         spacing_mm: ``(N, 3)`` as (x, y, z).
@@ -197,7 +197,7 @@ class IndexBuilder:
             plan=np.array(plan),
             tar_bytes=np.int64(tar_bytes),
             member_offset=members[..., 0],
-            member_size=members[..., 1],
+            member_size=members[..., 1].astype(np.int32),
             volume=np.array(list(self.volumes), np.str_),
             num_slices=self._column("num_slices", np.int64),
             spacing_mm=self._column("spacing_mm", np.float64, 3),

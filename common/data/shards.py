@@ -112,8 +112,8 @@ def write_shard(
 class ShardSet:
     """All shards of one split, every slice of which is one read away.
 
-    Holds the indices only. Safe to fork, to pickle and to share between threads: reads state their position.
-    A process keeps at most 256 shards open, whatever the size of the cohort.
+    Holds the indices only, about 50 bytes a slice. Safe to fork, to pickle and to share between threads:
+    reads state their position. A process keeps at most 256 shards open, whatever the size of the cohort.
 
     Args:
         folder: where the shards and their indices are.
@@ -253,12 +253,12 @@ def _shards_of(folder: Path, split: str) -> list[Path]:
 
 
 def _entries(shard: str, index: ShardIndex) -> list[VolumeEntry]:
-    names = index.label_names.tolist()
+    names, first_samples = index.label_names.tolist(), index.first_sample.tolist()
     return [
         VolumeEntry(
             volume=str(index.volume[i]),
             shard=shard,
-            first_sample=int(index.first_sample[i]),
+            first_sample=first_samples[i],
             num_slices=int(index.num_slices[i]),
             spacing_mm=tuple(index.spacing_mm[i].tolist()),
             shape=tuple(index.shape[i].tolist()),

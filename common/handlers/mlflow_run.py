@@ -78,7 +78,7 @@ class MLflowRun:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._batch_wanted)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._batch_there)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._log)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._log_if_due)
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._upload)
         engine.add_event_handler(Events.COMPLETED, self._finish)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
@@ -116,7 +116,9 @@ class MLflowRun:
         if self.tracking_uri.startswith("sqlite:///"):
             database = Path(self.tracking_uri.removeprefix("sqlite:///")).resolve()
             location = (database.parent / "mlartifacts").as_uri()
-        return self.client.create_experiment(self.experiment, artifact_location=location)
+        # without its kind MLflow's pages show an experiment as one of language models
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return self.client.create_experiment(self.experiment, artifact_location=location, tags=kind)
 
     def _batch_wanted(self, engine: Engine) -> None:
         self.wanted = time.perf_counter()
@@ -124,17 +126,19 @@ class MLflowRun:
     def _batch_there(self, engine: Engine) -> None:
         self.wait += time.perf_counter() - self.wanted
 
+    def _log_if_due(self, engine: Engine) -> None:
+        if engine.state.iteration % self.log_every == 0 or engine.state.iteration == 1:
+            self._log(engine)
+
     def _log(self, engine: Engine) -> None:
         state: Any = engine.state
         step = state.iteration
-        if step % self.log_every and step != 1:
-            return
         values = {name: float(value) for name, value in state.output[0].items()}
         values |= {name: float(value) for name, value in state.metrics.items()}
         if self.optimizer is not None:
             values["lr"] = self.optimizer.param_groups[0]["lr"]
         now = time.perf_counter()
-        if self.items_per_step is not None:
+        if self.items_per_step is not None and step > self.last_step:
             values[self.rate_name] = (step - self.last_step) * self.items_per_step / (now - self.last_time)
             values["data_wait_share"] = self.wait / (now - self.last_time)
         self.last_step, self.last_time, self.wait = step, now, 0.0
@@ -157,6 +161,8 @@ class MLflowRun:
                     self.uploaded[name] = changed
 
     def _finish(self, engine: Engine) -> None:
+        if engine.state.output:  # with what handlers measured at the end
+            self._log(engine)
         self._upload(engine)
         status = RunStatus.KILLED if getattr(engine.state, "stopped_early", False) else RunStatus.FINISHED
         self.client.set_terminated(self.run_id, RunStatus.to_string(status))

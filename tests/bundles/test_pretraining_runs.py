@@ -219,3 +219,30 @@ def test_the_bundle_has_what_monais_training_contract_asks_for(shards, tmp_path,
     )
     workflow.initialize()
     assert workflow.check_properties() == []
+
+
+@pytest.mark.real_ct
+def test_real_cts_with_their_real_masks_train_a_few_steps(real_ct_dir, tmp_path):
+    pairs = {
+        "totalseg_example_ct_sm_3mm": "totalseg_example_sm_seg117_3mm",
+        "totalseg_dicom_ct_native": "totalseg_dicom_seg117_native",  # stored LAS, its CT LPS
+    }
+    for ct, mask in pairs.items():
+        for folder, name in (("ct", ct), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{ct}.nii.gz").symlink_to(real_ct_dir / f"{name}.nii.gz")
+    prepare = ["data_prep", "nifti", "ct", "--out", "shards", "--masks", "masks"]
+    prepared = subprocess.run(
+        [sys.executable, "-m", *prepare],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    result = run(tmp_path / "shards", tmp_path / "out", max_steps=3)
+    assert result.returncode == 0, result.stderr[-3000:]
+    values = record(tmp_path / "out", "out")[1].data.metrics
+    assert values["aux_ts_patch"] > 0
+    assert values["aux_rex_patch"] == 0  # none of the scans is annotated
+    assert values["loss"] > 0

@@ -1,4 +1,4 @@
-"""The analytic chest is a chest: lungs where they belong, lobes in their places, sides the right way round."""
+"""The analytic chest is a chest: lungs where they belong, lobes in their places, sides the right way."""
 
 import numpy as np
 import pytest

@@ -62,7 +62,7 @@ def load(path: Path) -> nib.Nifti1Image:
 @pytest.mark.parametrize("axcodes", ["LPS", "RAS", "LAS", "RPI"])
 def test_affine_places_each_voxel_of_any_orientation_at_the_same_point(volume: Volume, axcodes: str) -> None:
     shape = (5, 7, 11)
-    index = np.stack(np.indices(shape), axis=-1)
+    index = np.moveaxis(np.indices(shape), 0, -1)
     stored = stored_order(index, axcodes)
     assert stored.shape == (11, 7, 5, 3)
     affine = affine_of(volume.protocol, shape, axcodes)

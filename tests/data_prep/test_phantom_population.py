@@ -1,5 +1,7 @@
 """Who is in a cohort, with which diseases: the same for the same seed, at the stated prevalence."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -89,7 +91,7 @@ def test_sites_and_seeds_have_other_patients() -> None:
         ({"num_volumes": 1, "seed": 0, "valid_share": 1.5}, "valid_share must be in"),
     ],
 )
-def test_roster_refuses_arguments_out_of_range(arguments: dict[str, object], message: str) -> None:
+def test_roster_refuses_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roster(**arguments)
 

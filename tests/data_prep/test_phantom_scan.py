@@ -1,4 +1,4 @@
-"""A rendered volume: what its labels say is in the image, where its masks say, and nothing else has changed."""
+"""A rendered volume: what its labels say is in the image, where its masks say, and nowhere else."""
 
 import numpy as np
 import pytest
@@ -50,9 +50,8 @@ def test_a_label_changes_the_image_where_its_mask_says_and_only_there(healthy: V
 
 
 @pytest.mark.parametrize("label", CT_RATE_LABELS)
-def test_a_label_is_seldom_too_faint_to_leave_a_trace(label: str) -> None:
-    for scan in SCANS[1:3]:
-        assert union(draw(scan, {label: 0.05}), label).any()
+def test_the_faintest_of_a_label_leaves_a_trace(label: str) -> None:
+    assert union(draw(SCANS[1], {label: 0.05}), label).any()
 
 
 def test_leaving_one_finding_out_leaves_the_others_alone() -> None:
@@ -108,7 +107,7 @@ def test_lungs_are_dark_bones_bright_and_soft_tissue_between(healthy: Volume) ->
 
 def test_some_scans_have_overlapping_findings_and_two_findings_of_one_code() -> None:
     overlaps, twins = 0, 0
-    for scan in SCANS[:10]:
+    for scan in SCANS[:7]:
         volume = draw(scan)
         coded = [finding for finding in volume.findings if finding.code]
         count = np.zeros(volume.hu.shape, int)

@@ -199,7 +199,7 @@ def organs(folder: Path, name: str, mask_name: str) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.real_ct
 def test_organs_of_a_mask_stored_the_other_way_round_meet_the_ct(real_ct_dir: Path) -> None:
-    """The CT is stored as LPS, its mask as LAS: read alike, the spine would lie in the air before the belly."""
+    """The CT is stored as LPS, its mask as LAS: read alike, the spine would lie in front of the belly."""
     files = [nib.load(real_ct_dir / f"totalseg_dicom_{name}_native.nii.gz") for name in ("ct", "seg117")]
     assert ["".join(nib.aff2axcodes(file.affine)) for file in files] == ["LPS", "LAS"]
     hu, ids = organs(real_ct_dir, "dicom_ct_native", "dicom_seg117_native")

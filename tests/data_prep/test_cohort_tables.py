@@ -1,0 +1,69 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from common.data.shard_index import RejectedVolume, index_path
+from common.data.shard_volume import VolumeSlices
+from common.data.shards import write_shard
+from data_prep.cohort_tables import write_manifest, write_rejected
+
+
+def volume(name: str, split: str, num_slices: int) -> VolumeSlices:
+    return VolumeSlices(
+        volume=name,
+        ct=np.zeros((num_slices, 11, 13), np.int16),
+        ts=np.zeros((num_slices, 128, 128), np.uint8),
+        rex=None,
+        spacing_mm=(0.7, 0.8, 1.5),
+        original_shape=(13, 11, num_slices),
+        original_axcodes="LPS",
+        labels=None,
+        split=split,
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_manifest_lists_the_volumes_of_every_finished_shard(tmp_path: Path) -> None:
+    write_shard(tmp_path / "valid-000000.tar", [volume("valid_1_a_1", "valid", 2)])
+    write_shard(tmp_path / "train-000000.tar", [volume("a", "train", 3), volume("b", "train", 5)])
+    write_shard(tmp_path / "train-000001.tar", [volume("c", "train", 2)])
+    index_path(tmp_path / "train-000001.tar").unlink()
+    write_manifest(tmp_path)
+    table = rows(tmp_path / "manifest.csv")
+    assert [row["volume"] for row in table] == ["a", "b", "valid_1_a_1"]
+    assert table[1] == {
+        "volume": "b",
+        "split": "train",
+        "shard": "train-000000.tar",
+        "first_sample": "3",
+        "num_slices": "5",
+        "spacing_x_mm": "0.7",
+        "spacing_y_mm": "0.8",
+        "spacing_z_mm": "1.5",
+        "height_px": "11",
+        "width_px": "13",
+        "original_shape": "13x11x5",
+        "original_axcodes": "LPS",
+        "has_ts": "1",
+        "has_rex": "0",
+    }
+
+
+def test_rejections_of_a_split_are_replaced_and_those_of_others_stay(tmp_path: Path) -> None:
+    write_rejected(tmp_path, "train", [RejectedVolume("a", "mask", 'it is "another", shape')])
+    write_rejected(tmp_path, "valid", [RejectedVolume("v", "spacing", "nan")])
+    write_rejected(tmp_path, "train", [RejectedVolume("c", "mask", "x"), RejectedVolume("b", "mask", "y, z")])
+    assert [
+        (row["volume"], row["split"], row["reason"], row["detail"]) for row in rows(tmp_path / "rejected.csv")
+    ] == [
+        ("b", "train", "mask", "y, z"),
+        ("c", "train", "mask", "x"),
+        ("v", "valid", "spacing", "nan"),
+    ]
+    write_rejected(tmp_path, "train", [])
+    assert [row["volume"] for row in rows(tmp_path / "rejected.csv")] == ["v"]
