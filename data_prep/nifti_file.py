@@ -15,7 +15,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from common.transforms.hounsfield import STORED_HU_RANGE
+from common.data.slice_codec import STORED_HU_RANGE
 from common.transforms.orientation import axial_slices, voxel_axes
 from data_prep.rejection import RejectedError
 

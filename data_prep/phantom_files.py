@@ -24,6 +24,7 @@ from data_prep.phantom_scene import Finding
 DESCRIPTION = "SYNTHETIC phantom, not a patient"
 FORMS = ("v1", "v2", "both")
 RAD_CHESTCT_RANGE_HU = (-1000, 1000)
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 # One patient in this many of the training split is RAD-ChestCT's validation (our choice).
 RAD_VALIDATION_EVERY = 8
 
@@ -125,9 +126,14 @@ def nifti_bytes(
 
 
 def rex_findings(volume: Volume, share: float) -> list[Finding]:
-    """Findings that ReXGroundingCT would annotate; empty for scans outside of the annotated share."""
+    """Findings that ReXGroundingCT would annotate; empty for scans outside of the annotated share.
+
+    Annotated patients are spread evenly over the roster (golden-ratio sequence), in small cohorts too.
+    """
     scan = volume.scan
-    if scan.reconstruction != 1 or scan.scan_rng(7).random() >= share:
+    *cohort, patient = scan.seed
+    turn = (patient * GOLDEN_RATIO + float(np.random.default_rng(cohort).random())) % 1.0
+    if scan.reconstruction != 1 or turn >= share:
         return []
     return [finding for finding in volume.findings if finding.code]
 

@@ -10,6 +10,9 @@ import blosc2
 import numpy as np
 from PIL import Image
 
+STORED_HU_RANGE = (-1024, 3071)
+"""What shards keep, in HU: the 12 bits of a scanner without extended range; wider than every HU window."""
+
 # Rows of a compressed block; 128 rows of a 512 pixel slice are 128 KiB, which a core's cache holds.
 _BLOCK_ROWS = 128
 _COMPRESSION = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
@@ -18,8 +21,7 @@ _COMPRESSION = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2
 def encode_ct(ct_slice: np.ndarray) -> bytes:
     """Compress one CT slice without loss: Blosc2 with zstd level 1 and byte shuffle, one thread.
 
-    Source: our choice among 14 codecs measured; a 512 x 512 slice takes 150 to 220 KiB, a third to a half of
-    its float16 array, and about half a millisecond to decode.
+    Source: our choice. Two real scans of 512 x 512 took 192 and 224 KiB a slice, where float16 takes 512.
 
     Args:
         ct_slice: int16 HU.

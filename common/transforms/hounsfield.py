@@ -19,9 +19,6 @@ class HUWindow(NamedTuple):
     std_hu: float
 
 
-STORED_HU_RANGE = (-1024, 3071)
-"""What shards keep, in HU: the 12 bits of a scanner without extended range; wider than every window below."""
-
 HU_WINDOWS: dict[str, HUWindow] = {
     "ct_rate": HUWindow(-997.0, 888.0, -142.39, 360.97),
     "dale_ct_0_l": HUWindow(-940.8, 923.1, -25.03, 246.87),

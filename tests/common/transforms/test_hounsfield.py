@@ -7,9 +7,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from common.data.slice_codec import STORED_HU_RANGE
 from common.transforms.hounsfield import (
     HU_WINDOWS,
-    STORED_HU_RANGE,
     HUWindow,
     NormalizeHUd,
     hu_window,
