@@ -89,6 +89,24 @@ def _refuse_unknown(overrides: dict[str, Any], own: dict[str, Any], where: str) 
             node = node[part] if isinstance(node, dict) else node[int(part)]
 
 
+def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the top-level knobs of a bundle config: its plain values, not its components or sections.
+
+    Args:
+        config: merged content of a bundle config.
+
+    Example:
+        >>> plain_knobs({"_desc_": "x", "slab_mm": 12.0, "loss": {"_target_": "Loss"}, "run": []})
+        {'slab_mm': 12.0}
+    """
+    sections = ("imports", "initialize", "run", "finalize")
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in sections and not isinstance(value, dict)
+    }
+
+
 def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
     """Return the plain knobs on which the course of a run depends, to be remembered in its checkpoints.
 
@@ -100,9 +118,5 @@ def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, An
         >>> knobs_that_bind({"seed": 1, "output_dir": "a", "net": {}}, free=["output_dir"])
         {'seed': 1}
     """
-    free = (*free, "bundle_root", "code_root", "code_path", "imports", "initialize", "run", "finalize")
-    return {
-        name: value
-        for name, value in config.items()
-        if name not in free and not name.startswith("_") and not isinstance(value, dict)
-    }
+    free = (*free, "bundle_root", "code_root", "code_path")
+    return {name: value for name, value in plain_knobs(config).items() if name not in free}

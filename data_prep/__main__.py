@@ -128,11 +128,13 @@ def _finish(summary: Summary, out: Path, max_rejected: float) -> None:
         table.add_row(name, value)
     Console().print(table)
     if summary.rejected:
-        console.print(f"Volumes that were left out are listed in {escape(str(out / REJECTED))}.")
+        listed = escape(str(out / REJECTED))
+        console.print(f"Volumes that were left out are listed in {listed}.", soft_wrap=True)
     if summary.rejected_share > max_rejected:
         console.print(
             f"rejected volumes must be at most {max_rejected:.2%}, got {summary.rejected_share:.2%} "
-            f"({sum(map(is_failure, summary.rejected))} volumes). Mend them, or raise --max-rejected."
+            f"({sum(map(is_failure, summary.rejected))} volumes). Mend them, or raise --max-rejected.",
+            soft_wrap=True,
         )
         raise typer.Exit(1)
 
@@ -144,7 +146,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        console.print(f"[red]Error:[/red] {escape(str(error))}")
+        console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
 
 

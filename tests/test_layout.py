@@ -34,7 +34,9 @@ def written_files(pattern: str) -> list[Path]:
     return sorted(
         REPOSITORY / file
         for file in found
-        if not file.parts[0].startswith(".") and file.parts[0] not in {"data", "results", "build", "dist"}
+        if not file.parts[0].startswith(".")
+        and file.parts[0] not in {"data", "results", "build", "dist"}
+        and file.parts[:2] != ("demo", "out")
     )
 
 

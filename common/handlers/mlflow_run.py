@@ -17,6 +17,8 @@ from ignite.engine import Engine, Events  # noqa: E402 (see above)
 from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 
+from common.executed_config import plain_knobs  # noqa: E402 (see above)
+
 logger = logging.getLogger(__name__)
 
 MAX_PARAM_CHARS = 6000  # MLflow's own limit on a parameter's value
@@ -133,9 +135,10 @@ class MLflowRun:
     def _log(self, engine: Engine) -> None:
         state: Any = engine.state
         step = state.iteration
-        values = {name: float(value) for name, value in state.output[0].items()}
-        values |= {name: float(value) for name, value in state.metrics.items()}
-        if self.optimizer is not None:
+        values = {name: float(value) for name, value in state.metrics.items()}
+        if step > self.last_step:  # else only what handlers measured after the last step is new
+            values |= {name: float(value) for name, value in state.output[0].items()}
+        if self.optimizer is not None and step > self.last_step:
             values["lr"] = self.optimizer.param_groups[0]["lr"]
         now = time.perf_counter()
         if self.items_per_step is not None and step > self.last_step:
@@ -174,21 +177,3 @@ class MLflowRun:
             status = RunStatus.KILLED if stopped else RunStatus.FAILED
             self.client.set_terminated(self.run_id, RunStatus.to_string(status))
         raise error  # Ignite holds an exception for handled as soon as there is a handler
-
-
-def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the top-level knobs of a bundle config: its plain values, not its components or sections.
-
-    Args:
-        config: merged content of a bundle config.
-
-    Example:
-        >>> plain_knobs({"_desc_": "x", "slab_mm": 12.0, "loss": {"_target_": "Loss"}, "run":
-        ["$@train.run()"]}) {'slab_mm': 12.0}
-    """
-    sections = ("imports", "initialize", "run", "finalize")
-    return {
-        name: value
-        for name, value in config.items()
-        if not name.startswith("_") and name not in sections and not isinstance(value, dict)
-    }

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.executed_config import executed_config, knobs_that_bind
+from common.executed_config import executed_config, knobs_that_bind, plain_knobs
 
 
 @pytest.fixture
@@ -60,3 +60,8 @@ def test_without_monais_command_line_the_bundles_own_file_counts(bundle):
 def test_binding_knobs_leave_out_components_and_what_may_change():
     config = {"seed": 1, "output_dir": "x", "net": {"_target_": "Net"}, "run": ["$1"], "_desc_": ""}
     assert knobs_that_bind(config, free=["output_dir"]) == {"seed": 1}
+
+
+def test_plain_knobs_are_values_not_components():
+    config = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
+    assert plain_knobs(config) == {"slab_mm": 12.0, "seed": 1}

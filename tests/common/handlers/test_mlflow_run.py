@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine, Events
 from mlflow.tracking import MlflowClient
 
-from common.handlers.mlflow_run import MLflowRun, plain_knobs
+from common.handlers.mlflow_run import MLflowRun
 
 CONFIG = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
 
@@ -102,5 +102,12 @@ def test_a_run_asked_to_stop_is_killed_not_finished(store, tmp_path):
     assert runs(store)["stopped"].info.status == "KILLED"
 
 
-def test_plain_knobs_are_values_not_components():
-    assert plain_knobs(CONFIG) == {"slab_mm": 12.0, "seed": 1}
+def test_what_handlers_measure_after_the_last_step_is_recorded_once(store, tmp_path):
+    engine = Engine(lambda engine, batch: [{"loss": 1.0}])
+    engine.add_event_handler(Events.COMPLETED, lambda e: e.state.metrics.update(test_macro_auroc=0.75))
+    handler = MLflowRun(store, "pretraining", "tested", tmp_path, CONFIG, log_every=2)
+    handler.attach(engine)
+    engine.run([0] * 4, max_epochs=1, epoch_length=4)
+    history = MlflowClient(store).get_metric_history
+    assert [metric.step for metric in history(handler.run_id, "loss")] == [1, 2, 4]
+    assert [metric.value for metric in history(handler.run_id, "test_macro_auroc")] == [0.75]
