@@ -8,18 +8,22 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".nii.gz", ".nii")
 
 
-def ct_files(dataset_dir: str | Path, output_dir: str | Path) -> list[dict[str, str]]:
+def ct_files(
+    dataset_dir: str | Path, output_dir: str | Path, skip_list: str | Path | None = None
+) -> list[dict[str, str]]:
     """List the NIfTI volumes under a folder that have no embedding in ``output_dir`` yet.
 
     Args:
         dataset_dir: a NIfTI file, or a folder searched with its sub-folders.
         output_dir: folder of ``<volume>.safetensors`` embeddings; a volume that has one is done.
+        skip_list: text file of volumes to leave out, one path or name a line; names alone are compared, as
+            CT-RATE's ``no_chest_*.txt`` lists paths of its old layout. None leaves out nothing.
 
     Returns:
         One dictionary a volume, sorted by name: ``image`` (path) and ``volume`` (file name without suffix).
 
     Raises:
-        FileNotFoundError: if there is no such file or folder, or no NIfTI volume in it.
+        FileNotFoundError: if there is no such file, folder or list, or no NIfTI volume in the folder.
         ValueError: if two files share a volume's name, for one embedding would overwrite the other.
     """
     root = Path(dataset_dir)
@@ -41,7 +45,23 @@ def ct_files(dataset_dir: str | Path, output_dir: str | Path) -> list[dict[str, 
         by_volume[volume] = path
     if not by_volume:
         raise FileNotFoundError(f"dataset_dir must hold .nii.gz or .nii volumes, got none in '{root}'.")
-    files = [{"image": str(path), "volume": volume} for volume, path in sorted(by_volume.items())]
+    skipped = _listed(skip_list) & by_volume.keys()
+    files = [
+        {"image": str(p), "volume": name} for name, p in sorted(by_volume.items()) if name not in skipped
+    ]
     todo = [item for item in files if not (Path(output_dir) / f"{item['volume']}.safetensors").is_file()]
-    logger.info("%d volumes in '%s', %d of them embedded already.", len(files), root, len(files) - len(todo))
+    logger.info(
+        "%d volumes in '%s': %d left out by the skip list, %d embedded already.",
+        *(len(by_volume), root, len(skipped), len(files) - len(todo)),
+    )
     return todo
+
+
+def _listed(skip_list: str | Path | None) -> set[str]:
+    """Names of the volumes that a list names, without folders and suffix."""
+    if skip_list is None:
+        return set()
+    if not Path(skip_list).is_file():
+        raise FileNotFoundError(f"skip_list must be a text file, got '{skip_list}', which does not exist.")
+    names = (Path(line.strip()).name for line in Path(skip_list).read_text(encoding="utf-8").splitlines())
+    return {name.removesuffix(".gz").removesuffix(".nii") for name in names if name}

@@ -33,3 +33,16 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     touch(tmp_path, "a/x.nii.gz", "b/x.nii.gz")
     with pytest.raises(ValueError, match="volume names must be unique"):
         ct_files(tmp_path, tmp_path / "out")
+
+
+def test_volumes_of_the_skip_list_are_left_out_by_name(tmp_path, caplog):
+    touch(tmp_path, "in/valid_1_a_1.nii.gz", "in/valid_2_a_1.nii.gz")
+    listed = tmp_path / "no_chest_valid.txt"
+    listed.write_text("dataset/valid/valid_1/valid_1_a/valid_1_a_1.nii.gz\nvalid_9_a_1\n\n")
+    with caplog.at_level("INFO"):
+        files = ct_files(tmp_path / "in", tmp_path / "out", skip_list=listed)
+    assert [item["volume"] for item in files] == ["valid_2_a_1"]
+    assert "2 volumes in" in caplog.text
+    assert "1 left out by the skip list" in caplog.text
+    with pytest.raises(FileNotFoundError, match="skip_list must be a text file, got 'none.txt'"):
+        ct_files(tmp_path / "in", tmp_path / "out", skip_list="none.txt")
