@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.data.ct_files import listed_volumes
 from common.data.labels_csv import read_labels, volume_name
 from common.data.shard_index import RejectedVolume
 from common.labels import load_labels
@@ -156,8 +157,7 @@ def read_no_chest(listing: Path | None) -> set[str]:
     if listing is None:
         logger.warning("Scans of other body parts are not left out: there is no list no_chest_<split>.txt.")
         return set()
-    lines = (line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines())
-    return {volume_name(line.replace("\\", "/").rsplit("/", 1)[-1]) for line in lines if line}
+    return listed_volumes(listing)
 
 
 def _rescale(volume: str, rows: Mapping[str, Sequence[Mapping[str, str]]]) -> Rescale:

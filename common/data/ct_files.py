@@ -45,7 +45,7 @@ def ct_files(
         by_volume[volume] = path
     if not by_volume:
         raise FileNotFoundError(f"dataset_dir must hold .nii.gz or .nii volumes, got none in '{root}'.")
-    skipped = _listed(skip_list) & by_volume.keys()
+    skipped = set() if skip_list is None else listed_volumes(skip_list) & by_volume.keys()
     files = [
         {"image": str(p), "volume": name} for name, p in sorted(by_volume.items()) if name not in skipped
     ]
@@ -57,11 +57,20 @@ def ct_files(
     return todo
 
 
-def _listed(skip_list: str | Path | None) -> set[str]:
-    """Names of the volumes that a list names, without folders and suffix."""
-    if skip_list is None:
-        return set()
-    if not Path(skip_list).is_file():
-        raise FileNotFoundError(f"skip_list must be a text file, got '{skip_list}', which does not exist.")
-    names = (Path(line.strip()).name for line in Path(skip_list).read_text(encoding="utf-8").splitlines())
-    return {name.removesuffix(".gz").removesuffix(".nii") for name in names if name}
+def listed_volumes(listing: str | Path) -> set[str]:
+    """Read the volumes that a text file lists, such as CT-RATE's ``no_chest_*.txt``.
+
+    Args:
+        listing: one name or path a line; folders, of either system, and suffixes are left away.
+
+    Returns:
+        Volume names.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(listing).is_file():
+        raise FileNotFoundError(f"skip_list must be a text file, got '{listing}', which does not exist.")
+    lines = (line.strip() for line in Path(listing).read_text(encoding="utf-8-sig").splitlines())
+    names = (line.replace("\\", "/").rsplit("/", 1)[-1] for line in lines if line)
+    return {name.removesuffix(".gz").removesuffix(".nii") for name in names}
