@@ -118,9 +118,7 @@ class MLflowRun:
         if self.tracking_uri.startswith("sqlite:///"):
             database = Path(self.tracking_uri.removeprefix("sqlite:///")).resolve()
             location = (database.parent / "mlartifacts").as_uri()
-        # without its kind MLflow's pages show an experiment as one of language models
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        return self.client.create_experiment(self.experiment, artifact_location=location, tags=kind)
+        return self.client.create_experiment(self.experiment, artifact_location=location)
 
     def _batch_wanted(self, engine: Engine) -> None:
         self.wanted = time.perf_counter()
