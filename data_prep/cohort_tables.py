@@ -1,7 +1,7 @@
 """The two tables beside the shards: what is in them, and what was left out."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.data.atomic_file import atomic_file
@@ -10,43 +10,67 @@ from common.data.shards import SHARD_NAME
 
 MANIFEST = "manifest.csv"
 MANIFEST_COLUMNS = (
-    *(
-        "volume",
-        "split",
-        "shard",
-        "first_sample",
-        "num_slices",
-        "spacing_x_mm",
-        "spacing_y_mm",
-        "spacing_z_mm",
-    ),
-    *("height_px", "width_px", "original_shape", "original_axcodes", "has_ts", "has_rex"),
+    *("volume", "split", "status", "source", "source_sha256", "shard", "first_sample", "num_slices"),
+    *("spacing_x_mm", "spacing_y_mm", "spacing_z_mm", "height_px", "width_px"),
+    *("original_shape", "original_axcodes", "has_ts", "has_rex", "reason"),
 )
+WRITTEN = "written"
+LEFT_OUT = "rejected"
 REJECTED = "rejected.csv"
 REJECTED_COLUMNS = ("volume", "split", "reason", "detail")
 
 
-def write_manifest(out: Path) -> None:
-    """Write one row a volume of every finished shard in a folder, of all splits.
+def write_manifest(
+    out: Path, split: str, rejected: Sequence[RejectedVolume], sources: Mapping[str, str]
+) -> None:
+    """Write one row a volume, in the shards or left out, of all splits; rejected ones of other splits stay.
 
     Args:
         out: folder of the shards.
+        split: of the rejected volumes.
+        rejected: its volumes that were left out.
+        sources: volume to the path of its CT, where it is known.
     """
-    with atomic_file(out / MANIFEST, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(MANIFEST_COLUMNS)
-        for shard in sorted(out.iterdir()):
-            if SHARD_NAME.fullmatch(shard.name) and index_path(shard).is_file():
-                table.writerows(_manifest_rows(shard.name, load_index(shard)))
+    rows = [
+        row
+        for shard in sorted(out.iterdir())
+        if SHARD_NAME.fullmatch(shard.name) and index_path(shard).is_file()
+        for row in _written_rows(shard.name, load_index(shard))
+    ]
+    rows += [
+        {
+            "volume": item.volume,
+            "split": split,
+            "status": LEFT_OUT,
+            "source": sources.get(item.volume, ""),
+            "reason": item.reason,
+        }
+        for item in rejected
+    ]
+    rows += [row for row in _rows_of_others(out / MANIFEST, split) if row.get("status") == LEFT_OUT]
+    _write_table(out / MANIFEST, MANIFEST_COLUMNS, rows)
 
 
-def _manifest_rows(shard: str, index: ShardIndex) -> list[list[object]]:
+def _written_rows(shard: str, index: ShardIndex) -> list[dict[str, object]]:
     first_samples = index.first_sample
     return [
-        [volume, index.split, shard, first_samples[i], index.num_slices[i]]
-        + [f"{mm:g}" for mm in index.spacing_mm[i]]
-        + [*index.shape[i], "x".join(map(str, index.original_shape[i])), index.original_axcodes[i]]
-        + [int(index.has_ts[i]), int(index.has_rex[i])]
+        {
+            "volume": volume,
+            "split": index.split,
+            "status": WRITTEN,
+            "source": index.source[i],
+            "source_sha256": index.source_sha256[i],
+            "shard": shard,
+            "first_sample": first_samples[i],
+            "num_slices": index.num_slices[i],
+            **{f"spacing_{axis}_mm": f"{mm:g}" for axis, mm in zip("xyz", index.spacing_mm[i], strict=True)},
+            "height_px": index.shape[i, 0],
+            "width_px": index.shape[i, 1],
+            "original_shape": "x".join(map(str, index.original_shape[i])),
+            "original_axcodes": index.original_axcodes[i],
+            "has_ts": int(index.has_ts[i]),
+            "has_rex": int(index.has_rex[i]),
+        }
         for i, volume in enumerate(index.volume)
     ]
 
@@ -59,14 +83,20 @@ def write_rejected(out: Path, split: str, rejected: Sequence[RejectedVolume]) ->
         split: whose rows to replace.
         rejected: its volumes.
     """
-    path = out / REJECTED
-    rows: list[tuple[str, ...]] = [(item.volume, split, item.reason, item.detail) for item in rejected]
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row["split"] != split]
-        rows += [tuple(row[column] for column in REJECTED_COLUMNS) for row in kept]
-    rows.sort(key=lambda row: (row[1], row[0]))
+    rows: list[dict[str, object]] = [{"split": split, **item._asdict()} for item in rejected]
+    _write_table(out / REJECTED, REJECTED_COLUMNS, rows + _rows_of_others(out / REJECTED, split))
+
+
+def _rows_of_others(path: Path, split: str) -> list[dict[str, object]]:
+    """Rows of other splits in a table that an earlier run wrote."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [dict(row) for row in csv.DictReader(file) if row["split"] != split]
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
     with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(REJECTED_COLUMNS)
-        table.writerows(rows)
+        table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(sorted(rows, key=lambda row: (str(row["split"]), str(row["volume"]))))

@@ -12,10 +12,11 @@ from common.data.ct_files import listed_volumes
 from common.data.labels_csv import read_labels, volume_name
 from common.data.shard_index import RejectedVolume
 from common.labels import load_labels
+from data_prep.nifti_ct import Rescale
 from data_prep.nifti_file import find_nifti, only_file
 from data_prep.rejection import EXCLUDED, RejectedError
 from data_prep.rexgroundingct import Annotation
-from data_prep.source_volume import FORMS, Rescale, SourceVolume
+from data_prep.source_volume import NIFTI_FORMS, SourceVolume
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ def find_ct_rate(
     """
     if split not in METADATA:
         raise ValueError(f"split must be one of {sorted(METADATA)}, got '{split}'.")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got '{form}'.")
+    if form not in NIFTI_FORMS:
+        raise ValueError(f"form must be one of {NIFTI_FORMS}, got '{form}'.")
     found = find_volumes(root, split, form)
     rows = read_metadata(_table(root, METADATA[split]))
     no_chest = read_no_chest(_optional_table(root, f"no_chest_{split}.txt"))
@@ -77,14 +78,17 @@ def find_ct_rate(
         try:
             if volume in no_chest:
                 raise RejectedError(EXCLUDED, f"listed in no_chest_{split}.txt")
-            rescale = _rescale(volume, rows)
             ct = only_file(files, "a volume")
+            rescale = _rescale(volume, rows)
             ts = only_file(label_maps[volume], "a label map") if volume in label_maps else None
         except RejectedError as error:
             rejected.append(error.of(volume))
         else:
             rex = (annotations or {}).get(volume)
-            sources.append(SourceVolume(volume, split, ct, found.form, rescale, ts, rex, labels.get(volume)))
+            relative = ct.relative_to(root).as_posix()
+            sources.append(
+                SourceVolume(volume, split, ct, found.form, rescale, ts, rex, labels.get(volume), relative)
+            )
     return sources, rejected
 
 

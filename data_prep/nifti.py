@@ -45,5 +45,7 @@ def find_volumes(
         except RejectedError as error:
             rejected.append(error.of(volume))
         else:
-            sources.append(SourceVolume(volume, split, ct, "v2", ts=ts))
+            sources.append(
+                SourceVolume(volume, split, ct, "v2", ts=ts, source=ct.relative_to(folder).as_posix())
+            )
     return sources, rejected

@@ -1,25 +1,44 @@
-"""Reads NIfTI files as they are stored: integers, affine, rescale. Nothing is scaled here.
+"""Finds NIfTI files and reads them from front to back: header, then voxels as they are stored.
 
 Shapes: X Y Z voxel axes as stored.
 """
 
-import gzip
+import hashlib
+import io
+import logging
 import math
-import zlib
-from collections.abc import Sequence
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from common.data.slice_codec import STORED_HU_RANGE
-from common.transforms.orientation import axial_slices, voxel_axes
 from data_prep.rejection import RejectedError
 
+logger = logging.getLogger(__name__)
+
+Stream = io.BufferedIOBase | io.RawIOBase
+
 SUFFIXES = (".nii.gz", ".nii")
+
+CHUNK_BYTES = 2**20
+"""Voxels that are read at once, at least a plane of them: what a core's cache holds."""
+
+MAX_INFLATION = 1032
+"""Deflate makes at most this of a byte, so a header that promises more is wrong. Source: zlib's manual."""
+
+# isal's stubs take its exception for an instance.
+DAMAGED: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, ImageFileError, HeaderDataError, isal_zlib.IsalError),  # type: ignore[assignment]
+)
+"""What reading a damaged file raises."""
 
 
 class NiftiHeader(NamedTuple):
@@ -63,16 +82,32 @@ def volume_of(path: Path) -> str:
 def find_nifti(folder: Path) -> dict[str, list[Path]]:
     """List the NIfTI files under a folder by volume, in the order of their names.
 
+    Whatever has the name of a NIfTI file is listed, be it a folder or a link that leads nowhere: reading it
+    says what is wrong. A folder that cannot be searched is listed under its own name in place of what it may
+    hold.
+
     Args:
-        folder: searched with its sub-folders.
+        folder: searched with its sub-folders, not through links to folders, of which a warning tells.
 
     Returns:
         Volume to its files; more than one file is a mistake of the dataset.
     """
+    closed: list[OSError] = []
+    paths = []
+    for place, folders, files in os.walk(folder, onerror=closed.append):
+        named = [name for name in folders if name.endswith(SUFFIXES)]
+        folders[:] = [name for name in folders if name not in named]
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                logger.warning("'%s' is a link to a folder and is not searched.", os.path.join(place, name))
+        paths += [Path(place, name) for name in (*named, *files) if name.endswith(SUFFIXES)]
+    for error in closed:
+        logger.warning("A folder cannot be searched: %s", error)
+        paths.append(Path(error.filename))
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*.nii*"), key=lambda path: (path.name, str(path))):
-        if path.name.endswith(SUFFIXES) and path.is_file():
-            found.setdefault(volume_of(path), []).append(path)
+    for path in sorted(paths, key=lambda path: (path.name, str(path))):
+        volume = volume_of(path) if path.name.endswith(SUFFIXES) else path.name
+        found.setdefault(volume, []).append(path)
     return found
 
 
@@ -84,10 +119,14 @@ def only_file(files: Sequence[Path], what: str) -> Path:
         what: they are, for the message.
 
     Raises:
-        RejectedError: if there are several: nothing says which is right.
+        RejectedError: if there are several, as nothing says which is right, or it is a folder.
     """
     if len(files) > 1:
         raise RejectedError("duplicate", f"{what} must be one file, got '{files[0]}' and '{files[1]}'")
+    if os.path.isdir(files[0]):
+        raise RejectedError(
+            "unreadable", f"{what} must be a file that can be read, got the folder '{files[0]}'"
+        )
     return files[0]
 
 
@@ -101,142 +140,151 @@ def read_header(path: Path) -> NiftiHeader:
         The header.
 
     Raises:
-        RejectedError: if the file is no NIfTI file.
+        RejectedError: if the file is no NIfTI file, or shorter than its header says.
     """
-    try:
-        return _header(_load(path))
-    except (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError) as error:
-        raise RejectedError("unreadable", f"'{path.name}' must be a NIfTI file, got {error}") from error
+    with open_nifti(path) as file:
+        return file.header
 
 
-def read_stored(path: Path) -> tuple[np.ndarray, NiftiHeader]:
-    """Read the array as it is stored, and check that the file is whole.
+class NiftiFile:
+    """A NIfTI file that is being read; made by ``open_nifti``.
 
-    A gzipped file is decompressed to its end, where its checksum is.
+    Args:
+        header: of the file.
+        dtype: of its voxels.
+        stream: stands at the first voxel.
+        source: of the stream, hashed.
+    """
+
+    def __init__(self, header: NiftiHeader, dtype: np.dtype, stream: Stream, source: "_HashingFile") -> None:
+        self.header = header
+        self.dtype = dtype
+        self._stream = stream
+        self._source = source
+
+    def planes(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Read the voxels as they are stored, a few planes of the last axis at a time, once.
+
+        Reads on to the end of the file, where a gzipped one has its checksum.
+
+        Yields:
+            The index of the first, and planes ``(..., N)`` in Fortran order; their memory is used again for
+            the next ones.
+        """
+        *plane, num_planes = self.header.shape
+        plane_bytes = math.prod(plane) * self.dtype.itemsize
+        at_once = min(num_planes, max(1, CHUNK_BYTES // plane_bytes))
+        buffer = memoryview(bytearray(at_once * plane_bytes))
+        for start in range(0, num_planes, at_once):
+            count = min(at_once, num_planes - start)
+            chunk = buffer[: count * plane_bytes]
+            _read_into(self._stream, chunk)
+            yield start, np.frombuffer(chunk, self.dtype).reshape((*plane, count), order="F")
+        while self._stream.read(CHUNK_BYTES):
+            pass
+
+    def sha256(self) -> str:
+        """Return the checksum of the file's bytes; to be asked after the last of ``planes``."""
+        return self._source.digest.hexdigest()
+
+
+@contextmanager
+def open_nifti(path: Path) -> Iterator[NiftiFile]:
+    """Open a file for reading, gzipped or not; NIfTI-1 or 2, of either byte order.
 
     Args:
         path: ``.nii`` or ``.nii.gz``.
 
-    Returns:
-        The array, of the type and in the order of the file, and its header.
+    Yields:
+        The file, its header read.
 
     Raises:
-        RejectedError: if the file is truncated, damaged or no NIfTI file, or its voxels are no numbers.
+        RejectedError: here or in the reading if the file is truncated, damaged, no NIfTI file or cannot be
+            read, or its voxels are no numbers.
     """
     try:
-        content = path.read_bytes()
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
-        image = type(_load(path)).from_bytes(content)
-        header = _header(image)
-        num_bytes = math.prod(header.shape) * image.get_data_dtype().itemsize
-        if num_bytes > len(content):
-            raise EOFError(f"{len(content)} bytes for an array of {num_bytes}")
-        stored = np.asanyarray(_proxy(image).get_unscaled())
-    except (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError) as error:
+        with path.open("rb", buffering=0) as raw:
+            source = _HashingFile(raw)
+            is_gzipped = path.name.endswith(".gz")
+            stream = igzip.IGzipFile(fileobj=source) if is_gzipped else source
+            header, dtype, offset = _read_header(stream)
+            num_bytes = offset + math.prod(header.shape) * dtype.itemsize
+            size = os.fstat(raw.fileno()).st_size
+            if num_bytes > size * (MAX_INFLATION if is_gzipped else 1):
+                raise EOFError(f"{size} bytes for an array of shape {header.shape} of {dtype}")
+            if dtype.kind not in "iuf":
+                raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
+            yield NiftiFile(header, dtype, stream, source)
+    except DAMAGED as error:
         raise RejectedError("unreadable", f"'{path.name}' must be a whole NIfTI file, got {error}") from error
-    if stored.dtype.kind not in "iuf":
-        raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {stored.dtype}")
-    return stored, header
 
 
-def canonical_hu(
-    stored: np.ndarray, affine: np.ndarray, slope: float, intercept: float
-) -> tuple[np.ndarray, tuple[float, float, float], float]:
-    """Turn a stored array into canonical slices in HU as shards keep them.
+class _HashingFile(io.RawIOBase):
+    """A file whose bytes are hashed as they are read.
 
     Args:
-        stored: array of the file.
-        affine: ``(4, 4)`` voxel to RAS+ world in mm.
-        slope: HU = slope * stored + intercept.
-        intercept: see ``slope``.
-
-    Shape:
-        Input ``(X, Y, Z)``. Output ``(Z, H, W)``.
-
-    Returns:
-        int16 HU rounded and clipped to ``STORED_HU_RANGE``, the spacing in mm as (x, y, z), and the lowest HU
-        before the clip.
-
-    Raises:
-        RejectedError: if a voxel is not finite, or the affine is not that of an axial scan.
-
-    Example:
-        >>> affine = np.diag([-0.7, -0.7, 2, 1])
-        >>> hu, spacing_mm, lowest = canonical_hu(np.full((2, 3, 5), 24), affine, 1, -1024)
-        >>> hu.shape, int(hu[0, 0, 0]), lowest
-        ((5, 3, 2), -1000, -1000.0)
+        raw: the file.
     """
-    slices, spacing_mm = canonical_slices(stored, affine)
-    low, high = STORED_HU_RANGE
-    hu = np.empty(slices.shape, np.int16)
-    lowest = np.inf
-    is_hu = stored.dtype.kind in "iu" and (slope, intercept) == (1, 0)
-    for z, plane in enumerate(slices):
-        values = plane if is_hu else plane * np.float64(slope) + intercept
-        plane_lowest = float(values.min())
-        if not np.isfinite(plane_lowest) or not np.isfinite(values.max()):
-            raise RejectedError(
-                "non-finite voxels", f"voxels must be finite, got NaN or infinity in slice {z}"
-            )
-        lowest = min(lowest, plane_lowest)
-        hu[z] = np.clip(values if is_hu else np.rint(values), low, high)
-    return hu, spacing_mm, lowest
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self.digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's Buffer is 3.12
+        count = self._raw.readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:count])
+        return count
 
 
-def canonical_slices(stored: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """Do as ``axial_slices``, with an array or affine it refuses as a reason to reject the volume."""
+def _read_header(stream: Stream) -> tuple[NiftiHeader, np.dtype, int]:
+    """Read header, type and number of bytes before the voxels; leaves the stream at the first voxel."""
+    start = _read(stream, 4)
+    sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
+    kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
+    block = start + _read(stream, kind.sizeof_hdr - 4)
+    if not kind.may_contain_header(block):
+        raise ImageFileError(f"a file that begins with {block[:8]!r}")
     try:
-        return axial_slices(stored, affine)
-    except ValueError as error:
-        raise RejectedError("geometry", str(error)) from error
-
-
-def canonical_shape(header: NiftiHeader, affine: np.ndarray) -> tuple[int, int, int]:
-    """Return the shape the canonical slices of a file will have, from its header alone.
-
-    Args:
-        header: of the file.
-        affine: ``(4, 4)``; not always the header's.
-
-    Returns:
-        Slices, height and width.
-
-    Raises:
-        RejectedError: if the array is not 3-D, or the affine is not that of an axial scan.
-    """
-    if len(header.shape) != 3:
-        raise RejectedError("geometry", f"volume must have 3 axes, got shape {header.shape}")
-    try:
-        (x, y, z), _, _ = voxel_axes(affine)
-    except ValueError as error:
-        raise RejectedError("geometry", str(error)) from error
-    return header.shape[z], header.shape[y], header.shape[x]
-
-
-def _load(path: Path) -> nib.nifti1.Nifti1Image:
-    """Open a file; reads its header only."""
-    image = nib.loadsave.load(path)
-    if not isinstance(image, nib.nifti1.Nifti1Image):  # NIfTI-2 is a subclass
-        raise ImageFileError(f"a {type(image).__name__}")
-    return image
-
-
-def _proxy(image: nib.nifti1.Nifti1Image) -> Any:  # noqa: ANN401 (nibabel types it as a bare array)
-    return image.dataobj
-
-
-def _header(image: nib.nifti1.Nifti1Image) -> NiftiHeader:
-    proxy = _proxy(image)
-    shape = tuple(int(size) for size in image.shape)
-    if min(shape) < 1:
+        stated = kind(block)
+        dtype, shape = stated.get_data_dtype(), tuple(int(size) for size in stated.get_data_shape())
+        affine = np.asarray(stated.get_best_affine(), np.float64)
+        slope, intercept = stated.get_slope_inter()
+        offset = int(stated.get_data_offset())
+    except (ValueError, OverflowError) as error:  # what the header says makes no affine, or no number
+        raise ImageFileError(f"a header that cannot be: {error}") from error
+    if stated["magic"].item() != stated.single_magic or offset < len(block):
+        raise ImageFileError(
+            f"a header without voxels behind it: {stated['magic'].item()!r}, offset {offset}"
+        )
+    if not shape or min(shape) < 1:
         raise ImageFileError(f"an array of shape {shape}")
-    is_unset = not (image.header["sform_code"] or image.header["qform_code"])
-    affine = np.asarray(image.affine, np.float64)
-    return NiftiHeader(
+    for skipped in range(len(block), offset, CHUNK_BYTES):
+        _read(stream, min(CHUNK_BYTES, offset - skipped))
+    is_unset = not (stated["sform_code"] or stated["qform_code"])
+    header = NiftiHeader(
         shape=shape,
         affine=affine,
-        slope=float(proxy.slope),
-        intercept=float(proxy.inter),
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
         is_blank=bool(is_unset or np.array_equal(affine, np.eye(4))),
     )
+    return header, dtype, offset
+
+
+def _read(stream: Stream, num_bytes: int) -> bytes:
+    buffer = bytearray(num_bytes)
+    _read_into(stream, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _read_into(stream: Stream, buffer: memoryview) -> None:
+    """Fill a buffer; a stream may give less than is asked for."""
+    done = 0
+    while done < len(buffer):
+        count = stream.readinto(buffer[done:])
+        if not count:
+            raise EOFError(f"an end after {done} of {len(buffer)} bytes")
+        done += count

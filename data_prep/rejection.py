@@ -5,6 +5,9 @@ from common.data.shard_index import RejectedVolume
 EXCLUDED = "not a chest"
 """Reason of volumes that the dataset itself lists as no chest CT: left out, but no failure."""
 
+NOT_AXIAL_CT = "not an axial CT"
+"""Reason of DICOM series nobody meant to train on, such as scouts and reports: left out, but no failure."""
+
 
 class RejectedError(ValueError):
     """A volume that must not reach a shard; caught in one place, counted and listed.
@@ -31,4 +34,4 @@ class RejectedError(ValueError):
 
 def is_failure(rejected: RejectedVolume) -> bool:
     """Tell a volume that something is wrong with from one that was never meant to be used."""
-    return rejected.reason != EXCLUDED
+    return rejected.reason not in (EXCLUDED, NOT_AXIAL_CT)

@@ -1,19 +1,21 @@
 """ReXGroundingCT: radiologists' masks of findings, as bit planes on the shards' 128 x 128 grid.
 
-Shapes: F findings of a scan, Z slices, H rows, W columns of its CT.
+Shapes: F findings of a scan, X Y Z voxel axes of a mask as stored, Z H W slices, rows, columns of its CT.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.data.shard_volume import MASK_SIZE_PX, REX_CODES
-from data_prep.nifti_file import NiftiHeader, canonical_shape, canonical_slices, read_stored, volume_of
+from data_prep.mask_alignment import Alignment, align
+from data_prep.nifti_ct import SPACING_TOLERANCE
+from data_prep.nifti_file import NiftiFile, NiftiHeader, open_nifti, volume_of
 from data_prep.rejection import RejectedError
-from data_prep.totalsegmentator import SPACING_TOLERANCE
+from data_prep.stored_ct import StoredGrid
 
 
 class Annotation(NamedTuple):
@@ -85,76 +87,123 @@ def _items(dataset_json: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _codes(categories: dict[str, str]) -> tuple[str, ...]:
-    return tuple(categories[str(channel)].strip() for channel in range(len(categories)))
+    return tuple((categories[str(channel)] or "").strip() for channel in range(len(categories)))
 
 
-def read_findings(
-    annotation: Annotation, ct: NiftiHeader, ct_affine: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
+def read_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
     """Read the masks of a scan: findings of one code are united, and no finding is lost to the smaller grid.
 
-    Masks are stored as (F, X, Y, Z), or (X, Y, Z) for one finding, beside the CT's voxels. A header with the
-    CT's spacing speaks for its last three axes; any other says nothing of them (the format has no place for
-    findings first), and the masks then lie on the CT's voxels as stored, as the dataset's users take them.
+    Masks are stored as (F, X, Y, Z), or (X, Y, Z) for one finding. A header with the CT's spacing speaks for
+    its last three axes. Any other says nothing of masks with the CT's shape (the format has no place for
+    findings first), nor does one with an origin of zero where the CT has another: they lie on the CT's voxels
+    as stored, as the dataset's users take them. Masks on another
+    grid over the CT's space set the cells that hold the centre of a voxel of theirs, and those whose centre
+    lies in such a voxel.
 
     Args:
         annotation: mask file and the code of each channel; channels without a code are left out.
-        ct: header of the CT.
-        ct_affine: ``(4, 4)`` of the CT; not always its header's.
-        spacing_mm: of the CT as (x, y, z).
+        ct: grid of the CT.
 
     Returns:
         uint16 ``(Z, 128, 128)``, bit k set where any finding of ``REX_CODES[k]`` touches the cell.
 
     Raises:
-        RejectedError: if the file is damaged, or its channels or shape do not fit.
+        RejectedError: if the file is damaged, or its channels, shape or space do not fit.
     """
-    stored, header = read_stored(annotation.path)
     name = annotation.path.name
-    findings = stored[None] if stored.ndim == 3 else stored
-    if findings.ndim != 4 or len(findings) != len(annotation.codes):
-        raise RejectedError(
-            "mask",
-            f"'{name}' must have one channel a finding, got {len(annotation.codes)} and shape {stored.shape}",
-        )
-    affine = _mask_affine(header, ct_affine, spacing_mm)
-    shape = canonical_shape(ct, ct_affine)
-    planes = np.zeros(shape, np.uint16)
-    for finding, code in zip(findings, annotation.codes, strict=True):
-        mask, _ = canonical_slices(finding, affine)
-        if mask.shape != shape:
-            raise RejectedError("mask", f"'{name}' must have the CT's shape {shape}, got {mask.shape}")
-        if code:
-            bit = np.uint16(1 << REX_CODES.index(code))
-            np.bitwise_or(planes, bit, out=planes, where=mask > 0)
-    return pool_bits(planes)
+    with open_nifti(annotation.path) as file:
+        shape = file.header.shape
+        channels = (1, *shape) if len(shape) == 3 else shape
+        if len(channels) != 4 or channels[0] != len(annotation.codes):
+            raise RejectedError(
+                "mask",
+                f"'{name}' must have one channel a finding, got {len(annotation.codes)} and shape {shape}",
+            )
+        affine = _mask_affine(file.header, channels[1:], ct)
+        alignment = align(name, channels[1:], affine, ct)
+        reduce = _pool if alignment.is_same_grid else _resample
+        return reduce(_bit_planes(file, annotation.codes), alignment)
 
 
-def _mask_affine(header: NiftiHeader, ct_affine: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-    own = np.sort(np.linalg.norm(header.affine[:3, :3], axis=0))
-    speaks = not header.is_blank and np.allclose(own, np.sort(spacing_mm), rtol=SPACING_TOLERANCE)
-    return header.affine if speaks else ct_affine
+def _mask_affine(header: NiftiHeader, shape: tuple[int, ...], ct: StoredGrid) -> np.ndarray:
+    own, of_ct = (np.sort(np.linalg.norm(affine[:3, :3], axis=0)) for affine in (header.affine, ct.affine))
+    is_placed = header.affine[:3, 3].any() or not ct.affine[:3, 3].any()
+    speaks = (np.allclose(own, of_ct, rtol=SPACING_TOLERANCE) and is_placed) or shape != ct.shape
+    return header.affine if speaks and not header.is_blank else ct.affine
 
 
-def pool_bits(planes: np.ndarray) -> np.ndarray:
-    """Reduce each slice to 128 x 128 cells; a cell has every bit that any of its pixels has.
+def _bit_planes(file: NiftiFile, codes: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the planes of the last axis that have a finding: index and uint16 ``(X, Y)``, a bit a code."""
+    for first, planes in file.planes():
+        findings = planes.reshape((len(codes), *planes.shape[-3:]), order="F")
+        for n in np.flatnonzero(findings.any(axis=(0, 1, 2))):
+            bits = np.zeros(findings.shape[1:3], np.uint16)
+            for mask, code in zip(findings[..., n], codes, strict=True):
+                if code:
+                    bits |= (mask > 0) * np.uint16(1 << REX_CODES.index(code))
+            yield first + int(n), bits
+
+
+def _pool(planes: Iterator[tuple[int, np.ndarray]], alignment: Alignment) -> np.ndarray:
+    """Unite the pixels of each cell, of masks on the CT's grid."""
+    axes = alignment.axis_of
+    is_slice_axis = [axis == axes[0] for axis in range(3)]
+    sizes = [alignment.mask_shape[axis] if is_slice_axis[axis] else MASK_SIZE_PX for axis in range(3)]
+    pooled = np.zeros(sizes, np.uint16)
+    cells = [] if is_slice_axis[2] else cell_edges(alignment.mask_shape[2])
+    for k, bits in planes:
+        for axis in (0, 1):
+            bits = bits if is_slice_axis[axis] else pool_bits(bits, axis)
+        touched = [i for i, (start, stop) in enumerate(cells) if start <= k < stop] or [k]
+        pooled[..., touched] |= bits[..., None]
+    flips = tuple(slice(None, None, int(alignment.to_mask[axis, :3].sum())) for axis in range(3))
+    return np.ascontiguousarray(pooled[flips].transpose(axes))
+
+
+def _resample(planes: Iterator[tuple[int, np.ndarray]], alignment: Alignment) -> np.ndarray:
+    """Unite in each cell the voxels whose centre lies in it and the voxel in which its centre lies."""
+    whole = np.zeros(alignment.mask_shape, np.uint16, order="F")
+    num_slices, *sizes = alignment.ct_shape
+    cells = np.zeros((num_slices, MASK_SIZE_PX, MASK_SIZE_PX), np.uint16)
+    to_ct = np.linalg.inv(alignment.to_mask)
+    for k, bits in planes:
+        whole[..., k] = bits
+        i, j = np.nonzero(bits)
+        place = to_ct[:3, :3] @ [i, j, np.full(len(i), k)] + to_ct[:3, 3:] + 0.5
+        place[1:] *= MASK_SIZE_PX / np.array(sizes)[:, None]
+        inside = ((place >= 0) & (place < np.array(cells.shape)[:, None])).all(axis=0)
+        z, row, column = place[:, inside].astype(np.intp)
+        np.bitwise_or.at(cells, (z, row, column), bits[i, j][inside])
+    for z in range(num_slices):
+        cells[z] |= whole[alignment.nearest(z)]
+    return cells
+
+
+def pool_bits(bits: np.ndarray, axis: int) -> np.ndarray:
+    """Reduce an axis to 128 cells; a cell has every bit that any of its pixels has.
+
+    Args:
+        bits: of an integer type.
+        axis: to reduce.
+
+    Example:
+        >>> bits = np.zeros((512, 512), np.uint16)
+        >>> bits[7, 511] = 4
+        >>> cells = pool_bits(pool_bits(bits, 0), 1)
+        >>> int(cells[1, 127]), int(np.count_nonzero(cells))
+        (4, 1)
+    """
+    edges = cell_edges(bits.shape[axis])
+    cells = [np.bitwise_or.reduce(bits.take(range(start, stop), axis), axis=axis) for start, stop in edges]
+    return np.stack(cells, axis)
+
+
+def cell_edges(size: int) -> list[tuple[int, int]]:
+    """Return the pixels, first and one past the last, that each of 128 cells along an axis covers.
 
     Cell i of n pixels covers pixels floor(i n / 128) to ceil((i + 1) n / 128): each pixel is in at least one.
 
-    Shape:
-        Input ``(Z, H, W)`` of an integer type. Output ``(Z, 128, 128)`` of the same type.
-
-    Example:
-        >>> planes = np.zeros((1, 512, 512), np.uint16)
-        >>> planes[0, 7, 511] = 4
-        >>> int(pool_bits(planes)[0, 1, 127]), int(np.count_nonzero(pool_bits(planes)))
-        (4, 1)
+    Args:
+        size: pixels along the axis.
     """
-    for axis in (1, 2):
-        size = planes.shape[axis]
-        edges = [(i * size // MASK_SIZE_PX, -(-(i + 1) * size // MASK_SIZE_PX)) for i in range(MASK_SIZE_PX)]
-        cells = [
-            np.bitwise_or.reduce(planes.take(range(start, stop), axis), axis=axis) for start, stop in edges
-        ]
-        planes = np.stack(cells, axis)
-    return planes
+    return [(i * size // MASK_SIZE_PX, -(-(i + 1) * size // MASK_SIZE_PX)) for i in range(MASK_SIZE_PX)]

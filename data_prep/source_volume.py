@@ -1,38 +1,19 @@
 """One CT volume and its masks on disk, and how they become what a shard holds."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from common.data.shard_volume import VOLUME_NAME, VolumeSlices
-from data_prep.nifti_file import NiftiHeader, canonical_hu, canonical_shape, read_header, read_stored
+from data_prep import nifti_ct
+from data_prep.nifti_ct import AIR_HU, Rescale
 from data_prep.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation, read_findings
+from data_prep.stored_ct import StoredCT, StoredGrid, canonical_shape
 from data_prep.totalsegmentator import read_label_map
 
-FORMS = ("auto", "v1", "v2")
+NIFTI_FORMS = ("auto", "v1", "v2")
 
-AIR_HU = -800
-"""Every CT in HU holds air at or below this; CT-RATE's raw values start near 0 and stay above it."""
-
-SPACING_RANGE_MM = (0.1, 20.0)
-"""Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
-
-
-class Rescale(NamedTuple):
-    """What CT-RATE's metadata says about a raw volume.
-
-    Args:
-        slope: HU = slope * stored + intercept.
-        intercept: see ``slope``.
-        spacing_mm: as (x, y, z).
-    """
-
-    slope: float
-    intercept: float
-    spacing_mm: tuple[float, float, float]
+FORMS = (*NIFTI_FORMS, "rad_chestct", "dicom")
 
 
 class SourceVolume(NamedTuple):
@@ -41,41 +22,26 @@ class SourceVolume(NamedTuple):
     Args:
         volume: name.
         split: such as ``train``.
-        ct: NIfTI file.
-        form: ``v2`` is in HU with a header that says so; ``v1`` is raw with a blank header, and ``rescale``
-            says the rest; ``auto`` is v1 iff the header is blank.
-        rescale: needed for v1.
+        ct: its file; of a DICOM series the files of its slices.
+        form: one of ``FORMS``. NIfTI: ``v2`` is in HU with a header that says so; ``v1`` is raw with a blank
+            header, and ``rescale`` says the rest; ``auto`` is v1 iff the header is blank. ``rad_chestct`` is
+            npz, ``dicom`` a series.
+        rescale: what a table says of it; needed for v1. Of RAD-ChestCT the spacing alone counts.
         ts: TotalSegmentator label map, or None.
         rex: ReXGroundingCT annotation, or None.
         labels: class name to 0 or 1, or None.
+        source: path of the CT, of a DICOM series its folder, relative to the input folder.
     """
 
     volume: str
     split: str
-    ct: Path
+    ct: Path | tuple[Path, ...]
     form: str
     rescale: Rescale | None = None
     ts: Path | None = None
     rex: Annotation | None = None
     labels: dict[str, int] | None = None
-
-
-class Geometry(NamedTuple):
-    """How a stored array becomes HU in the world.
-
-    Args:
-        form: ``v1`` or ``v2``.
-        affine: ``(4, 4)`` voxel to RAS+ world in mm.
-        slope: HU = slope * stored + intercept.
-        intercept: see ``slope``.
-        axcodes: where the stored axes point.
-    """
-
-    form: str
-    affine: np.ndarray
-    slope: float
-    intercept: float
-    axcodes: str
+    source: str = ""
 
 
 def planned_slices(source: SourceVolume) -> int:
@@ -91,9 +57,10 @@ def planned_slices(source: SourceVolume) -> int:
         RejectedError: for everything that can be known without the voxels.
     """
     if not VOLUME_NAME.fullmatch(source.volume):
-        raise RejectedError("name", f"volume must match {VOLUME_NAME.pattern}, got '{source.volume}'")
-    header = read_header(source.ct)
-    return canonical_shape(header, geometry(source, header).affine)[0]
+        raise RejectedError(
+            "name", f"volume must match {VOLUME_NAME.pattern}, got '{source.volume}'. Rename its file."
+        )
+    return canonical_shape(read_grid(source))[0]
 
 
 def read_volume(source: SourceVolume) -> VolumeSlices:
@@ -108,79 +75,54 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
     Raises:
         RejectedError: if anything about the CT or a mask is not what it must be.
     """
-    stored, header = read_stored(source.ct)
-    how = geometry(source, header)
-    if how.form == "v1" and stored.min() <= AIR_HU:
-        raise RejectedError(
-            "v1 or v2", f"raw values must be above {AIR_HU}, got {stored.min():g}: this is in HU already"
-        )
-    hu, spacing_mm, lowest = canonical_hu(stored, how.affine, how.slope, how.intercept)
-    if lowest > AIR_HU:
+    ct = read_ct(source)
+    if ct.lowest_hu > AIR_HU:
         raise RejectedError(
             "not in HU",
-            f"a CT in HU must hold air, {AIR_HU} or less, got values from {lowest:g} HU as {how.form}",
+            f"a CT in HU must hold air, {AIR_HU} or less, "
+            f"got values from {ct.lowest_hu:g} HU as {source.form}",
         )
     return VolumeSlices(
         volume=source.volume,
-        ct=hu,
-        ts=None if source.ts is None else read_label_map(source.ts, hu.shape, spacing_mm),
-        rex=None if source.rex is None else read_findings(source.rex, header, how.affine, spacing_mm),
-        spacing_mm=spacing_mm,
-        original_shape=(header.shape[0], header.shape[1], header.shape[2]),
-        original_axcodes=how.axcodes,
+        ct=ct.hu,
+        ts=None if source.ts is None else read_label_map(source.ts, ct.grid),
+        rex=None if source.rex is None else read_findings(source.rex, ct.grid),
+        spacing_mm=ct.spacing_mm,
+        original_shape=ct.grid.shape,
+        original_axcodes=ct.grid.axcodes,
         labels=source.labels,
         split=source.split,
+        source=source.source,
+        source_sha256=ct.sha256,
     )
 
 
-def geometry(source: SourceVolume, header: NiftiHeader) -> Geometry:
-    """Settle form, affine and rescale of a volume, so that nothing is rescaled twice or not at all.
+def read_grid(source: SourceVolume) -> StoredGrid:
+    """Read the voxel grid of a volume's CT, whatever its format, from headers alone."""
+    if isinstance(source.ct, tuple):
+        from data_prep import dicom
 
-    v2: everything from the header. v1: rescale and spacing from the metadata, stored as LPS.
+        return dicom.read_grid(source.ct)
+    if source.form == "rad_chestct":
+        from data_prep import rad_chestct
 
-    Args:
-        source: the volume.
-        header: of its file.
-
-    Returns:
-        How to read it.
-
-    Raises:
-        RejectedError: if header, form and metadata contradict one another, or the spacing is not a CT's.
-    """
-    form = source.form
-    if form == "auto":
-        form = "v1" if header.is_blank else "v2"
-    if form == "v2":
-        if header.is_blank:
-            raise RejectedError("v1 or v2", "a volume in HU must state its geometry, got a blank header")
-        how = Geometry("v2", header.affine, header.slope, header.intercept, header.axcodes)
-        spacing_mm = tuple(np.linalg.norm(header.affine[:3, :3], axis=0).tolist())
-    else:
-        rescale = _raw_rescale(source, header)
-        spacing_mm = rescale.spacing_mm
-        affine = np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1.0])
-        how = Geometry("v1", affine, rescale.slope, rescale.intercept, "LPS")
-    low, high = SPACING_RANGE_MM
-    if not all(math.isfinite(mm) and low <= mm <= high for mm in spacing_mm):
-        shown = ", ".join(f"{mm:g}" for mm in spacing_mm)
-        raise RejectedError("spacing", f"spacing must lie in {low}..{high} mm, got ({shown})")
-    return how
+        return rad_chestct.read_grid(source.ct, *_edge_mm(source))
+    return nifti_ct.read_grid(source.ct, source.form, source.rescale)
 
 
-def _raw_rescale(source: SourceVolume, header: NiftiHeader) -> Rescale:
-    if not header.is_blank or (header.slope, header.intercept) != (1, 0):
-        raise RejectedError(
-            "v1 or v2",
-            f"a raw volume must have a blank header, got {header.axcodes} and a rescale of its own",
-        )
-    if source.rescale is None:
-        raise RejectedError(
-            "v1 or v2", "a raw volume must have a row in the metadata, got a blank header alone"
-        )
-    slope, intercept, _ = source.rescale
-    if not (math.isfinite(slope) and slope > 0 and math.isfinite(intercept)):
-        raise RejectedError(
-            "rescale", f"slope and intercept must be numbers, got {slope:g} and {intercept:g}"
-        )
-    return source.rescale
+def read_ct(source: SourceVolume) -> StoredCT:
+    """Read a volume's CT, whatever its format."""
+    if isinstance(source.ct, tuple):
+        from data_prep import dicom
+
+        return dicom.read_ct(source.ct)
+    if source.form == "rad_chestct":
+        from data_prep import rad_chestct
+
+        return rad_chestct.read_ct(source.ct, *_edge_mm(source))
+    return nifti_ct.read_ct(source.ct, source.form, source.rescale)
+
+
+def _edge_mm(source: SourceVolume) -> tuple[float, ...]:
+    """Return the edge of a voxel where a table states it; nothing leaves it to the dataset's."""
+    return () if source.rescale is None else source.rescale.spacing_mm[:1]

@@ -8,62 +8,75 @@ from pathlib import Path
 import numpy as np
 
 from common.data.shard_volume import MASK_SIZE_PX, NUM_TS_CLASSES
-from data_prep.nifti_file import canonical_slices, read_stored
+from data_prep.mask_alignment import Alignment, align, cell_voxels
+from data_prep.nifti_file import NiftiFile, open_nifti
 from data_prep.rejection import RejectedError
-
-SPACING_TOLERANCE = 0.05
-"""How far a mask's spacing may be from its CT's. Our choice: headers round, another scan differs by more."""
+from data_prep.stored_ct import StoredGrid
 
 
-def read_label_map(path: Path, shape: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Read a label map of task ``total`` and reduce each slice to 128 x 128, nearest voxel.
+def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
+    """Read a label map of task ``total`` and reduce each slice to 128 x 128: the id at each cell's centre.
 
-    The map goes through its own affine, so it may be stored in another order than its CT.
+    The map goes through its own affine, so it may be stored in another order than its CT, or on another grid
+    over the same space; ids are never interpolated.
 
     Args:
         path: NIfTI file of ids 0 to 117.
-        shape: (Z, H, W) of the CT's canonical slices.
-        spacing_mm: of the CT as (x, y, z).
+        ct: grid of the CT.
 
     Returns:
         uint8 ``(Z, 128, 128)``.
 
     Raises:
-        RejectedError: if the file is damaged, its header blank, or its shape, spacing or ids do not fit.
+        RejectedError: if the file is damaged, its header blank, its space not that of the CT, or an id
+            unknown.
     """
-    stored, header = read_stored(path)
-    if header.is_blank:
-        raise RejectedError("mask", f"'{path.name}' must state its orientation, got a blank header")
+    with open_nifti(path) as file:
+        header = file.header
+        if header.is_blank:
+            raise RejectedError("mask", f"'{path.name}' must state its orientation, got a blank header")
+        if len(header.shape) != 3:
+            raise RejectedError("mask", f"'{path.name}' must have 3 axes, got shape {header.shape}")
+        alignment = align(path.name, header.shape, header.affine, ct)
+        sample = _sample if alignment.is_same_grid else _resample
+        return sample(path.name, file, alignment)
+
+
+def _sample(name: str, file: NiftiFile, alignment: Alignment) -> np.ndarray:
+    """Take the voxels at the centres of cells as they come by."""
+    taken = [alignment.index_along(0), alignment.index_along(1), alignment.index_along(2)]
+    taken[1:] = (indices[cell_voxels(len(indices))] for indices in taken[1:])
+    axes = alignment.axis_of
+    i, j, k = (taken[axes.index(axis)] for axis in range(3))
+    sampled = np.empty((len(i), len(j), len(k)), np.uint8)
+    for first, planes in file.planes():
+        ids = _ids(name, planes, file)
+        here = np.flatnonzero((k >= first) & (k < first + planes.shape[-1]))
+        sampled[..., here] = ids[np.ix_(i, j, k[here] - first)]
+    return np.ascontiguousarray(sampled.transpose(axes))
+
+
+def _resample(name: str, file: NiftiFile, alignment: Alignment) -> np.ndarray:
+    """Take the voxels nearest to the centres of cells, from the whole map: a cell's may lie in any plane."""
+    whole = np.empty(alignment.mask_shape, np.uint8, order="F")
+    for first, planes in file.planes():
+        whole[..., first : first + planes.shape[-1]] = _ids(name, planes, file)
+    sampled = np.empty((alignment.ct_shape[0], MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
+    for z in range(len(sampled)):
+        sampled[z] = whole[alignment.nearest(z)]
+    return sampled
+
+
+def _ids(name: str, planes: np.ndarray, file: NiftiFile) -> np.ndarray:
+    """Apply the header's rescale, and check that what comes of it are ids."""
+    header = file.header
     if (header.slope, header.intercept) != (1, 0):
-        stored = stored * header.slope + header.intercept
-    if not np.isfinite(low := float(stored.min())) or low < 0 or stored.max() >= NUM_TS_CLASSES:
+        planes = planes * header.slope + header.intercept
+    low, high = float(planes.min()), float(planes.max())
+    if not (low >= 0 and high < NUM_TS_CLASSES):
         raise RejectedError(
-            "mask",
-            f"ids of '{path.name}' must lie in 0..{NUM_TS_CLASSES - 1}, got {low:g} to {stored.max():g}",
+            "mask", f"ids of '{name}' must lie in 0..{NUM_TS_CLASSES - 1}, got {low:g} to {high:g}"
         )
-    if stored.dtype.kind == "f" and (stored % 1).any():
-        raise RejectedError("mask", f"ids of '{path.name}' must be whole numbers, got fractions")
-    ids, mask_spacing_mm = canonical_slices(stored, header.affine)
-    if ids.shape != tuple(shape):
-        raise RejectedError("mask", f"'{path.name}' must have the CT's shape {tuple(shape)}, got {ids.shape}")
-    if not np.allclose(mask_spacing_mm, spacing_mm, rtol=SPACING_TOLERANCE):
-        raise RejectedError(
-            "mask", f"'{path.name}' must have the CT's spacing {spacing_mm} mm, got {mask_spacing_mm}"
-        )
-    return nearest(ids).astype(np.uint8)
-
-
-def nearest(ids: np.ndarray) -> np.ndarray:
-    """Sample each slice at the centres of a 128 x 128 grid.
-
-    Shape:
-        Input ``(Z, H, W)``. Output ``(Z, 128, 128)``.
-
-    Example:
-        >>> nearest(np.arange(512).reshape(1, 1, 512))[0, 0, :3]
-        array([ 2,  6, 10])
-    """
-    rows, columns = (
-        ((np.arange(MASK_SIZE_PX) + 0.5) * size / MASK_SIZE_PX).astype(np.intp) for size in ids.shape[1:]
-    )
-    return ids[:, rows[:, None], columns]
+    if planes.dtype.kind == "f" and (planes % 1).any():
+        raise RejectedError("mask", f"ids of '{name}' must be whole numbers, got fractions")
+    return planes

@@ -1,42 +1,29 @@
 """Writes a cohort into shards: planned from headers, resumed after a stop, every volume accounted for."""
 
+from __future__ import annotations
+
 import fcntl
-import hashlib
-import json
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from common.data.shard_index import SCHEMA_VERSION, RejectedVolume, ShardIndex, load_index
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import SHARD_NAME, write_shard
+from common.data.shard_index import RejectedVolume, ShardIndex, load_index
+from common.data.shards import SHARD_NAME, parse_shard_name
 from data_prep.cohort_tables import write_manifest, write_rejected
-from data_prep.rejection import RejectedError, is_failure
-from data_prep.source_volume import SourceVolume, planned_slices, read_volume
+from data_prep.plan_shards import PlannedShard, Progress, plan_shards
+from data_prep.rejection import is_failure
+from data_prep.shard_parts import PartReport, clean_parts, finished, output_errors
+from data_prep.shard_tasks import ShardTasks
+from data_prep.source_volume import SourceVolume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-class PlannedShard(NamedTuple):
-    """A shard to be written.
-
-    Args:
-        path: of the tar.
-        sources: its volumes, in order.
-        num_slices: that headers promise, by volume.
-        plan: fingerprint of the sources.
-    """
-
-    path: Path
-    sources: tuple[SourceVolume, ...]
-    num_slices: tuple[int, ...]
-    plan: str
 
 
 class Summary(NamedTuple):
@@ -49,8 +36,13 @@ class Summary(NamedTuple):
         num_rex: volumes annotated by ReXGroundingCT.
         num_shards: of the split.
         num_bytes: of its shards.
-        num_resumed: shards that an earlier run had finished.
+        num_resumed: volumes that an earlier run had done, also those that it left out.
+        num_done: volumes that this run did, also those that it left out.
+        num_resumed_shards: shards that an earlier run had finished.
         rejected: volumes left out, and why.
+        num_workers: processes that did the others.
+        peak_worker_bytes: most memory that one of them has held.
+        seconds: that the run took.
     """
 
     num_volumes: int
@@ -60,7 +52,12 @@ class Summary(NamedTuple):
     num_shards: int
     num_bytes: int
     num_resumed: int
+    num_done: int
+    num_resumed_shards: int
     rejected: tuple[RejectedVolume, ...]
+    num_workers: int
+    peak_worker_bytes: int
+    seconds: float
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -80,20 +77,22 @@ def write_shards(
     rejected: Sequence[RejectedVolume],
     out: Path,
     split: str,
+    client: Client,
     slices_per_shard: int = 5000,
     progress: Progress = lambda stage, done, total: None,
 ) -> Summary:
     """Write all volumes of a split into shards, with a manifest and a list of what was left out.
 
     The plan follows from headers alone, so the same sources always give the same shards, byte for byte. A
-    shard is finished when its index is there and carries the fingerprint of its plan; a run after a stop,
-    however hard, writes only the others.
+    volume is done when its part is there, a shard when its index is, with the fingerprint of its plan; a run
+    after a stop, however hard, does only the others.
 
     Args:
         sources: volumes to write.
         rejected: volumes that were left out before.
-        out: folder of the shards; other splits may be in it already.
+        out: folder of the shards, which all workers share; other splits may be in it already.
         split: of all volumes.
+        client: of the cluster that does the work.
         slices_per_shard: a shard takes volumes until the next would exceed it. Paper's released code: 5,000.
         progress: told of every volume.
 
@@ -101,135 +100,97 @@ def write_shards(
         What came of the cohort.
 
     Raises:
-        ValueError: if ``slices_per_shard`` is not positive, or ``out`` holds shards of the split that this
-            plan has no place for.
+        ValueError: if ``slices_per_shard`` is not positive, ``split`` cannot name a shard, or ``out`` holds
+            shards of the split that this plan has no place for, or two volumes have one name.
         BlockingIOError: if another run writes into ``out``.
+        OutputError: if ``out`` cannot be written to, such as on a full disk.
+        ConnectionError: if the cluster is lost.
     """
+    start = time.monotonic()
     if slices_per_shard < 1:
         raise ValueError(f"slices_per_shard must be positive, got {slices_per_shard}.")
-    out.mkdir(parents=True, exist_ok=True)
+    parse_shard_name(f"{split}-000000.tar")
     with _alone_in(out):
-        shards, unplanned = plan_shards(sources, out, split, slices_per_shard, progress)
+        shards, unplanned = plan_shards(sources, out, split, client, slices_per_shard, progress)
         _refuse_strangers(out, split, shards)
-        indices, num_resumed = _write_planned(shards, progress)
-        left_out = [*rejected, *unplanned, *(item for index in indices for item in _rejections(index))]
-        write_manifest(out)
-        write_rejected(out, split, left_out)
+        missing = [shard for shard in shards if not _is_finished(shard)]
+        num_before = _num_volumes(shards) - _num_volumes(missing)
+        clean_parts(out, split, missing)
+        reports = _write_missing(missing, num_before, client, progress)
+        clean_parts(out, split, [])
+        tallies = [_tally(load_index(shard.path)) for shard in shards]
+        left_out = [*rejected, *unplanned, *(item for tally in tallies for item in tally.rejected)]
+        with output_errors(out):
+            write_manifest(out, split, left_out, {item.volume: item.source for item in sources})
+            write_rejected(out, split, left_out)
     return Summary(
-        num_volumes=sum(len(index.volume) for index in indices),
-        num_slices=sum(int(index.num_slices.sum()) for index in indices),
-        num_ts=sum(int(index.has_ts.sum()) for index in indices),
-        num_rex=sum(int(index.has_rex.sum()) for index in indices),
-        num_shards=len(indices),
-        num_bytes=sum(int(index.tar_bytes) for index in indices),
-        num_resumed=num_resumed,
+        num_volumes=sum(tally.num_volumes for tally in tallies),
+        num_slices=sum(tally.num_slices for tally in tallies),
+        num_ts=sum(tally.num_ts for tally in tallies),
+        num_rex=sum(tally.num_rex for tally in tallies),
+        num_shards=len(shards),
+        num_bytes=sum(tally.num_bytes for tally in tallies),
+        num_resumed=num_before + sum(report.was_there for report in reports),
+        num_done=sum(not report.was_there for report in reports),
+        num_resumed_shards=len(shards) - len(missing),
         rejected=tuple(left_out),
+        num_workers=len({report.worker for report in reports if report.worker and not report.was_there}),
+        peak_worker_bytes=max((report.peak_bytes for report in reports), default=0),
+        seconds=time.monotonic() - start,
     )
 
 
-def plan_shards(
-    sources: Sequence[SourceVolume], out: Path, split: str, slices_per_shard: int, progress: Progress
-) -> tuple[list[PlannedShard], list[RejectedVolume]]:
-    """Decide from headers which volumes go into which shard.
+class _Tally(NamedTuple):
+    """What a summary needs of a shard: indices of a whole cohort would not fit into memory."""
 
-    Args:
-        sources: volumes to write, in any order.
-        out: folder of the shards.
-        split: of all volumes.
-        slices_per_shard: a shard takes volumes until the next would exceed it.
-        progress: told of every header.
+    num_volumes: int
+    num_slices: int
+    num_ts: int
+    num_rex: int
+    num_bytes: int
+    rejected: list[RejectedVolume]
 
-    Returns:
-        The shards, annotated scans in shards of their own, and the volumes whose header is reason enough to
-        leave them out.
-    """
-    planned: dict[bool, list[list[tuple[SourceVolume, int]]]] = {False: [], True: []}
-    rejected = []
-    for done, source in enumerate(sorted(sources, key=lambda source: source.volume), start=1):
-        try:
-            num_slices = planned_slices(source)
-        except RejectedError as error:
-            rejected.append(error.of(source.volume))
-        else:
-            groups = planned[source.rex is not None]
-            if not groups or sum(n for _, n in groups[-1]) + num_slices > slices_per_shard:
-                groups.append([])
-            groups[-1].append((source, num_slices))
-        progress("Reading headers", done, len(sources))
-    shards = [
-        PlannedShard(
-            path=out / f"{split}-{'rex-' if annotated else ''}{number:06d}.tar",
-            sources=tuple(source for source, _ in group),
-            num_slices=tuple(n for _, n in group),
-            plan=_fingerprint([source for source, _ in group]),
+
+def _tally(index: ShardIndex) -> _Tally:
+    return _Tally(
+        num_volumes=len(index.volume),
+        num_slices=int(index.num_slices.sum()),
+        num_ts=int(index.has_ts.sum()),
+        num_rex=int(index.has_rex.sum()),
+        num_bytes=int(index.tar_bytes),
+        rejected=index.rejections,
+    )
+
+
+def _write_missing(
+    shards: Sequence[PlannedShard], num_before: int, client: Client, progress: Progress
+) -> list[PartReport]:
+    """Write shards while showing the progress of the whole split; return what came of their volumes."""
+    total = num_before + _num_volumes(shards)
+    progress("Writing volumes", num_before, total)
+    reports: dict[str, PartReport] = {}
+    for report in ShardTasks(shards, client).run():
+        if report.rejected is not None and not report.was_there:
+            logger.warning("'%s' is left out: %s: %s", *report.rejected)
+        reports[report.volume] = report
+        progress("Writing volumes", num_before + len(reports), total)
+    return list(reports.values())
+
+
+def _is_finished(shard: PlannedShard) -> bool:
+    """Tell whether an earlier run wrote a shard by the same plan."""
+    if finished(shard.path, shard.plan) is not None:
+        return True
+    if shard.path.exists():
+        logger.warning(
+            "'%s' is written again: it is not whole, or its sources or the settings are others now.",
+            shard.path.name,
         )
-        for annotated, groups in planned.items()
-        for number, group in enumerate(groups)
-    ]
-    return shards, rejected
+    return False
 
 
-def _fingerprint(sources: Sequence[SourceVolume]) -> str:
-    """Everything a shard's bytes depend on, short of reading the voxels: a file counts by its size."""
-    described = [
-        {
-            "volume": source.volume,
-            "split": source.split,
-            "ct": source.ct.stat().st_size,
-            "form": source.form,
-            "rescale": source.rescale,
-            "ts": source.ts and source.ts.stat().st_size,
-            "rex": source.rex and (source.rex.path.stat().st_size, source.rex.codes),
-            "labels": source.labels,
-        }
-        for source in sources
-    ]
-    return hashlib.sha256(json.dumps([SCHEMA_VERSION, described]).encode()).hexdigest()
-
-
-def _write_planned(shards: Sequence[PlannedShard], progress: Progress) -> tuple[list[ShardIndex], int]:
-    indices, num_resumed, done = [], 0, 0
-    total = sum(sum(shard.num_slices) for shard in shards)
-    progress("Writing slices", 0, total)
-    for shard in shards:
-        index = _finished(shard)
-        if index is None:
-            index = write_shard(shard.path, _read(shard, done, total, progress), shard.plan)
-        else:
-            num_resumed += 1
-        done += sum(shard.num_slices)
-        progress("Writing slices", done, total)
-        indices.append(index)
-    return indices, num_resumed
-
-
-def _read(
-    shard: PlannedShard, done: int, total: int, progress: Progress
-) -> Iterator[VolumeSlices | RejectedVolume]:
-    """Read volumes one by one; the only place where one may fail without ending the run."""
-    for source, num_slices in zip(shard.sources, shard.num_slices, strict=True):
-        try:
-            yield read_volume(source)
-        except RejectedError as error:
-            logger.warning("'%s' is left out: %s", source.volume, error)
-            yield error.of(source.volume)
-        done += num_slices
-        progress("Writing slices", done, total)
-
-
-def _finished(shard: PlannedShard) -> ShardIndex | None:
-    """Return the index of a shard that an earlier run wrote by the same plan."""
-    try:
-        index = load_index(shard.path)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        logger.warning("'%s' is written again: %s", shard.path.name, error)
-        return None
-    if str(index.plan) != shard.plan:
-        logger.warning("'%s' is written again: its sources or the settings are others now.", shard.path.name)
-        return None
-    return index
+def _num_volumes(shards: Sequence[PlannedShard]) -> int:
+    return sum(len(shard.volumes) for shard in shards)
 
 
 def _refuse_strangers(out: Path, split: str, shards: Sequence[PlannedShard]) -> None:
@@ -247,16 +208,14 @@ def _refuse_strangers(out: Path, split: str, shards: Sequence[PlannedShard]) -> 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however it ends."""
-    with (out / ".lock").open("w") as file:
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    with lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(
                 f"out must be written by one run at a time, got another in '{out}'."
             ) from error
         yield
-
-
-def _rejections(index: ShardIndex) -> list[RejectedVolume]:
-    rows = zip(index.rejected_volume, index.rejected_reason, index.rejected_detail, strict=True)
-    return [RejectedVolume(str(volume), str(reason), str(detail)) for volume, reason, detail in rows]

@@ -37,11 +37,11 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
         aside.replace(final)
     finally:
         aside.unlink(missing_ok=True)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Wait until a rename in the folder is on the disk."""
+def flush_folder(folder: Path) -> None:
+    """Wait until renames in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HUWindow
+from common.transforms.mask_grid import nearest_cells
 from common.transforms.multi_crop import GUIDED_BY_REX, GUIDED_BY_TS, UNGUIDED
-from common.transforms.photometric import photometric
 
 GUIDE_NAMES = {UNGUIDED: "unguided", GUIDED_BY_TS: "TS", GUIDED_BY_REX: "ReX"}
 GUIDE_COLOURS = {UNGUIDED: "0.75", GUIDED_BY_TS: "cyan", GUIDED_BY_REX: "yellow"}
@@ -33,13 +34,14 @@ def contact_sheet(batch: Mapping[str, Any], window: HUWindow, path: str | Path, 
     view was centred on.
 
     Args:
-        batch: collated samples of ``SlabViews``, with or without masks.
+        batch: of ``collate_views``, with or without masks.
         window: clip range and statistics in HU; its clip range spans black to white.
         path: PNG to write.
         max_samples: most samples drawn.
     """
     num_samples = min(len(batch["volume"]), max_samples)
-    num_global, num_local = batch["global_views"].shape[1], batch["local_views"].shape[1]
+    num_global, num_views = batch["num_global"], batch["boxes"].shape[1]
+    num_local = num_views - num_global
     local_columns = math.ceil(num_local / 2)
     figure = Figure(
         figsize=(2 * 1.9 * num_global + 1.9 * local_columns, 4.3 * num_samples + 0.4), facecolor="black"
@@ -57,7 +59,7 @@ def contact_sheet(batch: Mapping[str, Any], window: HUWindow, path: str | Path, 
         title = figure.add_subplot(cells[0, :])
         title.axis("off")
         title.text(0, 0.75, _sample_title(batch, sample), color="white", fontsize=12, va="center")
-        for view in range(num_global + num_local):
+        for view in range(num_views):
             row, column = divmod(view - num_global, local_columns)
             place = cells[1:, 2 * view : 2 * view + 2] if row < 0 else cells[1 + row, 2 * num_global + column]
             axes = figure.add_subplot(place)
@@ -78,12 +80,9 @@ def contact_sheet(batch: Mapping[str, Any], window: HUWindow, path: str | Path, 
 
 def _encoder_input(batch: Mapping[str, Any], window: HUWindow) -> list[np.ndarray]:
     """Per view, the batch (B, S, S) after photometric augmentation and normalisation."""
-    num_global = batch["global_views"].shape[1]
-    images: list[np.ndarray] = []
-    for group, views in (("global", slice(0, num_global)), ("local", slice(num_global, None))):
-        hu, gamma, sigma = batch[f"{group}_views"], batch["gamma"][:, views], batch["blur_sigma"][:, views]
-        images += list(photometric(hu, gamma, sigma, window).squeeze(2).transpose(0, 1).cpu().numpy())
-    return images
+    on_cpu = {name: part.cpu() if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+    groups = render_views(on_cpu, window)
+    return [image for views in groups for image in views.squeeze(2).transpose(0, 1).numpy()]
 
 
 def _sample_title(batch: Mapping[str, Any], sample: int) -> str:
@@ -97,17 +96,22 @@ def _sample_title(batch: Mapping[str, Any], sample: int) -> str:
     )
 
 
-def _view_of(batch: Mapping[str, Any], name: str, sample: int, view: int) -> np.ndarray:
-    """Mask ``name`` of a view, numbered over global and local views."""
-    num_global = batch["global_views"].shape[1]
-    group, index = ("global", view) if view < num_global else ("local", view - num_global)
-    return torch.as_tensor(batch[f"{group}_{name}"][sample, index]).cpu().numpy()
+def _mask_of(batch: Mapping[str, Any], name: str, sample: int, view: int) -> np.ndarray:
+    """Mask ``name`` as it lies under a view."""
+    plane = batch[f"{name}_planes"][int(batch[f"{name}_plane"][sample, view])].cpu()
+    _, top, left, side = batch["boxes"][sample, view, :, None].cpu()
+    height, width = batch["shape"][sample, :, None].cpu()
+    rows, columns = (
+        nearest_cells(start, side, _size_of(batch, view), length, len(plane))[0]
+        for start, length in ((top, height), (left, width))
+    )
+    return plane[rows][:, columns.flip(0) if batch["flips"][sample, view] else columns].numpy()
 
 
 def _draw_masks(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) -> None:
-    if "global_ts" not in batch:
+    if "ts_planes" not in batch:
         return
-    ts, rex = (_view_of(batch, name, sample, view) for name in ("ts", "rex"))
+    ts, rex = (_mask_of(batch, name, sample, view) for name in ("ts", "rex"))
     axes.imshow(_ts_colours()[ts], interpolation="nearest")
     if rex.any():
         axes.contour(rex != 0, levels=[0.5], colors=REX_COLOUR, linewidths=1.2)
@@ -116,7 +120,7 @@ def _draw_masks(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) ->
 def _draw_guide(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) -> None:
     """Label the view and mark the position it was centred on."""
     guide = int(batch["guide"][sample, view])
-    num_global = batch["global_views"].shape[1]
+    num_global = batch["num_global"]
     z, top, left, side = (int(number) for number in batch["boxes"][sample, view])
     name = f"G{view + 1}" if view < num_global else f"L{view - num_global + 1}"
     label = f"{name}  slice +{z}  {side} px  {GUIDE_NAMES[guide]}"
@@ -139,8 +143,7 @@ def _draw_guide(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) ->
 
 
 def _size_of(batch: Mapping[str, Any], view: int) -> int:
-    group = "global" if view < batch["global_views"].shape[1] else "local"
-    return int(batch[f"{group}_views"].shape[-1])
+    return int(batch["sizes_px"][int(view >= batch["num_global"])])
 
 
 def _ts_colours() -> np.ndarray:

@@ -1,7 +1,7 @@
 """Split a cohort by patient, so that no patient's scans stand on both sides."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,14 +27,26 @@ def patient_of(volume: str) -> str:
     return match[1]
 
 
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Key to sort names by: runs of digits count as numbers.
+
+    Example:
+        >>> sorted(["train_10", "train_9", "train_1"], key=natural_order)
+        ['train_1', 'train_9', 'train_10']
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
 def split_by_patient(volumes: Sequence[str], num_val_patients: int, seed: int) -> dict[str, list[str]]:
     """Draw the patients of the validation set; the others are for training.
 
-    Source: DALE-CT IV-B, 1,000 patients. The draw is NumPy's legacy one over patients in the order in which
-    they first appear, so that the same list of volumes gives the split of the authors' released code.
+    Source: DALE-CT IV-B, 1,000 patients. The draw is NumPy's legacy one over the patients in natural order,
+    so that the order of the volumes does not matter. The authors' released code draws in the order of the
+    label table, which gives the same patients wherever the table is in natural order.
 
     Args:
-        volumes: volumes in the order of their label table.
+        volumes: volumes of all patients to draw from; another set of patients is another draw.
         num_val_patients: patients to draw.
         seed: seed of the draw; the authors use 42.
 
@@ -48,14 +60,62 @@ def split_by_patient(volumes: Sequence[str], num_val_patients: int, seed: int) -
         >>> split_by_patient(["train_1_a_1", "train_1_a_2", "train_2_a_1"], num_val_patients=1, seed=42)
         {'train': ['train_1_a_1', 'train_1_a_2'], 'validation': ['train_2_a_1']}
     """
-    patients = list(dict.fromkeys(patient_of(volume) for volume in volumes))
+    patients = sorted({patient_of(volume) for volume in volumes}, key=natural_order)
     if not 0 < num_val_patients < len(patients):
         raise ValueError(
             f"num_val_patients must be at least 1 and smaller than the number of patients, {len(patients)}, "
             f"got {num_val_patients}. Pass --num_val_patients."
         )
-    drawn = set(np.random.RandomState(seed).choice(patients, num_val_patients, replace=False).tolist())
+    drawn = np.random.RandomState(seed).choice(patients, num_val_patients, replace=False).tolist()
+    return _sides(volumes, {"train": set(patients).difference(drawn), "validation": set(drawn)})
+
+
+def split_three_ways(
+    volumes: Sequence[str], seed: int, percent: tuple[int, int, int] = (70, 10, 20)
+) -> dict[str, list[str]]:
+    """Deal patients to training, validation and test.
+
+    Source: DALE-CT IV-A, 70/10/20 of the annotated scans' patients. The draw is NumPy's legacy permutation of
+    the patients in alphabetical order, as in the authors' released code. That the numbers for training and
+    validation are rounded down, and the rest is for the test, is our choice.
+
+    Args:
+        volumes: in any order.
+        seed: seed of the draw; the authors use 42.
+        percent: of the patients, for training, validation and test.
+
+    Returns:
+        ``train``, ``validation`` and ``test``: volumes, in the given order.
+
+    Raises:
+        ValueError: if the percentages do not add up to 100, or leave no patient on one side.
+
+    Example:
+        >>> sides = split_three_ways([f"valid_{patient}_a_1" for patient in range(1, 11)], seed=42)
+        >>> {side: len(volumes) for side, volumes in sides.items()}
+        {'train': 7, 'validation': 1, 'test': 2}
+    """
+    if sum(percent) != 100 or min(percent) <= 0:
+        raise ValueError(f"percent must be positive and add up to 100, got {percent}.")
+    patients = sorted({patient_of(volume) for volume in volumes})
+    order = np.random.RandomState(seed).permutation(patients).tolist()
+    num_train, num_val = (len(order) * part // 100 for part in percent[:2])
+    sides = {
+        "train": set(order[:num_train]),
+        "validation": set(order[num_train : num_train + num_val]),
+        "test": set(order[num_train + num_val :]),
+    }
+    empty = [side for side, members in sides.items() if not members]
+    if empty:
+        raise ValueError(
+            f"volumes must be of enough patients for {percent} percent of them on each side, "
+            f"got {len(order)} patients, none for '{empty[0]}'."
+        )
+    return _sides(volumes, sides)
+
+
+def _sides(volumes: Sequence[str], patients: Mapping[str, set[str]]) -> dict[str, list[str]]:
     return {
-        "train": [volume for volume in volumes if patient_of(volume) not in drawn],
-        "validation": [volume for volume in volumes if patient_of(volume) in drawn],
+        side: [volume for volume in volumes if patient_of(volume) in members]
+        for side, members in patients.items()
     }

@@ -12,9 +12,10 @@ import numpy as np
 
 from common.data.atomic_file import atomic_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FIELDS = ("ct.blosc2", "ts.png", "rex.png", "json")
 ABSENT = -1
+ABSENT_MEMBER = (ABSENT, ABSENT, 0)
 UNLABELLED = -1
 
 
@@ -42,12 +43,15 @@ class ShardIndex(NamedTuple):
         tar_bytes: size of the tar, so that a truncated or exchanged one is noticed.
         member_offset: ``(S, F)`` int64, first byte of a member's data in the tar; -1 where absent.
         member_size: ``(S, F)`` int32, its bytes; -1 where absent.
+        member_crc32: ``(S, F)`` uint32, ``zlib.crc32`` of its bytes; 0 where absent.
         volume: ``(N,)`` names, in the order of their slices.
         num_slices: ``(N,)``.
         spacing_mm: ``(N, 3)`` as (x, y, z).
         shape: ``(N, 2)`` slice height and width.
         original_shape: ``(N, 3)`` as stored in the source.
         original_axcodes: ``(N,)`` such as ``LPS``, as stored in the source.
+        source: ``(N,)`` path of the CT, of a DICOM series its folder, relative to the input folder.
+        source_sha256: ``(N,)`` of the CT's bytes; of several files, of their digests in order.
         has_ts: ``(N,)`` whether the volume has a TotalSegmentator label map.
         has_rex: ``(N,)`` whether the volume is annotated by ReXGroundingCT.
         slice_has_ts: ``(S,)`` whether any organ is in the slice.
@@ -65,12 +69,15 @@ class ShardIndex(NamedTuple):
     tar_bytes: np.integer | np.ndarray
     member_offset: np.ndarray
     member_size: np.ndarray
+    member_crc32: np.ndarray
     volume: np.ndarray
     num_slices: np.ndarray
     spacing_mm: np.ndarray
     shape: np.ndarray
     original_shape: np.ndarray
     original_axcodes: np.ndarray
+    source: np.ndarray
+    source_sha256: np.ndarray
     has_ts: np.ndarray
     has_rex: np.ndarray
     slice_has_ts: np.ndarray
@@ -80,6 +87,12 @@ class ShardIndex(NamedTuple):
     rejected_volume: np.ndarray
     rejected_reason: np.ndarray
     rejected_detail: np.ndarray
+
+    @property
+    def rejections(self) -> list[RejectedVolume]:
+        """Volumes that the plan names and the shard does without."""
+        rows = zip(self.rejected_volume, self.rejected_reason, self.rejected_detail, strict=True)
+        return [RejectedVolume(str(volume), str(reason), str(detail)) for volume, reason, detail in rows]
 
     @property
     def first_sample(self) -> np.ndarray:
@@ -157,11 +170,11 @@ class IndexBuilder:
         self.volumes: dict[str, dict[str, object]] = {}
         self.labels: list[dict[str, int] | None] = []
         self.rejected: list[RejectedVolume] = []
-        self.members: list[list[tuple[int, int]]] = []
+        self.members: list[list[tuple[int, int, int]]] = []
         self.slice_flags: list[tuple[bool, bool]] = []
 
-    def add_slice(self, members: list[tuple[int, int]], has_ts: bool, has_rex: bool) -> None:
-        """Note a sample: first byte and size of each field's member, -1 for absent ones, and two flags."""
+    def add_slice(self, members: list[tuple[int, int, int]], has_ts: bool, has_rex: bool) -> None:
+        """Note a sample: first byte, size and CRC of each field's member or ``ABSENT_MEMBER``, two flags."""
         self.members.append(members)
         self.slice_flags.append((has_ts, has_rex))
 
@@ -189,7 +202,7 @@ class IndexBuilder:
         """Return the index of the finished tar."""
         names = self._label_names()
         labels = [[UNLABELLED] * len(names) if row is None else list(row.values()) for row in self.labels]
-        members = np.array(self.members, np.int64).reshape(len(self.members), len(FIELDS), 2)
+        members = np.array(self.members, np.int64).reshape(len(self.members), len(FIELDS), 3)
         flags = np.array(self.slice_flags, bool).reshape(-1, 2)
         return ShardIndex(
             schema_version=np.int64(SCHEMA_VERSION),
@@ -198,12 +211,15 @@ class IndexBuilder:
             tar_bytes=np.int64(tar_bytes),
             member_offset=members[..., 0],
             member_size=members[..., 1].astype(np.int32),
+            member_crc32=members[..., 2].astype(np.uint32),
             volume=np.array(list(self.volumes), np.str_),
             num_slices=self._column("num_slices", np.int64),
             spacing_mm=self._column("spacing_mm", np.float64, 3),
             shape=self._column("shape", np.int64, 2),
             original_shape=self._column("original_shape", np.int64, 3),
             original_axcodes=self._column("original_axcodes", np.str_),
+            source=self._column("source", np.str_),
+            source_sha256=self._column("source_sha256", np.str_),
             has_ts=self._column("has_ts", np.bool_),
             has_rex=self._column("has_rex", np.bool_),
             slice_has_ts=flags[:, 0],

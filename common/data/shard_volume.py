@@ -11,8 +11,9 @@ import tarfile
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
-from common.data.shard_index import ABSENT, FIELDS, SCHEMA_VERSION, IndexBuilder
+from common.data.shard_index import ABSENT_MEMBER, FIELDS, SCHEMA_VERSION, IndexBuilder
 from common.data.slice_codec import encode_ct, encode_mask
 from common.labels import load_labels
 
@@ -37,6 +38,8 @@ class VolumeSlices(NamedTuple):
         original_axcodes: of the array in the source, such as ``LPS``.
         labels: class name to 0 or 1, or None.
         split: such as ``train``.
+        source: path of the CT, of a DICOM series its folder, relative to the input folder.
+        source_sha256: of the CT's bytes; of several files, of their digests in order.
     """
 
     volume: str
@@ -48,6 +51,8 @@ class VolumeSlices(NamedTuple):
     original_axcodes: str
     labels: dict[str, int] | None
     split: str
+    source: str = ""
+    source_sha256: str = ""
 
 
 def add_volume(tar: tarfile.TarFile, builder: IndexBuilder, volume: VolumeSlices, annotated: bool) -> None:
@@ -73,6 +78,8 @@ def add_volume(tar: tarfile.TarFile, builder: IndexBuilder, volume: VolumeSlices
         shape=volume.ct.shape[1:],
         original_shape=volume.original_shape,
         original_axcodes=volume.original_axcodes,
+        source=volume.source,
+        source_sha256=volume.source_sha256,
         has_ts=volume.ts is not None,
         has_rex=volume.rex is not None,
     )
@@ -146,12 +153,12 @@ def _slice_record(volume: VolumeSlices, z: int, rex: np.ndarray | None) -> dict[
     }
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes | None) -> tuple[int, int]:
-    """Append a member without owner or time; return its first byte and size, twice -1 where there is none."""
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes | None) -> tuple[int, int, int]:
+    """Append a member without owner or time, if there is one; return its first byte, size and CRC."""
     if data is None:
-        return ABSENT, ABSENT
+        return ABSENT_MEMBER
     member = tarfile.TarInfo(name)
     member.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
-    return offset, member.size
+    return offset, member.size, isal_zlib.crc32(data)

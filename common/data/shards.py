@@ -26,8 +26,6 @@ import numpy as np
 
 from common.data.atomic_file import atomic_file
 from common.data.shard_index import (
-    FIELDS,
-    UNLABELLED,
     IndexBuilder,
     RejectedVolume,
     ShardIndex,
@@ -35,38 +33,27 @@ from common.data.shard_index import (
     load_index,
     save_index,
 )
-from common.data.shard_volume import MASK_SIZE_PX, VolumeSlices, add_volume
-from common.data.slice_codec import decode_ct, decode_mask
+from common.data.shard_volume import VolumeSlices, add_volume
+from common.data.stored_slab import StoredSlab
+from common.data.volume_entry import VolumeEntry, volume_entries
 
 logger = logging.getLogger(__name__)
 
 SHARD_NAME = re.compile(r"(?P<split>[A-Za-z0-9]+)-(?P<rex>rex-)?(?P<number>[0-9]{6})\.tar")
+PARTS = ".parts"
+"""Folder of volumes that wait for the others of their shard while data_prep runs."""
 
 
-class VolumeEntry(NamedTuple):
-    """One volume of a shard set.
+class ShardName(NamedTuple):
+    """What the name of a shard says.
 
     Args:
-        volume: name.
-        shard: path of the tar.
-        first_sample: place of its first slice in the shard.
-        num_slices: its slices.
-        spacing_mm: as (x, y, z).
-        shape: height and width of its slices.
-        has_ts: whether it has a TotalSegmentator label map.
-        has_rex: whether it is annotated by ReXGroundingCT.
-        labels: class name to 0 or 1, or None.
+        split: of its volumes.
+        annotated: whether it holds the scans annotated by ReXGroundingCT.
     """
 
-    volume: str
-    shard: str
-    first_sample: int
-    num_slices: int
-    spacing_mm: tuple[float, float, float]
-    shape: tuple[int, int]
-    has_ts: bool
-    has_rex: bool
-    labels: dict[str, int] | None
+    split: str
+    annotated: bool
 
 
 def write_shard(
@@ -88,31 +75,62 @@ def write_shard(
         ValueError: if the shard's name or a volume does not follow the schema, or a volume comes twice.
     """
     shard = Path(path)
-    name = SHARD_NAME.fullmatch(shard.name)
-    if name is None:
-        raise ValueError(
-            f"shard must be named <split>-000000.tar or <split>-rex-000000.tar, got '{shard.name}'."
-        )
-    index_path(shard).unlink(missing_ok=True)
-    builder = IndexBuilder(name["split"])
+    return write_tar(shard, parse_shard_name(shard.name), volumes, plan)
+
+
+def parse_shard_name(name: str) -> ShardName:
+    """Return what a shard's name says.
+
+    Raises:
+        ValueError: if no shard is named so.
+
+    Example:
+        >>> parse_shard_name("train-rex-000012.tar")
+        ShardName(split='train', annotated=True)
+    """
+    match = SHARD_NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"shard must be named <split>-000000.tar or <split>-rex-000000.tar, got '{name}'.")
+    return ShardName(match["split"], match["rex"] is not None)
+
+
+def write_tar(
+    tar_path: Path, name: ShardName, volumes: Iterable[VolumeSlices | RejectedVolume], plan: str
+) -> ShardIndex:
+    """Do as ``write_shard`` under any name of the file, on behalf of the shard it will be a part of.
+
+    Args:
+        tar_path: the file; its index goes beside it.
+        name: of the shard.
+        volumes: see ``write_shard``.
+        plan: see ``write_shard``.
+
+    Returns:
+        The index.
+
+    Raises:
+        ValueError: if a volume does not follow the schema, or comes twice.
+    """
+    index_path(tar_path).unlink(missing_ok=True)
+    builder = IndexBuilder(name.split)
     with (
-        atomic_file(shard) as file,
+        atomic_file(tar_path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for volume in volumes:
             if isinstance(volume, RejectedVolume):
                 builder.rejected.append(volume)
                 continue
-            add_volume(tar, builder, volume, annotated=name["rex"] is not None)
-    index = builder.build(plan, tar_bytes=shard.stat().st_size)
-    save_index(shard, index)
+            add_volume(tar, builder, volume, name.annotated)
+    index = builder.build(plan, tar_bytes=tar_path.stat().st_size)
+    save_index(tar_path, index)
     return index
 
 
 class ShardSet:
     """All shards of one split, every slice of which is one read away.
 
-    Holds the indices only, about 50 bytes a slice. Safe to fork, to pickle and to share between threads:
+    Holds the indices only, about 70 bytes a slice. Safe to fork, to pickle and to share between threads:
     reads state their position. A process keeps at most 256 shards open, whatever the size of the cohort.
 
     Args:
@@ -139,7 +157,7 @@ class ShardSet:
             state = shard.stat()
             self._indices[str(shard)] = index
             self._identities[str(shard)] = (state.st_ino, state.st_mtime_ns)
-            self.volumes.extend(_entries(str(shard), index))
+            self.volumes.extend(volume_entries(str(shard), index))
         shard_of: dict[str, str] = {}
         for entry in self.volumes:
             if entry.volume in shard_of:
@@ -160,7 +178,7 @@ class ShardSet:
         Raises:
             ValueError: if the volume has no such slice, or the shard is damaged there.
         """
-        return self._decoded(volume_id, z, "ct.blosc2")
+        return self._slab(volume_id, z, 1).read_ct(0)
 
     def read_ts(self, volume_id: int, z0: int, n: int) -> np.ndarray | None:
         """Read the TotalSegmentator ids of consecutive slices.
@@ -176,9 +194,7 @@ class ShardSet:
         Raises:
             ValueError: if the volume has no such slices, or the shard is damaged there.
         """
-        entry = self.volumes[volume_id]
-        present = self._indices[entry.shard].slice_has_ts
-        return self._planes(volume_id, z0, n, "ts.png", present, np.uint8) if entry.has_ts else None
+        return self._slab(volume_id, z0, n).read_ts()
 
     def read_rex(self, volume_id: int, z0: int, n: int) -> np.ndarray | None:
         """Read the finding masks of consecutive slices.
@@ -194,44 +210,40 @@ class ShardSet:
         Raises:
             ValueError: if the volume has no such slices, or the shard is damaged there.
         """
-        entry = self.volumes[volume_id]
-        present = self._indices[entry.shard].slice_has_rex
-        return self._planes(volume_id, z0, n, "rex.png", present, np.uint16) if entry.has_rex else None
+        return self._slab(volume_id, z0, n).read_rex()
 
-    def _planes(
-        self, volume_id: int, z0: int, n: int, field: str, present: np.ndarray, dtype: type[np.generic]
-    ) -> np.ndarray:
-        self._check_slices(volume_id, z0, n)
-        planes = np.zeros((n, MASK_SIZE_PX, MASK_SIZE_PX), dtype)
-        first = self.volumes[volume_id].first_sample + z0
-        for i in np.flatnonzero(present[first : first + n]):
-            planes[i] = self._decoded(volume_id, z0 + int(i), field)
-        return planes
+    def read_slab(self, volume_id: int, z0: int, n: int) -> StoredSlab:
+        """Read consecutive slices and their masks in one read of the disk; decode them where needed.
 
-    def _decoded(self, volume_id: int, z: int, field: str) -> np.ndarray:
-        self._check_slices(volume_id, z, 1)
-        entry = self.volumes[volume_id]
-        index = self._indices[entry.shard]
-        row, column = entry.first_sample + z, FIELDS.index(field)
-        shard = _opened(entry.shard, self._identities[entry.shard])
-        data = os.pread(
-            shard.descriptor, int(index.member_size[row, column]), int(index.member_offset[row, column])
-        )
-        try:
-            return decode_ct(data) if field == "ct.blosc2" else decode_mask(data)
-        except ValueError as error:
-            raise ValueError(
-                f"'{entry.shard}' is damaged at {field} of slice {z} of volume '{entry.volume}': {error} "
-                "Delete the shard and run data_prep again."
-            ) from error
+        Args:
+            volume_id: place in ``volumes``.
+            z0: first slice, from the feet.
+            n: number of slices.
 
-    def _check_slices(self, volume_id: int, z0: int, n: int) -> None:
+        Raises:
+            ValueError: if the volume has no such slices.
+        """
+        slab = self._slab(volume_id, z0, n)
+        start, size = slab.extent()
+        data = slab.fetch(start, size)
+        return slab._replace(fetch=lambda offset, size: data[offset - start : offset - start + size])
+
+    def _slab(self, volume_id: int, z0: int, n: int) -> StoredSlab:
+        """Consecutive slices whose members are read from the disk one by one."""
         entry = self.volumes[volume_id]
         if not (0 <= z0 < z0 + n <= entry.num_slices):
             raise ValueError(
                 f"slices must lie in 0..{entry.num_slices - 1}, got {z0}..{z0 + n - 1} "
                 f"for volume '{entry.volume}'."
             )
+        shard = _opened(entry.shard, self._identities[entry.shard])
+        return StoredSlab(
+            entry,
+            self._indices[entry.shard],
+            z0,
+            n,
+            lambda start, size: os.pread(shard.descriptor, size, start),
+        )
 
 
 def _shards_of(folder: Path, split: str) -> list[Path]:
@@ -244,32 +256,12 @@ def _shards_of(folder: Path, split: str) -> list[Path]:
     shards = [path for path, name in named.items() if name and name["split"] == split]
     if not shards:
         raise FileNotFoundError(f"'{folder}' must hold shards of split '{split}', got splits {splits}.")
-    partial = [path.name for path in named if path.name.endswith(".partial")]
+    partial = [path.name for path in named if path.name.endswith(".partial") or path.name == PARTS]
     if partial:
         logger.warning(
             "'%s' holds unfinished files %s: data_prep still runs or was interrupted.", folder, partial
         )
     return shards
-
-
-def _entries(shard: str, index: ShardIndex) -> list[VolumeEntry]:
-    names, first_samples = index.label_names.tolist(), index.first_sample.tolist()
-    return [
-        VolumeEntry(
-            volume=str(index.volume[i]),
-            shard=shard,
-            first_sample=first_samples[i],
-            num_slices=int(index.num_slices[i]),
-            spacing_mm=tuple(index.spacing_mm[i].tolist()),
-            shape=tuple(index.shape[i].tolist()),
-            has_ts=bool(index.has_ts[i]),
-            has_rex=bool(index.has_rex[i]),
-            labels=None
-            if UNLABELLED in index.labels[i]
-            else dict(zip(names, index.labels[i].tolist(), strict=True)),
-        )
-        for i in range(len(index.volume))
-    ]
 
 
 class _OpenShard:

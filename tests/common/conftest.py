@@ -1,13 +1,17 @@
-"""A cohort of random embeddings with labels, written as the encoder bundles write them."""
+"""Data that several tests share: random embeddings with labels, and slabs out of arrays."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from common.data.embeddings import write_embedding
+from common.data.slab_dataset import SlabViews
+from common.data.volume_entry import VolumeEntry
+from common.transforms.multi_crop import RandSlabMultiCrop
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
@@ -61,3 +65,67 @@ def write_cohort(tmp_path: Path) -> WriteCohort:
         return folder, labels_csv
 
     return write
+
+
+class Scan(NamedTuple):
+    """A volume in memory: HU ``(Z, H, W)`` and masks ``(Z, 128, 128)``."""
+
+    hu: np.ndarray
+    ts: np.ndarray | None = None
+    rex: np.ndarray | None = None
+    labels: dict[str, int] | None = None
+    spacing_z_mm: float = 1.0
+
+
+class Scans:
+    """Stands in for a ShardSet, and for the slab of one of its volumes."""
+
+    def __init__(self, scans: Sequence[Scan], volume_id: int = 0, window: slice = slice(0)) -> None:
+        self.scans = scans
+        self.scan, self.window = scans[volume_id], window
+        self.volumes = [
+            VolumeEntry(
+                volume=f"train_{number}_a_1",
+                shard="none",
+                first_sample=0,
+                num_slices=len(scan.hu),
+                spacing_mm=(0.7, 0.7, scan.spacing_z_mm),
+                shape=scan.hu.shape[1:],
+                has_ts=scan.ts is not None,
+                has_rex=scan.rex is not None,
+                labels=scan.labels,
+                source="",
+                source_sha256="",
+            )
+            for number, scan in enumerate(scans)
+        ]
+
+    def read_slab(self, volume_id: int, z0: int, n: int) -> "Scans":
+        return Scans(self.scans, volume_id, slice(z0, z0 + n))
+
+    def read_ct(self, z: int) -> np.ndarray:
+        return self.scan.hu[self.window][z]
+
+    def read_ts(self) -> np.ndarray | None:
+        return None if self.scan.ts is None else self.scan.ts[self.window]
+
+    def read_rex(self) -> np.ndarray | None:
+        return None if self.scan.rex is None else self.scan.rex[self.window]
+
+
+SlabsOf = Callable[..., SlabViews]
+
+
+@pytest.fixture
+def slabs_of() -> SlabsOf:
+    """Return ``slabs(scans, multi_crop, ...) -> SlabViews``, each scan one slab, in one pool, with masks.
+
+    A scan is a dictionary of ``Scan``.
+    """
+
+    def slabs(scans: Sequence[dict[str, Any]], multi_crop: RandSlabMultiCrop, **changes: Any) -> SlabViews:
+        arguments = {"slab_mm": 1000.0, "rex_fraction": None, "seed": 0, "with_masks": True}
+        shards: Any = Scans([Scan(**scan) for scan in scans])
+        return SlabViews(shards, multi_crop=multi_crop, **{**arguments, **changes})
+
+    return slabs

@@ -1,19 +1,35 @@
 """Tiny CTs in the layouts of the datasets, every voxel another value."""
 
 import csv
+import hashlib
 import json
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
+from distributed import Client, LocalCluster
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from typer.testing import CliRunner, Result
 
 from common.labels import load_labels
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE_XYZ = (19, 17, 5)
 SPACING_MM = (0.7, 0.8, 1.5)
+LOOPBACK = "127.0.0.1:0"
 
 
 class TinyCTRate:
@@ -92,6 +108,61 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         table.writerows(rows)
 
 
+@pytest.fixture(scope="session")
+def dask() -> Iterator[Client]:
+    """Client of two workers that are threads of this process, so that what a test patches holds."""
+    cluster = LocalCluster(n_workers=2, processes=False, threads_per_worker=1, dashboard_address=LOOPBACK)
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+@pytest.fixture
+def invoke(dask: Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command that writes shards on the workers that all tests share."""
+    from data_prep.__main__ import app
+
+    @contextmanager
+    def shared_client(*_: object) -> Iterator[Client]:
+        yield dask
+
+    monkeypatch.setattr("data_prep.commands.prepare.dask_client", shared_client)
+    return lambda *arguments: CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
+    )
+
+
+@pytest.fixture
+def dask_command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start ``dask ...`` as a process of its own, which finds data_prep as the README says."""
+    started: list[subprocess.Popen] = []
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    log = (tmp_path / "dask.log").open("w")
+
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [str(Path(sys.executable).with_name("dask")), *arguments, "--no-dashboard"]
+        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+        process.wait()
+    log.close()
+
+
+@pytest.fixture
+def dask_scheduler(dask_command: Callable[..., subprocess.Popen]) -> tuple[str, subprocess.Popen]:
+    """Address and process of a scheduler of its own, which nobody has joined."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    process = dask_command("scheduler", "--host", "127.0.0.1", "--port", port)
+    return f"tcp://127.0.0.1:{port}", process
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> TinyCTRate:
     return TinyCTRate(tmp_path / "ct_rate")
@@ -131,3 +202,254 @@ def write_rex(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return listing, folder
 
     return write
+
+
+@pytest.fixture
+def write_series() -> Callable[..., list[Path]]:
+    """Write a CT series as DICOM files; return them in the order of their slices along the normal."""
+
+    def write(
+        folder: Path,
+        hu: np.ndarray,
+        orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
+        first_mm: tuple[float, ...] = (-5.0, -7.0, -100.0),
+        series: str = "1.2.840.99.7",
+        edit: Callable[[int, Dataset], None] = lambda z, dataset: None,
+    ) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        normal = np.cross(orientation[:3], orientation[3:])
+        # File names that sort in another order than the slices do.
+        names = [f"IM{number:04d}" for number in np.random.default_rng(len(hu)).permutation(len(hu))]
+        for z, (name, values) in enumerate(zip(names, hu, strict=True)):
+            dataset = Dataset()
+            dataset.file_meta = FileMetaDataset()
+            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            dataset.SOPClassUID = CTImageStorage
+            dataset.SOPInstanceUID = f"{series}.{z + 1}" if series else generate_uid()
+            dataset.SeriesInstanceUID = series
+            dataset.Modality = "CT"
+            dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+            dataset.PatientName = "Phantom^Synthetic"
+            dataset.InstanceNumber = 1
+            dataset.ImageOrientationPatient = list(orientation)
+            dataset.ImagePositionPatient = [
+                round(float(mm), 6) for mm in first_mm + SPACING_MM[2] * z * normal
+            ]
+            dataset.PixelSpacing = [SPACING_MM[1], SPACING_MM[0]]  # of rows, of columns
+            dataset.SliceThickness = 5.0  # of the beam, not their distance
+            dataset.Rows, dataset.Columns = values.shape
+            dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+            dataset.BitsAllocated = dataset.BitsStored = 16
+            dataset.HighBit, dataset.PixelRepresentation = 15, 0
+            dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
+            dataset.PixelData = (values + 1024).astype("<u2").tobytes()
+            edit(z, dataset)
+            dataset.save_as(folder / name, enforce_file_format=True)
+        return [folder / name for name in names]
+
+    return write
+
+
+class LoopbackHub:
+    """A server on this machine that answers as the Hugging Face hub does, as far as a download asks.
+
+    Small files are served by the hub itself, large ones by redirecting to another origin, the content store.
+    What it was asked is in ``requests`` as method, path and range.
+
+    Args:
+        repo_id: owner and name of the one dataset it has.
+    """
+
+    COMMIT = "c0ffee" + 34 * "0"
+    TOKEN = "hf_loopback"
+
+    def __init__(self, repo_id: str) -> None:
+        self.repo_id = repo_id
+        self.files: dict[str, bytes] = {}
+        self.corrupt: set[str] = set()
+        self.gone: set[str] = set()
+        self.cut_at: dict[str, int] = {}
+        self.stall: dict[str, threading.Event] = {}
+        self.refusal: tuple[int, str] | None = None
+        self.page_size = 1000
+        self.requests: list[tuple[str, str, str]] = []
+        self.headers: list[tuple[str, dict[str, str]]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+        self._server.hub = self  # where the handler finds what to answer
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.store = f"http://localhost:{self._server.server_port}/store/"
+
+    def __enter__(self) -> "LoopbackHub":
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for event in self.stall.values():
+            event.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(10)
+
+    def asked(self, method: str, path: str) -> list[str]:
+        """Ranges of the requests for a file's bytes."""
+        return [span for done, asked, span in self.requests if (done, asked) == (method, path)]
+
+    def digest(self, path: str) -> str:
+        content = self.files[path]
+        if self.is_large(path):
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+    @staticmethod
+    def is_large(path: str) -> bool:
+        return path.endswith((".gz", ".npz"))
+
+    def entry(self, path: str) -> dict[str, Any]:
+        entry = {"type": "file", "path": path, "size": len(self.files[path]), "oid": self.digest(path)}
+        if self.is_large(path):
+            sha256 = self.digest(path)
+            entry |= {"oid": 40 * "f", "lfs": {"oid": sha256, "size": entry["size"], "pointerSize": 134}}
+        return entry
+
+    def tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
+        """Files of a folder in the order of their names, each after the folders that it is in."""
+        skip = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for path in sorted(path for path in self.files if path.startswith(skip)):
+            parts = path.removeprefix(skip).split("/")
+            for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
+                name = skip + "/".join(parts[:depth])
+                entries.setdefault(name, {"type": "directory", "path": name, "oid": 40 * "d"})
+            if recursive or len(parts) == 1:
+                entries[path] = self.entry(path)
+        return list(entries.values())
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers the requests to a ``LoopbackHub``."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.server.hub
+        address = urlsplit(self.path)
+        hub.headers.append((address.path, dict(self.headers)))
+        api, files = f"/api/datasets/{hub.repo_id}/", f"/datasets/{hub.repo_id}/resolve/{hub.COMMIT}/"
+        path = unquote(address.path)
+        if path.startswith("/store/"):
+            self.reply_content(path.removeprefix("/store/"), {})
+        elif path.startswith(files):
+            self.reply_file(path.removeprefix(files))
+        elif path.startswith(api):
+            self.reply_api(path.removeprefix(api), address.query)
+        else:
+            self.refuse(404, "RepoNotFound")
+
+    def reply_api(self, path: str, query: str) -> None:
+        hub = self.server.hub
+        if path == "revision/main":
+            self.reply_json({"id": hub.repo_id, "sha": hub.COMMIT, "siblings": []})
+        elif path.startswith(f"tree/{hub.COMMIT}"):
+            self.reply_tree(path.removeprefix(f"tree/{hub.COMMIT}").strip("/"), query)
+        elif path == "auth-check" and hub.refusal:
+            self.refuse(*hub.refusal)
+        elif path == "auth-check":
+            self.reply_json({})
+        else:
+            self.refuse(404, "RevisionNotFound")
+
+    def reply(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.reply(status, {"X-Error-Code": code} if code else {})
+
+    def reply_json(self, value: object, headers: dict[str, str] | None = None) -> None:
+        content = json.dumps(value).encode()
+        self.reply(200, {"Content-Type": "application/json"} | (headers or {}), content)
+
+    def reply_tree(self, folder: str, query: str) -> None:
+        hub = self.server.hub
+        asked = parse_qs(query)
+        recursive = asked["recursive"][0].lower() == "true"
+        entries = hub.tree(folder, recursive)
+        if folder and not entries:
+            self.refuse(404, "EntryNotFound")
+            return
+        first = int(asked.get("cursor", ["0"])[0])
+        last = first + hub.page_size
+        address = f"{hub.url}{self.path.split('?')[0]}?recursive={recursive}&cursor={last}"
+        link = {"Link": f'<{address}>; rel="next"'} if last < len(entries) else None
+        self.reply_json(entries[first:last], link)
+
+    def reply_file(self, path: str) -> None:
+        hub = self.server.hub
+        facts = {"X-Repo-Commit": hub.COMMIT}
+        if hub.refusal:
+            self.refuse(*hub.refusal)
+        elif path not in hub.files or path in hub.gone:
+            self.refuse(404, "EntryNotFound")
+        elif hub.is_large(path):
+            facts["X-Linked-Size"] = str(len(hub.files[path]))
+            facts["X-Linked-Etag"] = f'"{hub.digest(path)}"'
+            self.reply(302, facts | {"Location": hub.store + quote(path)})
+        else:
+            self.reply_content(path, facts | {"ETag": f'"{hub.digest(path)}"'})
+
+    def reply_content(self, path: str, facts: dict[str, str]) -> None:
+        hub = self.server.hub
+        span = self.headers.get("Range", "")
+        hub.requests.append((self.command, path, span))
+        whole = hub.files[path] if path not in hub.corrupt else bytes(len(hub.files[path]))
+        first = int(span.removeprefix("bytes=").removesuffix("-")) if span else 0
+        if self.command == "HEAD" or path not in hub.cut_at | hub.stall:
+            about = {"Content-Range": f"bytes {first}-{len(whole) - 1}/{len(whole)}"} if span else {}
+            self.reply(206 if span else 200, facts | about, whole[first:])
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(whole)))
+        self.end_headers()
+        self.wfile.write(whole[: hub.cut_at.pop(path, len(whole) // 2)])
+        self.wfile.flush()
+        if path in hub.stall:
+            hub.stall[path].wait(60)
+        self.close_connection = True
+
+
+@pytest.fixture
+def start_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], LoopbackHub]]:
+    """Start a hub that has one dataset and let huggingface_hub in this process know of no other."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with ExitStack() as stack:
+
+        def start(repo_id: str) -> LoopbackHub:
+            hub = stack.enter_context(LoopbackHub(repo_id))
+            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+            template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            return hub
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)  # a download has to see to it
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no_cache"))
+        monkeypatch.setenv("HF_TOKEN", LoopbackHub.TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+        close_session()
+        yield start
+        close_session()

@@ -17,9 +17,9 @@ def test_volumes_of_a_folder_get_the_label_maps_of_their_name(tmp_path: Path) ->
     masks = touch(tmp_path / "masks", "b.nii.gz", "c.nii.gz")
     sources, rejected = find_volumes(folder, "valid", masks)
     assert rejected == []
-    assert [(source.volume, source.ts, source.split, source.form) for source in sources] == [
-        ("a", None, "valid", "v2"),
-        ("b", masks / "b.nii.gz", "valid", "v2"),
+    assert [(source.volume, source.ts, source.split, source.form, source.source) for source in sources] == [
+        ("a", None, "valid", "v2", "sub/a.nii"),
+        ("b", masks / "b.nii.gz", "valid", "v2", "b.nii.gz"),
     ]
 
 
@@ -40,6 +40,16 @@ def test_volumes_of_one_name_are_rejected(tmp_path: Path) -> None:
     assert [(item.volume, item.reason) for item in rejected] == [("a", "duplicate"), ("b", "duplicate")]
     assert rejected[0].detail.startswith("a volume must be one file, got")
     assert rejected[1].detail.startswith("a label map must be one file, got")
+
+
+def test_folders_and_dead_links_under_the_name_of_a_volume_are_accounted_for(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "Thorax é 中", "1 2/a.nii.gz")
+    (folder / "b.nii.gz").mkdir()
+    (folder / "c.nii.gz").symlink_to("nowhere")
+    sources, rejected = find_volumes(folder, "train")
+    assert [source.source for source in sources] == ["1 2/a.nii.gz", "c.nii.gz"]
+    assert [(item.volume, item.reason) for item in rejected] == [("b", "unreadable")]
+    assert rejected[0].detail.startswith("a volume must be a file that can be read, got the folder '")
 
 
 def test_folders_without_volumes_or_matching_masks_are_named(tmp_path: Path) -> None:

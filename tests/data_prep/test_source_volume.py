@@ -1,3 +1,6 @@
+import gzip
+import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,9 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_prep.nifti_ct import Rescale
+from data_prep.rad_chestct import rad_chestct_affine
 from data_prep.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation
-from data_prep.source_volume import Rescale, SourceVolume, planned_slices, read_volume
+from data_prep.source_volume import SourceVolume, planned_slices, read_volume
 
 SHAPE_XYZ = (19, 17, 5)
 SPACING_MM = (0.7, 0.8, 1.5)
@@ -156,26 +161,153 @@ def test_metadata_that_says_nothing_is_rejected_by_planning(
         planned_slices(source(hu() + 1024, **RAW | changes))
 
 
-def test_headers_that_are_no_axial_scans_are_rejected_by_planning(tmp_path: Path, source: Source) -> None:
-    oblique = AFFINE.copy()
-    oblique[1, 2] = 1.5
-    with pytest.raises(RejectedError, match="geometry: affine must be within 10 degrees"):
-        planned_slices(source(hu(), affine=oblique))
-    with pytest.raises(
-        RejectedError, match=r"spacing: spacing must lie in 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, 35\)"
-    ):
-        planned_slices(source(hu(), affine=np.diag([-0.7, -0.8, 35, 1])))
-    damaged = source(hu())
-    content = bytearray(nib.Nifti1Image(hu(), AFFINE).to_bytes())
-    content[320:324] = np.array([NAN], "<f4").tobytes()
-    (tmp_path / "b.nii").write_bytes(content)
-    with pytest.raises(RejectedError, match=r"spacing: .*got \(0\.7, 0\.8, nan\)"):
-        planned_slices(damaged._replace(ct=tmp_path / "b.nii"))
+def turned(deg: float, affine: np.ndarray = AFFINE) -> np.ndarray:
+    """Turned as a whole around x."""
+    cos, sin = np.cos(np.radians(deg)), np.sin(np.radians(deg))
+    return np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1]]) @ affine
+
+
+def tilted(deg: float) -> np.ndarray:
+    """Slices shifted along y from one to the next, as by a tilted gantry."""
+    affine = AFFINE.copy()
+    affine[1, 2] = affine[2, 2] * np.tan(np.radians(deg))
+    return affine
+
+
+def file_of(array: np.ndarray, affine: np.ndarray = AFFINE) -> bytes:
+    return nib.Nifti1Image(array, affine).to_bytes()
+
+
+def with_bytes(content: bytes, at: int, values: list[float]) -> bytes:
+    inserted = np.array(values, "<f4").tobytes()
+    return content[:at] + inserted + content[at + len(inserted) :]
+
+
+def with_voxel(value: float) -> np.ndarray:
+    array = hu().astype(np.float32)
+    array[3, 2, 1] = value
+    return array
+
+
+HEADERS: dict[str, tuple[bytes, str]] = {
+    "zero bytes": (b"", r"unreadable: '{}' must be a whole NIfTI file, got an end after 0 of 4 bytes"),
+    "a web page": (
+        b"<html><body>Too many requests</body></html>",
+        r"unreadable: '{}' must be a whole NIfTI file, got Not a gzipped file \(b'<h'\)",
+    ),
+    "4-D": (
+        gzip.compress(file_of(np.zeros((*SHAPE_XYZ, 2), np.int16))),
+        r"geometry: volume must have 3 axes, got shape \(19, 17, 5, 2\)\. Save one volume a file\.",
+    ),
+    "4-D of one volume": (
+        gzip.compress(file_of(hu()[..., None])),
+        r"geometry: volume must have 3 axes, got shape \(19, 17, 5, 1\)\. Save one volume a file\.",
+    ),
+    "2-D": (
+        gzip.compress(file_of(hu()[..., 0])),
+        r"geometry: volume must have 3 axes, got shape \(19, 17\)\. Save one volume a file\.",
+    ),
+    "a single slice": (
+        gzip.compress(file_of(hu()[..., :1])),
+        r"geometry: volume must have at least 2 slices, got 1\. Join slices to a volume first\.",
+    ),
+    "gantry tilt of 15 degrees": (
+        gzip.compress(file_of(hu(), tilted(15))),
+        r"geometry: affine must be within 10 degrees of the world axes, got 15\.0\. "
+        r"Resample the volume to axial slices first\.",
+    ),
+    "gantry tilt of 3 degrees": (
+        gzip.compress(file_of(hu(), tilted(3))),
+        r"geometry: axes must be perpendicular, got 3\.0 degrees off, as of a tilted gantry\. "
+        r"Resample the volume to axial slices first\.",
+    ),
+    "oblique": (
+        gzip.compress(file_of(hu(), turned(12))),
+        r"geometry: affine must be within 10 degrees of the world axes, got 12\.0\. "
+        r"Resample the volume to axial slices first\.",
+    ),
+    "spacing no scanner has": (
+        gzip.compress(file_of(hu(), np.diag([-0.7, -0.8, 0.035, 1]))),
+        r"spacing: spacing must lie in 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, 0\.035\)",
+    ),
+    "an affine that is not finite": (
+        gzip.compress(with_bytes(file_of(hu()), 320, [np.nan])),
+        r"spacing: spacing must lie in 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, nan\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_what_a_header_shows_is_rejected_by_planning(case: str, tmp_path: Path) -> None:
+    content, message = HEADERS[case]
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    source = SourceVolume("a", "train", tmp_path / "a.nii.gz", "v2")
+    for read in (planned_slices, read_volume):
+        with pytest.raises(RejectedError) as caught:
+            read(source)
+        assert re.fullmatch(message.format(r"a\.nii\.gz"), str(caught.value))
+
+
+VOXELS: dict[str, tuple[bytes, str]] = {
+    "truncated gzip": (
+        gzip.compress(file_of(np.random.default_rng(0).integers(-1024, 3072, (64, 64, 64), np.int16)))[:-9],
+        r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got Compressed file ended before the "
+        "end-of-stream marker was reached",
+    ),
+    "truncated before it was gzipped": (
+        gzip.compress(file_of(hu())[:-1]),
+        r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got an end after 3229 of 3230 bytes",
+    ),
+    "NaN": (
+        gzip.compress(file_of(with_voxel(np.nan))),
+        r"non-finite voxels: voxels must be finite, got nan at \(3, 2, 1\) as stored",
+    ),
+    "infinity": (
+        gzip.compress(file_of(with_voxel(np.inf))),
+        r"non-finite voxels: voxels must be finite, got inf at \(3, 2, 1\) as stored",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VOXELS)
+def test_what_only_the_voxels_show_is_rejected_by_reading(case: str, tmp_path: Path) -> None:
+    content, message = VOXELS[case]
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    source = SourceVolume("a", "train", tmp_path / "a.nii.gz", "v2")
+    assert planned_slices(source) in (5, 64)
+    with pytest.raises(RejectedError) as caught:
+        read_volume(source)
+    assert re.fullmatch(message, str(caught.value))
+
+
+def test_a_rescale_past_16_bits_does_not_wrap(tmp_path: Path) -> None:
+    array = hu()
+    array[0, 0, 0] = 32767
+    (tmp_path / "a.nii").write_bytes(with_bytes(file_of(array), 112, [10, 0]))
+    volume = read_volume(SourceVolume("a", "train", tmp_path / "a.nii", "v2"))
+    assert volume.ct[0, 0, 0] == 3071
+    np.testing.assert_array_equal(volume.ct, (array.astype(int) * 10).clip(-1024, 3071).transpose(2, 1, 0))
+
+
+def test_a_raw_volume_that_a_rescale_would_wrap_is_clipped(source: Source) -> None:
+    raw = np.full(SHAPE_XYZ, 32767, np.int16)
+    raw[0] = -700
+    volume = read_volume(source(raw, **RAW | {"rescale": Rescale(10, -1024, SPACING_MM)}))
+    assert np.unique(volume.ct).tolist() == [-1024, 3071]
+
+
+def test_paths_may_hold_spaces_and_any_letters(tmp_path: Path, save_nifti: Save) -> None:
+    path = save_nifti(tmp_path / "Thorax é 1 中" / "a b" / "a.nii.gz", hu(), AFFINE)
+    volume = read_volume(SourceVolume("a", "train", path, "v2", source="Thorax é 1 中/a b/a.nii.gz"))
+    assert volume.source == "Thorax é 1 中/a b/a.nii.gz"
+    assert volume.source_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_names_that_cannot_name_a_sample_are_rejected_by_planning(source: Source) -> None:
-    for name in ("../train", "a b", "1.2.840", ".hidden"):
-        with pytest.raises(RejectedError, match="name: volume must match .*, got"):
+    for name in ("../../x", "/etc/x", "vol 1 é", "a b", "1.2.840", ".hidden", "", "a" * 81, "a\n"):
+        with pytest.raises(
+            RejectedError, match=rf"name: volume must match .*, got '{re.escape(name)}'\. Rename its file\."
+        ):
             planned_slices(source(hu(), volume=name))
 
 
@@ -192,6 +324,76 @@ def test_masks_come_with_the_volume(source: Source, tmp_path: Path, save_nifti: 
         assert np.flatnonzero(volume.rex.any(axis=(1, 2))).tolist() == [4]
         assert volume.rex[4, 0, 127] == 2**12
         assert volume.rex[4, 127, 0] == 0
+
+
+MASKS: dict[str, tuple[np.ndarray, np.ndarray, str]] = {
+    "shape": (
+        np.zeros((19, 17, 4), np.uint8),
+        AFFINE,
+        r"'m\.nii\.gz' must have the CT's shape \(5, 17, 19\), got \(4, 17, 19\)",
+    ),
+    "spacing": (
+        np.zeros(SHAPE_XYZ, np.uint8),
+        np.diag([-0.5, -0.5, 1.5, 1]),
+        r"'m\.nii\.gz' must cover the CT, x -12\.9\.\.0\.3, y -13\.2\.\.0\.4, z -0\.8\.\.6\.8 mm, "
+        r"got x -9\.2\.\.0\.2, y -8\.2\.\.0\.2, z -0\.8\.\.6\.8 mm",
+    ),
+    "place": (
+        np.zeros(SHAPE_XYZ, np.uint8),
+        AFFINE + np.eye(4)[:, 2:3] * [0, 0, 0, 300],
+        r"'m\.nii\.gz' must cover the CT, x .*, z -0\.8\.\.6\.8 mm, got x .*, z 299\.2\.\.306\.8 mm",
+    ),
+    "ids": (
+        np.full(SHAPE_XYZ, 118, np.uint8),
+        AFFINE,
+        r"ids of 'm\.nii\.gz' must lie in 0\.\.117, got 118 to 118",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_a_volume_with_the_mask_of_another_is_rejected(
+    case: str, source: Source, tmp_path: Path, save_nifti: Save
+) -> None:
+    array, affine, message = MASKS[case]
+    path = save_nifti(tmp_path / "m.nii.gz", array, affine)
+    with pytest.raises(RejectedError) as caught:
+        read_volume(source(hu(), ts=path))
+    assert re.fullmatch(f"mask: {message}", str(caught.value))
+
+
+def test_an_empty_category_leaves_out_its_finding(source: Source, tmp_path: Path, save_nifti: Save) -> None:
+    findings = save_nifti(tmp_path / "m.nii.gz", np.ones((2, *SHAPE_XYZ), np.uint8), AFFINE)
+    volume = read_volume(source(hu(), rex=Annotation(findings, ("", "1b"))))
+    assert np.unique(volume.rex).tolist() == [2]
+    volume = read_volume(source(hu(), rex=Annotation(findings, ("", ""))))
+    assert not volume.rex.any()
+
+
+def test_the_formats_of_a_ct_give_the_same_slices(
+    source: Source, tmp_path: Path, save_nifti: Save, write_series: Callable[..., list[Path]]
+) -> None:
+    """One phantom as NIfTI, as a DICOM series, and as RAD-ChestCT stores it; masks join each."""
+    edge = np.diag([-0.8, -0.8, 0.8, 1.0])
+    nifti = read_volume(source(hu(), affine=edge))
+    np.savez_compressed(tmp_path / "trn1.npz", ct=hu().transpose(2, 1, 0)[::-1])
+    rad = SourceVolume("trn1", "train", tmp_path / "trn1.npz", "rad_chestct")
+    series = SourceVolume(
+        "series", "train", tuple(write_series(tmp_path / "series", hu().transpose(2, 1, 0))), "dicom"
+    )
+    for other in (rad, series):
+        assert planned_slices(other) == 5
+        np.testing.assert_array_equal(read_volume(other).ct, nifti.ct)
+    assert read_volume(rad).spacing_mm == pytest.approx((0.8, 0.8, 0.8))
+    assert read_volume(series).spacing_mm == pytest.approx(SPACING_MM)
+    wide = read_volume(rad._replace(rescale=Rescale(1, 0, (1.5, 1.5, 1.5))))
+    assert wide.spacing_mm == pytest.approx((1.5, 1.5, 1.5))
+    ids = (hu() + 1000).clip(0, 117).astype(np.uint8)
+    as_lps = save_nifti(tmp_path / "lps.nii.gz", ids, edge)
+    as_ipl = save_nifti(tmp_path / "ipl.nii.gz", ids.transpose(2, 1, 0)[::-1], rad_chestct_affine())
+    np.testing.assert_array_equal(
+        read_volume(rad._replace(ts=as_ipl)).ts, read_volume(source(hu(), affine=edge, ts=as_lps)).ts
+    )
 
 
 @pytest.mark.real_ct

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from torch.utils.data import default_collate
 
 from common.data.contact_sheet import contact_sheet
 from common.transforms.hounsfield import HU_WINDOWS
@@ -15,21 +14,16 @@ WINDOW = HU_WINDOWS["ct_rate"]
 SHAPE = (61, 61)
 
 
-def batch_of(
-    number: int, multi_crop: RandSlabMultiCrop, with_masks: bool = True, **masks: Any
-) -> dict[str, Any]:
-    """Samples of grey slices with the given masks."""
-    samples = []
-    for position in range(number):
-        ts, rex = masks.get("ts"), masks.get("rex")
-        plan = multi_crop.draw(np.random.default_rng(position), 3, SHAPE, ts, rex)
-        views = multi_crop.render(plan, lambda z: np.full(SHAPE, -200, np.int16), ts, rex, with_masks)
-        facts = {"volume": f"train_{position}_a_1", "first_slice": 7, "position": position}
-        annotated = {"has_ts": ts is not None, "has_rex": rex is not None}
-        samples.append(
-            {**views, **plan._asdict(), **facts, **annotated, "spacing_mm": np.ones(3, np.float32)}
-        )
-    return default_collate(samples)
+@pytest.fixture
+def batch_of(slabs_of):
+    """Return ``batch(number, multi_crop, ...)`` of samples of grey slices with the given masks."""
+
+    def batch(number: int, multi_crop: RandSlabMultiCrop, with_masks: bool = True, **masks: Any) -> dict:
+        scan = {"hu": np.full((3, *SHAPE), -200, np.int16), **masks}
+        slabs = slabs_of([scan], multi_crop, with_masks=with_masks)
+        return slabs.collate([slabs[place] for place in range(number)])[0]
+
+    return batch
 
 
 def pixels(path: Any) -> np.ndarray:
@@ -43,13 +37,13 @@ def coloured(image: np.ndarray, red: bool, green: bool, blue: bool) -> np.ndarra
 
 
 def one_finding() -> np.ndarray:
-    rex = np.zeros((3, 16, 16), np.uint16)
-    rex[:, 2:5, 10:14] = 1
+    rex = np.zeros((3, 128, 128), np.uint16)
+    rex[:, 16:40, 80:112] = 1
     return rex
 
 
 @pytest.mark.parametrize("flip_prob", [0.0, 1.0])
-def test_cross_lies_inside_the_outlined_finding(tmp_path, flip_prob):
+def test_cross_lies_inside_the_outlined_finding(batch_of, tmp_path, flip_prob):
     chances = {"blur_probs": (0,), "guided_prob": 1, "flip_prob": flip_prob}
     crop = RandSlabMultiCrop(32, 16, patch_size_px=8, num_global=1, num_local=1, **chances)
     contact_sheet(batch_of(1, crop, rex=one_finding()), WINDOW, tmp_path / "sheet.png")
@@ -64,9 +58,9 @@ def test_cross_lies_inside_the_outlined_finding(tmp_path, flip_prob):
     assert (outline.mean(0)[1] > image.shape[1] / 2) == (flip_prob == 0)
 
 
-def test_organs_are_tinted_and_unguided_views_have_no_cross(tmp_path):
-    ts = np.zeros((3, 16, 16), np.uint8)
-    ts[:, :, :8] = 51
+def test_organs_are_tinted_and_unguided_views_have_no_cross(batch_of, tmp_path):
+    ts = np.zeros((3, 128, 128), np.uint8)
+    ts[:, :, :64] = 51
     crop = RandSlabMultiCrop(32, 16, patch_size_px=8, guided_prob=0)
     contact_sheet(batch_of(1, crop, ts=ts), WINDOW, tmp_path / "sheet.png")
     image = pixels(tmp_path / "sheet.png")
@@ -75,7 +69,7 @@ def test_organs_are_tinted_and_unguided_views_have_no_cross(tmp_path):
     assert 0.1 < tinted.mean() < 0.6
 
 
-def test_views_without_masks_are_the_grey_the_encoder_sees(tmp_path):
+def test_views_without_masks_are_the_grey_the_encoder_sees(batch_of, tmp_path):
     crop = RandSlabMultiCrop(32, 16, patch_size_px=8, gamma_prob=0)
     contact_sheet(batch_of(2, crop, with_masks=False), WINDOW, tmp_path / "sheet.png")
     image = pixels(tmp_path / "sheet.png")
@@ -83,7 +77,7 @@ def test_views_without_masks_are_the_grey_the_encoder_sees(tmp_path):
     assert (np.abs(image - grey) <= 1).all(-1).mean() > 0.6
 
 
-def test_one_band_a_sample_up_to_the_limit(tmp_path):
+def test_one_band_a_sample_up_to_the_limit(batch_of, tmp_path):
     crop = RandSlabMultiCrop(32, 16, patch_size_px=8)
     heights = []
     for number, most in ((1, 4), (2, 4), (3, 2)):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from common.data.shard_index import (
+    ABSENT_MEMBER,
     SCHEMA_VERSION,
     IndexBuilder,
     RejectedVolume,
@@ -19,6 +20,8 @@ COLUMNS = {
     "shape": (11, 13),
     "original_shape": (13, 11, 2),
     "original_axcodes": "LPS",
+    "source": "in/a.nii.gz",
+    "source_sha256": "0" * 64,
     "has_ts": True,
     "has_rex": False,
 }
@@ -27,10 +30,16 @@ COLUMNS = {
 def build(tar_bytes: int = 3) -> ShardIndex:
     builder = IndexBuilder("train")
     builder.add_volume("a", {"x": 1, "y": 0}, **COLUMNS)
-    builder.add_slice([(512, 7), (1536, 5), (-1, -1), (2560, 3)], has_ts=True, has_rex=False)
-    builder.add_slice([(3584, 8), (4608, 6), (-1, -1), (5632, 4)], has_ts=False, has_rex=False)
+    builder.add_slice(
+        [(512, 7, 2**32 - 1), (1536, 5, 6), ABSENT_MEMBER, (2560, 3, 1)], has_ts=True, has_rex=False
+    )
+    builder.add_slice(
+        [(3584, 8, 11), (4608, 6, 12), ABSENT_MEMBER, (5632, 4, 13)], has_ts=False, has_rex=False
+    )
     builder.add_volume("bb", None, **(COLUMNS | {"num_slices": 1, "original_axcodes": "RAS"}))
-    builder.add_slice([(6656, 9), (-1, -1), (-1, -1), (7680, 2)], has_ts=False, has_rex=False)
+    builder.add_slice(
+        [(6656, 9, 21), ABSENT_MEMBER, ABSENT_MEMBER, (7680, 2, 22)], has_ts=False, has_rex=False
+    )
     builder.rejected.append(RejectedVolume("c", "unreadable", "c.nii.gz ends early"))
     return builder.build("plan 1", tar_bytes)
 
@@ -52,6 +61,7 @@ def test_arrays_have_one_row_a_slice_or_a_volume() -> None:
     index = build()
     assert index.member_offset.tolist()[0] == [512, 1536, -1, 2560]
     assert index.member_size.tolist()[1] == [8, 6, -1, 4]
+    assert index.member_crc32.tolist() == [[2**32 - 1, 6, 0, 1], [11, 12, 0, 13], [21, 0, 0, 22]]
     assert index.slice_has_ts.tolist() == [True, False, False]
     assert index.first_sample.tolist() == [0, 2]
     assert index.labels.tolist() == [[1, 0], [-1, -1]]
@@ -97,7 +107,7 @@ def test_a_missing_shard_or_index_is_named(tmp_path: Path) -> None:
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     shard = stored(tmp_path, schema_version=np.int64(SCHEMA_VERSION + 1))
     with pytest.raises(
-        ValueError, match=r"schema_version must be 1, got 2 for '.*npz'\. Write the shards again"
+        ValueError, match=r"schema_version must be 2, got 3 for '.*npz'\. Write the shards again"
     ):
         load_index(shard)
 

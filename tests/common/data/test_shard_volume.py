@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_members_hold_the_slices() -> None:
 def test_the_record_says_what_the_slice_is() -> None:
     members, _, _ = written(volume())
     assert json.loads(members["train_1_a_1_0001.json"]) == {
-        "schema_version": 1,
+        "schema_version": 2,
         "volume": "train_1_a_1",
         "slice_index": 1,
         "num_slices": 3,
@@ -100,6 +101,13 @@ def test_the_index_points_at_every_member() -> None:
         for column, field in enumerate(FIELDS):
             start, size = int(index.member_offset[z, column]), int(index.member_size[z, column])
             assert tar[start : start + size] == members[f"train_1_a_1_{z:04d}.{field}"]
+            assert index.member_crc32[z, column] == zlib.crc32(tar[start : start + size])
+
+
+def test_the_index_says_where_a_volume_came_from() -> None:
+    _, builder, tar = written(volume()._replace(source="in/a b.nii.gz", source_sha256="0f" * 32))
+    index = builder.build("", len(tar))
+    assert (index.source.tolist(), index.source_sha256.tolist()) == (["in/a b.nii.gz"], ["0f" * 32])
 
 
 def test_flags_of_a_slice_say_whether_a_mask_is_empty() -> None:

@@ -35,6 +35,8 @@ def volume(name: str, num_slices: int, annotated: bool = False, with_ts: bool = 
         original_axcodes="LPS",
         labels={"x": num_slices % 2} if with_ts else None,
         split="train",
+        source=f"dataset/{name}.nii.gz",
+        source_sha256=f"{num_slices:064d}",
     )
 
 
@@ -73,6 +75,7 @@ def test_volumes_are_listed_with_what_they_are(folder: Path) -> None:
     assert [entry.labels for entry in entries] == [{"x": 1}, None, {"x": 0}, {"x": 1}, None]
     assert entries[1].spacing_mm == (0.7, 0.8, 4.5)
     assert entries[0].shape == (17, 19)
+    assert (entries[0].source, entries[0].source_sha256) == ("dataset/train_1_a_1.nii.gz", f"{5:064d}")
     assert Path(entries[3].shard).name == "train-rex-000000.tar"
 
 
@@ -89,6 +92,26 @@ def test_every_slice_and_mask_comes_back(folder: Path) -> None:
                 else:
                     assert got.dtype == planes.dtype
                     np.testing.assert_array_equal(got, planes[z0 : z0 + n])
+
+
+def test_a_slab_is_one_read_and_holds_its_slices_and_masks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, pread, reads = ShardSet(folder, "train"), os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *arguments: reads.append(arguments) or pread(*arguments))
+    for volume_id, item in enumerate(IN_ORDER):
+        for z0, n in ((0, len(item.ct)), (1, 1), (len(item.ct) - 2, 2)):
+            reads.clear()
+            slab = shards.read_slab(volume_id, z0, n)
+            for z in range(n):
+                np.testing.assert_array_equal(slab.read_ct(z), item.ct[z0 + z])
+            for got, planes in ((slab.read_ts(), item.ts), (slab.read_rex(), item.rex)):
+                assert (got is None) == (planes is None)
+                if planes is not None:
+                    np.testing.assert_array_equal(got, planes[z0 : z0 + n])
+            assert len(reads) == 1
+    with pytest.raises(ValueError, match=r"slices must lie in 0\.\.4, got 3\.\.5 for volume 'train_1_a_1'"):
+        shards.read_slab(0, 3, 3)
 
 
 def test_only_the_split_asked_for_is_read(folder: Path) -> None:
@@ -242,6 +265,21 @@ def test_damage_inside_a_shard_names_the_slice(one_shard: Path) -> None:
         shards.read_ct(0, 2)
 
 
+@pytest.mark.parametrize("field", ["ct.blosc2", "ts.png"])
+def test_a_single_wrong_bit_is_noticed(field: str, one_shard: Path) -> None:
+    """Even where the slice could still be decoded: the index knows the CRC of every member."""
+    with tarfile.open(one_shard) as tar:
+        member = tar.getmember(f"train_1_a_1_0002.{field}")
+    whole = one_shard.read_bytes()
+    for place in (0, member.size // 2, member.size - 1):
+        damaged = bytearray(whole)
+        damaged[member.offset_data + place] ^= 16
+        one_shard.write_bytes(damaged)
+        slab = ShardSet(one_shard.parent, "train").read_slab(0, 1, 3)
+        with pytest.raises(ValueError, match=rf"damaged at {field} of slice 2 of volume 'train_1_a_1': its"):
+            slab.read_ct(1) if field == "ct.blosc2" else slab.read_ts()
+
+
 def test_a_volume_in_two_shards_is_refused(one_shard: Path) -> None:
     write_shard(one_shard.with_name("train-000001.tar"), [FIRST[1]])
     with pytest.raises(
@@ -252,7 +290,8 @@ def test_a_volume_in_two_shards_is_refused(one_shard: Path) -> None:
 
 def test_unfinished_files_are_warned_of(one_shard: Path, caplog: pytest.LogCaptureFixture) -> None:
     one_shard.with_name("train-000001.tar.partial").write_bytes(b"half")
+    one_shard.with_name(".parts").mkdir()
     with caplog.at_level(logging.WARNING):
         assert len(ShardSet(one_shard.parent, "train").volumes) == 2
-    assert "train-000001.tar.partial" in caplog.text
+    assert "['.parts', 'train-000001.tar.partial']" in caplog.text
     assert "interrupted" in caplog.text

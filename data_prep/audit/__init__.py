@@ -1,0 +1,1 @@
+"""Reads shards back, proves them and shows them."""

@@ -1,0 +1,270 @@
+"""Reads shards back and proves them; ``audit_checks`` lists the claims."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from common.data.atomic_file import atomic_file
+from common.data.shards import SHARD_NAME
+from common.labels import load_labels
+from data_prep.audit.checks import Tally
+from data_prep.audit.cohort import (
+    Row,
+    Volume,
+    check_identity,
+    check_labels,
+    check_tables,
+    load_indices,
+    volumes_of,
+)
+from data_prep.audit.measures import RULES, reasons
+from data_prep.audit.pictures import Picture, PictureTask, draw_volume
+from data_prep.audit.shard import ShardTask, audit_shard, draw
+from data_prep.audit.volume import VolumeContent
+from data_prep.cluster import run_tasks
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from data_prep.commands.console import ShowProgress
+
+MAX_SUSPICIOUS_PICTURES = 24
+"""Pictures of suspicious volumes in a report; the others are in its JSON file."""
+
+MIN_COHORT = 20
+"""Fewer volumes have no outliers."""
+
+MAX_DEVIATIONS = 10
+"""How many robust standard deviations (1.4826 x median absolute deviation) from the median are suspicious."""
+
+
+class Audit(NamedTuple):
+    """What came of an audit.
+
+    Args:
+        folder: of the shards.
+        splits: that were checked.
+        share: of the volumes that were decoded.
+        num_shards: of the splits.
+        num_bytes: of their tars.
+        tally: of the checks.
+        volumes: of the splits.
+        contents: of the decoded volumes, by name.
+        suspicious: volumes to look at: name to what was asked and what is wrong with the answer.
+        rejected: rows of rejected.csv.
+    """
+
+    folder: Path
+    splits: tuple[str, ...]
+    share: float
+    num_shards: int
+    num_bytes: int
+    tally: Tally
+    volumes: list[Volume]
+    contents: dict[str, VolumeContent]
+    suspicious: dict[str, dict[str, str]]
+    rejected: list[Row]
+
+
+def audit_shards(
+    folder: Path,
+    split: str | None,
+    client: Client,
+    share: float = 1.0,
+    seed: int = 0,
+    progress: ShowProgress = lambda stage, done, total: None,
+) -> Audit:
+    """Read shards back and check everything about them.
+
+    One shard is one task and is read once. Names, places, bytes, order and records are checked of every
+    slice; a share of the volumes is decoded, and looked at.
+
+    Args:
+        folder: of the shards.
+        split: to check; None checks all.
+        client: of the cluster.
+        share: of the volumes to decode.
+        seed: of their choice.
+        progress: told of every shard.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        FileNotFoundError: if the folder is missing or holds no shard of the split.
+    """
+    splits = _splits(folder, split)
+    tally = Tally()
+    indices = load_indices(folder, splits, tally)
+    own = {shard: index for shard, index in indices.items() if str(index.split) in splits}
+    everything = volumes_of(indices)
+    volumes = [volume for volume in everything if volume.split in splits]
+    check_identity(everything, splits, tally)
+    check_labels(volumes, tally)
+    rejected = check_tables(folder, splits, indices, tally)
+    contents: dict[str, VolumeContent] = {}
+    tasks = [ShardTask(shard.resolve(), share, seed) for shard in own]
+    progress("Reading shards", 0, len(tasks))
+    for done, (task, result) in enumerate(run_tasks(client, audit_shard, tasks), start=1):
+        if isinstance(result, BaseException):
+            tally.fail("index", task.path.name, f"it could not be read: {result}")
+        else:
+            tally.add(result.tally)
+            contents |= result.contents
+        progress("Reading shards", done, len(tasks))
+    contents = {volume.name: contents[volume.name] for volume in volumes if volume.name in contents}
+    num_bytes = sum(int(index.tar_bytes) for index in own.values())
+    suspicious = find_suspicious(contents, tally)
+    return Audit(folder, splits, share, len(own), num_bytes, tally, volumes, contents, suspicious, rejected)
+
+
+def _splits(folder: Path, split: str | None) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"shards must be in a folder, got '{folder}', which is none.")
+    names = (SHARD_NAME.fullmatch(file.name.replace(".index.npz", ".tar")) for file in folder.iterdir())
+    present = tuple(sorted({name["split"] for name in names if name}))
+    if not present or (split is not None and split not in present):
+        wanted = "shards" if split is None else f"shards of split '{split}'"
+        raise FileNotFoundError(f"'{folder}' must hold {wanted}, got splits {list(present)}.")
+    return present if split is None else (split,)
+
+
+def find_suspicious(contents: Mapping[str, VolumeContent], tally: Tally) -> dict[str, dict[str, str]]:
+    """Hold every decoded volume to what a chest CT looks like, and to the other volumes.
+
+    Args:
+        contents: by volume.
+        tally: told of every answer.
+
+    Returns:
+        Volume to the names of the checks it fails, and why.
+    """
+    suspicious: dict[str, dict[str, str]] = defaultdict(dict)
+    for volume, content in contents.items():
+        for rule in RULES:
+            tally.saw(rule.name, not math.isnan(content.measures.get(rule.name, math.nan)))
+        suspicious[volume] |= reasons(content.measures)
+    for volume, why in _outliers(contents, tally).items():
+        suspicious[volume]["outliers"] = why
+    for volume, found in suspicious.items():
+        for check, why in found.items():
+            tally.fail(check, volume, why)
+    return {volume: found for volume, found in suspicious.items() if found}
+
+
+def _outliers(contents: Mapping[str, VolumeContent], tally: Tally) -> dict[str, str]:
+    if len(contents) < MIN_COHORT:
+        return {}
+    tally.saw("outliers", len(contents))
+    found = {}
+    percentiles = np.array([content.hu_percentiles for content in contents.values()])
+    for name, hu in (("median HU", percentiles[:, 1]), ("HU that 99 % stay below", percentiles[:, 2])):
+        usual = np.median(hu)
+        deviation = 1.4826 * np.median(np.abs(hu - usual))
+        far = np.abs(hu - usual) > MAX_DEVIATIONS * max(deviation, 1.0)
+        for volume, value in ((v, h) for v, h, is_far in zip(contents, hu, far, strict=True) if is_far):
+            found[volume] = f"unlike the other volumes ({name}: {value:.0f}; theirs: {usual:.0f})"
+    return found
+
+
+def draw_pictures(
+    audit: Audit,
+    client: Client,
+    num_sheets: int,
+    seed: int = 0,
+    progress: ShowProgress = lambda stage, done, total: None,
+) -> tuple[list[Picture], list[Picture]]:
+    """Draw a random sample of the sound volumes and the first suspicious ones, one task each.
+
+    Args:
+        audit: what came of the checks.
+        client: of the cluster.
+        num_sheets: of the sample.
+        seed: of the sample.
+        progress: told of every picture.
+
+    Returns:
+        Pictures of the sample, and of suspicious volumes. What cannot be drawn is left out.
+    """
+    by_name = {volume.name: volume for volume in audit.volumes}
+    sample = sorted(by_name, key=lambda name: draw(name, seed))[:num_sheets]
+    suspects = list(audit.suspicious)[:MAX_SUSPICIOUS_PICTURES]
+    names = list(dict.fromkeys([*sample, *suspects]))
+    tasks = [PictureTask(Path(by_name[name].entry.shard).resolve(), name) for name in names]
+    pictures: dict[str, Picture] = {}
+    for done, (task, result) in enumerate(run_tasks(client, draw_volume, tasks), start=1):
+        if isinstance(result, Picture):
+            pictures[task.volume] = result
+        progress("Drawing volumes", done, len(tasks))
+    return (
+        [pictures[name] for name in sample if name in pictures],
+        [pictures[name] for name in suspects if name in pictures],
+    )
+
+
+def write_json(audit: Audit, path: Path) -> None:
+    """Write what a program may want to know: checks, offenders, and a row of measures for every volume.
+
+    Args:
+        audit: what came of it.
+        path: of the file.
+    """
+    document = {
+        "folder": str(audit.folder),
+        "splits": audit.splits,
+        "decoded_share": audit.share,
+        "num_shards": audit.num_shards,
+        "num_bytes": audit.num_bytes,
+        "num_volumes": len(audit.volumes),
+        "num_slices": sum(volume.entry.num_slices for volume in audit.volumes),
+        "num_decoded": len(audit.contents),
+        "passed": not audit.tally.has_errors,
+        "checks": audit.tally.as_rows(),
+        "label_prevalence": label_prevalence(audit.volumes),
+        "organ_prevalence": organ_prevalence(audit.contents.values()),
+        "rejected": audit.rejected,
+        "suspicious": audit.suspicious,
+        "volumes": [_volume_row(volume, audit.contents.get(volume.name)) for volume in audit.volumes],
+    }
+    with atomic_file(path, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, allow_nan=False)
+
+
+def _volume_row(volume: Volume, content: VolumeContent | None) -> dict[str, Any]:
+    entry = volume.entry
+    row = {
+        "volume": entry.volume,
+        "split": volume.split,
+        "shard": Path(entry.shard).name,
+        "num_slices": entry.num_slices,
+        "spacing_mm": entry.spacing_mm,
+        "shape": entry.shape,
+    }
+    if content is None:
+        return row
+    low, median, high = content.hu_percentiles
+    measures = {name: round(value, 4) for name, value in content.measures.items() if not math.isnan(value)}
+    return row | {"hu_p1": low, "hu_p50": median, "hu_p99": high, **measures}
+
+
+def label_prevalence(volumes: Sequence[Volume]) -> dict[str, float]:
+    """Return the share of the labelled volumes that have each label."""
+    labelled = [volume.entry.labels for volume in volumes if volume.entry.labels]
+    names = dict.fromkeys(name for labels in labelled for name in labels)
+    return {name: sum(labels.get(name, 0) for labels in labelled) / len(labelled) for name in names}
+
+
+def organ_prevalence(contents: Collection[VolumeContent]) -> dict[str, float]:
+    """Return the share of the decoded volumes with a label map that show each TotalSegmentator class."""
+    voxels = [content.organ_voxels for content in contents if content.organ_voxels.any()]
+    if not voxels:
+        return {}
+    share = (np.stack(voxels) > 0).mean(0)
+    return {label.name: float(share[label.index]) for label in load_labels("totalsegmentator")}

@@ -1,0 +1,141 @@
+"""One volume, decoded slice by slice: what its voxels and masks say of it.
+
+Shapes: Z slices of the volume, H rows, W columns.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from common.data.shard_volume import MASK_SIZE_PX, REX_CODES
+from data_prep.audit.anatomy import find_anatomy, measure_anatomy
+from data_prep.audit.organs import measure_organs, organ_voxels
+
+HU_BIN = 32
+"""Width of a bin of the histograms that are kept of every volume."""
+
+_NUM_UINT16 = 2**16
+
+
+class VolumeContent(NamedTuple):
+    """What a decoded volume holds.
+
+    Args:
+        measures: answers to the questions of ``RULES``; NaN or absent where one does not apply.
+        hu_percentiles: HU that 1, 50 and 99 % of the voxels stay below.
+        hu_counts: ``(128,)`` int64 voxels of each 32 HU from -1024 to 3071.
+        organ_voxels: ``(118,)`` int64 voxels of each TotalSegmentator id; zeros without a label map.
+        finding_slices: ``(14,)`` int64 slices with each ReXGroundingCT code.
+    """
+
+    measures: dict[str, float]
+    hu_percentiles: tuple[float, float, float]
+    hu_counts: np.ndarray
+    organ_voxels: np.ndarray
+    finding_slices: np.ndarray
+
+
+class VolumeDecoder:
+    """Takes in the slices of a volume in any order and needs little memory: 16 KiB a slice, and masks.
+
+    Args:
+        num_slices: of the volume.
+        shape: height and width of its slices.
+        spacing_mm: as (x, y, z).
+        has_ts: whether it has a label map.
+    """
+
+    def __init__(
+        self, num_slices: int, shape: tuple[int, int], spacing_mm: tuple[float, float, float], has_ts: bool
+    ) -> None:
+        self.shape = shape
+        self.spacing_mm = spacing_mm
+        self.grid = mask_grid(shape)
+        self.planes = np.zeros((num_slices, MASK_SIZE_PX, MASK_SIZE_PX), np.int16)
+        self.ts = np.zeros_like(self.planes, np.uint8) if has_ts else None
+        self.counts = np.zeros(_NUM_UINT16, np.int64)
+        self.num_blank = 0
+        self.finding_slices = np.zeros(len(REX_CODES), np.int64)
+        self.missing = set(range(num_slices))
+
+    def add(self, z: int, ct: np.ndarray, ts: np.ndarray | None, rex: np.ndarray | None) -> None:
+        """Take in a slice.
+
+        Args:
+            z: its place, from the feet.
+            ct: int16 HU ``(H, W)``.
+            ts: its TotalSegmentator ids, if there are any.
+            rex: its bit planes of findings, if there are any.
+        """
+        rows, columns = self.grid
+        self.planes[z] = ct[rows[:, None], columns]
+        counts = np.bincount(ct.ravel().view(np.uint16), minlength=_NUM_UINT16)
+        self.counts += counts
+        self.num_blank += int(counts.max() == ct.size)
+        if self.ts is not None and ts is not None:
+            self.ts[z] = ts
+        if rex is not None:
+            present = int(np.bitwise_or.reduce(rex, axis=None))
+            self.finding_slices += [present >> bit & 1 for bit in range(len(REX_CODES))]
+        self.missing.discard(z)
+
+    def content(self) -> VolumeContent:
+        """Return what the volume holds, once all slices are in."""
+        # bincount saw int16 as uint16, in which the negative values come last
+        counts = np.roll(self.counts, _NUM_UINT16 // 2)
+        hu = np.arange(_NUM_UINT16) - _NUM_UINT16 // 2
+        reached = np.cumsum(counts) / counts.sum()
+        low, median, high = (float(hu[np.searchsorted(reached, share)]) for share in (0.01, 0.5, 0.99))
+        height_mm, width_mm = self.shape[0] * self.spacing_mm[1], self.shape[1] * self.spacing_mm[0]
+        measures = {
+            "length": len(self.planes) * self.spacing_mm[2],
+            "field": (height_mm * width_mm) ** 0.5,
+            "blank": float(self.num_blank),
+            "grey_levels": float(np.count_nonzero(counts)),
+            "air": low,
+            "tissue": float(counts[(hu >= -150) & (hu <= 150)].sum() / counts.sum()),
+            "step": greatest_step(self.planes),
+        }
+        measures |= measure_anatomy(find_anatomy(self.planes, self.shape, self.spacing_mm))
+        ts = self.ts if self.ts is not None else np.zeros(0, np.uint8)
+        if self.ts is not None:
+            measures |= measure_organs(self.planes, self.ts, self.shape, self.spacing_mm)
+        return VolumeContent(
+            measures,
+            (low, median, high),
+            counts[(hu >= -1024) & (hu < 3072)].reshape(-1, HU_BIN).sum(1),
+            organ_voxels(ts),
+            self.finding_slices,
+        )
+
+
+def mask_grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of a slice at the centres of the masks' grid."""
+    rows, columns = (
+        ((np.arange(MASK_SIZE_PX) + 0.5) * size / MASK_SIZE_PX).astype(np.intp) for size in shape
+    )
+    return rows, columns
+
+
+def greatest_step(planes: np.ndarray) -> float:
+    """Look for slices that lie in the wrong place: unlike both neighbours, which are like each other.
+
+    Args:
+        planes: ``(Z, H, W)``.
+
+    Returns:
+        The greatest, over all slices but the first and last, of the mean absolute change to the nearer
+        neighbour over the change between both; NaN where none changes.
+
+    Example:
+        >>> ramp = np.arange(5)[:, None, None] * np.ones((1, 2, 2))
+        >>> greatest_step(ramp), greatest_step(ramp[[0, 3, 1, 2, 4]])
+        (0.5, 2.0)
+    """
+    small = planes[:, ::2, ::2].astype(np.float32)
+    one, two = (
+        (np.abs(small[gap:] - small[:-gap]).mean((1, 2)) for gap in (1, 2)) if len(small) > 2 else ([], [])
+    )
+    nearer, both = np.minimum(one[1:], one[:-1]), np.asarray(two)
+    changed = both > 0
+    return float((nearer[changed] / both[changed]).max()) if changed.any() else float("nan")

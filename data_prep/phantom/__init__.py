@@ -1,0 +1,1 @@
+"""A synthetic chest-CT cohort: nothing of a patient is in it."""

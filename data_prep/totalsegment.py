@@ -1,0 +1,246 @@
+"""Runs TotalSegmentator over a folder of CTs: one label map a volume, on the volume's own grid.
+
+Shapes: X Y Z voxel axes as stored.
+"""
+
+import contextlib
+import csv
+import gzip
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from common.data.atomic_file import atomic_file
+from common.data.shard_index import RejectedVolume
+from common.data.shard_volume import NUM_TS_CLASSES
+from common.transforms.orientation import axial_slices
+from data_prep.nifti import find_volumes
+from data_prep.nifti_ct import AIR_HU
+from data_prep.nifti_file import find_nifti, read_header
+from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct
+from data_prep.rejection import RejectedError
+from data_prep.source_volume import SourceVolume, planned_slices, read_ct, read_grid
+from data_prep.stored_ct import StoredCT, StoredGrid
+
+if TYPE_CHECKING:
+    from data_prep.commands.console import ShowProgress
+
+AFFINE_TOLERANCE_MM = 1e-3
+"""NIfTI headers hold an affine in single precision."""
+
+
+class Outcome(NamedTuple):
+    """What a run did.
+
+    Args:
+        num_segmented: label maps that were written.
+        num_kept: label maps that were there.
+        rejected: volumes without one, and why.
+    """
+
+    num_segmented: int
+    num_kept: int
+    rejected: list[RejectedVolume]
+
+
+def find_cts(folder: Path) -> tuple[list[SourceVolume], list[RejectedVolume]]:
+    """List the CTs of a folder and its sub-folders: NIfTI volumes in HU and npz volumes of RAD-ChestCT.
+
+    Args:
+        folder: to search.
+
+    Returns:
+        The volumes by name, and those that names alone are enough to reject.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    sources: list[SourceVolume] = []
+    rejected: list[RejectedVolume] = []
+    has_nifti = folder.is_dir() and bool(find_nifti(folder))
+    splits = [split for split, prefix in PREFIX.items() if next(folder.rglob(f"{prefix}*.npz"), None)]
+    if not has_nifti and not splits:
+        raise FileNotFoundError(f"folder must hold NIfTI or RAD-ChestCT volumes, got none in '{folder}'.")
+    found = [find_volumes(folder, "")] if has_nifti else []
+    found += [find_rad_chestct(folder, split) for split in splits]
+    for some, failed in found:
+        sources += some
+        rejected += failed
+    return sorted(sources, key=lambda source: source.volume), rejected
+
+
+def part_of(sources: Sequence[SourceVolume], part: str) -> list[SourceVolume]:
+    """Return every n-th volume, for n processes that share a folder.
+
+    Args:
+        sources: volumes.
+        part: such as ``1/4`` for the first of four parts.
+
+    Raises:
+        ValueError: if there is no such part.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"part must be a part of a whole such as 1/4, got '{part}'.")
+    return list(sources[int(match[1]) - 1 :: int(match[2])])
+
+
+def segment_all(
+    sources: Sequence[SourceVolume], out: Path, device: str, fast: bool, progress: "ShowProgress"
+) -> Outcome:
+    """Write the label maps of volumes that have none; inside of ``totalsegmentator_ready``.
+
+    Args:
+        sources: volumes.
+        out: folder of the label maps; those that are there and lie on their CT's grid are kept.
+        device: ``gpu``, ``gpu:1`` or ``cpu``.
+        fast: whether to take the model of 3 mm.
+        progress: called after each volume.
+
+    Returns:
+        What was done. A volume that fails does not stop the others.
+
+    Raises:
+        OSError: if a label map cannot be written.
+    """
+    num_segmented = num_kept = 0
+    rejected = []
+    for source in sources:
+        try:
+            planned_slices(source)
+            if has_label_map(source, out):
+                num_kept += 1
+            else:
+                content = segment(source, device, fast)
+                with atomic_file(label_map_path(source, out)) as file:
+                    file.write(content)
+                num_segmented += 1
+        except RejectedError as error:
+            rejected.append(error.of(source.volume))
+        progress("segmented", num_segmented + num_kept + len(rejected), len(sources))
+    return Outcome(num_segmented, num_kept, rejected)
+
+
+def label_map_path(source: SourceVolume, out: Path) -> Path:
+    """Return where the label map of a volume lies."""
+    return out / f"{source.volume}.nii.gz"
+
+
+def has_label_map(source: SourceVolume, out: Path) -> bool:
+    """Tell whether a volume has a label map, by its header: the file takes its name only when it is whole.
+
+    Args:
+        source: the volume.
+        out: folder of the label maps.
+
+    Raises:
+        RejectedError: if the CT cannot be read.
+    """
+    path = label_map_path(source, out)
+    if not path.is_file():
+        return False
+    try:
+        header = read_header(path)
+    except RejectedError:
+        return False
+    return _is_on(header.shape, header.affine, read_grid(source))
+
+
+def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
+    """Read a CT and run TotalSegmentator's task ``total`` on it.
+
+    Args:
+        source: the volume.
+        device: ``gpu``, ``gpu:1`` or ``cpu``.
+        fast: whether to take the model of 3 mm.
+
+    Returns:
+        Gzipped NIfTI file of the label map: uint8 ids ``(X, Y, Z)`` on the CT's grid, with the names of the
+        classes in its header.
+
+    Raises:
+        RejectedError: if the CT is damaged or not in HU, TotalSegmentator fails, or its result does not fit.
+    """
+    from totalsegmentator import python_api
+
+    ct = read_ct(source)
+    if ct.lowest_hu > AIR_HU:
+        raise RejectedError(
+            "not in HU", f"a CT in HU must hold air, {AIR_HU} or less, got values from {ct.lowest_hu:g}"
+        )
+    image = nib.nifti1.Nifti1Image(stored_order(ct), ct.grid.affine)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints in spite of quiet
+            result = python_api.totalsegmentator(
+                image, None, ml=True, task="total", fast=fast, device=device, quiet=True
+            )
+    except Exception as error:  # noqa: BLE001 (torch, nnU-Net and nibabel raise what they like)
+        said = " ".join(str(error).split())
+        raise RejectedError("totalsegmentator", f"{type(error).__name__}: {said}") from error
+    ids = checked_ids(np.asanyarray(result.dataobj), result.affine, ct.grid)
+    header = result.header.copy()
+    header.set_data_dtype(np.uint8)
+    label_map = nib.nifti1.Nifti1Image(ids, ct.grid.affine, header)
+    return gzip.compress(label_map.to_bytes(), mtime=0)
+
+
+def stored_order(ct: StoredCT) -> np.ndarray:
+    """Return the HU of a CT as they are stored.
+
+    Args:
+        ct: the volume.
+
+    Returns:
+        int16 ``(X, Y, Z)``.
+    """
+    stored = np.empty(ct.grid.shape, np.int16, order="F")
+    slices, _ = axial_slices(stored, ct.grid.affine)  # another view of the same memory
+    slices[...] = ct.hu
+    return stored
+
+
+def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarray:
+    """Return the ids of a label map as uint8 if it can be that of a CT.
+
+    Args:
+        ids: of TotalSegmentator.
+        affine: ``(4, 4)`` of the label map.
+        ct: grid of the CT.
+
+    Shape:
+        Input and output ``(X, Y, Z)``.
+
+    Raises:
+        RejectedError: if the grid is not the CT's, an id is unknown, or no organ was found.
+    """
+    if not _is_on(ids.shape, affine, ct):
+        raise RejectedError(
+            "mask", f"label map must lie on the CT's grid of shape {ct.shape}, got one of {ids.shape}"
+        )
+    low, high = ids.min(), ids.max()
+    if not (low >= 0 and high < NUM_TS_CLASSES):
+        raise RejectedError("mask", f"ids must lie in 0..{NUM_TS_CLASSES - 1}, got {low:g} to {high:g}")
+    if high == 0:
+        raise RejectedError("mask", "label map must hold an organ, got none: is this a CT of a chest in HU?")
+    return ids.astype(np.uint8)
+
+
+def write_table(path: Path, rejected: Sequence[RejectedVolume]) -> None:
+    """Write one row a volume that has no label map.
+
+    Args:
+        path: of the table.
+        rejected: the volumes.
+    """
+    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+        rows = [RejectedVolume._fields, *sorted(rejected)]
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: StoredGrid) -> bool:
+    return tuple(shape) == ct.shape and np.allclose(affine, ct.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)

@@ -1,0 +1,20 @@
+import pytest
+from typer.testing import CliRunner
+
+from data_prep.__main__ import app
+
+
+@pytest.mark.parametrize("command", ["ct-rate", "dicom", "nifti", "rad-chestct"])
+def test_commands_that_write_shards_have_the_same_options(command: str) -> None:
+    answer = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    for option in ("--out", "--slices-per-shard", "--max-rejected", "--workers", "--scheduler"):
+        assert option in answer.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--workers", "0"), ("--slices-per-shard", "0"), ("--max-rejected", "1.5")]
+)
+def test_values_out_of_range_are_refused(option: str, value: str) -> None:
+    answer = CliRunner().invoke(app, ["nifti", "in", "--out", "out", option, value])
+    assert answer.exit_code == 2
+    assert option in answer.output

@@ -1,0 +1,135 @@
+"""A rendered volume: what its labels say is in the image, where its masks say, and nowhere else."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from common.labels import load_labels
+from data_prep.phantom.anatomy import IS_LUNG, TS_IDS
+from data_prep.phantom.population import CT_RATE_LABELS, ScanId, roster
+from data_prep.phantom.scan import DRAWERS, Volume, describe, render
+
+MATRIX, SLICE_MM = 72, (5.0, 5.0)
+SCANS = roster(30, seed=8)
+
+
+def draw(scan: ScanId, labels: dict[str, float] | None = None, site: str = "a") -> Volume:
+    return render(scan, site, MATRIX, SLICE_MM, labels)
+
+
+def union(volume: Volume, label: str) -> np.ndarray:
+    mask = np.zeros(volume.hu.shape, bool)
+    for finding in volume.findings:
+        if finding.label == label:
+            mask[finding.region.box] |= finding.region.mask
+    return mask
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Volume:
+    return draw(SCANS[0], {})
+
+
+def test_every_label_of_ct_rate_has_a_drawer() -> None:
+    assert sorted(DRAWERS) == sorted(CT_RATE_LABELS)
+    assert len(DRAWERS) == 18
+
+
+@pytest.mark.parametrize("label", CT_RATE_LABELS)
+def test_a_label_changes_the_image_where_its_mask_says_and_only_there(healthy: Volume, label: str) -> None:
+    ill = draw(SCANS[0], {label: 0.6})
+    assert {finding.label for finding in ill.findings} == {label}
+    mask = union(ill, label)
+    change = np.abs(ill.hu.astype(int) - healthy.hu)
+    assert (change[mask] > 0).mean() > 0.85
+    assert change[mask].mean() > 60
+    # Edges are soft, and the kernel blurs them. A large heart also moves all that lies around it.
+    around = ndimage.binary_dilation(mask, iterations=2)
+    assert change[around].sum() > (0.7 if label == "Cardiomegaly" else 0.93) * change.sum()
+    assert change[mask].mean() > 50 * change[~mask].mean()
+
+
+@pytest.mark.parametrize("label", CT_RATE_LABELS)
+def test_the_faintest_of_a_label_leaves_a_trace(label: str) -> None:
+    assert union(draw(SCANS[1], {label: 0.05}), label).any()
+
+
+def test_leaving_one_finding_out_leaves_the_others_alone() -> None:
+    pair = draw(SCANS[0], {"Lung nodule": 0.7, "Hiatal hernia": 0.6})
+    alone = draw(SCANS[0], {"Lung nodule": 0.7})
+    np.testing.assert_array_equal(union(pair, "Lung nodule"), union(alone, "Lung nodule"))
+
+
+def test_a_volume_is_the_same_every_time() -> None:
+    first, second = draw(SCANS[3]), draw(SCANS[3])
+    np.testing.assert_array_equal(first.hu, second.hu)
+    np.testing.assert_array_equal(first.ts, second.ts)
+    assert first.labels == second.labels
+
+
+def test_sites_and_patients_differ(healthy: Volume) -> None:
+    assert draw(SCANS[4], {}).hu.tobytes() != healthy.hu.tobytes()
+    other = draw(roster(1, seed=8, site="b")[0], {}, site="b")
+    assert other.hu.tobytes() != healthy.hu.tobytes()
+
+
+def test_reconstructions_show_the_same_patient_differently() -> None:
+    first, second = next(
+        (a, b) for a, b in zip(SCANS, SCANS[1:], strict=False) if (a.seed, a.scan) == (b.seed, b.scan)
+    )
+    a, b = draw(first), draw(second)
+    assert a.labels == b.labels
+    assert a.person == b.person
+    assert a.hu.shape != b.hu.shape or (a.hu != b.hu).any()
+
+
+def test_describe_tells_what_render_does(healthy: Volume) -> None:
+    labels, person, protocol = describe(SCANS[0], "a", MATRIX, SLICE_MM, {})
+    assert (labels, person, protocol) == (healthy.labels, healthy.person, healthy.protocol)
+    assert healthy.hu.shape == (protocol.num_slices, MATRIX, MATRIX)
+
+
+def test_a_chest_has_seventy_of_totalsegmentators_structures(healthy: Volume) -> None:
+    ids = np.unique(healthy.ts)
+    assert ids.max() < len(load_labels("totalsegmentator"))
+    assert len(ids) > 70
+
+
+def test_lungs_are_dark_bones_bright_and_soft_tissue_between(healthy: Volume) -> None:
+    assert -920 < np.median(healthy.hu[IS_LUNG[healthy.ts]]) < -780
+    spine = np.isin(healthy.ts, [TS_IDS[f"vertebrae_T{number}"] for number in range(4, 11)])
+    assert np.median(healthy.hu[spine]) > 130
+    assert np.median(healthy.hu[healthy.ts == TS_IDS["heart"]]) == pytest.approx(
+        np.mean(healthy.person.anatomy.blood_hu[:2]), abs=60
+    )
+    assert healthy.hu.dtype == np.int16
+
+
+def test_some_scans_have_overlapping_findings_and_two_findings_of_one_code() -> None:
+    overlaps, twins = 0, 0
+    for scan in SCANS[:7]:
+        volume = draw(scan)
+        coded = [finding for finding in volume.findings if finding.code]
+        count = np.zeros(volume.hu.shape, int)
+        for finding in coded:
+            count[finding.region.box] += finding.region.mask
+        overlaps += bool((count > 1).any())
+        twins += len({finding.code for finding in coded}) < len(coded)
+    assert overlaps >= 2
+    assert twins >= 2
+
+
+def test_codes_are_rexgroundingcts() -> None:
+    codes = {label.code for label in load_labels("rexgroundingct")}
+    volume = draw(SCANS[0], dict.fromkeys(CT_RATE_LABELS, 0.5))
+    found = {finding.code for finding in volume.findings} - {""}
+    assert found <= codes
+    assert len(found) >= 9
+
+
+def test_a_head_ct_has_no_chest_and_no_findings() -> None:
+    head = draw(SCANS[0]._replace(is_head=True))
+    assert head.labels == {}
+    assert head.findings == []
+    assert not IS_LUNG[head.ts].any()
+    assert (head.ts == TS_IDS["brain"]).any()

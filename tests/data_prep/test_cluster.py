@@ -1,0 +1,205 @@
+"""Functions for worker processes are made inside of functions here, so that pickle takes them along."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dask.system
+import distributed.system
+import psutil
+import pytest
+from distributed import Client, KilledWorker
+
+from data_prep import cluster as module
+from data_prep.cluster import Tasks, dask_client, default_workers, run_tasks
+
+LOOPBACK = "127.0.0.1:0"
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Client]:
+    """Two worker processes, as the commands start them."""
+    with dask_client(workers=2) as client:
+        yield client
+
+
+DONE: list[object] = []
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def note(item: object) -> object:
+    """Take a while; threads of this process see the same list."""
+    DONE.append(item)
+    time.sleep(0.05)
+    return item
+
+
+def test_every_item_comes_back_with_its_result(dask: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TASKS_AHEAD", 3)
+    assert sorted(run_tasks(dask, square, range(20))) == [(n, n * n) for n in range(20)]
+    assert list(run_tasks(dask, square, [])) == []
+
+
+def test_few_tasks_wait_at_the_scheduler(dask: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TASKS_AHEAD", 3)
+    taken: list[int] = []
+    results = run_tasks(dask, square, (taken.append(n) or n for n in range(20)))
+    next(results)
+    assert len(taken) == 4
+    assert len(list(results)) == 19
+
+
+def test_what_a_task_raises_is_yielded_in_place_of_a_result(dask: Client) -> None:
+    def divide(number: int) -> float:
+        return 6 / number
+
+    results = dict(run_tasks(dask, divide, [3, 0, 2]))
+    assert isinstance(results.pop(0), ZeroDivisionError)
+    assert results == {3: 2, 2: 3}
+
+
+def test_tasks_are_started_while_results_come_and_urgent_ones_go_first() -> None:
+    DONE.clear()
+    with (
+        Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=LOOPBACK) as client,
+        Tasks(client) as tasks,
+    ):
+        for name in "abcdef":
+            tasks.start(note, name)
+        for name, _ in tasks:
+            if name == "a":
+                tasks.start(note, "urgent", priority=1)
+    assert sorted(DONE) == ["a", "b", "c", "d", "e", "f", "urgent"]
+    assert DONE.index("urgent") < 4
+
+
+def test_tasks_do_not_outlive_their_block(dask: Client) -> None:
+    DONE.clear()
+    tasks = Tasks(dask)
+
+    def stop_at_the_first() -> None:
+        with tasks:
+            for number in range(50):
+                tasks.start(note, number)
+            for _ in tasks:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stop_at_the_first()
+    time.sleep(0.3)
+    assert len(DONE) < 10
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("No module named 'data_prep'"), RuntimeError("deserialization of the task graph")]
+)
+def test_a_cluster_that_cannot_import_the_work_ends_it_in_one_line(error: Exception, dask: Client) -> None:
+    """A worker says it in its own words, a scheduler in Dask's."""
+
+    def fail(number: int) -> None:
+        raise error
+
+    with pytest.raises(ConnectionError, match=r"workers must be able to import data_prep, got '.*PYTHONPATH"):
+        list(run_tasks(dask, fail, [1]))
+
+
+# With worker processes
+
+
+def listening() -> set[tuple[str, int]]:
+    """Address and port of all that this process and its children listen to."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_nothing_listens_beyond_this_machine() -> None:
+    before = listening()
+    with dask_client(workers=1):
+        opened = listening() - before
+    assert len(opened) >= 2  # scheduler and worker
+    assert {ip for ip, _ in opened} == {"127.0.0.1"}
+
+
+def test_local_workers_share_the_memory_of_the_machine(local: Client) -> None:
+    limits = [worker["memory_limit"] for worker in local.scheduler_info()["workers"].values()]
+    assert limits == [pytest.approx(distributed.system.MEMORY_LIMIT / 2, rel=0.01)] * 2
+
+
+def test_only_the_task_that_kills_its_workers_fails(local: Client) -> None:
+    def deadly(number: int) -> int:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        return number
+
+    results = dict(run_tasks(local, deadly, range(12)))
+    assert isinstance(results.pop(3), KilledWorker)
+    assert results == {n: n for n in range(12) if n != 3}
+
+
+def test_a_lost_workers_tasks_run_again(local: Client, tmp_path: Path) -> None:
+    def die_once(number: int) -> int:
+        mark = tmp_path / "died"
+        if number == 5 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    assert sorted(run_tasks(local, die_once, range(8))) == [(n, n) for n in range(8)]
+    assert (tmp_path / "died").exists()
+
+
+# With a scheduler of others
+
+
+def test_a_lost_scheduler_ends_the_work_in_one_line(
+    dask_scheduler: tuple[str, subprocess.Popen], dask_command: Callable[..., subprocess.Popen]
+) -> None:
+    def slow(number: int) -> int:
+        time.sleep(0.1)
+        return number
+
+    address, scheduler = dask_scheduler
+    dask_command("worker", address, "--host", "127.0.0.1", "--nthreads", "1")
+    with dask_client(address) as client:
+        results = run_tasks(client, slow, range(100))
+        next(results)
+        scheduler.kill()
+        with pytest.raises(ConnectionError, match="scheduler must live as long as its tasks"):
+            list(results)
+
+
+def test_an_address_where_no_scheduler_answers_is_named() -> None:
+    with (
+        pytest.raises(
+            ConnectionError, match=r"address of a running Dask scheduler, got 'tcp://127\.0\.0\.1:1'"
+        ),
+        dask_client("tcp://127.0.0.1:1"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cores", "limit_gib", "available_gib", "expected"),
+    [(8, 64, 64, 8), (8, 64, 13, 3), (8, 9, 200, 2), (2, 64, 64, 2), (8, 64, 1, 1)],
+)
+def test_workers_are_as_many_as_cores_and_memory_allow(
+    cores: int, limit_gib: int, available_gib: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 GiB each; the limits are the container's where there is one."""
+    monkeypatch.setattr(dask.system, "CPU_COUNT", cores)
+    monkeypatch.setattr(distributed.system, "MEMORY_LIMIT", limit_gib * 2**30)
+    memory = psutil.virtual_memory()._replace(available=available_gib * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert default_workers() == expected

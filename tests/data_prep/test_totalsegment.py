@@ -1,0 +1,253 @@
+import gzip
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common.data.shard_index import RejectedVolume
+from data_prep.rad_chestct import rad_chestct_affine
+from data_prep.totalsegment import Outcome, find_cts, part_of, segment_all, write_table
+
+SHAPE_XYZ = (19, 17, 5)
+AFFINE = np.array([[-0.7, 0, 0, 5], [0, -0.8, 0, 7], [0, 0, 1.5, -100], [0, 0, 0, 1.0]])
+Save = Callable[[Path, np.ndarray, np.ndarray], Path]
+
+
+class Segmenter:
+    """Stands in for TotalSegmentator, which needs weights: takes what it takes, and says what it was given.
+
+    Args:
+        signature: of the real function.
+    """
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature = signature
+        self.calls: list[dict[str, Any]] = []
+        self.answer: Callable[[nib.Nifti1Image], nib.Nifti1Image] = organs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nib.Nifti1Image:
+        self.calls.append(self.signature.bind(*args, **kwargs).arguments)
+        return self.answer(self.calls[-1]["input"])
+
+
+def organs(image: nib.Nifti1Image, top: int = 117) -> nib.Nifti1Image:
+    """Ids that differ from voxel to voxel, in the image's own order, under a header like the real one."""
+    from totalsegmentator.nifti_ext_header import add_label_map_to_nifti
+
+    ids = (np.arange(np.prod(image.shape)).reshape(image.shape) % (top + 1)).astype(np.uint8)
+    return add_label_map_to_nifti(nib.Nifti1Image(ids, image.affine, image.header), {51: "heart"})
+
+
+@pytest.fixture
+def segmenter(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
+    from totalsegmentator import python_api
+
+    fake = Segmenter(inspect.signature(python_api.totalsegmentator))
+    monkeypatch.setattr(python_api, "totalsegmentator", fake)
+    return fake
+
+
+def ct(seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).permutation(np.prod(SHAPE_XYZ)).reshape(SHAPE_XYZ)
+    return values.astype(np.int16) - 1000
+
+
+def run(folder: Path, out: Path, fast: bool = False) -> Outcome:
+    out.mkdir(exist_ok=True)
+    sources, rejected = find_cts(folder)
+    assert rejected == []
+    return segment_all(sources, out, "cpu", fast, lambda *_: None)
+
+
+def reasons(outcome: Outcome) -> dict[str, tuple[str, str]]:
+    return {item.volume: (item.reason, item.detail) for item in outcome.rejected}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_real_function_is_called_as_it_wants_to_be(
+    fast: bool, segmenter: Segmenter, tmp_path: Path, save_nifti: Save
+) -> None:
+    """The arguments were bound to the real signature when they came in."""
+    save_nifti(tmp_path / "in" / "scan.nii.gz", ct(), AFFINE)
+    assert run(tmp_path / "in", tmp_path / "out", fast) == Outcome(1, 0, [])
+    (call,) = segmenter.calls
+    image = call.pop("input")
+    assert call == {
+        **{"output": None, "ml": True, "task": "total", "fast": fast},
+        **{"device": "cpu", "quiet": True},
+    }
+    assert isinstance(image, nib.Nifti1Image)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), ct())
+
+
+@pytest.mark.parametrize("axcodes", ["LPS", "RAS", "LAS", "SPL"])
+def test_the_label_map_lies_on_the_voxels_of_the_ct_as_stored(
+    axcodes: str, segmenter: Segmenter, tmp_path: Path, save_nifti: Save
+) -> None:
+    turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(axcodes))
+    stored = nib.Nifti1Image(ct(), AFFINE).as_reoriented(turn)
+    save_nifti(tmp_path / "in" / "scan.nii", np.asarray(stored.dataobj), stored.affine)
+    run(tmp_path / "in", tmp_path / "out")
+    np.testing.assert_array_equal(np.asarray(segmenter.calls[0]["input"].dataobj), np.asarray(stored.dataobj))
+    label_map = nib.load(tmp_path / "out" / "scan.nii.gz")
+    np.testing.assert_allclose(label_map.affine, stored.affine, atol=1e-4)
+    assert label_map.get_data_dtype() == np.uint8
+    assert nib.aff2axcodes(label_map.affine) == tuple(axcodes)
+    expected = np.arange(np.prod(SHAPE_XYZ)).reshape(stored.shape) % 118
+    np.testing.assert_array_equal(np.asarray(label_map.dataobj), expected)
+    assert "heart" in str(label_map.header.extensions[0].get_content())
+
+
+def test_rad_chestct_is_shown_the_right_way_round(segmenter: Segmenter, tmp_path: Path) -> None:
+    volume = ct().transpose(2, 1, 0)
+    (tmp_path / "in").mkdir()
+    np.savez_compressed(tmp_path / "in" / "val00007.npz", ct=volume)
+    assert run(tmp_path / "in", tmp_path / "out") == Outcome(1, 0, [])
+    image = segmenter.calls[0]["input"]
+    np.testing.assert_array_equal(np.asarray(image.dataobj), volume)
+    np.testing.assert_allclose(image.affine, rad_chestct_affine(0.8), atol=1e-6)
+    label_map = nib.load(tmp_path / "out" / "val00007.nii.gz")
+    assert (label_map.shape, nib.aff2axcodes(label_map.affine)) == (volume.shape, ("I", "P", "L"))
+    assert run(tmp_path / "in", tmp_path / "out") == Outcome(0, 1, [])
+
+
+def test_finished_label_maps_are_kept(segmenter: Segmenter, tmp_path: Path, save_nifti: Save) -> None:
+    for n, name in enumerate(("a", "b", "c")):
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", ct(n), AFFINE)
+    assert run(tmp_path / "in", tmp_path / "out") == Outcome(3, 0, [])
+    before = (tmp_path / "out" / "a.nii.gz").read_bytes()
+    (tmp_path / "out" / "b.nii.gz").write_bytes(b"")
+    save_nifti(tmp_path / "in" / "c.nii.gz", ct(2)[:, :, :4], AFFINE)  # another CT of the same name
+    shown: list[tuple[str, int, int]] = []
+    sources, _ = find_cts(tmp_path / "in")
+    again = segment_all(sources, tmp_path / "out", "cpu", False, lambda *done: shown.append(done))
+    assert again == Outcome(2, 1, [])
+    assert shown == [("segmented", n, 3) for n in (1, 2, 3)]
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
+    assert [nib.load(tmp_path / "out" / f"{name}.nii.gz").shape[2] for name in "abc"] == [5, 5, 4]
+    assert len(segmenter.calls) == 5
+
+
+def test_an_interrupted_volume_leaves_nothing(segmenter: Segmenter, tmp_path: Path, save_nifti: Save) -> None:
+    save_nifti(tmp_path / "in" / "scan.nii.gz", ct(), AFFINE)
+
+    def interrupt(_: nib.Nifti1Image) -> nib.Nifti1Image:
+        raise KeyboardInterrupt
+
+    segmenter.answer = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def moved(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    affine = image.affine.copy()
+    affine[2, 3] += 1
+    return nib.Nifti1Image(np.ones(image.shape, np.uint8), affine)
+
+
+def out_of_memory(_: nib.Nifti1Image) -> nib.Nifti1Image:
+    raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "detail"),
+    [
+        (out_of_memory, "totalsegmentator", "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        (moved, "mask", "label map must lie on the CT's grid of shape (19, 17, 5), got one of (19, 17, 5)"),
+        (
+            lambda image: organs(image.slicer[:, :, :4]),
+            "mask",
+            "label map must lie on the CT's grid of shape (19, 17, 5), got one of (19, 17, 4)",
+        ),
+        (lambda image: organs(image, top=118), "mask", "ids must lie in 0..117, got 0 to 118"),
+        (
+            lambda image: organs(image, top=0),
+            "mask",
+            "label map must hold an organ, got none: is this a CT of a chest in HU?",
+        ),
+    ],
+)
+def test_a_volume_that_fails_is_named_and_the_others_go_on(
+    answer: Callable[[nib.Nifti1Image], nib.Nifti1Image],
+    reason: str,
+    detail: str,
+    segmenter: Segmenter,
+    tmp_path: Path,
+    save_nifti: Save,
+) -> None:
+    for n, name in enumerate(("a", "b")):
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", ct(n), AFFINE)
+    segmenter.answer = lambda image: answer(image) if len(segmenter.calls) == 1 else organs(image)
+    outcome = run(tmp_path / "in", tmp_path / "out")
+    assert outcome[:2] == (1, 0)
+    assert reasons(outcome) == {"a": (reason, detail)}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
+
+
+def test_volumes_that_cannot_be_segmented_are_refused_before(
+    segmenter: Segmenter, tmp_path: Path, save_nifti: Save
+) -> None:
+    """A blank header, as of CT-RATE's first form, states no spacing, which TotalSegmentator goes by."""
+    save_nifti(tmp_path / "in" / "raw.nii.gz", ct() + 1024, np.eye(4))
+    save_nifti(tmp_path / "in" / "shifted.nii.gz", ct() + 1024, AFFINE)
+    save_nifti(tmp_path / "in" / "flat.nii.gz", ct()[:, :, 0], AFFINE)
+    whole = save_nifti(tmp_path / "in" / "torn.nii.gz", ct(), AFFINE)
+    whole.write_bytes(whole.read_bytes()[:-400])
+    save_nifti(tmp_path / "in" / "a b.nii.gz", ct(), AFFINE)
+    outcome = run(tmp_path / "in", tmp_path / "out")
+    assert segmenter.calls == []
+    assert {volume: reason for volume, (reason, _) in reasons(outcome).items()} == {
+        **{"raw": "v1 or v2", "shifted": "not in HU", "flat": "geometry", "torn": "unreadable", "a b": "name"}
+    }
+    assert reasons(outcome)["raw"][1] == "a volume in HU must state its geometry, got a blank header"
+
+
+def test_volumes_of_one_name_are_not_guessed_at(tmp_path: Path, save_nifti: Save) -> None:
+    for name in ("x/a.nii.gz", "y/a.nii", "y/b.nii"):
+        save_nifti(tmp_path / name, ct(), AFFINE)
+    np.savez_compressed(tmp_path / "trn1.npz", ct=ct())
+    sources, rejected = find_cts(tmp_path)
+    assert [source.volume for source in sources] == ["b", "trn1"]
+    assert [(item.volume, item.reason) for item in rejected] == [("a", "duplicate")]
+
+
+def test_a_folder_without_cts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="folder must hold NIfTI or RAD-ChestCT volumes, got none in"):
+        find_cts(tmp_path)
+    with pytest.raises(FileNotFoundError, match="got none in '.*nowhere'"):
+        find_cts(tmp_path / "nowhere")
+
+
+def test_parts_make_up_the_whole() -> None:
+    whole: Any = list("abcdefg")
+    parts = [part_of(whole, f"{n}/3") for n in (1, 2, 3)]
+    assert parts == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+    assert part_of(whole, "1/1") == whole
+    for text in ("0/3", "4/3", "1", "1/0", "-1/3", "a/b"):
+        with pytest.raises(ValueError, match=f"part must be a part of a whole such as 1/4, got '{text}'"):
+            part_of(whole, text)
+
+
+def test_what_was_left_out_is_a_table(tmp_path: Path) -> None:
+    write_table(
+        tmp_path / "rejected.csv", [RejectedVolume("b", "mask", "a, b"), RejectedVolume("a", "name", "x")]
+    )
+    assert (tmp_path / "rejected.csv").read_text(encoding="utf-8") == (
+        'volume,reason,detail\na,name,x\nb,mask,"a, b"\n'
+    )
+
+
+def test_a_label_map_is_the_same_bytes_each_time(
+    segmenter: Segmenter, tmp_path: Path, save_nifti: Save
+) -> None:
+    save_nifti(tmp_path / "in" / "scan.nii.gz", ct(), AFFINE)
+    for out in ("one", "two"):
+        run(tmp_path / "in", tmp_path / out)
+    one, two = ((tmp_path / out / "scan.nii.gz").read_bytes() for out in ("one", "two"))
+    assert one == two
+    assert gzip.decompress(one)[344:347] == b"n+1"
