@@ -50,6 +50,29 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return _SumOverRanks.apply(tensor) if num_ranks() > 1 else tensor
 
 
+def gather_over_ranks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the ranks' tensors side by side along an axis, with the gradient of ``sum_over_ranks``.
+
+    Args:
+        tensor: of one shape and dtype on all ranks.
+        dim: axis of the samples.
+
+    Shape:
+        Input ``(..., B, ...)``. Output: ``(..., world_size B, ...)``; the input itself on one rank.
+
+    Example:
+        >>> gather_over_ranks(torch.tensor([2.0, 3.0]), dim=0)
+        tensor([2., 3.])
+    """
+    world, rank = num_ranks(), dist.get_rank() if num_ranks() > 1 else 0
+    if world == 1:
+        return tensor
+    # a sum over ranks of tensors that are zero outside of their own place: one collective, one gradient rule
+    empty = torch.zeros_like(tensor)
+    places = [tensor if place == rank else empty for place in range(world)]
+    return sum_over_ranks(torch.cat(places, dim=dim))
+
+
 def global_mean_weights(included: torch.Tensor) -> torch.Tensor:
     """Return sample weights that turn sums on the ranks into the mean over the global batch.
 

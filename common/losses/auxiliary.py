@@ -69,6 +69,7 @@ class AuxiliaryBCELoss(nn.Module):
         targets: LogitTree,
         has_ts: torch.Tensor,
         has_rex: torch.Tensor,
+        part: slice = slice(None),
     ) -> dict[str, torch.Tensor]:
         """Return the loss and its terms.
 
@@ -77,6 +78,8 @@ class AuxiliaryBCELoss(nn.Module):
             targets: share or presence of each class, in the same structure. Terms not asked for are ignored.
             has_ts: whether the sample's volume has an organ map.
             has_rex: whether the sample's volume was annotated for findings, even if it shows none.
+            part: samples of the batch that logits and targets are of; the flags are always those of the whole
+                batch. The values of parts that make up the batch add up to its value.
         """
         if has_ts.dim() != 1 or has_ts.shape != has_rex.shape:
             shapes = f"{tuple(has_ts.shape)} and {tuple(has_rex.shape)}"
@@ -85,12 +88,12 @@ class AuxiliaryBCELoss(nn.Module):
             raise ValueError("logits must hold at least one group of views, got none.")
         by_sample = []
         for term in self.terms:
-            groups = [self._by_sample(term, group, logits, targets, len(has_ts)) for group in logits]
+            groups = [self._by_sample(term, group, logits, targets, len(has_ts[part])) for group in logits]
             by_sample.append(torch.stack(groups).mean(0))
         values = torch.stack(by_sample)
         annotated = {"ts": has_ts, "rex": has_rex}
         included = torch.stack([annotated[_source(term)] for term in self.terms]).to(values)
-        terms = (global_mean_weights(included) * values).sum(1)
+        terms = (global_mean_weights(included)[:, part] * values).sum(1)
         return {"loss": terms.mean(), **dict(zip(self.terms, terms, strict=True))}
 
     def _by_sample(

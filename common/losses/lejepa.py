@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from common.distributed import global_mean_weights
-from common.losses.sigreg import SIGReg
 
 
 def invariance_loss(projections: torch.Tensor, num_global: int) -> torch.Tensor:
@@ -43,37 +42,35 @@ def invariance_loss(projections: torch.Tensor, num_global: int) -> torch.Tensor:
 
 
 class LeJEPALoss(nn.Module):
-    """Weighted sum of invariance over views and SIGReg: (1 - lambda) invariance + lambda SIGReg.
+    """Weighted sum of invariance over views and a regularizer: (1 - lambda) invariance + lambda SIGReg.
 
     Source: LeJEPA, arXiv:2511.08544. Used in DALE-CT III-C1, Eq. 1.
 
     Args:
-        sigreg_weight: lambda of Eq. 1. Released DALE-CT configurations: 0.02.
-        num_directions: see SIGReg.
-        num_knots: see SIGReg.
-        t_max: see SIGReg.
+        regularizer: ``SIGReg``, or another module of projections and step that keeps a batch spread.
+        regularizer_weight: lambda of Eq. 1. Released DALE-CT configurations: 0.02.
 
     Shape:
-        Input ``(V, N, K)``, global views first. Output: dictionary of the scalars ``loss``, ``invariance``,
-        ``sigreg``.
+        Input ``(V, N, K)``, global views first. Output: dictionary of the scalars ``loss``, ``invariance``
+        and, under its class's name in small letters, the regularizer's.
 
     Raises:
-        ValueError: if ``sigreg_weight`` lies outside [0, 1]; else as SIGReg and ``invariance_loss``.
+        ValueError: if ``regularizer_weight`` lies outside [0, 1]; else as the regularizer and
+            ``invariance_loss``.
 
     Example:
-        >>> terms = LeJEPALoss()(torch.zeros(10, 7, 124), num_global=2, step=0)
+        >>> from common.losses.sigreg import SIGReg
+        >>> terms = LeJEPALoss(SIGReg(), 0.02)(torch.zeros(10, 7, 124), num_global=2, step=0)
         >>> {name: round(float(value), 3) for name, value in terms.items()}
         {'loss': 0.056, 'invariance': 0.0, 'sigreg': 2.81}
     """
 
-    def __init__(
-        self, sigreg_weight: float = 0.02, num_directions: int = 1024, num_knots: int = 17, t_max: float = 3.0
-    ) -> None:
+    def __init__(self, regularizer: nn.Module, regularizer_weight: float) -> None:
         super().__init__()
-        if not 0 <= sigreg_weight <= 1:
-            raise ValueError(f"sigreg_weight must lie in [0, 1], got {sigreg_weight}.")
-        self.sigreg_weight = sigreg_weight
-        self.sigreg = SIGReg(num_directions, num_knots, t_max)
+        if not 0 <= regularizer_weight <= 1:
+            raise ValueError(f"regularizer_weight must lie in [0, 1], got {regularizer_weight}.")
+        self.regularizer = regularizer
+        self.regularizer_weight = regularizer_weight
 
     def forward(self, projections: torch.Tensor, num_global: int, step: int) -> dict[str, torch.Tensor]:
         """Return the loss and its two terms.
@@ -81,9 +78,10 @@ class LeJEPALoss(nn.Module):
         Args:
             projections: see the class.
             num_global: number of global views.
-            step: optimizer step, which chooses SIGReg's directions.
+            step: optimizer step, which chooses the regularizer's random directions.
         """
         invariance = invariance_loss(projections, num_global)
-        sigreg = self.sigreg(projections, step)
-        loss = (1 - self.sigreg_weight) * invariance + self.sigreg_weight * sigreg
-        return {"loss": loss, "invariance": invariance, "sigreg": sigreg}
+        regularization = self.regularizer(projections, step)
+        loss = (1 - self.regularizer_weight) * invariance + self.regularizer_weight * regularization
+        name = type(self.regularizer).__name__.lower()
+        return {"loss": loss, "invariance": invariance, name: regularization}

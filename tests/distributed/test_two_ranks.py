@@ -15,9 +15,10 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from common.distributed import global_mean_weights, sum_over_ranks
+from common.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
+from common.losses.sigreg import SIGReg
 from common.networks.heads import AuxiliaryHead, ProjectionHead
 
 pytestmark = pytest.mark.two_ranks
@@ -93,7 +94,7 @@ def losses_and_gradients(model: nn.Module, data: dict[str, Any]) -> dict[str, to
     """Return every term of the loss of Eq. 3 and the gradient of every parameter."""
     model.zero_grad()
     projections, logits = model(data["tokens"])
-    terms = LeJEPALoss(sigreg_weight=0.4, num_directions=13)(projections, num_global=2, step=STEP)
+    terms = LeJEPALoss(SIGReg(13), 0.4)(projections, num_global=2, step=STEP)
     auxiliary = AuxiliaryBCELoss([1.0, 2.0, 30.0, 4.0], [800.0, 5.0])(
         logits, data["targets"], data["has_ts"], data["has_rex"]
     )
@@ -121,6 +122,10 @@ def run_rank(rank: int, folder: Path) -> None:
     total = sum_over_ranks(leaf)
     ((2.0 + rank) * total.square()).sum().backward()
     results["sum"], results["gradient of sum"] = total.detach(), leaf.grad
+    side_by_side = torch.tensor([[1.0 + rank], [5.0 + rank]], requires_grad=True)
+    gathered = gather_over_ranks(side_by_side, dim=1)
+    ((2.0 + rank) * gathered.square()).sum().backward()
+    results["gathered"], results["gradient of gathered"] = gathered.detach(), side_by_side.grad
     results["weights"] = global_mean_weights(torch.tensor([[1.0, 1.0], [0.0, 0.0]][rank]))
     torch.save(results, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()
@@ -188,6 +193,16 @@ def test_sum_over_ranks_is_the_same_on_both_and_has_the_gradient_of_both_losses(
     for rank in ranks:
         torch.testing.assert_close(rank["sum"], torch.tensor([3.0, 20.0]))
         torch.testing.assert_close(rank["gradient of sum"], torch.tensor([2 * 5 * 3.0, 2 * 5 * 20.0]))
+
+
+def test_gathered_samples_lie_side_by_side_and_have_the_gradient_of_both_losses(
+    ranks: list[dict[str, Any]],
+) -> None:
+    # every sample is in both losses, 2 |g|^2 and 3 |g|^2: the gradient of g is 10 g
+    for number, rank in enumerate(ranks):
+        torch.testing.assert_close(rank["gathered"], torch.tensor([[1.0, 2.0], [5.0, 6.0]]))
+        own = torch.tensor([[1.0 + number], [5.0 + number]])
+        torch.testing.assert_close(rank["gradient of gathered"], 10 * own)
 
 
 def test_weights_of_samples_count_the_samples_of_both_ranks(ranks: list[dict[str, Any]]) -> None:

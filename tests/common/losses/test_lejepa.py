@@ -45,32 +45,30 @@ def test_gradient_reaches_views_and_centre() -> None:
 
 def test_loss_weighs_invariance_and_sigreg_as_equation_1() -> None:
     views = projections()
-    terms = LeJEPALoss(sigreg_weight=0.3, num_directions=11, num_knots=9, t_max=2.0)(
-        views, num_global=2, step=4
-    )
+    terms = LeJEPALoss(SIGReg(11, 9, 2.0), 0.3)(views, num_global=2, step=4)
     assert terms.keys() == {"loss", "invariance", "sigreg"}
     torch.testing.assert_close(terms["invariance"], invariance_loss(views, num_global=2))
     torch.testing.assert_close(terms["sigreg"], SIGReg(11, 9, 2.0)(views, step=4))
     torch.testing.assert_close(terms["loss"], 0.7 * terms["invariance"] + 0.3 * terms["sigreg"])
 
 
-@pytest.mark.parametrize(("sigreg_weight", "remaining"), [(0.0, "invariance"), (1.0, "sigreg")])
-def test_extreme_weights_leave_one_term(sigreg_weight: float, remaining: str) -> None:
-    terms = LeJEPALoss(sigreg_weight, num_directions=11)(projections(), num_global=2, step=0)
+@pytest.mark.parametrize(("weight", "remaining"), [(0.0, "invariance"), (1.0, "sigreg")])
+def test_extreme_weights_leave_one_term(weight: float, remaining: str) -> None:
+    terms = LeJEPALoss(SIGReg(11), weight)(projections(), num_global=2, step=0)
     torch.testing.assert_close(terms["loss"], terms[remaining])
 
 
 def test_gradient_of_the_loss_is_that_of_finite_differences() -> None:
     views = projections()[:, :, :2].clone().requires_grad_()
-    loss = LeJEPALoss(sigreg_weight=0.5, num_directions=3)
+    loss = LeJEPALoss(SIGReg(3), 0.5)
     assert torch.autograd.gradcheck(lambda x: loss(x, num_global=2, step=1)["loss"], views)
 
 
 def test_bfloat16_projections_are_compared_in_float32() -> None:
     views = projections().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        terms = LeJEPALoss(num_directions=11)(views, num_global=2, step=0)
-    exact = LeJEPALoss(num_directions=11)(views.float(), num_global=2, step=0)
+        terms = LeJEPALoss(SIGReg(11), 0.02)(views, num_global=2, step=0)
+    exact = LeJEPALoss(SIGReg(11), 0.02)(views.float(), num_global=2, step=0)
     for name, value in terms.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact[name], rtol=0, atol=0)
@@ -90,7 +88,7 @@ def test_impossible_numbers_of_global_views_are_refused(num_global: int) -> None
         invariance_loss(projections(), num_global)
 
 
-@pytest.mark.parametrize("sigreg_weight", [-0.1, 1.1, float("nan")])
-def test_weights_outside_the_unit_interval_are_refused(sigreg_weight: float) -> None:
-    with pytest.raises(ValueError, match=rf"sigreg_weight must lie in \[0, 1\], got {sigreg_weight}\."):
-        LeJEPALoss(sigreg_weight)
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_weights_outside_the_unit_interval_are_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"regularizer_weight must lie in \[0, 1\], got {weight}\."):
+        LeJEPALoss(SIGReg(), weight)

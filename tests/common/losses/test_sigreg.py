@@ -1,7 +1,9 @@
 """SIGReg against its equation, written as a loop over complex exponentials and all knots."""
 
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +37,24 @@ def sigreg_by_loop(
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize(("num_knots", "t_max"), [(17, 3.0), (2, 3.0), (3, 1.0), (4, 2.0), (33, 3.0)])
+def value_and_gradient_in_float64(
+    samples: np.ndarray, directions: np.ndarray, num_knots: int, t_max: float
+) -> tuple[float, np.ndarray]:
+    """Differentiate the sum over all knots of both signs by hand: d|f - g|^2 = 2 Re((f - g)* df)."""
+    views, num_samples, _ = samples.shape
+    knots, step = np.linspace(-t_max, t_max, num_knots, retstep=True)
+    gaussian = np.exp(-(knots**2) / 2)
+    weights = step * np.where(abs(knots) == t_max, 0.5, 1) * gaussian
+    exponentials = np.exp(1j * (samples @ directions)[..., None] * knots)  # V, N, M, knots
+    difference = exponentials.mean(1, keepdims=True) - gaussian
+    value = num_samples * (weights * abs(difference) ** 2).sum(-1).mean()
+    slopes = (weights * 2 * (difference.conj() * 1j * knots * exponentials).real).sum(-1)
+    return float(value), slopes @ directions.T / (views * directions.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("num_knots", "t_max"), [(17, 3.0), (17, 5.0), (2, 3.0), (3, 1.0), (4, 2.0), (33, 3.0), (33, 5.0)]
+)
 def test_sigreg_is_the_trapezoid_sum_over_all_knots_of_both_signs(num_knots: int, t_max: float) -> None:
     samples = projections()
     expected = sigreg_by_loop(samples, 5, M, num_knots, t_max)
@@ -44,23 +63,104 @@ def test_sigreg_is_the_trapezoid_sum_over_all_knots_of_both_signs(num_knots: int
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
-def test_sigreg_in_float32_is_close_to_float64_in_value_and_gradient(scale: float) -> None:
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        generator = torch.Generator().manual_seed(1)
-        samples = (scale * torch.randn(2, 67, 31, generator=generator, dtype=torch.float64)).to(dtype)
-        samples.requires_grad_()
-        value = SIGReg(num_directions=53)(samples, step=3)
-        results.append((value.detach().double(), *torch.autograd.grad(value, samples)))
-    (value, gradient), (exact_value, exact_gradient) = results
-    assert float((value - exact_value).abs() / exact_value) < 2e-6
-    assert float((gradient.double() - exact_gradient).norm() / exact_gradient.norm()) < 5e-6
+@pytest.mark.parametrize(("num_knots", "t_max"), [(17, 3.0), (17, 5.0), (33, 3.0), (8, 3.0)])
+@pytest.mark.parametrize(
+    ("num_samples", "scale"), [(1, 1.0), (67, 0.01), (67, 0.3), (67, 1.0), (67, 4.0), (512, 1.0), (2048, 1.0)]
+)
+def test_sigreg_is_exact_in_value_and_gradient(
+    num_samples: int, scale: float, num_knots: int, t_max: float
+) -> None:
+    exact_samples = scale * np.random.default_rng(1).standard_normal((2, num_samples, 31))
+    exact_samples = exact_samples.astype(np.float32).astype(np.float64)
+    directions = unit_directions(31, 53, 3, torch.float64).numpy()
+    exact_value, exact_gradient = value_and_gradient_in_float64(exact_samples, directions, num_knots, t_max)
+    for dtype, value_error, gradient_error in (
+        (torch.float64, 1e-13, 1e-13),
+        (torch.float32, 1e-6, 5e-6),
+    ):
+        samples = torch.tensor(exact_samples, dtype=dtype, requires_grad=True)
+        value = SIGReg(53, num_knots, t_max)(samples, step=3)
+        (gradient,) = torch.autograd.grad(value, samples)
+        assert value.dtype == gradient.dtype == dtype
+        assert float(value.detach()) == pytest.approx(exact_value, rel=value_error)
+        error = np.linalg.norm(gradient.double().numpy() - exact_gradient) / np.linalg.norm(exact_gradient)
+        assert error < gradient_error
 
 
 def test_gradient_of_sigreg_is_that_of_finite_differences() -> None:
     samples = projections()[:2, :5, :3].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: SIGReg(num_directions=M)(x, step=2), samples)
+
+
+def test_gradient_is_scaled_by_what_follows_and_can_be_computed_again() -> None:
+    samples = projections().requires_grad_()
+    value = SIGReg(M)(samples, step=2)
+    (expected,) = torch.autograd.grad(value, samples, retain_graph=True)
+    (threefold,) = torch.autograd.grad(3 * value, samples, retain_graph=True)
+    (again,) = torch.autograd.grad(value, samples)
+    torch.testing.assert_close(threefold, 3 * expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
+def test_mirrored_batch_has_the_same_value_and_the_opposite_gradient() -> None:
+    samples = projections().requires_grad_()
+    value, mirrored = SIGReg(M)(samples, step=2), SIGReg(M)(-samples, step=2)
+    torch.testing.assert_close(mirrored, value, rtol=1e-14, atol=0)
+    (gradient,), (same,) = (torch.autograd.grad(v, samples) for v in (value, mirrored))
+    torch.testing.assert_close(same, gradient, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_layout_in_memory_makes_no_difference(layout: str) -> None:
+    whole = projections()
+    samples = {
+        "transposed": whole.transpose(0, 1).contiguous().transpose(0, 1),
+        "strided": whole.repeat_interleave(2, dim=-1)[..., ::2],
+        "expanded": whole[:1].expand(V, N, K),
+    }[layout].requires_grad_()
+    assert not samples.is_contiguous()
+    contiguous = samples.detach().contiguous().requires_grad_()
+    results = []
+    for given in (samples, contiguous):
+        value = SIGReg(M)(given, step=2)
+        results.append((value, *torch.autograd.grad(value, given)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-16)
+
+
+def test_any_number_of_leading_axes_is_averaged() -> None:
+    samples = projections()
+    expected = SIGReg(M)(samples, step=4)
+    torch.testing.assert_close(SIGReg(M)(samples.reshape(1, V, N, K), step=4), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(SIGReg(M)(samples[0], step=4), SIGReg(M)(samples[:1], step=4), rtol=0, atol=0)
+
+
+def test_only_one_number_per_sample_and_direction_is_kept_for_the_gradient() -> None:
+    num_samples, num_knots = 401, 17
+    samples = torch.randn(V, num_samples, K, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        SIGReg(M, num_knots)(samples, step=0)
+    angles = V * num_samples * M
+    table = (num_knots // 2) * 2 * M * V
+    inputs = samples.numel() + K * M
+    assert angles <= sum(tensor.numel() for tensor in kept) <= angles + table + inputs
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_sigreg_is_the_same() -> None:
+    # another number of samples is compiled anew, for any number of them
+    for num_samples in (N, N + 6, N + 9):
+        samples = torch.randn(V, num_samples, K, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        results = []
+        for compiled in (False, True):
+            value = SIGReg(M, num_knots=7, compiled=compiled)(samples, step=3)
+            results.append((value, *torch.autograd.grad(value, samples)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
 
 
 def test_collapsed_batch_at_one_positive_knot_has_the_value_by_hand() -> None:
@@ -107,12 +207,17 @@ def test_views_are_averaged_and_samples_are_exchangeable() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sigreg_under_autocast_is_the_float32_value(dtype: torch.dtype) -> None:
-    samples = projections(dtype=dtype)
+    samples = projections(dtype=dtype).requires_grad_()
+    exact_samples = samples.detach().float().requires_grad_()
     sigreg = SIGReg(num_directions=97)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = sigreg(samples, step=1)
+    exact = sigreg(exact_samples, step=1)
     assert under_autocast.dtype == torch.float32
-    torch.testing.assert_close(under_autocast, sigreg(samples.float(), step=1), rtol=0, atol=0)
+    torch.testing.assert_close(under_autocast, exact, rtol=0, atol=0)
+    under_autocast.backward()
+    exact.backward()
+    torch.testing.assert_close(samples.grad, exact_samples.grad.to(dtype), rtol=0, atol=0)
 
 
 def test_directions_depend_on_the_step_alone() -> None:
@@ -144,10 +249,15 @@ def test_directions_in_float64_are_those_of_float32() -> None:
 
 
 @pytest.mark.gpu
-def test_sigreg_on_the_gpu_is_that_on_the_cpu() -> None:
-    samples = projections(dtype=torch.float32)
-    on_gpu = SIGReg(M)(samples.cuda(), step=1)
-    torch.testing.assert_close(on_gpu.cpu(), SIGReg(M)(samples, step=1), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sigreg_on_the_gpu_is_that_on_the_cpu(compiled: bool) -> None:
+    results = []
+    for device in ("cuda", "cpu"):
+        samples = projections(dtype=torch.float32).to(device).requires_grad_()
+        value = SIGReg(M, compiled=compiled and device == "cuda")(samples, step=1)
+        (gradient,) = torch.autograd.grad(value, samples)
+        results.append((value.cpu(), gradient.cpu()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
