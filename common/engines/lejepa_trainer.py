@@ -2,8 +2,10 @@
 
 # B slabs, V views (Vg global, Vl local), S view size, D embedding, C classes, P patches
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import ignite.distributed as idist
 import torch
@@ -17,9 +19,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
 from common.metrics.effective_rank import effective_rank
+from common.metrics.gaussianity import kolmogorov_smirnov
+from common.networks.distribute import clip_by_global_norm, gradients_stay_here
+from common.transforms.batch_views import GROUPS, count_labels, render_views
 from common.transforms.hounsfield import HUWindow
-from common.transforms.photometric import photometric
-from common.transforms.soft_labels import coverage_fractions, finding_presence
+from common.transforms.soft_labels import finding_fractions, finding_presence
+
+REX_TARGETS = {"presence": finding_presence, "fraction": finding_fractions}
+
+
+class LastStep(NamedTuple):
+    """What is looked at one step later, when the device has it.
+
+    Args:
+        step: its number.
+        loss: mean over all ranks.
+        batch: this rank's.
+    """
+
+    step: int
+    loss: torch.Tensor
+    batch: dict[str, Any]
 
 
 class LeJEPATrainer(SupervisedTrainer):
@@ -29,10 +49,16 @@ class LeJEPATrainer(SupervisedTrainer):
     from the sample's position, SIGReg its directions from the step. A resumed run therefore equals an
     unbroken one and a run on several ranks the run on one with the same global batch.
 
-    ``engine.state.output`` is MONAI's decollated ``[{"loss": ..., <term>: ...}]``, detached means over all
-    ranks.
+    SIGReg looks at the batch as a whole, so a batch that does not fit cannot just be cut up and its losses
+    added. With ``micro_batch_size`` the projections of all parts are computed first, without a graph; the
+    loss of the whole batch gives the gradient of each projection; then each part is computed again and that
+    gradient goes through it. Value and gradient are those of the whole batch, for one forward pass more.
 
-    Source: DALE-CT III-C, Eq. 1-3.
+    ``engine.state.output`` is MONAI's decollated ``[{"loss": ..., <term>: ...}]``, detached means over all
+    ranks; ``engine.state.cls`` the CLS tokens of the global views ``(B, Vg, D)``, detached. Nothing in an
+    iteration waits for the device: whether a loss was finite is looked at one step later.
+
+    Source: DALE-CT III-C, Eq. 1-3. Two passes for one batch: GradCache, arXiv:2101.06983.
 
     Args:
         device: device of network and batch.
@@ -47,15 +73,21 @@ class LeJEPATrainer(SupervisedTrainer):
         aux_weight: weight of the auxiliary loss, Eq. 3's lambda_aux.
         hu_window: clip window and z-score of the input.
         patch_size_px: side of a patch, for the patch targets.
+        rex_targets: "presence" of a finding in a crop or patch, or the "fraction" it covers (released code).
         clip_norm: largest global norm of the gradient.
         amp_dtype: "bfloat16" for autocast, "float32" for none.
-        rank_every: iterations between measurements of the CLS tokens' effective rank.
+        measure_every: iterations between measurements of the CLS tokens' effective rank and of how far the
+            projections' dimensions are from normal (mean ``kolmogorov_smirnov``), on this rank's batch.
+        output_dir: where the batch of a step whose loss is not finite is named.
+        micro_batch_size: slabs that go through the network at once; None for the whole batch.
         inferer: how views go through the network; MONAI's SimpleInferer by default.
         train_handlers: Ignite handlers.
 
     Raises:
-        ValueError: if ``amp_dtype`` is neither of the two.
-        FloatingPointError: in training, if the loss of a step is not finite; names the step and the volumes.
+        ValueError: if ``amp_dtype`` or ``rex_targets`` is neither of the two, or ``micro_batch_size`` not
+            positive.
+        FloatingPointError: in training, on every rank, if the loss of a step is not finite; names the step
+            and the file that lists the rank's batch.
     """
 
     def __init__(
@@ -72,14 +104,21 @@ class LeJEPATrainer(SupervisedTrainer):
         aux_weight: float,
         hu_window: HUWindow,
         patch_size_px: int,
+        rex_targets: str,
         clip_norm: float,
         amp_dtype: str,
-        rank_every: int,
+        measure_every: int,
+        output_dir: str | Path,
+        micro_batch_size: int | None = None,
         inferer: Inferer | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
         if amp_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"amp_dtype must be 'bfloat16' or 'float32', got {amp_dtype!r}.")
+        if rex_targets not in REX_TARGETS:
+            raise ValueError(f"rex_targets must be one of {list(REX_TARGETS)}, got {rex_targets!r}.")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be positive, got {micro_batch_size}.")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -96,73 +135,116 @@ class LeJEPATrainer(SupervisedTrainer):
         self.aux_weight = aux_weight
         self.hu_window = hu_window
         self.patch_size_px = patch_size_px
+        self.rex_targets = REX_TARGETS[rex_targets]
         self.clip_norm = clip_norm
-        self.autocast = torch.autocast(
-            self.state.device.type, torch.bfloat16, enabled=amp_dtype == "bfloat16"
-        )
-        self.rank_every = rank_every
+        self.amp_dtype = amp_dtype
+        self.measure_every = measure_every
+        self.output_dir = Path(output_dir)
+        self.micro_batch_size = micro_batch_size
+        self.last_step: LastStep | None = None
         self.add_event_handler(Events.EPOCH_STARTED, _start_data_at_this_step)
+        self.add_event_handler(Events.EPOCH_COMPLETED, _stop_if_not_finite)
         self._register_handlers(list(train_handlers or []))
 
     def _iteration(  # type: ignore[override]
         self, engine: Engine, batchdata: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
-        batch = {
+        _stop_if_not_finite(self)
+        batch: dict[str, Any] = {
             name: value.to(self.state.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in batchdata.items()
         }
-        num_global = batch["global_views"].shape[1]
-        views = {
-            "global": self._normalized(batch, "global_views", slice(0, num_global)),
-            "local": self._normalized(batch, "local_views", slice(num_global, None)),
-        }
+        batch["inputs"] = dict(zip(GROUPS, render_views(batch, self.hu_window), strict=True))
+        batch["targets"] = None
+        if self.auxiliary_loss is not None:
+            batch["targets"] = count_labels(batch, self.patch_size_px, self.rex_targets)
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast:
-            output = self.inferer(views["global"], self.network, views["local"])
-        # the loss runs in float32: SIGReg integrates characteristic functions, which bf16 cannot resolve
-        terms = self.loss_function(
-            output["projections"].float(), num_global=num_global, step=engine.state.iteration
-        )
-        loss = terms["loss"]
-        if self.auxiliary_loss is not None:
-            auxiliary = self.auxiliary_loss(
-                output["logits"], self._targets(batch), has_ts=batch["has_ts"], has_rex=batch["has_rex"]
-            )
-            loss = loss + self.aux_weight * auxiliary["loss"]
-            terms |= {
-                ("aux" if name == "loss" else f"aux_{name}"): value for name, value in auxiliary.items()
-            }
-        terms |= {"loss": loss, "lejepa": terms["loss"]}
-        means = _means_over_ranks(terms)
-        if not torch.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"loss must be finite, got {means['loss'].item()} at step {engine.state.iteration} "
-                f"for volumes {sorted(set(batch['volume']))}. Lower lr, or set amp_dtype to float32."
-            )
-        loss.backward()
-        means["grad_norm"] = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm).detach()
+        batch_size, num_global = batch["inputs"]["global"].shape[:2]
+        if self.micro_batch_size is None or self.micro_batch_size >= batch_size:
+            terms, output = self._backward(batch, num_global)
+        else:
+            terms, output = self._backward_in_parts(batch, num_global, batch_size)
+        terms["grad_norm"] = clip_by_global_norm(self.network, self.clip_norm)
         self.optimizer.step()
         self.lr_scheduler.step()
-        if engine.state.iteration % self.rank_every == 0:
-            engine.state.metrics["cls_effective_rank"] = effective_rank(output["cls"].flatten(0, 1))
+        means = _means_over_ranks(terms)
+        self.last_step = LastStep(engine.state.iteration, means["loss"], batchdata)
+        self.state.cls = output["cls"].detach()
+        if engine.state.iteration % self.measure_every == 0:
+            self._measure(output)
         return [means]
 
-    def _normalized(self, batch: dict[str, Any], name: str, views: slice) -> torch.Tensor:
-        return photometric(
-            batch[name], batch["gamma"][:, views], batch["blur_sigma"][:, views], self.hu_window
-        )
+    def _forward(self, batch: dict[str, Any], part: slice) -> dict[str, Any]:
+        with torch.autocast(
+            self.state.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"
+        ):  # one context a pass: the casts that a pass without graph keeps would cut the graph of the next
+            inputs = batch["inputs"]
+            output: dict[str, Any] = self.inferer(inputs["global"][part], self.network, inputs["local"][part])
+        # the loss runs in float32: SIGReg integrates characteristic functions, which bf16 cannot resolve
+        return output | {"projections": output["projections"].float()}
 
-    def _targets(self, batch: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-        targets: dict[str, dict[str, torch.Tensor]] = {}
-        for group in ("global", "local"):
-            targets[group] = {}
-            for source, soft_labels in (("ts", coverage_fractions), ("rex", finding_presence)):
-                maps = batch[f"{group}_{source}"]
-                cls, patches = soft_labels(maps.flatten(0, 1), self.patch_size_px)
-                targets[group][f"{source}_cls"] = cls.unflatten(0, maps.shape[:2])
-                targets[group][f"{source}_patch"] = patches.unflatten(0, maps.shape[:2])
-        return targets
+    def _lejepa(self, projections: torch.Tensor, num_global: int) -> dict[str, torch.Tensor]:
+        terms: dict[str, torch.Tensor] = self.loss_function(
+            projections, num_global=num_global, step=self.state.iteration
+        )
+        return {"lejepa": terms.pop("loss"), **terms}
+
+    def _auxiliary(self, batch: dict[str, Any], logits: dict, part: slice) -> dict[str, torch.Tensor]:
+        if self.auxiliary_loss is None:
+            return {}
+        targets = {
+            group: {term: target[part] for term, target in terms.items()}
+            for group, terms in batch["targets"].items()
+        }
+        terms = self.auxiliary_loss(
+            logits, targets, has_ts=batch["has_ts"], has_rex=batch["has_rex"], part=part
+        )
+        return {("aux" if name == "loss" else f"aux_{name}"): value for name, value in terms.items()}
+
+    def _total(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        loss = terms["lejepa"] + self.aux_weight * terms["aux"] if "aux" in terms else terms["lejepa"]
+        return {"loss": loss, **terms}
+
+    def _backward(
+        self, batch: dict[str, Any], num_global: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Compute loss and gradient of a batch at once."""
+        everything = slice(None)
+        output = self._forward(batch, everything)
+        terms = self._lejepa(output["projections"], num_global)
+        terms = self._total(terms | self._auxiliary(batch, output["logits"], everything))
+        terms["loss"].backward()
+        return terms, output
+
+    def _backward_in_parts(
+        self, batch: dict[str, Any], num_global: int, batch_size: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Compute the same with ``micro_batch_size`` slabs in memory at a time; see the class."""
+        size = self.micro_batch_size or batch_size
+        parts = [slice(first, min(first + size, batch_size)) for first in range(0, batch_size, size)]
+        with torch.no_grad():
+            outputs = [self._forward(batch, part) for part in parts]
+        projections = torch.cat([output["projections"] for output in outputs], dim=1).requires_grad_()
+        terms = self._lejepa(projections, num_global)
+        terms["lejepa"].backward()
+        gradient = cast(torch.Tensor, projections.grad)
+        for part in parts:
+            with gradients_stay_here(self.network, unless=part is parts[-1]):
+                output = self._forward(batch, part)
+                auxiliary = self._auxiliary(batch, output["logits"], part)
+                through = (output["projections"] * gradient[:, part]).sum()
+                (through + self.aux_weight * auxiliary["aux"] if auxiliary else through).backward()
+            for name, value in auxiliary.items():
+                terms[name] = terms.get(name, torch.zeros_like(value)) + value.detach()
+        cls = torch.cat([output["cls"] for output in outputs])
+        return self._total(terms), {"projections": projections, "cls": cls}
+
+    def _measure(self, output: dict[str, Any]) -> None:
+        views = output["projections"].detach()
+        self.state.metrics["cls_effective_rank"] = effective_rank(output["cls"].flatten(0, 1))
+        distances = torch.stack([kolmogorov_smirnov(view) for view in views])
+        self.state.metrics["projection_ks"] = float(distances.mean())
 
 
 def _start_data_at_this_step(engine: LeJEPATrainer) -> None:
@@ -176,3 +258,19 @@ def _means_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     if idist.get_world_size() > 1:
         values = torch.as_tensor(idist.all_reduce(values)) / idist.get_world_size()
     return dict(zip(terms, values, strict=True))
+
+
+def _stop_if_not_finite(engine: LeJEPATrainer) -> None:
+    """Stop if the loss of the step before was not finite; every rank knows the mean and stops alike."""
+    last, engine.last_step = engine.last_step, None
+    if last is None or torch.isfinite(last.loss):
+        return
+    path = engine.output_dir / f"not_finite_step_{last.step:08d}_rank_{idist.get_rank()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = {"volume": list(last.batch["volume"])}
+    keys |= {name: last.batch[name].tolist() for name in ("position", "first_slice") if name in last.batch}
+    path.write_text(json.dumps({"step": last.step, "loss": str(last.loss.item()), **keys}, indent=1))
+    raise FloatingPointError(
+        f"loss must be finite, got {last.loss.item()} at step {last.step}; its slabs are listed in '{path}'. "
+        "Lower lr, or set amp_dtype to float32, and run again: it goes on from the last checkpoint."
+    )

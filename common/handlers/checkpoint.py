@@ -4,13 +4,14 @@ import logging
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
 
 from common.data.atomic_file import atomic_file
 
@@ -27,47 +28,57 @@ class Checkpoint:
     which the run ends. The data and all random numbers are functions of the step (see ``common.engines``), so
     that the iteration number is all there is to remember of them.
 
-    Files appear only when whole: written aside, synced, renamed. Rank 0 writes; every rank reads.
+    Files appear only when whole: written aside, synced, renamed. Rank 0 writes; every rank reads. A
+    checkpoint holds the whole network under plain names, however it is spread over the ranks, so that a run
+    may go on with another number of ranks or another sharding.
 
     Args:
         folder: where checkpoints lie, as ``step_00002000.pt``.
-        objects: name to network, optimizer, scheduler or anything else with ``state_dict`` and
-            ``load_state_dict``. A network wrapped by DistributedDataParallel is saved without the wrapping.
+        network: plain, wrapped by DistributedDataParallel, or sharded by ``fully_shard``.
+        optimizer: of its parameters.
+        others: name to scheduler or anything else with ``state_dict`` and ``load_state_dict``, equal on all
+            ranks.
         interval_steps: iterations between checkpoints.
         keep: newest checkpoints to keep.
         knobs: settings that the run's course depends on, JSON values; a checkpoint of other settings is
             refused.
+        keep_every: checkpoints of steps that this divides are kept for good; 0 for none.
+        only_finite: whether a network with a weight that is no number is an error. A grid of probes may hold
+            one that diverged.
 
     Raises:
         ValueError: at the start of a run, if the newest checkpoint was made with other knobs.
-        TypeError: if a parameter is sharded (FSDP): rank 0 alone would save a fraction of it.
+        FloatingPointError: when a checkpoint is due, if a weight is not finite and ``only_finite``.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        objects: dict[str, Any],
+        network: nn.Module,
+        optimizer: Optimizer,
+        others: dict[str, Any],
         interval_steps: int,
         keep: int,
         knobs: dict[str, Any],
+        keep_every: int = 0,
+        only_finite: bool = True,
     ) -> None:
         self.folder = Path(folder)
-        self.objects = {name: _unwrapped(item) for name, item in objects.items()}
+        self.network = network
+        self.optimizer = optimizer
+        self.others = others
         self.interval_steps = interval_steps
         self.keep = keep
         self.knobs = knobs
+        self.keep_every = keep_every
+        self.only_finite = only_finite
         self.asked_to_stop = False
-        for name, item in self.objects.items():
-            if isinstance(item, nn.Module) and any(
-                isinstance(tensor, DTensor) for tensor in item.parameters()
-            ):
-                raise TypeError(f"objects must not be sharded, got DTensor parameters in '{name}'.")
 
     def attach(self, engine: Engine) -> None:
         """Register with an Ignite engine."""
         engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.STARTED, self._listen)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval_steps), self._save)
+        engine.add_event_handler(Events.STARTED, self._come_last)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_asked)
         engine.add_event_handler(Events.COMPLETED, self._save)
 
@@ -90,7 +101,14 @@ class Checkpoint:
                 f"knobs must be those of checkpoint '{path}', got {{name: (checkpoint, now)}} {changed}. "
                 f"Choose another output_dir, or the old values."
             )
-        for name, item in self.objects.items():
+        set_state_dict(
+            self.network,
+            self.optimizer,
+            model_state_dict=state["network"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        for name, item in self.others.items():
             item.load_state_dict(state[name])
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // engine.state.epoch_length
@@ -98,16 +116,32 @@ class Checkpoint:
 
     def _save(self, engine: Engine) -> None:
         path = self.folder / f"step_{engine.state.iteration:08d}.pt"
-        if idist.get_rank() != 0 or path.exists():
+        if path.exists():
             return
+        # every rank takes part: each may hold a shard of every tensor
+        network, optimizer = get_state_dict(
+            self.network, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if idist.get_rank() != 0:
+            return
+        for name, weight in cast(dict[str, torch.Tensor], network).items():
+            if self.only_finite and not torch.isfinite(weight).all():
+                raise FloatingPointError(f"weights must be finite, got others in {name} at '{path}'.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {name: item.state_dict() for name, item in self.objects.items()}
+        state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
+        state |= {name: item.state_dict() for name, item in self.others.items()}
         with atomic_file(path) as file:
-            torch.save(state | {"iteration": engine.state.iteration, "knobs": self.knobs}, file)
+            torch.save(state | {"knobs": self.knobs}, file)
         for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
-            old.unlink()
+            if not self.keep_every or int(old.stem.removeprefix("step_")) % self.keep_every:
+                old.unlink()
         for left_by_a_kill in self.folder.glob("step_*.partial"):
             left_by_a_kill.unlink()
+
+    def _come_last(self, engine: Engine) -> None:
+        """Save when all other handlers are done with a step: a kill in between loses none of its record."""
+        if not engine.has_event_handler(self._save, Events.ITERATION_COMPLETED):
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval_steps), self._save)
 
     def _listen(self, engine: Engine) -> None:
         try:
@@ -129,7 +163,3 @@ class Checkpoint:
             logger.warning("Asked to stop: saving step %d and ending.", engine.state.iteration)
             engine.state.stopped_early = True  # type: ignore[attr-defined]
             engine.terminate()
-
-
-def _unwrapped(item: Any) -> Any:  # noqa: ANN401 (whatever has a state)
-    return item.module if isinstance(item, nn.parallel.DistributedDataParallel) else item

@@ -17,6 +17,7 @@ from ignite.engine import Engine, Events  # noqa: E402 (see above)
 from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 
+from common.data.atomic_file import atomic_file  # noqa: E402 (see above)
 from common.executed_config import plain_knobs  # noqa: E402 (see above)
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ class MLflowRun:
         output_dir: folder the run writes to; remembers the run's id.
         config: executed config: its plain values become parameters and the whole an artifact.
         log_every: iterations between two records of the metrics.
-        items_per_step: what one step over all ranks consumes, for the rate; None for no rate.
-        rate_name: name of that rate, such as "views_per_second".
         optimizer: its first learning rate is recorded as ``lr``.
         artifacts: patterns, relative to ``output_dir``, of files to upload as they appear.
     """
@@ -54,8 +53,6 @@ class MLflowRun:
         output_dir: str | Path,
         config: dict[str, Any],
         log_every: int,
-        items_per_step: int | None = None,
-        rate_name: str = "items_per_second",
         optimizer: torch.optim.Optimizer | None = None,
         artifacts: list[str] | None = None,
     ) -> None:
@@ -65,8 +62,6 @@ class MLflowRun:
         self.output_dir = Path(output_dir)
         self.config = config
         self.log_every = log_every
-        self.items_per_step = items_per_step
-        self.rate_name = rate_name
         self.optimizer = optimizer
         self.artifacts = artifacts or []
         self.uploaded: dict[str, int] = {}
@@ -78,8 +73,6 @@ class MLflowRun:
             return
         self.client = MlflowClient(self.tracking_uri)
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self._batch_wanted)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._batch_there)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._log_if_due)
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._upload)
         engine.add_event_handler(Events.COMPLETED, self._finish)
@@ -88,12 +81,15 @@ class MLflowRun:
     def _start(self, engine: Engine) -> None:
         memory = self.output_dir / "mlflow_run.json"
         known = json.loads(memory.read_text()) if memory.is_file() and engine.state.iteration > 0 else {}
+        self.last_step = engine.state.iteration
         if known.get("tracking_uri") == self.tracking_uri:
             self.run_id = known["run_id"]
             self.client.update_run(self.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+            # steps that a killed run recorded after its last checkpoint come again, with the same values
+            recorded = self.client.get_metric_history(self.run_id, "loss")
+            self.last_step = max([self.last_step, *(metric.step for metric in recorded)])
         else:
             self._create(memory)
-        self.last_step, self.last_time, self.wait = engine.state.iteration, time.perf_counter(), 0.0
         self._upload(engine)
         logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
 
@@ -110,7 +106,8 @@ class MLflowRun:
         self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.log_dict(self.run_id, self.config, "executed_config.json")
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        memory.write_text(json.dumps({"tracking_uri": self.tracking_uri, "run_id": self.run_id}))
+        with atomic_file(memory, "w") as file:
+            json.dump({"tracking_uri": self.tracking_uri, "run_id": self.run_id}, file)
 
     def _create_experiment(self) -> str:
         # MLflow would put the files of a database store under the working directory of the first run
@@ -120,14 +117,9 @@ class MLflowRun:
             location = (database.parent / "mlartifacts").as_uri()
         return self.client.create_experiment(self.experiment, artifact_location=location)
 
-    def _batch_wanted(self, engine: Engine) -> None:
-        self.wanted = time.perf_counter()
-
-    def _batch_there(self, engine: Engine) -> None:
-        self.wait += time.perf_counter() - self.wanted
-
     def _log_if_due(self, engine: Engine) -> None:
-        if engine.state.iteration % self.log_every == 0 or engine.state.iteration == 1:
+        step = engine.state.iteration
+        if step > self.last_step and (step % self.log_every == 0 or step == 1):
             self._log(engine)
 
     def _log(self, engine: Engine) -> None:
@@ -138,11 +130,7 @@ class MLflowRun:
             values |= {name: float(value) for name, value in state.output[0].items()}
         if self.optimizer is not None and step > self.last_step:
             values["lr"] = self.optimizer.param_groups[0]["lr"]
-        now = time.perf_counter()
-        if self.items_per_step is not None and step > self.last_step:
-            values[self.rate_name] = (step - self.last_step) * self.items_per_step / (now - self.last_time)
-            values["data_wait_share"] = self.wait / (now - self.last_time)
-        self.last_step, self.last_time, self.wait = step, now, 0.0
+        self.last_step = step
         milliseconds = int(time.time() * 1000)
         # a store may refuse NaN (an undefined class), and leaving the point out says the same
         metrics = [

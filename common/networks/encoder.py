@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -35,18 +37,18 @@ def cls_and_patches(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Ten
     return tokens[:, 0], tokens[:, encoder.num_prefix_tokens :]
 
 
-def save_encoder(encoder: nn.Module, path: str | Path, identity: dict[str, Any]) -> None:
+def save_encoder(weights: Mapping[str, torch.Tensor], path: str | Path, identity: dict[str, Any]) -> None:
     """Write encoder weights atomically, with what a loader must check beside them.
 
     Args:
-        encoder: timm VisionTransformer.
+        weights: state dictionary of a timm VisionTransformer.
         path: ``.safetensors`` file to write.
         identity: facts that weights only make sense with (name, patch size, HU window, slice axes, ...); JSON
             values.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_file(path) as file:
         file.write(save(tensors, metadata={"identity": json.dumps(identity, sort_keys=True)}))
 
@@ -96,6 +98,49 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
                 f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} for '{path}'."
             )
     encoder.load_state_dict(tensors, strict=True)
+    return encoder
+
+
+def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> nn.Module:
+    """Give an encoder the weights that timm publishes for its architecture, fitted to it as timm does.
+
+    The three input channels are added up to one, and position embeddings resampled to its grid. DALE-CT's
+    Table V starts its ViT-B arms from DINOv2, all others from scratch.
+
+    Args:
+        encoder: timm VisionTransformer with one input channel.
+        model_name: timm's name with the tag of the weights, such as
+            ``vit_base_patch14_reg4_dinov2.lvd142m``.
+        source: None for the random initial weights it has, ``hub`` to download, or the path of timm's file.
+
+    Returns:
+        The same encoder, for use in a config.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the encoder is not of that architecture.
+    """
+    if source is None:
+        return encoder
+    if source != "hub" and not Path(source).is_file():
+        raise FileNotFoundError(f"initial_weights must be 'hub' or a file of timm's weights, got '{source}'.")
+    patch_embed: Any = encoder.patch_embed
+    published = timm.create_model(
+        model_name,
+        pretrained=True,
+        pretrained_cfg_overlay=None if source == "hub" else {"file": str(source)},
+        in_chans=1,
+        num_classes=0,
+        img_size=patch_embed.img_size,
+        patch_size=patch_embed.patch_size,
+    )
+    try:
+        encoder.load_state_dict(published.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network must be timm's '{model_name}' to start from its weights; vit, embed_dim, depth or "
+            f"num_heads is another ({str(error).splitlines()[1].strip()})."
+        ) from error
     return encoder
 
 

@@ -51,6 +51,7 @@ class AuxiliaryHead(nn.Module):
         embed_dim: D, width of the encoder. ViT-L: 1024.
         num_ts_classes: TotalSegmentator classes with the background. DALE-CT III-C2: 118.
         num_rex_classes: ReXGroundingCT findings; 0 for none. DALE-CT-2S: 14, DALE-CT-1S: 0.
+        trained: whether it learns. The released code forgot to: its encoders serve a random read-out.
 
     Shape:
         Input ``(..., D)``. Output: dictionary of logits ``ts (..., num_ts_classes)`` and, if there are any
@@ -66,7 +67,9 @@ class AuxiliaryHead(nn.Module):
         {'ts': (3, 81, 118), 'rex': (3, 81, 14)}
     """
 
-    def __init__(self, embed_dim: int, num_ts_classes: int, num_rex_classes: int) -> None:
+    def __init__(
+        self, embed_dim: int, num_ts_classes: int, num_rex_classes: int, trained: bool = True
+    ) -> None:
         super().__init__()
         _check_positive(embed_dim=embed_dim, num_ts_classes=num_ts_classes)
         if num_rex_classes < 0:
@@ -74,6 +77,7 @@ class AuxiliaryHead(nn.Module):
         self.readouts = nn.ModuleDict({"ts": nn.Linear(embed_dim, num_ts_classes)})
         if num_rex_classes:
             self.readouts["rex"] = nn.Linear(embed_dim, num_rex_classes)
+        self.requires_grad_(trained)
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits of every source for every token."""

@@ -21,6 +21,8 @@ class PretrainingModel(nn.Module):
         encoder: timm VisionTransformer with one input channel.
         projector: head on the CLS token, kept for pretraining only.
         auxiliary_head: linear read-outs shared by CLS and patch tokens; None for DALE-CT-0.
+        checkpoint_activations: whether blocks keep their input only and compute the rest again in the
+            backward pass: less memory, a third more time.
 
     Shape:
         ``global_views (B, Vg, 1, S, S)``, ``local_views (B, Vl, 1, s, s)``. Output: ``projections
@@ -30,10 +32,15 @@ class PretrainingModel(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, projector: ProjectionHead, auxiliary_head: AuxiliaryHead | None
+        self,
+        encoder: nn.Module,
+        projector: ProjectionHead,
+        auxiliary_head: AuxiliaryHead | None,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        encoder.set_grad_checkpointing(checkpoint_activations)  # type: ignore[operator]
         self.projector = projector
         self.auxiliary_head = auxiliary_head
 

@@ -7,6 +7,8 @@ from torch import nn
 def adamw(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """Build AdamW with betas (0.9, 0.999) and eps 1e-6, without weight decay on one-dimensional parameters.
 
+    One fused kernel updates all parameters.
+
     Norms, biases and LayerScale are one-dimensional; position embedding and class token are decayed.
 
     Source: recipe of the DALE-CT release (the paper does not state it).
@@ -24,4 +26,4 @@ def adamw(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Ada
         },
         {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.transforms.mask_grid import MaskPositions, nearest_cells
-from common.transforms.resize import resize_square
+from common.transforms.mask_grid import PositiveCells
 
 UNGUIDED, GUIDED_BY_TS, GUIDED_BY_REX = 0, 1, 2
 """Values of ``guide``: what a view was centred on."""
@@ -38,11 +37,11 @@ class ViewPlan(NamedTuple):
 
 
 class RandSlabMultiCrop:
-    """Draw and render the views of a slab.
+    """Draw the views of a slab.
 
-    Drawing (``draw``) needs only the slab's masks and is a function of the generator; rendering (``render``)
-    reads only the slices that the plan uses. Crops are squares inside the slice; global views come from slice
-    ``slab_len // 2``.
+    Drawing needs only the slab's masks and is a function of the generator; ``cut_crops`` reads the slices
+    that the plan uses, and ``render_views`` makes the views of a whole batch. Crops are squares inside the
+    slice; global views come from slice ``slab_len // 2``.
 
     With ``guided_prob`` a view is centred on a random position of a ReX finding, if the slab (for a global
     view: its centre slice) has one, else on a random TotalSegmentator foreground position, and a local view
@@ -78,9 +77,6 @@ class RandSlabMultiCrop:
         >>> plan = multi_crop.draw(np.random.default_rng(0), slab_len=5, shape=(64, 64), ts=None, rex=None)
         >>> plan.boxes[:2, 0]
         array([2, 2], dtype=int32)
-        >>> views = multi_crop.render(plan, lambda z: np.full((64, 64), z, np.int16), ts=None, rex=None)
-        >>> views["local_views"].shape
-        (8, 16, 16)
     """
 
     def __init__(
@@ -110,6 +106,7 @@ class RandSlabMultiCrop:
             if not 0 <= prob <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {prob}.")
         self.sizes_px = (global_size_px, local_size_px)
+        self.patch_size_px = patch_size_px
         self.num_views = (num_global, num_local)
         self.global_scale = _checked_range("global_scale", global_scale, upper=1.0)
         self.local_scale = _checked_range("local_scale", local_scale, upper=1.0)
@@ -156,14 +153,16 @@ class RandSlabMultiCrop:
         slices[num_global:] = rng.integers(slab_len, size=num_local)
         lucky = rng.random(num_views) < self.guided_prob
         ranks, within = rng.random(num_views), rng.random((num_views, 2))
-        guide, points = np.zeros(num_views, np.int8), np.full((num_views, 2), np.nan)
-        positions = MaskPositions({GUIDED_BY_TS: ts, GUIDED_BY_REX: rex})
-        for view in range(num_views):
-            for kind, z in self._guides(view < num_global, int(slices[view]), bool(lucky[view])):
-                if positions.count(kind, z) > 0:
-                    slices[view], place = positions.pick(kind, z, ranks[view], within[view])
-                    guide[view], points[view] = kind, place * shape
-                    break
+        guide, points = np.full(num_views, UNGUIDED, np.int8), np.full((num_views, 2), np.nan)
+        for kind, mask in ((GUIDED_BY_REX, rex), (GUIDED_BY_TS, ts)):  # findings come first
+            if mask is None:
+                continue
+            cells = PositiveCells(mask)
+            firsts, counts = self._choices(kind, cells.by_slice, slices, lucky)
+            chosen = (counts > 0) & (guide == UNGUIDED)
+            found = firsts[chosen] + (ranks[chosen] * counts[chosen]).astype(np.intp)
+            slices[chosen], places = cells.take(found)
+            guide[chosen], points[chosen] = kind, (places + within[chosen]) / mask.shape[1:] * shape
         room = np.array(shape) - sides[:, None]
         centred = np.floor(points - sides[:, None] / 2 + 0.5).clip(0, room)
         corners = np.where(np.isnan(points), np.floor(within * (room + 1)), centred)
@@ -175,58 +174,44 @@ class RandSlabMultiCrop:
         sigma = np.where(has_blur, rng.uniform(*self.blur_sigma_range, num_views), 0).astype(np.float32)
         return ViewPlan(boxes, guide, points.astype(np.float32), flips, gamma, sigma)
 
-    def render(
-        self,
-        plan: ViewPlan,
-        read_slice: Callable[[int], np.ndarray],
-        ts: np.ndarray | None,
-        rex: np.ndarray | None,
-        with_masks: bool = True,
-    ) -> dict[str, np.ndarray]:
-        """Cut and resize the views, and their masks, from the slices that the plan uses.
-
-        Args:
-            plan: of ``draw``.
-            read_slice: returns a slice of the slab, int16 HU (H, W); called once a slice used.
-            ts: as in ``draw``.
-            rex: as in ``draw``.
-            with_masks: whether to render masks; a source that is None gives zeros.
-
-        Returns:
-            ``global_views`` (Vg, S, S), ``local_views`` (Vl, s, s): int16 HU, antialiased and rounded. With
-            masks ``global_ts``, ``local_ts`` uint8 ids and ``global_rex``, ``local_rex`` int16 bits, of the
-            same shapes: the nearest resize of the crop of the mask enlarged (nearest) to the slice.
-        """
-        slices = {z: read_slice(z) for z in sorted(set(plan.boxes[:, 0].tolist()))}
-        shape = next(iter(slices.values())).shape
-        sources = (("ts", ts, np.uint8), ("rex", rex, np.int16)) if with_masks else ()
-        boxes, flips = plan.boxes.tolist(), plan.flips.tolist()
-        out: dict[str, np.ndarray] = {}
-        first = 0
-        for group, size_px, num_views in zip(("global", "local"), self.sizes_px, self.num_views, strict=True):
-            views = out[f"{group}_views"] = np.empty((num_views, size_px, size_px), np.int16)
-            for source, _, dtype in sources:
-                out[f"{group}_{source}"] = np.zeros(views.shape, dtype)
-            for view, (z, top, left, side) in enumerate(boxes[first : first + num_views]):
-                step = -1 if flips[first + view] else 1
-                resized = resize_square(slices[z][top : top + side, left : left + side], size_px)
-                views[view] = np.rint(resized)[:, ::step]
-                for source, masks, _ in sources:
-                    if masks is not None:
-                        rows = nearest_cells(top, side, size_px, shape[0], masks.shape[1])
-                        columns = nearest_cells(left, side, size_px, shape[1], masks.shape[2])[::step]
-                        out[f"{group}_{source}"][view] = masks[z].take(columns, axis=1).take(rows, axis=0)
-            first += num_views
-        return out
-
-    def _guides(self, is_global: bool, z: int, lucky: bool) -> Sequence[tuple[int, int | None]]:
-        """Kinds of position to centre a view on, best first, each with the slice to look in; None: any."""
+    def _choices(
+        self, kind: int, by_slice: np.ndarray, slices: np.ndarray, lucky: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """First rank and number of the positive cells that each view may be centred on."""
+        is_global = np.arange(len(slices)) < self.num_views[0]
+        wanted, bound_to_slice = lucky, is_global
         if self.guidance == "released":
-            if is_global:
-                return []
-            return [(GUIDED_BY_REX, z)] * lucky + [(GUIDED_BY_TS, z)]
-        where = z if is_global else None
-        return [(GUIDED_BY_REX, where), (GUIDED_BY_TS, where)] * lucky
+            wanted = ~is_global & (lucky | (kind == GUIDED_BY_TS))
+            bound_to_slice = ~is_global
+        up_to = np.concatenate([[0], by_slice.cumsum()])
+        firsts = np.where(bound_to_slice, up_to[slices], 0)
+        ends = np.where(bound_to_slice, up_to[slices + 1], up_to[-1])
+        return firsts, np.where(wanted, ends - firsts, 0)
+
+
+def cut_crops(boxes: np.ndarray, read_slice: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Cut the crops of views out of their slices.
+
+    Args:
+        boxes: of ``ViewPlan``, (V, 4).
+        read_slice: returns a slice of the slab, int16 HU (H, W); called once a slice used.
+
+    Returns:
+        int16 HU (sum of the squares of the sides,): crop after crop, each by rows.
+
+    Example:
+        >>> cut_crops(np.array([[1, 0, 1, 2], [0, 2, 2, 1]]), lambda z: np.arange(9).reshape(3, 3) + 10 * z)
+        array([11, 12, 14, 15,  8], dtype=int16)
+    """
+    ends = (boxes[:, 3].astype(np.int64) ** 2).cumsum()
+    pixels = np.empty(ends[-1], np.int16)
+    slices: dict[int, np.ndarray] = {}
+    for (z, top, left, side), end in zip(boxes.tolist(), ends.tolist(), strict=True):
+        if z not in slices:
+            slices[z] = read_slice(z)
+        crop = slices[z][top : top + side, left : left + side]
+        pixels[end - side * side : end].reshape(side, side)[:] = crop
+    return pixels
 
 
 def _check_size(name: str, size_px: int, patch_size_px: int) -> None:

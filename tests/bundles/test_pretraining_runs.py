@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -112,6 +114,7 @@ def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(unbroken):
     assert run_record.data.params["embed_dim"] == "24"  # what ran, not what the bundle's file says
     terms = {"loss", "lejepa", "invariance", "sigreg", "aux", "aux_ts_cls", "aux_ts_patch", "aux_rex_cls"}
     others = {"aux_rex_patch", "lr", "grad_norm", "views_per_second", "data_wait_share", "cls_effective_rank"}
+    others |= {"projection_ks"}
     assert terms | others <= run_record.data.metrics.keys()
     values = run_record.data.metrics
     assert values["lejepa"] == pytest.approx(0.98 * values["invariance"] + 0.02 * values["sigreg"], rel=1e-5)
@@ -158,32 +161,95 @@ def test_a_run_of_another_seed_ends_elsewhere(shards, unbroken, tmp_path):
     assert (other["cls_token"] - expected["cls_token"]).abs().max() > 1e-3
 
 
-@pytest.mark.two_ranks
-def test_two_ranks_with_half_the_batch_each_equal_one(shards, unbroken, tmp_path):
+def torchrun(ranks: int) -> tuple[str, ...]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    )
-    result = run(shards, tmp_path / "two", launcher, batch_size=2)
+    where = ("--master_addr=127.0.0.1", f"--master_port={port}")
+    return ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *where)
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize(
+    ("ranks", "knobs"),
+    [
+        (1, {"micro_batch_size": 3}),
+        (2, {}),
+        (2, {"micro_batch_size": 1, "sharding": "fsdp2", "checkpoint_activations": True}),
+        (4, {}),
+        (4, {"sharding": "fsdp2"}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
+)
+def test_however_a_global_batch_is_spread_the_run_is_the_same(shards, unbroken, tmp_path, ranks, knobs):
+    launcher = torchrun(ranks) if ranks > 1 else ()
+    result = run(shards, tmp_path / "spread", launcher, batch_size=4 // ranks, **knobs)
     assert result.returncode == 0, result.stderr[-3000:]
-    two, one = load_file(tmp_path / "two" / "model.safetensors"), load_file(unbroken / "model.safetensors")
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
-    client_of_two, record_of_two = record(tmp_path / "two", "two")
-    client_of_one, record_of_one = record(unbroken, "unbroken")
-    for term in ("loss", "sigreg", "aux_rex_patch"):
-        losses = [
-            [metric.value for metric in client.get_metric_history(run_record.info.run_id, term)]
-            for client, run_record in ((client_of_two, record_of_two), (client_of_one, record_of_one))
+    assert_same_course(tmp_path / "spread", unbroken)
+
+
+def assert_same_course(out: Path, unbroken: Path) -> None:
+    """Weights and curves equal those of one process; another seed's differ by 1e-3, see the control."""
+    found, expected = load_file(out / "model.safetensors"), load_file(unbroken / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    (client, run_record), (client_of_one, record_of_one) = record(out, out.name), record(unbroken, "unbroken")
+    for term in ("loss", "sigreg", "aux_rex_patch", "grad_norm"):
+        curves = [
+            [metric.value for metric in of.get_metric_history(which.info.run_id, term)]
+            for of, which in ((client, run_record), (client_of_one, record_of_one))
         ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-        assert len(losses[0]) == TINY["max_steps"]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+        assert len(curves[0]) == TINY["max_steps"]
+
+
+@pytest.mark.two_ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "sharding"), [(2, "ddp"), (2, "fsdp2")])
+def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
+    shards, unbroken, tmp_path, ranks, sharding
+):
+    out, knobs = tmp_path / "killed", {"batch_size": 4 // ranks, "sharding": sharding}
+    process = subprocess.Popen(
+        command(shards, out, torchrun(ranks), **knobs),
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 180
+    while not list(out.glob("checkpoints/step_*.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    # torchrun puts the ranks into sessions of their own: they would outlive it
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in everyone:
+        member.suspend()
+    for member in everyone:
+        member.kill()
+    psutil.wait_procs(everyone)
+    process.wait()
+    assert not (out / "model.safetensors").exists()
+    shutil.copytree(out, tmp_path / "forgetful")
+    # and on another number of ranks, with the other sharding: a checkpoint knows neither
+    result = (
+        run(shards, out, batch_size=4) if sharding == "fsdp2" else run(shards, out, torchrun(ranks), **knobs)
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Resumed at step" in result.stderr
+    assert_same_course(out, unbroken)
+    # the control: a run whose optimizer starts afresh ends elsewhere
+    newest = max((tmp_path / "forgetful").glob("checkpoints/step_*.pt"))
+    state = torch.load(newest, weights_only=True)
+    for memory in state["optimizer"]["state"].values():
+        memory["exp_avg"].zero_()
+        memory["exp_avg_sq"].zero_()
+    torch.save(state, newest)
+    result = run(shards, tmp_path / "forgetful", batch_size=4)
+    assert result.returncode == 0, result.stderr[-3000:]
+    forgetful = load_file(tmp_path / "forgetful" / "model.safetensors")
+    expected = load_file(unbroken / "model.safetensors")
+    assert max((forgetful[name] - tensor).abs().max() for name, tensor in expected.items()) > 1e-3
 
 
 @pytest.mark.parametrize(

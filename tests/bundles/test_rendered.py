@@ -42,11 +42,43 @@ def test_both_configs_of_an_encoder_build_the_same_network():
             assert [train[name] for name in shared] == [inference[name] for name in shared]
 
 
-def test_dale_ct_2s_is_the_recipe_plus_its_auxiliary_supervision():
-    recipe = json.loads((BUNDLES / "_recipes" / "lejepa_train.json").read_text())
-    variant = json.loads((BUNDLES / "dale_ct_2s" / "configs" / "train.json").read_text())
-    different = {name for name in recipe.keys() | variant.keys() if recipe.get(name) != variant.get(name)}
-    assert different == {"name", "aux_weight", "auxiliary_head", "auxiliary_loss"}
+AUXILIARY = {"aux_weight", "auxiliary_terms", "auxiliary_head", "auxiliary_loss"}
+SIZES = {"global_size_px", "local_size_px"}
+PATCH_14 = {"patch_size_px", "img_size_px"}
+
+
+@pytest.mark.parametrize(
+    ("config", "one", "other", "expected"),
+    [
+        # III-C2: 2S is 0 anchored by labels; 1S has its own labels, patches and sizes that they divide
+        ("train", "dale_ct_0", "dale_ct_2s", {"name"} | AUXILIARY),
+        (
+            "train",
+            "dale_ct_0",
+            "dale_ct_1s",
+            {"name", "global_size_px", "local_size_px"} | AUXILIARY | PATCH_14,
+        ),
+        (
+            "train",
+            "dale_ct_1s",
+            "dale_ct_2s",
+            {"name"} | SIZES | (AUXILIARY - {"aux_weight"}) | PATCH_14,
+        ),
+        ("inference", "dale_ct_0", "dale_ct_2s", {"name"}),
+        ("inference", "dale_ct_0", "dale_ct_1s", {"name", "preprocessing_name", "size_px"} | PATCH_14),
+    ],
+)
+def test_variants_differ_in_exactly_what_the_paper_says_of_them(config, one, other, expected):
+    first, second = (
+        json.loads((BUNDLES / name / "configs" / f"{config}.json").read_text()) for name in (one, other)
+    )
+    assert {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)} == expected
+
+
+def test_dale_ct_0_is_the_recipe_itself():
+    for config, recipe in (("train", "lejepa_train"), ("inference", "slice_inference")):
+        rendered_config = json.loads((BUNDLES / "dale_ct_0" / "configs" / f"{config}.json").read_text())
+        assert rendered_config == json.loads((BUNDLES / "_recipes" / f"{recipe}.json").read_text())
 
 
 def test_a_misspelt_key_of_an_overlay_is_an_error():

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, default_collate
 
 from common.data.shards import ShardSet, VolumeSlices, write_shard
 from common.data.slab_dataset import SlabViews, StepBatches
 from common.data.slabs import slab_num_slices
+from common.data.step_loader import StepLoader
+from common.transforms.batch_views import count_labels
 from common.transforms.multi_crop import GUIDED_BY_REX, UNGUIDED, RandSlabMultiCrop
+from common.transforms.soft_labels import finding_presence
 
 
 class Volume(NamedTuple):
@@ -26,6 +28,7 @@ class Volume(NamedTuple):
     shape: tuple[int, int] = (29, 37)
     has_ts: bool = True
     has_rex: bool = False
+    labels: dict[str, int] | None = None
 
 
 class Shards:
@@ -35,20 +38,43 @@ class Shards:
         self.volumes = volumes
         self.slices_read: list[tuple[int, int]] = []
 
+    def read_slab(self, volume_id: int, z0: int, n: int) -> "Slab":
+        return Slab(self, volume_id, z0, n)
+
     def read_ct(self, volume_id: int, z: int) -> np.ndarray:
         assert 0 <= z < self.volumes[volume_id].num_slices
         self.slices_read.append((volume_id, z))
         return np.full(self.volumes[volume_id].shape, 100 * volume_id + z, np.int16)
 
     def read_ts(self, volume_id: int, z0: int, n: int) -> np.ndarray | None:
-        mask = np.zeros((n, 16, 16), np.uint8)
-        mask[:, 4:12, 4:12] = 51
+        mask = np.zeros((n, 128, 128), np.uint8)
+        mask[:, 32:96, 32:96] = 51
+        mask[np.arange(z0, z0 + n) % 4 == 3] = 0
         return mask if self.volumes[volume_id].has_ts else None
 
     def read_rex(self, volume_id: int, z0: int, n: int) -> np.ndarray | None:
-        mask = np.zeros((n, 16, 16), np.uint16)
-        mask[:, 7, 9] = 1 << 13
+        mask = np.zeros((n, 128, 128), np.uint16)
+        mask[:, 56:64, 72:80] = 1 << 13
         return mask if self.volumes[volume_id].has_rex else None
+
+
+class Slab(NamedTuple):
+    """Stands in for a StoredSlab."""
+
+    shards: Shards
+    volume_id: int
+    z0: int
+    n: int
+
+    def read_ct(self, z: int) -> np.ndarray:
+        assert 0 <= z < self.n
+        return self.shards.read_ct(self.volume_id, self.z0 + z)
+
+    def read_ts(self) -> np.ndarray | None:
+        return self.shards.read_ts(self.volume_id, self.z0, self.n)
+
+    def read_rex(self) -> np.ndarray | None:
+        return self.shards.read_rex(self.volume_id, self.z0, self.n)
 
 
 def cohort(number: int, num_slices: int = 17, every_rex: int = 5) -> list[Volume]:
@@ -68,6 +94,10 @@ def equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return equal(one.numpy(), other.numpy())
     return one == other
+
+
+def same_items(one: list[dict], other: list[dict]) -> bool:
+    return len(one) == len(other) and all(map(same_samples, one, other))
 
 
 def same_samples(one: dict, other: dict) -> bool:
@@ -141,13 +171,13 @@ def test_slab_length_follows_each_volumes_spacing_and_size():
 def test_slab_of_0_mm_is_one_slice():
     views = slab_views(cohort(3), slab_mm=0)
     assert {views.slab_of(i)[2] for i in range(60)} == {1}
-    assert (views[7]["boxes"][:, 0] == 0).all()
+    assert (views[7][0]["boxes"][:, 0] == 0).all()
 
 
 def test_seed_changes_slabs_and_views():
     one, other = slab_views(cohort(20)), slab_views(cohort(20), seed=1)
     assert [one.slab_of(i) for i in range(20)] != [other.slab_of(i) for i in range(20)]
-    assert (one[0]["boxes"] != other[0]["boxes"]).any()
+    assert (one[0][0]["boxes"] != other[0][0]["boxes"]).any()
 
 
 def test_a_batch_of_64_is_spread_over_the_cohort():
@@ -161,26 +191,46 @@ def test_a_batch_of_64_is_spread_over_the_cohort():
     assert min(distinct) >= 35  # 64 draws with replacement would give 47 of 100 on average
 
 
+@pytest.mark.parametrize(("number", "steps", "most"), [(500, 400, 6), (47_000, 60, 3)])
+def test_no_batch_holds_more_than_a_few_slabs_of_one_scan(number, steps, most):
+    """The released loader's 100-slab buffer fills a batch of 64 from 4 to 7 scans."""
+    rng = np.random.default_rng(0)
+    heights = rng.integers(180, 600, number)
+    spacings = rng.choice([0.5, 0.75, 1.0, 1.5, 2.0], number)
+    volumes = [
+        Volume(f"v{i}", int(heights[i]), (0.7, 0.7, float(spacings[i])), has_rex=i % 16 == 0)
+        for i in range(number)
+    ]
+    views = slab_views(volumes)
+    batches = [[views.slab_of(step * 64 + i)[0] for i in range(64)] for step in range(steps)]
+    assert max(max(Counter(batch).values()) for batch in batches) <= most
+    assert np.mean([len(set(batch)) for batch in batches]) > 58
+
+
 # The sample
 
 
 def test_sample_has_the_stated_entries():
-    sample = slab_views(cohort(10))[4]
+    (sample,) = slab_views(cohort(10))[4]
     shapes = {name: (part.shape, part.dtype) for name, part in sample.items() if isinstance(part, np.ndarray)}
-    large, small = (2, 16, 16), (8, 8, 8)
+    sides = sample["boxes"][:, 3].astype(int)
+    used = set(sample["boxes"][:, 0].tolist())
+    filled = sum((sample["first_slice"] + z) % 4 != 3 for z in used)
     assert shapes == {
-        "global_views": (large, np.int16),
-        "local_views": (small, np.int16),
-        "global_ts": (large, np.uint8),
-        "local_ts": (small, np.uint8),
-        "global_rex": (large, np.int16),
-        "local_rex": (small, np.int16),
+        "global_pixels": (((sides[:2] ** 2).sum(),), np.int16),
+        "local_pixels": (((sides[2:] ** 2).sum(),), np.int16),
+        "ts_planes": ((filled, 128, 128), np.uint8),
+        "ts_plane": ((10,), np.int64),
+        "rex_planes": ((len(used), 128, 128), np.int16),
+        "rex_plane": ((10,), np.int64),
         "boxes": ((10, 4), np.int32),
         "guide": ((10,), np.int8),
         "points": ((10, 2), np.float32),
         "flips": ((10,), np.bool_),
         "gamma": ((10,), np.float32),
         "blur_sigma": ((10,), np.float32),
+        "shape": ((2,), np.int32),
+        "labels": ((0,), np.int8),
         "spacing_mm": ((3,), np.float32),
     }
     others = {name: sample[name] for name in sample.keys() - shapes.keys()}
@@ -189,49 +239,69 @@ def test_sample_has_the_stated_entries():
     assert others == expected
     assert {name: type(value) for name, value in others.items()} == {k: type(v) for k, v in expected.items()}
     assert (sample["guide"] == GUIDED_BY_REX).any()
-    assert (sample["local_rex"] >= 0).all()
+    assert sample["shape"].tolist() == [29, 37]
     np.testing.assert_allclose(sample["spacing_mm"], (0.7, 0.7, 1.5))
 
 
-def test_views_show_the_slices_of_their_boxes():
+def test_crops_show_the_slices_of_their_boxes():
     views = slab_views(cohort(10))
-    for position in range(10):
-        sample = views[position]
+    for place in range(10):
+        (sample,) = views[place]
         volume = int(sample["volume"][1:])
-        shown = [int(view[0, 0]) for view in (*sample["global_views"], *sample["local_views"])]
-        assert shown == (100 * volume + sample["first_slice"] + sample["boxes"][:, 0]).tolist()
+        pixels = np.concatenate([sample["global_pixels"], sample["local_pixels"]])
+        ends = (sample["boxes"][:, 3].astype(int) ** 2).cumsum()
+        expected = 100 * volume + sample["first_slice"] + sample["boxes"][:, 0]
+        assert pixels[ends - 1].tolist() == expected.tolist()
+        assert len(pixels) == ends[-1]
+
+
+def test_planes_are_those_under_the_views_and_empty_ones_are_left_out():
+    views = slab_views([Volume("v0", 24, (0.7, 0.7, 1.0), has_rex=True)], rex_fraction=None)
+    empty = 0
+    for place in range(8):
+        (sample,) = views[place]
+        for name, read in (("ts", views.shards.read_ts), ("rex", views.shards.read_rex)):
+            stored = read(0, sample["first_slice"], 12)
+            for z, plane in zip(sample["boxes"][:, 0], sample[f"{name}_plane"], strict=True):
+                shown = sample[f"{name}_planes"][plane] if plane >= 0 else np.zeros((128, 128))
+                np.testing.assert_array_equal(shown, stored[z])
+                empty += plane < 0
+    assert empty > 5
 
 
 def test_only_needed_slices_are_read_and_each_once():
     views = slab_views([Volume("v0", 90, (0.7, 0.7, 0.3))], rex_fraction=None)
-    sample = views[3]
+    (sample,) = views[3]
     expected = {(0, sample["first_slice"] + int(z)) for z in sample["boxes"][:, 0]}
     assert sorted(views.shards.slices_read) == sorted(expected)
 
 
 def test_masks_guide_even_where_the_sample_leaves_them_out():
-    with_masks, without = (slab_views(cohort(10), with_masks=wanted) for wanted in (True, False))
-    masks = {f"{group}_{source}" for group in ("global", "local") for source in ("ts", "rex")}
-    assert with_masks[4].keys() - without[4].keys() == masks
-    assert same_samples({k: v for k, v in with_masks[4].items() if k not in masks}, without[4])
+    (with_masks,), (without,) = (slab_views(cohort(10), with_masks=wanted)[4] for wanted in (True, False))
+    masks = {f"{source}_plane{s}" for source in ("ts", "rex") for s in ("", "s")}
+    assert with_masks.keys() - without.keys() == masks
+    assert same_samples({k: v for k, v in with_masks.items() if k not in masks}, without)
 
 
-def test_volume_without_masks_is_unguided_with_zeros():
-    sample = slab_views([Volume("v0", 9, has_ts=False)], rex_fraction=None)[0]
+def test_volume_without_masks_is_unguided_and_has_no_planes():
+    (sample,) = slab_views([Volume("v0", 9, has_ts=False)], rex_fraction=None)[0]
     assert (sample["has_ts"], sample["has_rex"]) == (False, False)
     assert (sample["guide"] == UNGUIDED).all()
-    assert not sample["global_ts"].any()
+    assert sample["ts_planes"].shape == sample["rex_planes"].shape == (0, 128, 128)
+    assert (sample["ts_plane"] == -1).all()
 
 
-def test_batch_collates():
-    views = slab_views(cohort(10))
-    batch = default_collate([views[i] for i in range(5)])
-    assert batch["global_views"].shape == (5, 2, 16, 16)
-    assert batch["global_views"].dtype == batch["local_rex"].dtype == torch.int16
-    assert batch["has_rex"].tolist() == [False, False, False, False, True]
-    assert batch["has_rex"].dtype == torch.bool
-    assert batch["position"].tolist() == [0, 1, 2, 3, 4]
-    assert all(isinstance(name, str) for name in batch["volume"])
+def test_labels_are_in_the_order_of_their_names_and_minus_one_where_a_volume_has_none():
+    labelled = [
+        Volume("v0", 8, labels={"Nodule": 1, "Effusion": 0}),
+        Volume("v1", 8),
+        Volume("v2", 8, labels={"Effusion": 1, "Nodule": 0}),
+        Volume("v3", 8, labels={"Nodule": 1, "Mass": 1}),
+    ]
+    views = slab_views(labelled, rex_fraction=None)
+    assert views.label_names == ["Nodule", "Effusion", "Mass"]
+    found = {sample["volume"]: sample["labels"].tolist() for place in range(4) for sample in views[place]}
+    assert found == {"v0": [1, 0, -1], "v1": [-1, -1, -1], "v2": [0, 1, -1], "v3": [1, -1, 1]}
 
 
 # Determinism
@@ -239,16 +309,16 @@ def test_batch_collates():
 
 def test_sample_depends_on_position_alone_not_on_order():
     forward, backward = slab_views(cohort(10)), slab_views(cohort(10))
-    samples = {i: backward[i] for i in reversed(range(12))}
+    items = {i: backward[i] for i in reversed(range(12))}
     for i in range(12):
-        assert same_samples(forward[i], samples[i])
-        assert same_samples(forward[i], forward[i])
-    assert not same_samples(forward[0], forward[1])
+        assert same_items(forward[i], items[i])
+        assert same_items(forward[i], forward[i])
+    assert not same_items(forward[0], forward[1])
 
 
 def test_positions_share_no_randomness_even_on_one_slab():
     views = slab_views([Volume("v0", 8, shape=(512, 512))], rex_fraction=None)
-    gammas = np.concatenate([views[i]["gamma"] for i in range(40)])
+    gammas = np.concatenate([views[i][0]["gamma"] for i in range(40)])
     drawn = gammas[gammas != 1]
     assert len(drawn) > 250
     assert len(np.unique(drawn)) == len(drawn)
@@ -260,18 +330,17 @@ def test_samples_do_not_depend_on_global_random_state():
     one = views[2]
     torch.manual_seed(3)
     np.random.seed(2)  # noqa: NPY002 (the state that must not matter)
-    assert same_samples(one, views[2])
+    assert same_items(one, views[2])
 
 
-def test_workers_give_the_batches_of_a_single_process():
-    loaders = [
-        DataLoader(
-            slab_views(cohort(10)), batch_sampler=StepBatches(3, rank=1, world_size=2), num_workers=number
-        )
-        for number in (0, 2)
-    ]
-    for one, other in zip(*(islice(loader, 4) for loader in loaders), strict=True):
-        assert same_samples(one, other)
+def test_ranks_draw_different_views_of_different_slabs():
+    views = slab_views(cohort(20, num_slices=64))
+    batches = [next(iter(StepBatches(8, rank=rank, world_size=4))) for rank in range(4)]
+    drawn = [[views[place][0] for place in batch] for batch in batches]
+    slabs = [(sample["volume"], sample["first_slice"]) for samples in drawn for sample in samples]
+    assert len(set(slabs)) == 32
+    gammas = np.concatenate([sample["gamma"] for samples in drawn for sample in samples])
+    assert len(np.unique(gammas[gammas != 1])) == (gammas != 1).sum() > 200
 
 
 def test_batches_of_ranks_together_are_those_of_one_rank():
@@ -289,6 +358,32 @@ def test_resume_goes_on_where_an_unbroken_run_is():
     batches.start_step = 7
     assert list(islice(batches, 3)) == unbroken[7:]
     assert list(islice(batches, 3)) == unbroken[7:]  # every iteration starts there
+
+
+# Several draws from a slab
+
+
+def test_draws_of_a_slab_are_its_other_views_and_read_its_slices_once():
+    views = slab_views([Volume("v0", 90, (0.7, 0.7, 0.3))], rex_fraction=None, draws_per_slab=3)
+    samples = views[2]
+    assert [sample["position"] for sample in samples] == [6, 7, 8]
+    assert len({(sample["volume"], sample["first_slice"]) for sample in samples}) == 1
+    assert not np.array_equal(samples[0]["boxes"], samples[1]["boxes"])
+    used = {z for sample in samples for z in sample["boxes"][:, 0].tolist()}
+    assert sorted(z - samples[0]["first_slice"] for _, z in views.shards.slices_read) == sorted(used)
+
+
+def test_views_of_a_draw_depend_on_its_position_alone():
+    """Position 4 is the first draw of slab 4, or the second of slab 1: other slabs, but the same numbers."""
+    one, three = slab_views(cohort(10)), slab_views(cohort(10), draws_per_slab=3)
+    np.testing.assert_array_equal(one[4][0]["gamma"], three[1][1]["gamma"])
+    assert one.slab_of(1) == three.slab_of(1)
+
+
+def test_a_batch_of_slabs_serves_consecutive_steps():
+    assert list(islice(StepBatches(2, rank=1, world_size=2, draws_per_slab=3), 2)) == [[2, 3], [6, 7]]
+    resumed = StepBatches(2, rank=1, world_size=2, start_step=5, draws_per_slab=3)
+    assert next(iter(resumed)) == [6, 7]
 
 
 # Through real shards
@@ -323,17 +418,18 @@ def real_shards(folder: Path) -> ShardSet:
 def test_real_shards_give_the_views_of_their_volumes(tmp_path):
     shards = real_shards(tmp_path)
     views = slab_views(shards, multi_crop=RandSlabMultiCrop(48, 16, patch_size_px=8, global_scale=(1, 1)))
-    loader = DataLoader(views, batch_sampler=StepBatches(5, rank=0, world_size=1), num_workers=1)
-    batch = next(iter(loader))
+    batch = next(iter(StepLoader(views, StepBatches(5, rank=0, world_size=1), num_workers=1)))
     assert batch["has_rex"].tolist() == [False, False, False, False, True]
-    assert batch["local_ts"].any()
-    assert batch["local_rex"][4].any()
-    assert not batch["local_rex"][:4].any()
+    labels = count_labels(batch, 8, finding_presence)["local"]
+    assert labels["ts_cls"][..., 51].any()
+    assert labels["rex_cls"][4, :, 13].any()
+    assert not labels["rex_cls"][:4].any()
     names = [entry.volume for entry in shards.volumes]
+    pixels = batch["global_pixels"].view(5, 2, 48, 48)
     for i in range(5):
         z, top, left, side = batch["boxes"][i, 0].tolist()
         hu = shards.read_ct(names.index(batch["volume"][i]), int(batch["first_slice"][i]) + z)
-        np.testing.assert_array_equal(batch["global_views"][i, 0], hu[top : top + side, left : left + side])
+        np.testing.assert_array_equal(pixels[i, 0], hu[top : top + side, left : left + side])
 
 
 # Refusals
@@ -348,6 +444,8 @@ def test_arguments_out_of_range_are_refused():
         slab_views([Volume("bad", 9, (0.7, 0.7, math.nan))])
     with pytest.raises(ValueError, match="slab_mm must be positive, or 0 for single slices, got -12.0"):
         slab_views(cohort(3), slab_mm=-12.0)
+    with pytest.raises(ValueError, match="draws_per_slab must be positive, got 0"):
+        slab_views(cohort(3), draws_per_slab=0)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +455,7 @@ def test_arguments_out_of_range_are_refused():
         ((2, 3, 3), r"rank must be in \[0, world_size\), got 3 and 3"),
         ((2, -1, 3), r"rank must be in \[0, world_size\), got -1 and 3"),
         ((2, 0, 1, -1), "start_step must not be negative, got -1"),
+        ((2, 0, 1, 0, 0), "draws_per_slab must be positive, got 0"),
     ],
 )
 def test_batches_out_of_range_are_refused(arguments, message):

@@ -1,16 +1,21 @@
 """One iteration is Eq. 3, on data and random numbers that are functions of the step."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
 import torch
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from common.data.slab_dataset import StepBatches
+from common.data.step_loader import StepLoader
+from common.data.view_batches import collate_views
 from common.engines.lejepa_trainer import LeJEPATrainer
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
+from common.losses.sigreg import SIGReg
 from common.networks.heads import AuxiliaryHead, ProjectionHead
 from common.networks.pretraining_model import PretrainingModel
 from common.optimizers.adamw import adamw
@@ -20,23 +25,58 @@ from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
 TS_WEIGHT, REX_WEIGHT = torch.linspace(1, 9, 118), torch.linspace(3, 5, 14)
 
 
-class Samples(Dataset):
-    """A sample is a function of its position, as ``SlabViews``' are."""
+SIDES, SHAPE = np.array([16, 16, 8, 8, 8]), (20, 20)
 
-    def __getitem__(self, position: int) -> dict:
+
+class Samples(Dataset):
+    """A sample is a function of its position, as ``SlabViews``' are; each view as large as its crop.
+
+    The mask grid is the slice's, so that a mask's part in the box is the mask of the view.
+    """
+
+    draws_per_slab = 1
+
+    def __getitem__(self, position: int) -> list[dict]:
         rng = np.random.default_rng(position)
+        corners = [rng.integers(0, 20 - side, 2) for side in SIDES]
+        boxes = [(0, *corner, side) for corner, side in zip(corners, SIDES, strict=True)]
+        planes = {
+            "ts_planes": rng.integers(0, 118, (5, *SHAPE)).astype(np.uint8),
+            "rex_planes": (rng.integers(0, 2**14, (5, *SHAPE)) * (rng.random((5, *SHAPE)) < 0.05)).astype(
+                np.int16
+            ),
+        }
+        hu = [rng.integers(-1024, 1000, side * side).astype(np.int16) for side in SIDES]
         sample = {
             "position": position,
             "volume": f"train_{position}",
             "has_ts": True,
             "has_rex": position % 3 == 0,
+            "global_pixels": np.concatenate(hu[:2]),
+            "local_pixels": np.concatenate(hu[2:]),
+            "boxes": np.array(boxes, np.int32),
+            "flips": np.zeros(5, bool),
+            "gamma": np.ones(5, np.float32),
+            "blur_sigma": np.zeros(5, np.float32),
+            "shape": np.array(SHAPE, np.int32),
+            "ts_plane": np.arange(5),
+            "rex_plane": np.arange(5),
         }
-        for group, views, size in (("global", 2, 16), ("local", 3, 8)):
-            shape = (views, size, size)
-            sample[f"{group}_views"] = rng.integers(-1024, 1000, shape).astype(np.int16)
-            sample[f"{group}_ts"] = rng.integers(0, 118, shape).astype(np.uint8)
-            sample[f"{group}_rex"] = rng.integers(0, 2**14, shape).astype(np.int16)
-        return sample | {"gamma": np.ones(5, np.float32), "blur_sigma": np.zeros(5, np.float32)}
+        return [sample | planes]
+
+    def collate(self, items: list) -> list[dict]:
+        return [collate_views([samples[0] for samples in items], 2, (16, 8), patch_size_px=8)]
+
+
+def views_of(sample: dict) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """HU, organ ids and finding bits of each view."""
+    pixels, end, views = np.concatenate([sample["global_pixels"], sample["local_pixels"]]), 0, []
+    for view, (_, top, left, side) in enumerate(sample["boxes"]):
+        box = slice(top, top + side), slice(left, left + side)
+        hu = pixels[end : end + side * side].reshape(side, side)
+        end += side * side
+        views.append((hu, sample["ts_planes"][view][box], sample["rex_planes"][view][box]))
+    return views
 
 
 def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> LeJEPATrainer:
@@ -54,42 +94,42 @@ def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> 
         "device": torch.device("cpu"),
         "max_epochs": 1,
         "epoch_length": steps,
-        "train_data_loader": DataLoader(Samples(), batch_sampler=StepBatches(5, rank=0, world_size=1)),
+        "train_data_loader": StepLoader(Samples(), StepBatches(5, rank=0, world_size=1)),
         "network": network,
         "optimizer": optimizer,
         "lr_scheduler": warmup_cosine(optimizer, warmup_steps=0, total_steps=10, final_lr=lr / 10),
-        "loss_function": LeJEPALoss(sigreg_weight=0.02, num_directions=16),
+        "loss_function": LeJEPALoss(SIGReg(16), 0.02),
         "auxiliary_loss": AuxiliaryBCELoss(TS_WEIGHT, REX_WEIGHT) if auxiliary else None,
         "aux_weight": 0.1,
         "hu_window": HU_WINDOWS["ct_rate"],
         "patch_size_px": 8,
+        "rex_targets": "presence",
         "clip_norm": 3.0,
         "amp_dtype": "float32",
-        "rank_every": 1,
+        "measure_every": 1,
+        "output_dir": "unused",
     }
     return LeJEPATrainer(**arguments | changes)
 
 
 def loss_by_hand(network: PretrainingModel, step: int) -> dict[str, float]:
     """Eq. 1 to 3 from the samples, one view at a time."""
-    samples = [Samples()[5 * (step - 1) + index] for index in range(5)]
+    samples = [Samples()[5 * (step - 1) + index][0] for index in range(5)]
     projections = torch.empty(5, 5, 7)
     sums = {name: [] for name in ("ts_cls", "ts_patch", "rex_cls", "rex_patch")}
     by_group = []
-    for group, offset, views in (("global", 0, 2), ("local", 2, 3)):
+    for offset, views in ((0, 2), (2, 3)):
         terms = {name: [] for name in sums}
         for index, sample in enumerate(samples):
             for view in range(views):
-                image = torch.from_numpy(sample[f"{group}_views"][view])
+                image, ids, bits = map(torch.from_numpy, views_of(sample)[offset + view])
                 tokens = network.encoder.forward_features(
                     normalize_hu(image, HU_WINDOWS["ct_rate"])[None, None]
                 )[0]
                 projections[offset + view, index] = network.projector(tokens[0])
                 logits = network.auxiliary_head(tokens)
                 side = image.shape[0] // 8
-                ids = torch.from_numpy(sample[f"{group}_ts"][view]).long()
-                organs = functional.one_hot(ids, 118).float()
-                bits = torch.from_numpy(sample[f"{group}_rex"][view]).long()
+                organs = functional.one_hot(ids.long(), 118).float()
                 findings = torch.stack([(bits >> code) & 1 for code in range(14)], -1).float()
                 for place in range(-1, side * side):
                     rows, columns = slice(None), slice(None)
@@ -104,7 +144,7 @@ def loss_by_hand(network: PretrainingModel, step: int) -> dict[str, float]:
                         terms[f"rex_{level}"].append(bce(logits["rex"][place + 1], present, REX_WEIGHT))
         by_group.append({name: torch.stack(values).mean() for name, values in terms.items()})
     auxiliary = sum(sum(group.values()) / 4 for group in by_group) / 2
-    lejepa = LeJEPALoss(sigreg_weight=0.02, num_directions=16)(projections, num_global=2, step=step)["loss"]
+    lejepa = LeJEPALoss(SIGReg(16), 0.02)(projections, num_global=2, step=step)["loss"]
     return {"loss": float(lejepa + 0.1 * auxiliary), "lejepa": float(lejepa), "aux": float(auxiliary)}
 
 
@@ -133,6 +173,8 @@ def test_training_lowers_the_loss_and_moves_every_part_of_the_network():
     still = [name for name, tensor in before.items() if torch.equal(after[name], tensor)]
     assert still == []
     assert 0 < engine.state.metrics["cls_effective_rank"] <= 9
+    assert 0 < engine.state.metrics["projection_ks"] < 1
+    assert engine.state.cls.shape == (5, 2, 12)
 
 
 def test_without_auxiliary_supervision_there_are_only_the_terms_of_equation_1():
@@ -161,12 +203,50 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert float(clipped.state.output[0]["grad_norm"]) == pytest.approx(float(norms[0]), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_volumes():
-    engine = trainer(steps=3)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_and_lists_its_batch(steps, tmp_path):
+    engine = trainer(steps=steps, output_dir=tmp_path)
     with torch.no_grad():
         engine.network.projector[0].weight.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match=r"at step 1 for volumes \['train_0', .*Lower lr"):
+    with pytest.raises(FloatingPointError, match=r"got nan at step 1; its slabs are listed in '.*Lower lr"):
         engine.run()
+    assert engine.state.iteration <= 2  # no step was built on it
+    listed = json.loads((tmp_path / "not_finite_step_00000001_rank_0.json").read_text())
+    assert listed["volume"] == [f"train_{position}" for position in range(5)]
+    assert listed["position"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_a_batch_in_parts_has_the_loss_and_gradient_of_the_whole(micro_batch_size, auxiliary):
+    whole, parts = (
+        trainer(steps=2, auxiliary=auxiliary, clip_norm=1e9, micro_batch_size=size)
+        for size in (None, micro_batch_size)
+    )
+    for engine in (whole, parts):
+        engine.run()
+    expected, found = whole.state.output[0], parts.state.output[0]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-4, atol=1e-6, msg=name)
+    for (name, one), other in zip(whole.network.named_parameters(), parts.network.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 2e-4 * one.grad.norm() + 1e-7, name
+    torch.testing.assert_close(parts.state.cls, whole.state.cls, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_parts_that_are_added_up_are_not_the_loss_of_the_batch():
+    """The control of the equality above: SIGReg of halves is another number."""
+    torch.manual_seed(0)
+    projections = torch.randn(3, 6, 7)
+    loss = LeJEPALoss(SIGReg(16), 0.02)
+    whole = loss(projections, num_global=2, step=1)["sigreg"]
+    halves = [loss(half, num_global=2, step=1)["sigreg"] for half in projections.split(3, dim=1)]
+    assert abs(sum(halves) / 2 - whole) > 0.01 * whole
+
+
+def test_the_number_of_slabs_at_once_must_be_positive():
+    with pytest.raises(ValueError, match="micro_batch_size must be positive, got 0"):
+        trainer(steps=1, micro_batch_size=0)
 
 
 def test_an_unknown_amp_dtype_is_refused():

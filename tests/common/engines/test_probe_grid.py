@@ -54,7 +54,6 @@ def build(
         batch_sampler=ShuffledBatches(len(cohorts["train"]), batch_size=16, seed=SEED),
         collate_fn=collate_bags,
     )
-    objects = {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler, "best": best}
     return ProbeGridTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
@@ -68,7 +67,18 @@ def build(
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=best,
         val_interval=val_interval,
-        train_handlers=[Checkpoint(checkpoints, objects, interval_steps=7, keep=2, knobs={})]
+        train_handlers=[
+            Checkpoint(
+                checkpoints,
+                network,
+                optimizer,
+                {"lr_scheduler": scheduler, "best": best},
+                interval_steps=7,
+                keep=2,
+                knobs={},
+                only_finite=False,
+            )
+        ]
         if checkpoints
         else [],
     )

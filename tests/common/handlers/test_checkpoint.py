@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch import nn
 
 from common.handlers.checkpoint import Checkpoint
@@ -16,7 +16,13 @@ class Killed(Exception):
 
 
 def run(
-    folder, steps: int, kill_at: int | None = None, knobs=None, keep: int = 2, sigterm_at: int | None = None
+    folder,
+    steps: int,
+    kill_at: int | None = None,
+    knobs=None,
+    keep: int = 2,
+    sigterm_at: int | None = None,
+    keep_every: int = 0,
 ):
     """Train a little network on data that is a function of the step, as our engines do."""
     torch.manual_seed(0)
@@ -38,9 +44,15 @@ def run(
         scheduler.step()
 
     engine = Engine(step)
-    objects = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
     checkpoint = Checkpoint(
-        folder, objects, interval_steps=3, keep=keep, knobs={"seed": 1} if knobs is None else knobs
+        folder,
+        network,
+        optimizer,
+        {"scheduler": scheduler},
+        interval_steps=3,
+        keep=keep,
+        knobs={"seed": 1} if knobs is None else knobs,
+        keep_every=keep_every,
     )
     engine.state.epoch_length = steps
     checkpoint.attach(engine)
@@ -70,10 +82,27 @@ def test_the_control_a_run_that_forgets_its_optimizer_ends_elsewhere(tmp_path):
         run(tmp_path / "b", steps=11, kill_at=8)
     path = tmp_path / "b" / "step_00000006.pt"
     state = torch.load(path, weights_only=True)
-    state["optimizer"]["state"] = {}
+    for memory in state["optimizer"]["state"].values():
+        for tensor in memory.values():
+            tensor.zero_()
     torch.save(state, path)
     forgetful, _, _ = run(tmp_path / "b", steps=11)
     assert not torch.equal(forgetful["weight"], unbroken["weight"])
+
+
+def test_a_checkpoint_is_saved_after_every_other_handler_of_its_step(tmp_path):
+    network = nn.Linear(2, 3)
+    engine = Engine(lambda engine, batch: None)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    Checkpoint(tmp_path, network, optimizer, {}, interval_steps=1, keep=9, knobs={}).attach(engine)
+    found = []
+
+    def count_files(_):
+        found.append(len(list(tmp_path.iterdir())))
+
+    engine.add_event_handler(Events.ITERATION_COMPLETED, count_files)
+    engine.run(range(3))
+    assert found == [0, 1, 2]
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
@@ -106,8 +135,19 @@ def test_checkpoints_load_without_running_code(tmp_path):
     assert torch.load(tmp_path / "step_00000003.pt", weights_only=True)["iteration"] == 3
 
 
-def test_sharded_parameters_are_refused(monkeypatch):
+def test_some_checkpoints_are_kept_for_good(tmp_path):
+    run(tmp_path, steps=13, keep=1, keep_every=6)
+    kept = [f"step_{step:08d}.pt" for step in (6, 12, 13)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     network = nn.Linear(2, 3)
-    monkeypatch.setattr("common.handlers.checkpoint.DTensor", nn.Parameter)
-    with pytest.raises(TypeError, match="must not be sharded, got DTensor parameters in 'network'"):
-        Checkpoint("unused", {"network": network}, interval_steps=1, keep=1, knobs={})
+    with torch.no_grad():
+        network.bias[1] = float("nan")
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    engine = Engine(lambda engine, batch: None)
+    Checkpoint(tmp_path, network, optimizer, {}, interval_steps=1, keep=1, knobs={}).attach(engine)
+    with pytest.raises(FloatingPointError, match=r"weights must be finite, got others in bias at '.*1\.pt'"):
+        engine.run(range(2))
+    assert list(tmp_path.iterdir()) == []

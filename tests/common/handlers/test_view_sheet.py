@@ -3,19 +3,17 @@
 import matplotlib.image
 import numpy as np
 from ignite.engine import Engine
-from torch.utils.data import default_collate
 
 from common.handlers.view_sheet import ViewSheet
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop
 
 
-def test_the_first_batch_is_drawn_and_later_ones_are_not(tmp_path):
-    multi_crop = RandSlabMultiCrop(32, 16, patch_size_px=8)
-    plan = multi_crop.draw(np.random.default_rng(0), slab_len=3, shape=(40, 44), ts=None, rex=None)
-    views = multi_crop.render(plan, lambda z: np.full((40, 44), 100 * z, np.int16), ts=None, rex=None)
-    sample = {**views, **plan._asdict(), "has_ts": False, "has_rex": False, "first_slice": 4, "position": 0}
-    batch = default_collate([sample | {"volume": "train_1_a_1", "spacing_mm": np.ones(3, np.float32)}])
+def test_the_first_batch_is_drawn_and_later_ones_are_not(slabs_of, tmp_path):
+    slabs = slabs_of(
+        [{"hu": np.full((3, 40, 44), 100, np.int16)}], RandSlabMultiCrop(32, 16, patch_size_px=8)
+    )
+    (batch,) = slabs.collate([slabs[0]])
     path = tmp_path / "run" / "views.png"
     written = []
 

@@ -5,7 +5,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.networks.encoder import cls_and_patches, encoder_id, load_encoder, save_encoder
+from common.networks.encoder import (
+    cls_and_patches,
+    encoder_id,
+    load_encoder,
+    save_encoder,
+    start_from_timm,
+)
 
 IDENTITY = {"patch_size_px": 8, "slice_axes": "yx"}
 
@@ -45,7 +51,7 @@ def test_saved_weights_have_plain_timm_keys_and_load_into_the_same_tokens(tmp_pa
     torch.manual_seed(0)
     trained, fresh = tiny_vit().eval(), tiny_vit().eval()
     path = tmp_path / "models" / "model.safetensors"
-    save_encoder(trained, path, IDENTITY)
+    save_encoder(trained.state_dict(), path, IDENTITY)
     assert load_file(path).keys() == trained.state_dict().keys()
     images = torch.randn(2, 1, 16, 16)
     load_encoder(fresh, path, IDENTITY)
@@ -55,7 +61,7 @@ def test_saved_weights_have_plain_timm_keys_and_load_into_the_same_tokens(tmp_pa
 
 def test_weights_for_another_input_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_encoder(tiny_vit(), path, IDENTITY)
+    save_encoder(tiny_vit().state_dict(), path, IDENTITY)
     with pytest.raises(ValueError, match=r"slice_axes of '.*' must be 'xy' as this bundle states, got 'yx'"):
         load_encoder(tiny_vit(), path, {"slice_axes": "xy"})
     with pytest.raises(ValueError, match=r"must have shape .*\b14\b.*got .*\b12\b"):
@@ -87,3 +93,32 @@ def test_encoder_id_follows_the_bytes(tmp_path):
     path.write_bytes(b"abc")
     assert encoder_id(path, seed=0) == "sha256:ba7816bf8f01cfea"  # FIPS 180-2's own example
     assert encoder_id(None, seed=7) == "random:7"
+
+
+def test_an_encoder_that_is_not_timms_cannot_start_from_its_weights(tmp_path):
+    published = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28)
+    save_file(published.state_dict(), tmp_path / "timm.safetensors")
+    own = {"in_chans": 1, "num_classes": 0, "img_size": 28}
+    encoder = timm.create_model("vit_small_patch14_dinov2", **own)
+    start_from_timm(encoder, "vit_small_patch14_dinov2", tmp_path / "timm.safetensors")
+    torch.testing.assert_close(encoder.blocks[11].mlp.fc1.weight, published.blocks[11].mlp.fc1.weight)
+    torch.testing.assert_close(
+        encoder.patch_embed.proj.weight, published.patch_embed.proj.weight.sum(1, True)
+    )
+    shallow = timm.create_model("vit_small_patch14_dinov2", depth=1, **own)
+    with pytest.raises(
+        ValueError, match="the network must be timm's 'vit_small_patch14_dinov2' to start from"
+    ):
+        start_from_timm(shallow, "vit_small_patch14_dinov2", tmp_path / "timm.safetensors")
+
+
+def test_no_source_leaves_the_random_weights():
+    encoder = tiny_vit()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    assert start_from_timm(encoder, "vit_small_patch14_dinov2", None) is encoder
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_initial_weights_that_are_not_there_are_named():
+    with pytest.raises(FileNotFoundError, match="must be 'hub' or a file of timm's weights, got 'nowhere'"):
+        start_from_timm(tiny_vit(), "vit_small_patch14_dinov2", "nowhere")

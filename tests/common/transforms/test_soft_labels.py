@@ -1,164 +1,209 @@
-"""Soft labels against one-hot average and max pooling."""
+"""Soft labels against one-hot average and max pooling of the masks as they lie under the views."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional
 
-from common.transforms.soft_labels import coverage_fractions, finding_fractions, finding_presence
+from common.transforms.soft_labels import (
+    PatchCells,
+    coverage_fractions,
+    finding_fractions,
+    finding_presence,
+    most_cells_per_patch,
+    patch_cells,
+)
 
 FUNCTIONS = [coverage_fractions, finding_presence, finding_fractions]
-N, PATCH = 3, 7
-HEIGHT, WIDTH = 2 * PATCH, 5 * PATCH  # unequal, so that transposed patches fail
 
 
-def class_maps(num_classes: int) -> torch.Tensor:
+class Case(NamedTuple):
+    """Views of one size, of slices of different sizes."""
+
+    size_px: int
+    patch_size_px: int
+    grid: int
+    boxes: tuple[tuple[int, int, int, int], ...]
+    shapes: tuple[tuple[int, int], ...]
+    flips: tuple[bool, ...]
+
+
+CASES = {
+    "paper's local views": Case(
+        144, 16, 128, ((0, 3, 200, 307), (1, 101, 0, 154)), ((512, 512), (512, 700)), (False, True)
+    ),
+    "paper's global views": Case(
+        256,
+        16,
+        128,
+        ((0, 0, 0, 512), (2, 61, 140, 307), (1, 7, 9, 900)),
+        ((512, 512),) * 2 + ((1024, 1024),),
+        (True, False, False),
+    ),
+    "patches of 14": Case(140, 14, 128, ((1, 33, 2, 222),), ((333, 512),), (True,)),
+    "more cells than pixels": Case(
+        14, 7, 33, ((2, 0, 4, 35), (0, 1, 1, 5)), ((35, 40), (97, 20)), (False, True)
+    ),
+    "one pixel": Case(7, 7, 16, ((0, 4, 5, 1),), ((9, 11),), (False,)),
+}
+
+
+def nearest(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Nearest resize in whole numbers: the input pixel under the centre of every output pixel."""
+    rows, columns = (
+        torch.tensor([((2 * i + 1) * length) // (2 * size) for i in range(size)])
+        for length, size in zip(image.shape, (height, width), strict=True)
+    )
+    return image[rows][:, columns]
+
+
+def masks_under(planes: torch.Tensor, case: Case) -> torch.Tensor:
+    """The plane of each view enlarged to its slice, cropped, resized and mirrored, (N, S, S)."""
+    views = []
+    for (z, top, left, side), shape, flip in zip(case.boxes, case.shapes, case.flips, strict=True):
+        crop = nearest(planes[z], *shape)[top : top + side, left : left + side]
+        view = nearest(crop, case.size_px, case.size_px)
+        views.append(view.flip(1) if flip else view)
+    return torch.stack(views)
+
+
+def labels_of(function, planes: torch.Tensor, case: Case, num_classes: int, device: str = "cpu") -> list:
+    plane = torch.tensor([box[0] for box in case.boxes])
+    outputs = function(planes.to(device), plane.to(device), cells_of(case, device), num_classes)
+    return [output.cpu() for output in outputs]
+
+
+def cells_of(case: Case, device: str = "cpu") -> PatchCells:
+    most = max(
+        most_cells_per_patch(box[3], case.size_px, min(shape), case.patch_size_px, case.grid)
+        for box, shape in zip(case.boxes, case.shapes, strict=True)
+    )
+    tensors = (torch.tensor(part, device=device) for part in (case.boxes, case.flips, case.shapes))
+    return patch_cells(*tensors, case.size_px, case.patch_size_px, case.grid, most)
+
+
+def class_planes(num_classes: int, grid: int) -> torch.Tensor:
     """Blocks of one class with some noise; not all classes occur."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, num_classes, (N, 1, 3, 4), generator=generator).float()
-    maps = functional.interpolate(coarse, size=(HEIGHT, WIDTH))[:, 0].long()
-    noise = torch.rand(maps.shape, generator=generator) < 0.1
-    return torch.where(noise, torch.randint(0, num_classes, maps.shape, generator=generator), maps).to(
-        torch.uint8
-    )
+    coarse = torch.randint(0, num_classes, (3, 1, 5, 4), generator=generator).float()
+    planes = functional.interpolate(coarse, size=(grid, grid))[:, 0].long()
+    noise = torch.rand(planes.shape, generator=generator) < 0.1
+    noisy = torch.randint(0, num_classes, planes.shape, generator=generator)
+    return torch.where(noise, noisy, planes).to(torch.uint8)
 
 
-def bit_planes(num_classes: int) -> torch.Tensor:
-    """Each finding in a few pixels, overlapping; the last in none."""
+def bit_planes(num_classes: int, grid: int) -> torch.Tensor:
+    """Each finding in a few cells, overlapping; the last in none, and none in plane 1."""
     generator = torch.Generator().manual_seed(1)
-    shown = torch.rand(num_classes, N, HEIGHT, WIDTH, generator=generator) < 0.02
+    shown = torch.rand(num_classes, 3, grid, grid, generator=generator) < 0.03
     shown[-1] = False
-    shown[0, 0, :PATCH, :PATCH] = True
+    shown[0, 0, : grid // 2, : grid // 3] = True
+    shown[:, 1] = False
     weights = 2 ** torch.arange(num_classes)
     return (shown.long() * weights[:, None, None, None]).sum(0).to(torch.int16)
 
 
 def one_hot(ts: torch.Tensor, num_classes: int) -> torch.Tensor:
-    return functional.one_hot(ts.long(), num_classes).movedim(-1, 1).double()
+    return functional.one_hot(ts.long(), num_classes).movedim(-1, 1).float()
 
 
 def unpacked(rex: torch.Tensor, num_classes: int) -> torch.Tensor:
-    rows = [
-        [[[(int(v) >> k) & 1 for v in row] for row in view] for k in range(num_classes)]
-        for view in rex.tolist()
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.stack([(rex.int() // 2**k) % 2 for k in range(num_classes)], dim=1).float()
 
 
 def row_major(pooled: torch.Tensor) -> torch.Tensor:
-    return pooled.flatten(2).transpose(1, 2).float()
+    return pooled.flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("num_classes", [11, 118])
-def test_coverage_is_exactly_one_hot_average_pooling(num_classes: int) -> None:
-    ts = class_maps(num_classes)
-    expected = one_hot(ts, num_classes)
-    cls, patches = coverage_fractions(ts, PATCH, num_classes)
+@pytest.mark.parametrize("name", CASES)
+def test_coverage_is_exactly_one_hot_average_pooling(name):
+    case = CASES[name]
+    planes = class_planes(118, case.grid)
+    expected = one_hot(masks_under(planes, case), 118)
+    cls, patches = labels_of(coverage_fractions, planes, case, 118)
     assert cls.dtype == patches.dtype == torch.float32
-    assert torch.equal(cls, expected.mean((2, 3)).float())
-    torch.testing.assert_close(patches, row_major(functional.avg_pool2d(expected, PATCH)), rtol=1e-7, atol=0)
-    # the same rounding as float32 pooling
-    assert torch.equal(patches, row_major(functional.avg_pool2d(expected.float(), PATCH)))
+    assert torch.equal(cls, expected.double().mean((2, 3)).float())
+    assert torch.equal(patches, row_major(functional.avg_pool2d(expected, case.patch_size_px)))
 
 
-def test_coverage_of_a_view_is_the_mean_over_its_patches_and_sums_to_one() -> None:
-    cls, patches = coverage_fractions(class_maps(11), PATCH, 11)
-    torch.testing.assert_close(patches.sum(-1), torch.ones(N, 2 * 5))
+@pytest.mark.parametrize("name", CASES)
+def test_presence_is_max_pooling_of_every_bit(name):
+    case = CASES[name]
+    planes = bit_planes(14, case.grid)
+    expected = unpacked(masks_under(planes, case), 14)
+    cls, patches = labels_of(finding_presence, planes, case, 14)
+    assert cls.dtype == patches.dtype == torch.float32
+    assert torch.equal(cls, expected.amax((2, 3)))
+    assert torch.equal(patches, row_major(functional.max_pool2d(expected, case.patch_size_px)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fractions_are_average_pooling_of_every_bit(name):
+    case = CASES[name]
+    planes = bit_planes(14, case.grid)
+    expected = unpacked(masks_under(planes, case), 14)
+    cls, patches = labels_of(finding_fractions, planes, case, 14)
+    assert torch.equal(cls, expected.double().mean((2, 3)).float())
+    assert torch.equal(patches, row_major(functional.avg_pool2d(expected, case.patch_size_px)))
+
+
+def test_coverage_of_a_view_is_the_mean_over_its_patches_and_sums_to_one():
+    case = CASES["paper's local views"]
+    cls, patches = labels_of(coverage_fractions, class_planes(11, 128), case, 11)
+    torch.testing.assert_close(patches.sum(-1), torch.ones(2, 81))
     torch.testing.assert_close(patches.mean(1), cls)
 
 
-def test_background_counts_as_a_class() -> None:
-    cls, patches = coverage_fractions(torch.zeros(1, PATCH, PATCH, dtype=torch.uint8), PATCH)
+def test_background_counts_as_a_class():
+    case = CASES["one pixel"]
+    cls, patches = labels_of(coverage_fractions, torch.zeros(3, 16, 16, dtype=torch.uint8), case, 118)
     assert cls.shape == (1, 118)
     assert patches.shape == (1, 1, 118)
     assert cls[0, 0] == patches[0, 0, 0] == 1
 
 
-def test_presence_is_max_pooling_of_every_bit() -> None:
-    rex = bit_planes(14)
-    expected = unpacked(rex, 14)
-    cls, patches = finding_presence(rex, PATCH)
-    assert cls.dtype == patches.dtype == torch.float32
-    assert torch.equal(cls, expected.amax((2, 3)).float())
-    assert torch.equal(patches, row_major(functional.max_pool2d(expected, PATCH)))
-    assert 0 < patches.mean() < 1
-    assert not cls[:, 13].any()
-
-
-def test_one_pixel_makes_a_finding_present() -> None:
-    rex = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.int16)
-    rex[0, PATCH + 1, 3 * PATCH] = 1 << 13
-    cls, patches = finding_presence(rex, PATCH)
+def test_one_cell_makes_a_finding_present_in_its_patch_alone():
+    case = Case(28, 7, 28, ((0, 0, 0, 28),), ((28, 28),), (False,))
+    rex = torch.zeros(1, 28, 28, dtype=torch.int16)
+    rex[0, 7 + 1, 3 * 7] = 1 << 13
+    cls, patches = labels_of(finding_presence, rex, case, 14)
     assert cls.nonzero().tolist() == [[0, 13]]
-    assert patches.nonzero().tolist() == [[0, 5 + 3, 13]]  # second row of five patches, fourth column
+    assert patches.nonzero().tolist() == [[0, 4 + 3, 13]]  # second row of four patches, fourth column
 
 
-def test_fractions_are_average_pooling_of_every_bit() -> None:
-    rex = bit_planes(14)
-    expected = unpacked(rex, 14)
-    cls, patches = finding_fractions(rex, PATCH)
-    assert torch.equal(cls, expected.mean((2, 3)).float())
-    assert torch.equal(patches, row_major(functional.avg_pool2d(expected.float(), PATCH)))
+@pytest.mark.parametrize("name", CASES)
+def test_the_pixels_of_a_patch_are_all_counted(name):
+    cells = cells_of(CASES[name])
+    for pixels in (cells.row_pixels, cells.column_pixels):
+        assert (pixels.sum(-1) == CASES[name].patch_size_px).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
-def test_presence_does_not_depend_on_the_integer_type(dtype: torch.dtype) -> None:
-    rex = bit_planes(14)
-    for ours, expected in zip(
-        finding_presence(rex.to(dtype), PATCH), finding_presence(rex, PATCH), strict=True
-    ):
-        assert torch.equal(ours, expected)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_views_are_independent(function: Callable) -> None:
-    maps = bit_planes(5)
-    for whole, single in zip(function(maps, PATCH), function(maps[1:2], PATCH), strict=True):
-        assert torch.equal(whole[1:2], single)
+@pytest.mark.parametrize(("side", "size"), [(512, 256), (307, 144), (154, 144)])
+def test_the_bound_of_cells_is_reached_or_one_too_many(side, size):
+    starts = range(0, 512 - side + 1)
+    boxes = tuple((0, start, start, side) for start in starts)
+    case = Case(size, 16, 128, boxes, ((512, 512),) * len(boxes), (False,) * len(boxes))
+    cells = cells_of(case)
+    used = int(cells.row_pixels.ne(0).sum(-1).max())
+    assert used <= cells.rows.shape[-1] <= used + 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_soft_labels_on_the_gpu_are_those_on_the_cpu(function: Callable) -> None:
-    maps = bit_planes(5)
-    for on_gpu, on_cpu in zip(function(maps.cuda(), PATCH), function(maps, PATCH), strict=True):
-        assert torch.equal(on_gpu.cpu(), on_cpu)
+@pytest.mark.parametrize("name", CASES)
+def test_soft_labels_on_the_gpu_are_those_on_the_cpu(name, function):
+    case, is_ts = CASES[name], function is coverage_fractions
+    planes, number = (class_planes(118, case.grid), 118) if is_ts else (bit_planes(14, case.grid), 14)
+    on_gpu, on_cpu = (labels_of(function, planes, case, number, device) for device in ("cuda", "cpu"))
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(11, torch.uint8), (-1, torch.int16)])
-def test_unknown_classes_are_refused(value: int, dtype: torch.dtype) -> None:
-    ts = torch.zeros(1, PATCH, PATCH, dtype=dtype)
-    ts[0, 2, 3] = value
-    with pytest.raises(ValueError, match=rf"ts must hold classes 0 to 10, got {value}\."):
-        coverage_fractions(ts, PATCH, num_classes=11)
-
-
-@pytest.mark.parametrize("function", [finding_presence, finding_fractions])
-@pytest.mark.parametrize("value", [1 << 14, -(1 << 15)])
-def test_unknown_findings_are_refused(function: Callable, value: int) -> None:
-    rex = torch.zeros(1, PATCH, PATCH, dtype=torch.int16)
-    rex[0, 2, 3] = value
-    with pytest.raises(ValueError, match=rf"rex must only use bits 0 to 13, got {value}\."):
-        function(rex, PATCH)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("shape", [(PATCH, PATCH), (0, PATCH, PATCH)])
-def test_maps_of_another_shape_are_refused(function: Callable, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"(ts|rex) must have shape \(N, S, S\) with pixels, got \("):
-        function(torch.zeros(shape, dtype=torch.uint8), PATCH)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_maps_of_real_numbers_are_refused(function: Callable) -> None:
-    with pytest.raises(ValueError, match=r"(ts|rex) must be a map of integers, got torch\.float32\."):
-        function(torch.zeros(1, PATCH, PATCH), PATCH)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("patch_size_px", [0, 5])
-def test_views_that_patches_do_not_tile_are_refused(function: Callable, patch_size_px: int) -> None:
-    message = rf"must have sides that are multiples of patch_size_px={patch_size_px}, got 7 x 14\."
+def test_views_that_patches_do_not_tile_are_refused(patch_size_px):
+    message = f"size_px must be a multiple of patch_size_px, got 14 and {patch_size_px}"
+    case = CASES["more cells than pixels"]
+    tensors = (torch.tensor(part) for part in (case.boxes, case.flips, case.shapes))
     with pytest.raises(ValueError, match=message):
-        function(torch.zeros(1, PATCH, 2 * PATCH, dtype=torch.uint8), patch_size_px)
+        patch_cells(*tensors, 14, patch_size_px, grid=33, most_cells=3)

@@ -1,0 +1,191 @@
+"""One training step of DALE-CT-2S: our engine's parts against the same network in eager autocast.
+
+On a GPU: ViT-L/16, views of 256 and 144 px, 64 slabs, and how much of the device's peak goes into the
+network. On a CPU, where that says nothing, a small network shows that nothing breaks the compiled graph and
+that both ways agree.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from common.labels import pos_weights
+from common.losses.auxiliary import AuxiliaryBCELoss
+from common.losses.lejepa import LeJEPALoss
+from common.losses.sigreg import SIGReg
+from common.metrics.flops import peak_bf16_flops, training_flops
+from common.networks.distribute import clip_by_global_norm, distribute
+from common.networks.heads import AuxiliaryHead, ProjectionHead
+from common.networks.pretraining_model import PretrainingModel
+from common.optimizers.adamw import adamw
+
+VIT_L = {"patch_size": 16, "img_size": 512, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+SMALL = {"patch_size": 16, "img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 3}
+
+
+def new_network(size: dict[str, int], device: torch.device, compiled: bool) -> PretrainingModel:
+    """Build encoder, projector and read-outs with the same weights each time."""
+    torch.manual_seed(0)
+    encoder = timm.create_model(
+        "vit_large_patch14_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, init_values=1e-5, **size
+    )
+    width = size["embed_dim"]
+    network = PretrainingModel(encoder, ProjectionHead(width, 2048, 124), AuxiliaryHead(width, 118, 14))
+    distribute(network, encoder.blocks, "ddp", compiled, device)
+    return network
+
+
+class Step:
+    """Everything of an iteration behind the data: forward, Eq. 3, backward, clip, AdamW."""
+
+    def __init__(
+        self, network: PretrainingModel, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self.network, self.optimizer, self.device = network, optimizer, device
+        self.lejepa = LeJEPALoss(SIGReg(), 0.02)
+        self.auxiliary = AuxiliaryBCELoss(pos_weights("totalsegmentator"), pos_weights("rexgroundingct")).to(
+            device
+        )
+
+    def __call__(self, batch: dict, number: int) -> torch.Tensor:
+        """Train one step; return the loss, still on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output = self.network(batch["global"], batch["local"])
+        terms = self.lejepa(output["projections"].float(), num_global=2, step=number)
+        auxiliary = self.auxiliary(
+            output["logits"], batch["targets"], batch["everywhere"], batch["everywhere"]
+        )
+        loss = terms["loss"] + 0.1 * auxiliary["loss"]
+        loss.backward()
+        clip_by_global_norm(self.network, 3.0)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def new_batch(batch_size: int, sizes: tuple[int, int], patch_px: int, device: torch.device) -> dict:
+    """Random views and targets; a step's time does not depend on what they show."""
+    generator = torch.Generator().manual_seed(1)
+    batch: dict = {"everywhere": torch.ones(batch_size, dtype=torch.bool, device=device), "targets": {}}
+    for group, views, side in (("global", 2, sizes[0]), ("local", 8, sizes[1])):
+        batch[group] = torch.randn(batch_size, views, 1, side, side, generator=generator).to(device)
+        patches = (side // patch_px) ** 2
+        batch["targets"][group] = {
+            f"{source}_{level}": torch.rand(*shape, classes, generator=generator).to(device)
+            for source, classes in (("ts", 118), ("rex", 14))
+            for level, shape in (("cls", (batch_size, views)), ("patch", (batch_size, views, patches)))
+        }
+    return batch
+
+
+def seconds(step: Step, batch: dict, repeats: int) -> tuple[float, list[float]]:
+    """Median time of a step, and the losses, after two steps that compile and warm up."""
+    losses, times = [step(batch, number) for number in (1, 2)], []
+    for number in range(3, 3 + repeats):
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses.append(step(batch, number))
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), [float(loss) for loss in losses]
+
+
+def gemm_flops(device: torch.device, repeats: int = 20) -> float:
+    """Operations a second of the network's largest product, in bfloat16: what the device does in practice."""
+    tokens, width, hidden = (65536, 1024, 4096) if device.type == "cuda" else (512, 192, 768)
+    left = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    right = torch.randn(width, hidden, device=device, dtype=torch.bfloat16)
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * tokens * width * hidden / statistics.median(times)
+
+
+def counted_flops(encoder: nn.Module, sizes: tuple[int, int], device: torch.device) -> int:
+    """What torch itself counts in the forward passes of one slab's views, times three."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for views, side in zip((2, 8), sizes, strict=True):
+            encoder(torch.zeros(views, 1, side, side, device=device))
+    return 3 * counter.get_total_flops()
+
+
+def main(
+    batch_size: Annotated[int, typer.Option(help="Slabs a step. Default: 64 on a GPU, 4 on a CPU.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Steps timed; the median counts.", min=3)] = 10,
+) -> None:
+    """Time a training step compiled and in eager autocast; check FLOP count, graph breaks and agreement.
+
+    Example: python benchmarks/train_step.py
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    size, sizes = (VIT_L, (256, 144)) if on_gpu else (SMALL, (64, 32))
+    batch_size = batch_size or (64 if on_gpu else 4)
+    batch = new_batch(batch_size, sizes, size["patch_size"], device)
+    results, memory = {}, {}
+    for name, compiled in (("eager autocast", False), ("ours", True)):
+        network = new_network(size, device, compiled)
+        plain = torch.optim.AdamW(network.parameters(), lr=1e-5, weight_decay=0.04)
+        step = Step(network, adamw(network, 1e-5, 0.04) if compiled else plain, device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.utils.counters.clear()
+        results[name] = seconds(step, batch, repeats)
+        memory[name] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        flops = training_flops(network.encoder, dict(zip(sizes, (2, 8), strict=True)))
+        error = abs(flops / counted_flops(network.encoder, sizes, device) - 1)
+        del network, step, plain
+    (eager_s, eager_losses), (ours_s, ours_losses) = results["eager autocast"], results["ours"]
+    rate, peak = batch_size * flops / ours_s, peak_bf16_flops(device)
+    gemm = gemm_flops(device)
+    table = Table(title=f"{'ViT-L/16' if on_gpu else 'Small ViT, no GPU: not the claim'}, {batch_size} slabs")
+    for column in ("", "eager autocast", "ours"):
+        table.add_column(column, justify="right")
+    table.add_row("s a step", f"{eager_s:.4f}", f"{ours_s:.4f}")
+    table.add_row("slabs/s", f"{batch_size / eager_s:.1f}", f"{batch_size / ours_s:.1f}")
+    table.add_row("TFLOP/s", f"{batch_size * flops / eager_s / 1e12:.3f}", f"{rate / 1e12:.3f}")
+    if on_gpu:
+        table.add_row("GiB", f"{memory['eager autocast']:.1f}", f"{memory['ours']:.1f}")
+    Console(stderr=True).print(table)
+    where = (
+        torch.cuda.get_device_name() if on_gpu else f"{platform.processor() or platform.machine()}, no GPU"
+    )
+    # bfloat16 rounds to 3 digits, and a compiler may order sums otherwise
+    losses_differ = max(abs(ours / eager - 1) for ours, eager in zip(ours_losses, eager_losses, strict=True))
+    line = {"name": "train_step", "device": where, "torch": torch.__version__, "time_ratio": eager_s / ours_s}
+    line |= {"max_rel_error": losses_differ, "graph_breaks": breaks, "flop_count_error": error}
+    line |= {"slabs_per_s": batch_size / ours_s, "share_of_measured_gemm": rate / gemm}
+    if on_gpu:
+        line |= {"mfu": rate / peak if peak else None, "memory_gib": memory["ours"]}
+        line |= {"memory_ratio": memory["eager autocast"] / memory["ours"]}
+    typer.echo(
+        json.dumps(
+            {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,196 @@
+"""Views of a batch are those of a loop over float64 crops, resizes and augmentations."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from common.transforms.batch_views import (
+    count_labels,
+    cut_views,
+    render_at_once,
+    render_by_sample,
+    render_views,
+)
+from common.transforms.hounsfield import HU_WINDOWS
+from common.transforms.multi_crop import RandSlabMultiCrop
+from common.transforms.soft_labels import finding_fractions, finding_presence
+
+WINDOW = HU_WINDOWS["ct_rate"]
+TO_HU = torch.tensor(WINDOW.std_hu)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(-1024, 3072, shape).astype(np.int16)
+
+
+def organs(slices: int) -> np.ndarray:
+    coarse = np.random.default_rng(0).integers(0, 118, (slices, 9, 8)).astype(np.uint8)
+    return coarse.repeat(15, 1).repeat(16, 2)[:, :128]
+
+
+def findings(slices: int) -> np.ndarray:
+    rex = np.zeros((slices, 128, 128), np.uint16)
+    rex[slices // 2, 40:60, 70:85] = 1 << 13
+    rex[slices // 2, 50:70, 60:75] |= 1 << 2
+    return rex
+
+
+@pytest.fixture
+def batch_of(slabs_of):
+    """Return a batch of three slabs, of slices of different sizes, and the slabs' HU."""
+
+    def batch(multi_crop: RandSlabMultiCrop, **changes) -> tuple[dict, list[np.ndarray]]:
+        hu = [noise(5, 97, 131), noise(7, 64, 60), noise(1, 150, 150)]
+        masks = [{"ts": organs(5), "rex": findings(5)}, {"ts": organs(7)}, {}]
+        slabs = slabs_of([{"hu": h, **m} for h, m in zip(hu, masks, strict=True)], multi_crop, **changes)
+        found = slabs.collate([slabs[place] for place in range(3)])[0]
+        order = [int(name.split("_")[1]) for name in found["volume"]]
+        return found, [hu[number] for number in order]
+
+    return batch
+
+
+def view_by_hand(
+    hu: np.ndarray, box: list[int], flip: bool, gamma: float, sigma: float, size: int
+) -> torch.Tensor:
+    """Float64: crop, antialiased resize, mirror, clip, gamma, 3 x 3 Gaussian, z-score."""
+    z, top, left, side = box
+    crop = torch.from_numpy(hu[z, top : top + side, left : left + side].astype(np.float64))
+    view = functional.interpolate(crop[None, None], (size, size), mode="bilinear", antialias=True)
+    view = view.flip(-1) if flip else view
+    low, high, mean, std = WINDOW
+    unit = ((view.clamp(low, high) - low) / (high - low)) ** gamma
+    if sigma > 0:
+        weights = torch.exp(-torch.tensor([1.0, 0, 1]).double() / (2 * sigma**2))
+        kernel = torch.outer(weights, weights)
+        padded = functional.pad(unit, (1, 1, 1, 1), mode="reflect")
+        unit = functional.conv2d(padded, (kernel / kernel.sum())[None, None])
+    return (unit[0] * (high - low) + low - mean) / std
+
+
+@pytest.mark.parametrize("render", [render_by_sample, render_at_once])
+@pytest.mark.parametrize(("sizes", "patch"), [((64, 24), 8), ((35, 14), 7)])
+def test_views_equal_a_float64_loop_over_crops(batch_of, render, sizes, patch):
+    crop = RandSlabMultiCrop(*sizes, patch_size_px=patch, flip_prob=0.5, blur_probs=(1, 0.5))
+    batch, hu = batch_of(crop)
+    rendered = [render(views, WINDOW) for views in cut_views(batch)]
+    assert [tuple(views.shape) for views in rendered] == [
+        (3, 2, 1, sizes[0], sizes[0]),
+        (3, 8, 1, sizes[1], sizes[1]),
+    ]
+    assert 0 < batch["flips"].sum() < batch["flips"].numel()
+    for sample in range(3):
+        for view in range(10):
+            group, place = (0, view) if view < 2 else (1, view - 2)
+            numbers = (batch[name][sample, view].item() for name in ("flips", "gamma", "blur_sigma"))
+            expected = view_by_hand(hu[sample], batch["boxes"][sample, view].tolist(), *numbers, sizes[group])
+            found = rendered[group][sample, place]
+            assert found.dtype == torch.float32
+            assert ((found - expected).abs() * TO_HU).max() < 5e-3  # HU
+
+
+def test_the_cpu_renders_sample_by_sample(batch_of):
+    batch, _ = batch_of(RandSlabMultiCrop(32, 16, patch_size_px=8))
+    expected = [render_by_sample(views, WINDOW) for views in cut_views(batch)]
+    assert all(map(torch.equal, render_views(batch, WINDOW), expected))
+
+
+@pytest.mark.gpu
+def test_views_and_labels_on_the_gpu_are_those_on_the_cpu_and_nothing_waits_for_it(batch_of):
+    batch, _ = batch_of(RandSlabMultiCrop(64, 24, patch_size_px=8, flip_prob=0.5))
+    on_gpu = {name: part.cuda() if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views = render_views(on_gpu, WINDOW)
+        labels = count_labels(on_gpu, 8, finding_presence)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found, expected in zip(views, render_views(batch, WINDOW), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, atol=2e-5, rtol=0)
+    for group, terms in count_labels(batch, 8, finding_presence).items():
+        for term, expected in terms.items():
+            assert torch.equal(labels[group][term].cpu(), expected)
+
+
+def test_the_same_slab_gives_the_same_views_whatever_is_beside_it(batch_of):
+    crop = RandSlabMultiCrop(32, 16, patch_size_px=8)
+    batch, _ = batch_of(crop)
+    again, _ = batch_of(crop)
+    assert all(map(torch.equal, render_views(batch, WINDOW), render_views(again, WINDOW)))
+    other, _ = batch_of(crop, seed=1)
+    assert not torch.equal(render_views(batch, WINDOW)[0], render_views(other, WINDOW)[0])
+
+
+@pytest.mark.parametrize(("rex_labels", "pool"), [(finding_presence, "max"), (finding_fractions, "avg")])
+def test_labels_are_those_of_the_masks_under_the_views(batch_of, rex_labels, pool):
+    batch, _ = batch_of(RandSlabMultiCrop(32, 16, patch_size_px=8, flip_prob=0.5))
+    masks = {"train_0_a_1": (organs(5), findings(5)), "train_1_a_1": (organs(7), None)}
+    labels = count_labels(batch, 8, rex_labels)
+    seen = 0
+    for sample, volume in enumerate(batch["volume"]):
+        planes = masks.get(volume, (None, None))
+        for view in range(10):
+            group, place, size = ("global", view, 32) if view < 2 else ("local", view - 2, 16)
+            box, flip = batch["boxes"][sample, view].tolist(), bool(batch["flips"][sample, view])
+            shape = batch["shape"][sample].tolist()
+            under = [mask_by_hand(mask, box, flip, shape, size) for mask in planes]
+            shares = functional.one_hot(under[0], 118).movedim(-1, 0).float()
+            bits = torch.stack([(under[1] >> k) & 1 for k in range(14)]).float()
+            seen += int(bits.any())
+            found = {term: labels[group][term][sample, place] for term in labels[group]}
+            pooled = functional.avg_pool2d(shares, 8).flatten(1).T
+            assert torch.equal(found["ts_patch"], pooled)
+            torch.testing.assert_close(found["ts_cls"], pooled.mean(0))
+            pooled = getattr(functional, f"{pool}_pool2d")(bits, 8).flatten(1).T
+            assert torch.equal(found["rex_patch"], pooled)
+            torch.testing.assert_close(found["rex_cls"], pooled.amax(0) if pool == "max" else pooled.mean(0))
+    assert seen > 3
+
+
+def mask_by_hand(
+    mask: np.ndarray | None, box: list[int], flip: bool, shape: list[int], size: int
+) -> torch.Tensor:
+    """The mask enlarged to the slice, cropped, resized and mirrored."""
+    if mask is None:
+        return torch.zeros(size, size, dtype=torch.long)
+    z, top, left, side = box
+    enlarged = nearest(mask[z].astype(np.int64), *shape)
+    view = nearest(enlarged[top : top + side, left : left + side], size, size)
+    return torch.from_numpy(view[:, ::-1].copy() if flip else view)
+
+
+def nearest(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows, columns = (
+        [((2 * i + 1) * length) // (2 * size) for i in range(size)]
+        for length, size in zip(image.shape, (height, width), strict=True)
+    )
+    return image[np.ix_(rows, columns)]
+
+
+def test_labels_lie_on_the_anatomy_they_were_drawn_on(slabs_of):
+    """The share of bright pixels in a patch is that of the organ, mirrored or not."""
+    ts = np.zeros((1, 128, 128), np.uint8)
+    ts[0, 36:80, 44:92] = 51
+    crop = RandSlabMultiCrop(64, 32, patch_size_px=8, flip_prob=0.5, gamma_prob=0, blur_probs=(0, 0))
+    slabs = slabs_of([{"hu": np.where(ts > 0, 800, -900).astype(np.int16), "ts": ts}], crop)
+    for place in range(5):
+        (batch,) = slabs.collate([slabs[place]])
+        labels = count_labels(batch, 8, finding_presence)
+        for group, views in zip(("global", "local"), render_views(batch, WINDOW), strict=True):
+            bright = (views * WINDOW.std_hu + WINDOW.mean_hu > -50).float()[0]
+            shares = functional.avg_pool2d(bright, 8).flatten(1)
+            assert (shares - labels[group]["ts_patch"][0, :, :, 51]).abs().mean() < 0.03
+
+
+def test_a_ct_keeps_its_range(slabs_of):
+    """A 512 x 512 slab of air, lung, tissue and metal: nothing overshoots the window's ends."""
+    slices = np.full((8, 512, 512), -1024, np.int16)
+    slices[:, 100:400, 60:450] = 40
+    slices[:, 150:300, 100:200] = -870
+    slices[:, 200:204, 300:304] = 3071
+    slabs = slabs_of([{"hu": slices}], RandSlabMultiCrop(256, 144, patch_size_px=16))
+    for views in render_views(slabs.collate([slabs[0]])[0], WINDOW):
+        hu = views * WINDOW.std_hu + WINDOW.mean_hu
+        assert WINDOW.min_hu - 0.01 <= hu.min() < -990
+        assert 30 < hu.max() <= WINDOW.max_hu + 0.01
