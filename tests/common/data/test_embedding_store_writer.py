@@ -45,12 +45,13 @@ def test_a_part_is_written_when_it_is_old(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_was_added_before_an_error_is_kept(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match="at least one token"),
-        EmbeddingStoreWriter(tmp_path, IDENTITY, "float32") as writer,
-    ):
-        for volume, num_tokens in (("a", 2), ("b", 0)):
-            writer.add(volume, torch.ones(num_tokens, 3), SPACING_MM)
+    def write() -> None:
+        with EmbeddingStoreWriter(tmp_path, IDENTITY, "float32") as writer:
+            for volume, num_tokens in (("a", 2), ("b", 0)):
+                writer.add(volume, torch.ones(num_tokens, 3), SPACING_MM)
+
+    with pytest.raises(ValueError, match="at least one token"):
+        write()
     assert stored_volumes(tmp_path) == {"a"}
 
 
