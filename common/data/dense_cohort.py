@@ -86,7 +86,7 @@ class DenseCohort:
     Raises:
         FileNotFoundError: if a volume has no labels.
         KeyError: if a volume is not embedded.
-        ValueError: if labels do not fit the tokens in number of slices or patches.
+        ValueError: if labels do not fit the tokens in number of slices or patches, or are of another crop.
     """
 
     def __init__(
@@ -99,12 +99,19 @@ class DenseCohort:
         of_patches, of_slices = [], []
         for volume in self.volumes:
             labels = read_dense_labels(Path(labels_dir) / f"{volume}.safetensors")
-            grid = tuple(self.store.read(volume).metadata["patch_grid"])
+            metadata = self.store.read(volume).metadata
+            grid = metadata["patch_grid"]
             shape = (length_of[volume], grid[0] * grid[1])
             if labels.findings.shape != shape or grid[0] != grid[1]:
                 raise ValueError(
                     f"labels must be of (slices, patches) = {shape} as the embedding, in a square, got "
                     f"{labels.findings.shape} for volume '{volume}'. Label with --grid {grid[0]}."
+                )
+            box = tuple(metadata.get("box", labels.box))
+            if box != labels.box:
+                raise ValueError(
+                    f"labels must be of the box of the image, {box}, got {labels.box} for volume '{volume}'. "
+                    "Label and embed the same files, with a cropped preprocessing."
                 )
             order = _patch_order(shape, slice_axes)
             of_patches.append((labels.findings.ravel()[order], labels.shares[order]))

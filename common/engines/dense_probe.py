@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from common.data.dense_cohort import DenseCohort, DrawnRows, RemainingSteps
 from common.engines.best_layers import BestLayers
-from common.engines.dense_scores import test_report, validation_auprc
+from common.engines.dense_scores import report_on_test, validation_auprc
 from common.labels import load_labels
 from common.networks.dense_probe import TOKEN_KINDS, DenseProbes
 
@@ -42,7 +42,7 @@ class DenseProbeTrainer(SupervisedTrainer):
     ``engine.state.output`` is ``[{"loss": mean over the probes}]``. ``engine.state.metrics`` holds
     ``val_macro_auprc/<kind>/<task>/lr_<lr>`` and ``val_macro_auprc_best/<kind>/<task>``; after the test
     ``test_macro_<metric>/<kind>/<task>``. ``engine.state.reports`` then holds what
-    :func:`common.engines.dense_scores.test_report` returns, by (kind, task).
+    :func:`common.engines.dense_scores.report_on_test` returns, by (kind, task).
 
     Source: DALE-CT IV-A3 and its released code.
 
@@ -195,7 +195,7 @@ class DenseProbeTrainer(SupervisedTrainer):
         if self.state.iteration < self.num_steps or self.state.reports:
             return
         for kind, task in self.best.chosen:
-            report = test_report(
+            report = report_on_test(
                 self.test_cohort,
                 kind,
                 self.probes.columns[task].start,

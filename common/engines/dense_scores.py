@@ -74,7 +74,7 @@ def validation_auprc(
     return values
 
 
-def test_report(
+def report_on_test(
     cohort: DenseCohort,
     kind: str,
     first_column: int,

@@ -92,7 +92,7 @@ def write_classes(path: Path, report: dict[str, Any]) -> None:
 
     Args:
         path: file to write.
-        report: of ``test_report``.
+        report: of ``report_on_test``.
     """
     with atomic_file(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -108,7 +108,7 @@ def draw_classes(path: Path, report: dict[str, Any], title: str) -> None:
 
     Args:
         path: PNG to write.
-        report: of ``test_report``.
+        report: of ``report_on_test``.
         title: first line of the picture.
     """
     averaged = {name: values for name, values in report["per_class"].items() if name not in report["left_out"]}
