@@ -11,7 +11,12 @@ import torch
 from common.data.dense_cohort import DenseCohort
 from common.metrics.bootstrap import resample_weights
 from common.metrics.multilabel import auroc, average_precision
-from common.metrics.patient_ranking import percentile_interval, rank_by_patient, resampled_areas
+from common.metrics.patient_ranking import (
+    mean_of_defined,
+    percentile_interval,
+    rank_by_patient,
+    resampled_areas,
+)
 
 SCORE_BYTES = 2**30
 """Memory for scores; our choice. More classes than fit are scored in passes over the tokens."""
@@ -121,17 +126,10 @@ def report_on_test(
     counted = [name for name in class_names if name not in left_out]
     macro = {
         metric: (
-            _mean(np.array([per_class[name][metric] for name in counted])),
-            percentile_interval(_mean(np.array(areas).reshape(len(counted), -1))),
+            float(mean_of_defined([per_class[name][metric] for name in counted])),
+            percentile_interval(mean_of_defined(np.array(areas).reshape(len(counted), -1))),
         )
         for metric, areas in resampled.items()
     }
     return {"per_class": per_class, "macro": macro, "left_out": left_out}
 
-
-def _mean(values: np.ndarray) -> Any:  # noqa: ANN401 (a float, or an array of them)
-    """Mean over the first axis where values are defined; nan where none is."""
-    known = ~np.isnan(values)
-    count = known.sum(0)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(0) / np.where(count, count, np.nan)

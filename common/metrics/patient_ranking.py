@@ -149,3 +149,23 @@ def percentile_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, 
         return float("nan"), float("nan")
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean_of_defined(values: ArrayLike) -> FloatArray:
+    """Return the mean over the first axis where values are defined, nan where none is.
+
+    Args:
+        values: nan where undefined.
+
+    Shape:
+        ``(C, ...)``. Output: ``(...)``.
+
+    Example:
+        >>> mean_of_defined([[1.0, np.nan], [3.0, np.nan]])
+        array([ 2., nan])
+    """
+    array = np.asarray(values, np.float64)
+    known = ~np.isnan(array)
+    count = known.sum(0)
+    total = np.where(known, array, 0).sum(0)
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
