@@ -217,4 +217,4 @@ class LatentGeometryEvaluator(Engine):
 
     def _add(self, encoder: str, measure: str, mean: Any) -> None:  # noqa: ANN401 (a Mean)
         self.state.table.append({"encoder": encoder, "measure": measure, **mean._asdict()})
-        self.state.metrics[f"{encoder}/{measure}".replace(",", "")] = mean.value
+        self.state.metrics[f"{encoder}/{measure}"] = mean.value

@@ -37,13 +37,13 @@ MIN_SCANS = 5
 
 ORGANS: Mapping[str, tuple[str, ...]] = {
     "heart": ("heart",),
-    "lung, left": ("lung_upper_lobe_left", "lung_lower_lobe_left"),
-    "lung, right": ("lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"),
+    "lung_left": ("lung_upper_lobe_left", "lung_lower_lobe_left"),
+    "lung_right": ("lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"),
     "liver": ("liver",),
     "spleen": ("spleen",),
     "stomach": ("stomach",),
-    "kidney, left": ("kidney_left",),
-    "kidney, right": ("kidney_right",),
+    "kidney_left": ("kidney_left",),
+    "kidney_right": ("kidney_right",),
     "esophagus": ("esophagus",),
     "trachea": ("trachea",),
     "aorta": ("aorta",),

@@ -45,8 +45,8 @@ def gap_curve(
 ) -> FloatArray:
     """Return the mean distance between slices of a volume that lie each gap apart.
 
-    For every slice the partner is the one nearest to the gap above it, if it is off by no more than half the
-    distance to the next gap; so spacings need not divide the gaps.
+    For every slice the partner is the one nearest to the gap above it, if it is off by less than half the
+    smallest step between gaps, 0 included; so spacings need not divide the gaps.
 
     Source: DALE-CT's released world-model probes, there by number of slices.
 
@@ -71,12 +71,12 @@ def gap_curve(
         raise ValueError(f"gaps_mm must ascend from above 0, got {list(gaps_mm)}.")
     tokens, place = np.asarray(embeddings, np.float64), np.asarray(z_mm, np.float64)
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-300)
-    tolerance = np.diff(gaps).min() / 2 if len(gaps) > 1 else gaps[0] / 2
+    tolerance = np.diff(gaps, prepend=0).min() / 2
     curve = np.full(len(gaps), np.nan)
     for index, gap in enumerate(gaps):
         partner = np.abs(place[None] - place[:, None] - gap)
         nearest = partner.argmin(1)
-        close = partner.min(1) <= tolerance
+        close = partner.min(1) < tolerance
         if close.any():
             curve[index] = DISTANCES[distance](unit[close], unit[nearest[close]]).mean()
     return curve

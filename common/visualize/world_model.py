@@ -80,6 +80,7 @@ def draw_world_model(path: str | Path, world: Mapping[str, dict[str, Any]], gaps
     for axes in (*panels[1:4], panels[5]):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
+    panels[3].margins(y=0.3)
     with atomic_file(Path(path)) as file:
         figure.savefig(file, format="png", dpi=100)
 
@@ -108,7 +109,8 @@ def _draw_bars(axes: Axes, world: Mapping[str, dict[str, Any]], measures: Mappin
         places = np.arange(len(means)) + (number - (len(world) - 1) / 2) * width
         bars = axes.bar(places, [mean.value for mean in means], width * 0.92, color=colour, label=encoder)
         axes.errorbar(places, [m.value for m in means], _arms(means), fmt="none", color="black", capsize=3)
-        axes.bar_label(bars, [f"{mean.value:.2f}" for mean in means], padding=8, fontsize=8)
+        texts = [f"{mean.value:.2f}" for mean in means]
+        axes.bar_label(bars, texts, label_type="center", color="white", fontsize=9, fontweight="bold")
     axes.set_xticks(range(len(measures)), list(measures))
 
 
@@ -144,7 +146,6 @@ def _draw_spans(axes: Axes, world: Mapping[str, dict[str, Any]]) -> None:
     axes.set_yticks(range(len(organs)), organs, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.legend(frameon=False, fontsize=7, loc="lower right")
 
 
 def _draw_strides(axes: Axes, world: Mapping[str, dict[str, Any]]) -> None:
