@@ -3,13 +3,13 @@
 # R resamples, N samples, C classes, K distinct scores of a class's positives
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from common.data.patient_split import natural_order
+from common.data.patient_split import natural_order, patient_of
 
 FloatArray = NDArray[np.float64]
 
@@ -22,6 +22,25 @@ class _Sums(NamedTuple):
     called: csr_matrix  # (K, N): samples from just below the next higher positive down to it
     positive: csr_matrix  # (K, N): positives of that score
     tied: csr_matrix  # (K, N): negatives of that score
+
+
+def groups_of(volumes: Sequence[str], resampling: str) -> list[str]:
+    """Return what a resample draws or leaves as a whole.
+
+    Args:
+        volumes: names of the volumes.
+        resampling: "patients", as in the paper's protocol, or "volumes", for data without a patient's name.
+
+    Raises:
+        ValueError: if the resampling is neither, or a volume's name does not tell its patient.
+
+    Example:
+        >>> groups_of(["valid_1_a_1", "valid_1_b_1"], "patients")
+        ['valid_1', 'valid_1']
+    """
+    if resampling not in ("patients", "volumes"):
+        raise ValueError(f"resampling must be 'patients' or 'volumes', got {resampling!r}.")
+    return [patient_of(volume) if resampling == "patients" else volume for volume in volumes]
 
 
 def resample_weights(groups: Sequence[str], num_resamples: int, seed: int) -> NDArray[np.float32]:
@@ -119,7 +138,7 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]
 
     Args:
         values: the metric of each resample.
-        confidence: share of the resamples inside; paper IV-B and Tables: 95 %.
+        confidence: share of the resamples inside; our choice: 95 %.
 
     Shape:
         values ``(R,)``. Output: low and high, nan if no resample defines the metric.
@@ -134,6 +153,25 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]
         return float("nan"), float("nan")
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def interval_report(values: dict[str, FloatArray], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the intervals of :func:`bootstrap`, laid out as the report of the metrics themselves.
+
+    Args:
+        values: metrics by resample and class.
+        names: of the classes.
+
+    Returns:
+        ``macro[metric]`` and ``per_class[name][metric]``, each (low, high).
+    """
+    return {
+        "macro": {metric: interval(macro_means(of_metric)) for metric, of_metric in values.items()},
+        "per_class": {
+            name: {metric: interval(of_metric[:, index]) for metric, of_metric in values.items()}
+            for index, name in enumerate(names)
+        },
+    }
 
 
 def two_sided_p(differences: ArrayLike) -> float:
