@@ -12,6 +12,7 @@ from data_prep.commands.audit import audit
 from data_prep.commands.console import console
 from data_prep.commands.ct_rate import ct_rate
 from data_prep.commands.dense_labels import dense_labels
+from data_prep.commands.dense_overlay import dense_overlay
 from data_prep.commands.dicom import dicom
 from data_prep.commands.download import download
 from data_prep.commands.hu_stats import hu_stats
@@ -35,6 +36,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     "--rexgroundingct /data/ReX/dataset.json --rexgroundingct-masks /data/ReX/segmentations",
     dense_labels: "dense-labels --root /data/CT-RATE --rexgroundingct /data/ReX/dataset.json "
     "--rexgroundingct-masks /data/ReX/segmentations --out /data/dense_labels",
+    dense_overlay: "dense-overlay ct.nii.gz label_map.nii.gz --out overlay.png",
     dicom: "dicom /data/export --out /data/shards --masks label_maps/",
     download: "download ct-rate --out /data/CT-RATE --split train --patients 1:100 --label-maps",
     hu_stats: "hu-stats /data/shards --split train --volumes 1000 --out hu.json --picture hu.png",

@@ -1,4 +1,4 @@
-"""Dense labels of a cohort: what every patch shows of TotalSegmentator's organs and ReXGroundingCT's findings."""
+"""Dense labels of a cohort: which organs and findings every patch shows, through the crop of its image."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from common.data.rejection import RejectedError
 from common.data.shard_index import RejectedVolume
 from data_prep.cluster import run_tasks
-from data_prep.rejection import RejectedError
 from data_prep.rexgroundingct import read_full_findings
 from data_prep.source_volume import SourceVolume, read_ct
 from data_prep.totalsegmentator import read_full_label_map

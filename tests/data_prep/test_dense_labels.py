@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from common.data.dense_labels import findings_present, read_dense_labels
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredGrid
 from data_prep.dense_labels import dense_labels_of, write_all
-from data_prep.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation, read_full_findings
 from data_prep.source_volume import SourceVolume
-from data_prep.stored_ct import StoredGrid
 from data_prep.totalsegmentator import read_full_label_map
 
 SHAPE_XYZ = (61, 53, 5)
