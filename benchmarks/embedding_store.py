@@ -3,8 +3,8 @@
     python benchmarks/embedding_store.py
 
 All formats hold the same random float16 embeddings and are written and read in turns in one process on one
-thread; medians of wall time. What is read is in the page cache: the format is measured, not the disk; of ours,
-that includes a checksum and a search for NaN and Inf, and writing waits for the disk. Ends in one line of JSON.
+thread; medians of wall time. What is read is in the page cache: the format is measured, not the disk. Of ours
+that has a checksum and a search for NaN and Inf, and writing waits for the disk. Ends in one line of JSON.
 """
 
 import json
