@@ -107,7 +107,8 @@ class DenseCohort:
                     f"labels must be of (slices, patches) = {shape} as the embedding, in a square, got "
                     f"{labels.findings.shape} for volume '{volume}'. Label with --grid {grid[0]}."
                 )
-            box = tuple(metadata.get("box", labels.box))
+            # without a box the images are whole slices
+            box = tuple(metadata.get("box") or (0, 0, metadata["side_px"]))
             if box != labels.box:
                 raise ValueError(
                     f"labels must be of the box of the image, {box}, got {labels.box} for volume '{volume}'. "

@@ -11,9 +11,8 @@ import torch
 from matplotlib.axes import Axes
 from monai.bundle import ConfigParser
 from torch import nn
-from torch.nn import functional
 
-from common.data.nifti_ct import read_ct
+from common.data.ct_sources import ct_sources
 from common.networks.encoder import cls_and_patches
 from common.transforms.body_crop import CropBodyd, body_box
 from common.transforms.hounsfield import HUWindow, normalize_hu
@@ -114,21 +113,22 @@ def read_images(path: str | Path, size_px: int) -> CTImages:
     """Read a CT and crop its slices to the body.
 
     Args:
-        path: NIfTI in HU, in any orientation.
+        path: NIfTI in HU in any orientation, npz as RAD-ChestCT's, or the folder of a DICOM series.
         size_px: side of the images, I.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         RejectedError: if the file is damaged or no CT in HU.
+        ValueError: if the path holds more than one volume.
     """
-    ct = read_ct(Path(path))
-    hu = torch.from_numpy(np.ascontiguousarray(ct.hu))[:, None]
+    sources, rejected = ct_sources(path)
+    if len(sources) != 1:
+        named = [source.volume for source in sources] + [item.detail for item in rejected]
+        raise ValueError(f"ct must be one volume, got {len(sources)} in '{path}': {named[:3]}.")
+    ct = sources[0].read()
+    hu = torch.from_numpy(ct.hu)[:, None]
     cropped = CropBodyd("image", size_px)({"image": hu})["image"]
-    height, width = hu.shape[-2:]
-    pads = (max(height - width, 0), max(width - height, 0))
-    left, top = (pad // 2 for pad in pads)
-    padded = functional.pad(hu, (left, pads[0] - left, top, pads[1] - top), value=int(hu.min()))
-    name = Path(path).name.removesuffix(".gz").removesuffix(".nii")
-    return CTImages(name, cropped, np.arange(len(hu)) * ct.spacing_mm[2], body_box(padded))
+    return CTImages(sources[0].volume, cropped, np.arange(len(hu)) * ct.spacing_mm[2], body_box(hu))
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def draw_pca(path: str | Path, images: CTImages, slices: list[int], patches: tor
 
 
 def main(
-    ct: Annotated[Path, typer.Argument(help="CT in HU, NIfTI in any orientation.")],
+    ct: Annotated[Path, typer.Argument(help="NIfTI in HU, npz, or a folder of a DICOM series.")],
     bundle: Bundle,
     out: Out,
     slices: Slices = None,

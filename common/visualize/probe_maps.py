@@ -98,7 +98,7 @@ def draw_probabilities(
 
 
 def main(
-    ct: Annotated[Path, typer.Argument(help="CT in HU, NIfTI in any orientation.")],
+    ct: Annotated[Path, typer.Argument(help="NIfTI in HU, npz, or a folder of a DICOM series.")],
     bundle: Bundle,
     probes: Annotated[Path, typer.Option(help="Output folder of eval_dense_2d, for the same encoder.")],
     name: Annotated[list[str], typer.Option(help="Finding or organ, several times, all of one task.")],

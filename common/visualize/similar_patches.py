@@ -124,7 +124,7 @@ def draw_maps(
 
 
 def main(
-    ct: Annotated[Path, typer.Argument(help="CT in HU, NIfTI in any orientation.")],
+    ct: Annotated[Path, typer.Argument(help="NIfTI in HU, npz, or a folder of a DICOM series.")],
     bundle: Bundle,
     out: Out,
     patch: Annotated[

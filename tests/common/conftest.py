@@ -166,7 +166,8 @@ def write_dense(tmp_path: Path) -> DenseCohortDirs:
                 z_mm = torch.arange(slices) * 1.5
                 tokens = (torch.from_numpy(part) for part in (cls, patches))
                 writer.add(
-                    volume, next(tokens), (0.7, 0.7, 1.5), z_mm=z_mm, patches=next(tokens), patch_grid=(2, 2)
+                    *(volume, next(tokens), (0.7, 0.7, 1.5)),
+                    **{"z_mm": z_mm, "patches": next(tokens), "patch_grid": (2, 2), "box": (0, 0, 8)},
                 )
         return tmp_path / "tokens", tmp_path / "labels"
 

@@ -108,13 +108,15 @@ def test_labels_of_another_grid_or_crop_are_refused(dirs: Any, tmp_path: Path) -
         DenseCohort(*dirs, VOLUMES)
     store = EmbeddingStore(dirs[0])
     patches = store.read_patches("valid_4_a_1")
-    with EmbeddingStoreWriter(tmp_path / "boxed", store.identity, "float32") as writer:
-        writer.add(
-            *("valid_4_a_1", store.read("valid_4_a_1").tokens, (1, 1, 1)),
-            **{"patches": patches, "patch_grid": (2, 2), "box": (1, 0, 8)},
-        )
-    with pytest.raises(ValueError, match=r"box of the image, \(1, 0, 8\), got \(0, 0, 8\) for volume 'valid_4"):
-        DenseCohort(tmp_path / "boxed", dirs[1], ["valid_4_a_1"])
+    for name, crop, shown in (("boxed", {"box": (1, 0, 8)}, "1, 0, 8"), ("raw", {"side_px": 9}, "0, 0, 9")):
+        with EmbeddingStoreWriter(tmp_path / name, store.identity, "float32") as writer:
+            writer.add(
+                *("valid_4_a_1", store.read("valid_4_a_1").tokens, (1, 1, 1)),
+                **{"patches": patches, "patch_grid": (2, 2)} | crop,
+            )
+        message = rf"box of the image, \({shown}\), got \(0, 0, 8\) for volume 'valid_4"
+        with pytest.raises(ValueError, match=message):
+            DenseCohort(tmp_path / name, dirs[1], ["valid_4_a_1"])
 
 
 def test_an_empty_draw_is_refused(dirs: Any) -> None:
