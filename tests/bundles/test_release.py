@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,29 +22,10 @@ from monai.bundle import scripts
 from common.data.shard_volume import VolumeSlices
 from common.data.shards import write_shard
 from common.fetch_bundle import fetch_bundle
-from tests.bundles.test_metadata import REQUIRED, REQUIRED_OF_A_TENSOR
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1].name for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
 TINY = ("--img_size_px", "32", "--embed_dim", "24", "--depth", "1", "--num_heads", "2")
-JSON_TYPES = {str: "string", dict: "object", int: "integer", list: "array"}
-# of monai.bundle's schema, what the specification of bundles states
-TENSORS = {
-    "type": "object",
-    "additionalProperties": {
-        "type": "object",
-        "required": list(REQUIRED_OF_A_TENSOR),
-        "properties": {key: {"type": JSON_TYPES[kind]} for key, kind in REQUIRED_OF_A_TENSOR.items()},
-    },
-}
-SCHEMA = {
-    "type": "object",
-    "required": list(REQUIRED),
-    "properties": {
-        **{key: {"type": JSON_TYPES[kind]} for key, kind in REQUIRED.items()},
-        "network_data_format": {"properties": {"inputs": TENSORS, "outputs": TENSORS}},
-    },
-}
 
 
 def pack(out: Path, *names: str) -> subprocess.CompletedProcess:
@@ -182,10 +164,8 @@ def test_our_own_download_verifies_what_it_unpacks(dist: Path, url: str, tmp_pat
 
 @pytest.mark.slow
 def test_metadata_pass_monais_check_against_a_schema(downloaded: Path, tmp_path: Path) -> None:
-    schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps(SCHEMA))
-    words = ("verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", str(schema))
-    monai(*words, cwd=downloaded)
+    schema = shutil.copy(Path(__file__).parent / "meta_schema.json", tmp_path)
+    monai("verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", schema, cwd=downloaded)
 
 
 @pytest.mark.slow
