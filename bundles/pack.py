@@ -24,7 +24,7 @@ from pathlib import Path
 BUNDLES = Path(__file__).resolve().parent
 REPOSITORY = BUNDLES.parent
 PARTS = ("LICENSE", "large_files.yml", "configs/*", "docs/*", "models/*")
-CODE = ("common/**/*.py", "common/**/*.csv", "common/**/*.json")
+CODE = tuple(f"common/**/*.{suffix}" for suffix in ("py", "csv", "html", "json"))
 NO_TIME = (1980, 1, 1, 0, 0, 0)
 HUB_HEADER = "---\nlibrary_name: monai\nlicense: apache-2.0\ntags: [monai, medical, ct, chest]\n---\n\n"
 
