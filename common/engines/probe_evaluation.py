@@ -5,7 +5,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from common.data.bag_batches import pad_bags
 from common.data.embeddings import EmbeddingBags, labelled_volumes
 from common.data.patient_split import patient_of
+from common.handlers.mlflow_rows import log_rows
 from common.handlers.results_table import add_rows, code_version, config_hash
 from common.labels import load_labels
 from common.labels.class_map import map_classes
@@ -109,7 +110,7 @@ def measure(prediction: Prediction, bags: EmbeddingBags, weights: np.ndarray) ->
 
 def evaluate_probes(
     probes: Mapping[str, str | None],
-    embeddings: Mapping[str, str],
+    embeddings: Mapping[str, str | None],
     labels_csv: str | Path,
     label_set: str,
     prefix: str,
@@ -117,7 +118,8 @@ def evaluate_probes(
     results_csv: str | Path,
     num_resamples: int,
     seed: int,
-    config: dict[str, Any],
+    tracking_uri: str,
+    experiment: str,
     device: torch.device | str = "cpu",
 ) -> dict[str, Measured]:
     """Test probes on the same volumes, embedded in one way or several, and compare each with the first.
@@ -130,8 +132,9 @@ def evaluate_probes(
     Source: DALE-CT IV-B and Table IV; the intervals are ours.
 
     Args:
-        probes: name to folder of the probe; a folder that is None is passed over.
-        embeddings: name to folder of embeddings of the same volumes; the first is the right way.
+        probes: name to folder of the probe.
+        embeddings: name to folder of embeddings of the same volumes, the first the right way. A folder of
+            either that is None is passed over.
         labels_csv: label table of the test set; may hold further volumes.
         label_set: classes of the test set, a list of ``common.labels``.
         prefix: how names of test volumes start; "" for all.
@@ -139,7 +142,8 @@ def evaluate_probes(
         results_csv: CSV of all evaluations.
         num_resamples: R.
         seed: of the resamples.
-        config: settings that the numbers depend on, JSON values.
+        tracking_uri: MLflow store.
+        experiment: MLflow experiment of the run that records the rows.
         device: where to compute.
 
     Returns:
@@ -150,41 +154,42 @@ def evaluate_probes(
         ValueError: if no probe is given, no volume has the prefix, embeddings differ in their volumes, or as
             :func:`predict`.
     """
-    folders = {name: folder for name, folder in probes.items() if folder is not None}
-    if not folders or not embeddings:
+    probe_dirs = {name: folder for name, folder in probes.items() if folder is not None}
+    (right, *others) = views = [view for view, folder in embeddings.items() if folder is not None] or [""]
+    if not probe_dirs or not right:
         raise ValueError(
-            f"probes and embeddings must name at least one each, got {dict(probes)} and {dict(embeddings)}."
+            f"probes and embeddings must name at least one each, got {dict(probes)} and {dict(embeddings)}. "
+            "Pass --frozen_probe and --test_embeddings_dir."
         )
     names = [label.name for label in load_labels(label_set)]
-    measured: dict[str, Measured] = {}
-    first: EmbeddingBags | None = None
-    weights = np.empty(0)
-    for view, folder in embeddings.items():
-        bags = _test_bags(folder, labels_csv, names, prefix)
-        if first is None:
-            first = bags
-            weights = resample_weights([patient_of(v) for v in bags.volumes], num_resamples, seed)
-        elif bags.volumes != first.volumes:
+    bags = {view: _test_bags(str(embeddings[view]), labels_csv, names, prefix) for view in views}
+    first = bags[right]
+    weights = resample_weights([patient_of(volume) for volume in first.volumes], num_resamples, seed)
+    reference = next(iter(probe_dirs))
+    cells = {name: (probe_dir, first) for name, probe_dir in probe_dirs.items()}
+    for view in others:
+        if bags[view].volumes != first.volumes:
             raise ValueError(
-                f"embeddings must be of the same volumes, got {len(first.volumes)} in the first and "
-                f"{len(bags.volumes)} in '{view}', or others."
+                f"embeddings must be of the same volumes, got {len(first)} in '{right}' and {len(bags[view])} "
+                f"in '{view}', or others."
             )
-        for name, probe_dir in folders.items():
-            if bags is not first and name != next(iter(folders)):
-                continue
-            protocol = name if bags is first else f"{name}_{view}"
-            measured[protocol] = measure(predict(probe_dir, bags, device), bags, weights)
-            logger.info("%s: %s", protocol, {key: round(v, 4) for key, v in measured[protocol].values.items()})
-    assert first is not None  # there is at least one folder of embeddings
+        cells[f"{reference}_{view}"] = probe_dirs[reference], bags[view]
+    measured = {}
+    for protocol, (probe_dir, own) in cells.items():
+        measured[protocol] = measure(predict(probe_dir, own, device), own, weights)
+        logger.info("%s: %s", protocol, {key: round(v, 4) for key, v in measured[protocol].values.items()})
+    settings = {"label_set": label_set, "prefix": prefix, "num_resamples": num_resamples, "seed": seed}
     shared = {
         "encoder": str(first.identity["encoder"]),
         "dataset": dataset,
         "n": str(len(first)),
         "seeds": str(seed),
         "commit": code_version(),
-        "config_hash": config_hash(config | first.identity),
+        "config_hash": config_hash(settings | first.identity),
     }
-    add_rows(results_csv, [row | shared for row in _rows(measured)])
+    rows = [row | shared for row in _rows(measured)]
+    add_rows(results_csv, rows)
+    log_rows(rows, tracking_uri, experiment)
     return measured
 
 

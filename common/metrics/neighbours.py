@@ -101,7 +101,7 @@ def retrieval_report(
     For each class, over the queries that have it: precision@k, the share of the first k volumes that have it
     too; recall@k, the share of all volumes of the bank with the class that are among the first k; hit@k, the
     share of queries with at least one among the first k. Chance is the class's prevalence in the bank
-    (``precision@chance``).
+    (``prevalence``).
 
     Args:
         neighbours: of the queries in the bank.
@@ -114,7 +114,7 @@ def retrieval_report(
         ``query_labels (Q, C)``, ``bank_labels (N, C)``.
 
     Returns:
-        ``report[name]["precision@5"]`` and so on; NaN for a class that no query has, recall also for one that
+        ``report[name]["precision_at_5"]`` and so on; NaN for a class that no query has, recall also for one that
         no volume of the bank has.
 
     Raises:
@@ -126,13 +126,13 @@ def retrieval_report(
     query, bank = np.asarray(query_labels, dtype=np.float64), np.asarray(bank_labels, dtype=np.float64)
     num_queries, num_in_bank = query.sum(0), bank.sum(0)
     found = bank[neighbours.places].cumsum(1)  # (Q, k, C): volumes with the class among the first k
-    columns: dict[str, np.ndarray] = {"precision@chance": num_in_bank / len(bank)}
-    columns["precision@chance"][num_queries == 0] = np.nan
+    columns: dict[str, np.ndarray] = {"prevalence": num_in_bank / len(bank)}
+    columns["prevalence"][num_queries == 0] = np.nan
     for k in ks:
         hits = found[:, k - 1]
-        columns[f"precision@{k}"] = _ratio((query * hits).sum(0), k * num_queries)
-        columns[f"recall@{k}"] = _ratio((query * hits).sum(0), num_in_bank * num_queries)
-        columns[f"hit@{k}"] = _ratio((query * (hits > 0)).sum(0), num_queries)
+        columns[f"precision_at_{k}"] = _ratio((query * hits).sum(0), k * num_queries)
+        columns[f"recall_at_{k}"] = _ratio((query * hits).sum(0), num_in_bank * num_queries)
+        columns[f"hit_at_{k}"] = _ratio((query * (hits > 0)).sum(0), num_queries)
     return {
         name: {metric: float(values[c]) for metric, values in columns.items()} for c, name in enumerate(names)
     }

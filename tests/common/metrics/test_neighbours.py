@@ -75,19 +75,19 @@ def test_retrieval_is_that_of_a_loop(data):
         for k in (1, 5, 9):
             hits = [len(relevant & set(nearest.places[q, :k].tolist())) for q in queries]
             expected = {
-                f"precision@{k}": np.mean([hit / k for hit in hits]) if queries else math.nan,
-                f"recall@{k}": np.mean([hit / len(relevant) for hit in hits])
+                f"precision_at_{k}": np.mean([hit / k for hit in hits]) if queries else math.nan,
+                f"recall_at_{k}": np.mean([hit / len(relevant) for hit in hits])
                 if queries and relevant
                 else math.nan,
-                f"hit@{k}": np.mean([hit > 0 for hit in hits]) if queries else math.nan,
+                f"hit_at_{k}": np.mean([hit > 0 for hit in hits]) if queries else math.nan,
             }
             for metric, value in expected.items():
                 assert report[name][metric] == pytest.approx(value, abs=1e-12, nan_ok=True), (name, metric)
         chance = len(relevant) / 41 if queries else math.nan
-        assert report[name]["precision@chance"] == pytest.approx(chance, nan_ok=True)
-    assert report["Fracture"]["precision@5"] == 0
-    assert math.isnan(report["Fracture"]["recall@5"])
-    assert math.isnan(report["Atelectasis"]["hit@5"])
+        assert report[name]["prevalence"] == pytest.approx(chance, nan_ok=True)
+    assert report["Fracture"]["precision_at_5"] == 0
+    assert math.isnan(report["Fracture"]["recall_at_5"])
+    assert math.isnan(report["Atelectasis"]["hit_at_5"])
 
 
 def test_what_cannot_be_searched_is_refused(data):
