@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from common.data.bag_batches import pad_bags
+from common.data.embedding_part import IDENTITY_KEYS
 from common.data.embeddings import EmbeddingBags, labelled_volumes
 from common.data.patient_split import patient_of
 from common.handlers.mlflow_rows import log_rows
@@ -24,7 +25,6 @@ from common.networks.mil_probe import load_probe
 logger = logging.getLogger(__name__)
 
 BAGS_PER_CHUNK = 64  # volumes scored at once; bounds memory, changes no number
-BOUND_BY = ("encoder", "encoder_id", "preprocessing", "slice_order", "dim")
 RANKING = ("auroc", "auprc")
 
 
@@ -65,7 +65,7 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
     """
     probe, card = load_probe(probe_dir)
-    for key in BOUND_BY:
+    for key in (*IDENTITY_KEYS, "dim"):
         if card[key] != bags.identity[key]:
             raise ValueError(
                 f"{key} must be the probe's, {card[key]!r}, got {bags.identity[key]!r} of the embeddings for "

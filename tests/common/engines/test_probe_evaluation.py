@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from common.data.bag_batches import pad_bags
+from common.data.embedding_store_writer import EmbeddingStoreWriter
 from common.data.embeddings import EmbeddingBags
 from common.engines.probe_evaluation import Prediction, evaluate_probes, measure, predict
 from common.handlers.results_table import read_rows
@@ -97,13 +98,19 @@ def test_metrics_are_scikit_learns_of_scores_and_of_decisions(bags):
     assert measured.resampled["f1"][4] == pytest.approx(f1, abs=1e-6)
 
 
-def test_rows_hold_frozen_retrained_other_views_and_paired_differences(test_set, bags, tmp_path, write_cohort):
+def write_another_view(bags: EmbeddingBags, folder: Path, num_volumes: int) -> Path:
+    """The same volumes as another preprocessing may show them to the encoder."""
+    with EmbeddingStoreWriter(folder, bags.identity, "float32") as writer:
+        for index in range(num_volumes):
+            tokens = bags[index]["tokens"].flip(1)
+            writer.add(bags.volumes[index], tokens, (0.7, 0.7, 1.5), z_mm=torch.arange(len(tokens)) * 1.5)
+    return folder
+
+
+def test_rows_hold_frozen_retrained_other_views_and_paired_differences(test_set, bags, tmp_path):
     write_probe(tmp_path / "frozen", bags, CT_RATE)
     write_probe(tmp_path / "retrained", bags, RAD)
-    (tmp_path / "turned").mkdir()
-    turned, _ = write_cohort("turned/valid", 33, dim=DIM, signal=1.0, classes=RAD, seed=4)
-    # the same volumes under the same names, seen another way
-    turned, labels_csv = _renamed(turned, test_set[1], write_cohort)
+    turned, labels_csv = write_another_view(bags, tmp_path / "turned", 33), test_set[1]
     probes = {"frozen": str(tmp_path / "frozen"), "retrained": str(tmp_path / "retrained")}
     views = {"right": str(test_set[0]), "transposed": str(turned), "flipped": None}
     measured = evaluate(tmp_path, labels_csv, probes=probes, embeddings=views)
@@ -127,10 +134,6 @@ def test_rows_hold_frozen_retrained_other_views_and_paired_differences(test_set,
     assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
 
 
-def _renamed(folder: Path, labels_csv: Path, write_cohort: Any) -> tuple[Path, Path]:
-    return folder, labels_csv
-
-
 def test_embeddings_of_another_encoder_are_refused(test_set, bags, tmp_path):
     write_probe(tmp_path / "probe", bags, CT_RATE, encoder="dale_ct_0")
     message = r"encoder must be the probe's, 'dale_ct_0', got 'dale_ct_2s' of the embeddings for .*probe"
@@ -147,6 +150,11 @@ def test_what_cannot_be_evaluated_is_refused(test_set, bags, tmp_path):
     message = re.escape(f"prefix must be that of some embedded volume, got 'tst' in '{folder}'.")
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path, labels_csv, probes={"frozen": "x"}, embeddings={"right": str(folder)}, prefix="tst")
+    write_probe(tmp_path / "probe", bags, CT_RATE)
+    views = {"right": str(folder), "flipped": str(write_another_view(bags, tmp_path / "fewer", 30))}
+    message = "embeddings must be of the same volumes, got 33 in 'right' and 30 in 'flipped', or others"
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path, labels_csv, probes={"frozen": str(tmp_path / "probe")}, embeddings=views)
     with pytest.raises(FileNotFoundError, match="probe must be a folder with 'probe.safetensors'"):
         evaluate(
             tmp_path, labels_csv, probes={"frozen": str(tmp_path)}, embeddings={"right": str(folder)}
