@@ -17,12 +17,13 @@ from rich.console import Console
 
 from common.data.embeddings import EmbeddingBags, labelled_volumes
 from common.data.labels_csv import read_labels
-from common.data.patient_split import patient_of, split_by_patient
+from common.data.patient_split import split_by_patient
+from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_evaluation import Measured, Prediction, measure
 from common.handlers.mlflow_rows import log_rows
 from common.handlers.results_table import add_rows, code_version, config_hash, results_table
 from common.labels import load_labels
-from common.metrics.bootstrap import interval, resample_weights
+from common.metrics.bootstrap import groups_of, interval, resample_weights
 from common.metrics.multilabel import f1_thresholds, macro
 from common.metrics.neighbours import WEIGHTS, Neighbours, cosine_neighbours, knn_scores, retrieval_report
 from common.short_errors import short_errors
@@ -124,13 +125,8 @@ def main(
         for side, volumes in sides.items()
     }
     cohorts["test"] = EmbeddingBags(test_embeddings, test_labels, names)
-    for key, value in cohorts["train"].identity.items():
-        if cohorts["test"].identity[key] != value:
-            raise ValueError(
-                f"{key} must be the same in both embeddings, got {value!r} to search in and "
-                f"{cohorts['test'].identity[key]!r} that ask. Embed them with one encoder."
-            )
-    weights = resample_weights([patient_of(v) for v in cohorts["test"].volumes], num_resamples, seed)
+    check_cohorts(cohorts)
+    weights = resample_weights(groups_of(cohorts["test"].volumes, "patients"), num_resamples, seed)
     rows = [
         {"protocol": protocol, "metric": f"macro_{metric}", **_numbers(value, own.resampled[metric])}
         for protocol, own in knn_measured(cohorts, ks, weights).items()
@@ -163,5 +159,8 @@ def _numbers(value: float, resampled: np.ndarray | None = None) -> dict[str, str
     return {"value": f"{value:.6f}", "low": low, "high": high}
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

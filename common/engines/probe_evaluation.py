@@ -13,12 +13,11 @@ import torch
 from common.data.bag_batches import pad_bags
 from common.data.embedding_part import IDENTITY_KEYS
 from common.data.embeddings import EmbeddingBags, labelled_volumes
-from common.data.patient_split import patient_of
 from common.handlers.mlflow_rows import log_rows
 from common.handlers.results_table import add_rows, code_version, config_hash
 from common.labels import load_labels
 from common.labels.class_map import map_classes
-from common.metrics.bootstrap import bootstrap, interval, macro_means, resample_weights
+from common.metrics.bootstrap import bootstrap, groups_of, interval, macro_means, resample_weights
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 
@@ -164,7 +163,7 @@ def evaluate_probes(
     names = [label.name for label in load_labels(label_set)]
     bags = {view: _test_bags(str(embeddings[view]), labels_csv, names, prefix) for view in views}
     first = bags[right]
-    weights = resample_weights([patient_of(volume) for volume in first.volumes], num_resamples, seed)
+    weights = resample_weights(groups_of(first.volumes, "patients"), num_resamples, seed)
     reference = next(iter(probe_dirs))
     cells = {name: (probe_dir, first) for name, probe_dir in probe_dirs.items()}
     for view in others:

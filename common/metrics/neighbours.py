@@ -85,8 +85,10 @@ def knn_scores(neighbours: Neighbours, labels: np.ndarray, weights: str) -> np.n
         weight = np.ones_like(neighbours.similarities)
     else:
         weight = 1 / np.maximum(1 - neighbours.similarities, MIN_DISTANCE)
-    weight /= weight.sum(1, keepdims=True)
-    return np.einsum("qk,qkc->qc", weight, np.asarray(labels, dtype=np.float64)[neighbours.places])
+    # the total is one column more of the same sum, so that a class which all neighbours have scores exactly 1
+    counted = np.pad(np.asarray(labels, dtype=np.float64), ((0, 0), (0, 1)), constant_values=1.0)
+    sums = np.einsum("qk,qkc->qc", weight, counted[neighbours.places])
+    return sums[:, :-1] / sums[:, -1:]
 
 
 def retrieval_report(
