@@ -22,6 +22,7 @@ from data_prep.commands.rad_labels import rad_labels
 from data_prep.commands.splits import splits
 from data_prep.commands.subset import subset
 from data_prep.commands.totalsegment import totalsegment
+from data_prep.commands.turned import turned
 
 app = typer.Typer(
     help="Prepare chest CT datasets for pre-training.",
@@ -44,6 +45,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     splits: "splits --labels train_predicted_labels.csv --out splits.csv",
     subset: "subset --labels train_predicted_labels.csv --patients 5000 --out subset.csv",
     totalsegment: "totalsegment scans/ --out label_maps/ --device gpu",
+    turned: "turned --root /data/RAD-ChestCT --prefix tst --turn transposed --out /data/transposed",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: python -m data_prep {example}")(command)
