@@ -22,7 +22,13 @@ from common.data.predictions import Predictions
 from common.engines.best_probe import BestProbe
 from common.engines.probe_cohorts import check_cohorts, check_finite
 from common.engines.probe_seeds import train_seeds
-from common.metrics.bootstrap import bootstrap, groups_of, interval_report, resample_weights
+from common.metrics.bootstrap import (
+    RESAMPLING_SEED,
+    bootstrap,
+    groups_of,
+    interval_report,
+    resample_weights,
+)
 from common.metrics.multilabel import average_precision, f1_thresholds, macro, multilabel_report
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 
@@ -120,7 +126,8 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.further_seeds = list(further_seeds)
         self.readers: dict[str, BagReader] = {}
         self.fixed: dict[str, torch.Tensor] = {}
-        self.weights = resample_weights(groups_of(test_bags.volumes, resampling), num_resamples, seed=0)
+        groups = groups_of(test_bags.volumes, resampling)
+        self.weights = resample_weights(groups, num_resamples, RESAMPLING_SEED)
         self.lr_scheduler = lr_scheduler
         self.best = best
         self.val_interval = val_interval

@@ -13,6 +13,7 @@ from common.data.patient_split import natural_order, patient_of
 
 FloatArray = NDArray[np.float64]
 
+RESAMPLING_SEED = 0  # of every evaluation, so that all encoders are measured on the same resamples
 RESAMPLES_PER_CHUNK = 250  # bounds memory, changes no number
 
 

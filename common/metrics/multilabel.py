@@ -159,6 +159,49 @@ def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLi
     return (_ratio(hits, num_positive) + specificity) / 2
 
 
+class OperatingPoints(NamedTuple):
+    """What calling the K highest distinct scores of a class positive would give, from none to all samples.
+
+    Attributes:
+        recall: share of the positives called, ``(K + 1,)``; nan without positives.
+        false_positive_rate: share of the negatives called, ``(K + 1,)``; nan without negatives.
+        precision: share of positives among the called, ``(K + 1,)``; 1 where nothing is called.
+    """
+
+    recall: FloatArray
+    false_positive_rate: FloatArray
+    precision: FloatArray
+
+
+def operating_points(scores: ArrayLike, targets: ArrayLike) -> OperatingPoints:
+    """Return the points of the ROC and the precision-recall curve of one class.
+
+    Args:
+        scores: higher means more likely.
+        targets: 0 or 1.
+
+    Shape:
+        scores and targets ``(N,)``.
+
+    Raises:
+        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
+
+    Example:
+        >>> operating_points([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]).recall
+        array([0. , 0.5, 0.5, 1. , 1. ])
+    """
+    score, target = (column[:, 0] for column in _checked(np.c_[scores], np.c_[targets]))
+    order = np.argsort(-score, kind="stable")
+    ends = np.flatnonzero(np.diff(score[order], append=-np.inf))
+    hits = np.concatenate([[0.0], target[order].cumsum()[ends]])
+    called = np.concatenate([[0.0], ends + 1.0])
+    num_positive = np.full(hits.shape, target.sum())
+    precision = np.divide(hits, called, out=np.ones(hits.shape), where=called > 0)
+    return OperatingPoints(
+        _ratio(hits, num_positive), _ratio(called - hits, len(target) - num_positive), precision
+    )
+
+
 def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
     """Return the mean over the classes where a metric is defined, and the names of the other classes.
 
