@@ -9,9 +9,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from common.data import nifti_ct, npz_ct
 from common.data.atomic_file import atomic_file
-from data_prep import nifti_ct, rad_chestct
-from data_prep.stored_ct import StoredCT
+from common.data.stored_ct import StoredCT
 
 TURNS = ("right", "transposed", "flipped", "sagittal")
 SUFFIXES = (".npz", ".nii.gz", ".nii")
@@ -25,10 +25,10 @@ def turned_slices(hu: np.ndarray, spacing_mm: Spacing, turn: str) -> tuple[np.nd
     Args:
         hu: canonical slices.
         spacing_mm: as (x, y, z).
-        turn: "right": as they are. "transposed": rows for columns, as DALE-CT's authors showed CT-RATE to their
-            encoders. "flipped": mirrored, the patient's left for the right. "sagittal": what comes of
-            RAD-ChestCT's arrays, stored (inferior, posterior, left), when they are taken for (x, y, z), as the
-            authors' reader did: slices from right to left, whose columns run from head to feet.
+        turn: "right": as they are. "transposed": rows for columns, as DALE-CT's authors showed CT-RATE to
+            their encoders. "flipped": mirrored, the patient's left for the right. "sagittal": what comes of
+            RAD-ChestCT's arrays, stored (inferior, posterior, left), when they are taken for (x, y, z), as
+            the authors' reader did: slices from right to left, whose columns run from head to feet.
 
     Shape:
         Input ``(Z, H, W)``. Output a view: the same, ``(Z, W, H)`` transposed, ``(W, H, Z)`` sagittal.
@@ -84,8 +84,8 @@ def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
     return found
 
 
-def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = rad_chestct.SPACING_MM) -> None:
-    """Write a volume as NIfTI whose header claims that it is the right way; the file appears when it is whole.
+def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = npz_ct.SPACING_MM) -> None:
+    """Write a volume as NIfTI whose header claims that it is the right way; it appears when it is whole.
 
     Args:
         path: NIfTI in HU, or npz of RAD-ChestCT.
@@ -97,9 +97,7 @@ def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = rad_chest
         RejectedError: if the file is no CT.
         ValueError: if there is no such turn.
     """
-    ct: StoredCT = (
-        rad_chestct.read_ct(path, spacing_mm) if path.suffix == ".npz" else nifti_ct.read_ct(path)
-    )
+    ct: StoredCT = npz_ct.read_ct(path, spacing_mm) if path.suffix == ".npz" else nifti_ct.read_ct(path)
     hu, (x, y, z) = turned_slices(ct.hu, ct.spacing_mm, turn)
     image = nib.Nifti1Image(np.ascontiguousarray(hu.transpose(2, 1, 0)), np.diag([-x, -y, z, 1.0]))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,18 +13,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.handlers.results_table import read_rows, results_table
+from common.handlers.results_table import print_whole, read_rows, results_table
+from common.transforms.slice_strategies import STRATEGIES
 
-STRATEGIES = (
-    "raw_144",
-    "cropped_144",
-    "raw_256",
-    "cropped_256",
-    "raw_full",
-    "cropped_full",
-    "tiled_5cut",
-)
-"""In the order of Table VI."""
+TABLE_VI = tuple(name for name in STRATEGIES if not name.endswith("_items"))
+"""Its seven strategies, of which the tiles are joined as the paper says."""
 
 
 def run_strategy(strategy: str, bundle: Path, folders: dict[str, str], further: list[str]) -> list[str]:
@@ -72,14 +65,14 @@ def main(
     folders = {"train_embeddings_dir": train_embeddings_dir, "test_embeddings_dir": test_embeddings_dir}
     further = ["--results_csv", str(results_csv), *context.args]
     # all folders are looked for before the first run, which may take an hour
-    commands = {name: run_strategy(name, bundle, folders, further) for name in strategy or STRATEGIES}
+    commands = {name: run_strategy(name, bundle, folders, further) for name in strategy or TABLE_VI}
     for name, command in commands.items():
         code = subprocess.run(command, check=False).returncode
         if code:
             Console(stderr=True).print(f"'{name}' failed, see above. The same command goes on from there.")
             raise typer.Exit(code)
     rows = [row for row in read_rows(results_csv) if row["protocol"].startswith("preprocessing_")]
-    Console().print(results_table(rows))
+    print_whole(results_table(rows))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -21,9 +21,15 @@ from common.data.patient_split import split_by_patient
 from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_evaluation import Measured, Prediction, measure
 from common.handlers.mlflow_rows import log_rows
-from common.handlers.results_table import add_rows, code_version, config_hash, results_table
+from common.handlers.results_table import (
+    add_rows,
+    code_version,
+    config_hash,
+    print_whole,
+    results_table,
+)
 from common.labels import load_labels
-from common.metrics.bootstrap import groups_of, interval, resample_weights
+from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, interval, resample_weights
 from common.metrics.multilabel import f1_thresholds, macro
 from common.metrics.neighbours import WEIGHTS, Neighbours, cosine_neighbours, knn_scores, retrieval_report
 from common.short_errors import short_errors
@@ -102,14 +108,17 @@ def main(
     train_labels: Annotated[Path, typer.Option(help="Their label table: VolumeName and the classes.")],
     test_embeddings: Annotated[Path, typer.Option(help="Embeddings of the volumes that ask.")],
     test_labels: Annotated[Path, typer.Option(help="Their label table.")],
-    k: Annotated[list[int] | None, typer.Option(help="Neighbours; may be repeated. [default: 1, 5, 20]")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option(help="Neighbours; may be repeated. [default: 1, 5, 20]")
+    ] = None,
     label_set: Annotated[str, typer.Option(help="Classes: a list of common/labels.")] = "ct_rate",
     dataset: Annotated[str, typer.Option(help="Name of the data in the results.")] = "ct_rate",
     num_val_patients: Annotated[int, typer.Option(help="Patients of the first to set thresholds on.")] = 1000,
     split_seed: Annotated[int, typer.Option(help="Of their draw.")] = 42,
     num_resamples: Annotated[int, typer.Option(help="Of the bootstrap over patients.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the resamples.")] = 42,
-    results_csv: Annotated[Path, typer.Option(help="CSV of all evaluations.")] = Path("results/neighbours.csv"),
+    results_csv: Annotated[Path, typer.Option(help="CSV of all evaluations.")] = Path(
+        "results/neighbours.csv"
+    ),
     tracking_uri: Annotated[
         str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store.")
     ] = "sqlite:///mlflow.db",
@@ -126,7 +135,7 @@ def main(
     }
     cohorts["test"] = EmbeddingBags(test_embeddings, test_labels, names)
     check_cohorts(cohorts)
-    weights = resample_weights(groups_of(cohorts["test"].volumes, "patients"), num_resamples, seed)
+    weights = resample_weights(groups_of(cohorts["test"].volumes, "patients"), num_resamples, RESAMPLING_SEED)
     rows = [
         {"protocol": protocol, "metric": f"macro_{metric}", **_numbers(value, own.resampled[metric])}
         for protocol, own in knn_measured(cohorts, ks, weights).items()
@@ -136,19 +145,19 @@ def main(
         {"protocol": "retrieval", "metric": metric, **_numbers(value)}
         for metric, value in retrieval_values(cohorts, ks).items()
     ]
-    settings = {"ks": ks, "num_val_patients": num_val_patients, "split_seed": split_seed, "seed": seed}
+    settings = {"ks": ks, "num_val_patients": num_val_patients, "split_seed": split_seed}
     shared = {
         "encoder": str(cohorts["test"].identity["encoder"]),
         "dataset": dataset,
         "n": str(len(cohorts["test"])),
-        "seeds": str(split_seed),
+        "seeds": "",
         "commit": code_version(),
         "config_hash": config_hash(settings | cohorts["test"].identity),
     }
     complete = [row | shared for row in rows]
     add_rows(results_csv, complete)
     log_rows(complete, tracking_uri, "neighbours")
-    Console().print(results_table([row for row in complete if row["protocol"] != "retrieval"]))
+    print_whole(results_table([row for row in complete if row["protocol"] != "retrieval"]))
     for row in complete:
         if row["protocol"] == "retrieval" and row["metric"].startswith("macro_"):
             Console().print(f"{row['metric'].removeprefix('macro_')}: {float(row['value']):.4f}")

@@ -17,7 +17,14 @@ from common.handlers.mlflow_rows import log_rows
 from common.handlers.results_table import add_rows, code_version, config_hash
 from common.labels import load_labels
 from common.labels.class_map import map_classes
-from common.metrics.bootstrap import bootstrap, groups_of, interval, macro_means, resample_weights
+from common.metrics.bootstrap import (
+    RESAMPLING_SEED,
+    bootstrap,
+    groups_of,
+    interval,
+    macro_means,
+    resample_weights,
+)
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 
@@ -116,7 +123,6 @@ def evaluate_probes(
     dataset: str,
     results_csv: str | Path,
     num_resamples: int,
-    seed: int,
     tracking_uri: str,
     experiment: str,
     device: torch.device | str = "cpu",
@@ -140,7 +146,6 @@ def evaluate_probes(
         dataset: name of the data in the results.
         results_csv: CSV of all evaluations.
         num_resamples: R.
-        seed: of the resamples.
         tracking_uri: MLflow store.
         experiment: MLflow experiment of the run that records the rows.
         device: where to compute.
@@ -163,7 +168,7 @@ def evaluate_probes(
     names = [label.name for label in load_labels(label_set)]
     bags = {view: _test_bags(str(embeddings[view]), labels_csv, names, prefix) for view in views}
     first = bags[right]
-    weights = resample_weights(groups_of(first.volumes, "patients"), num_resamples, seed)
+    weights = resample_weights(groups_of(first.volumes, "patients"), num_resamples, RESAMPLING_SEED)
     reference = next(iter(probe_dirs))
     cells = {name: (probe_dir, first) for name, probe_dir in probe_dirs.items()}
     for view in others:
@@ -177,12 +182,12 @@ def evaluate_probes(
     for protocol, (probe_dir, own) in cells.items():
         measured[protocol] = measure(predict(probe_dir, own, device), own, weights)
         logger.info("%s: %s", protocol, {key: round(v, 4) for key, v in measured[protocol].values.items()})
-    settings = {"label_set": label_set, "prefix": prefix, "num_resamples": num_resamples, "seed": seed}
+    settings = {"label_set": label_set, "prefix": prefix, "num_resamples": num_resamples}
     shared = {
         "encoder": str(first.identity["encoder"]),
         "dataset": dataset,
         "n": str(len(first)),
-        "seeds": str(seed),
+        "seeds": "",
         "commit": code_version(),
         "config_hash": config_hash(settings | first.identity),
     }

@@ -167,4 +167,3 @@ class SequenceGrid(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return HEADS[kind](self.dim, self.num_classes)
-

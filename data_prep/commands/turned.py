@@ -6,19 +6,22 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
+from common.data.npz_ct import SPACING_MM
+from common.data.rejection import RejectedError
 from data_prep.commands.console import console, progress_bars
-from data_prep.rad_chestct import SPACING_MM
-from data_prep.rejection import RejectedError
 from data_prep.turned import find_volumes, write_turned
 
 
 def turned(
     root: Annotated[Path, typer.Option(help="Folder of NIfTI in HU, or of RAD-ChestCT's npz.")],
     turn: Annotated[
-        Literal["right", "transposed", "flipped", "sagittal"], typer.Option(help="How slices are to be shown.")
+        Literal["right", "transposed", "flipped", "sagittal"],
+        typer.Option(help="How slices are to be shown."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of NIfTI to write; files that are there stay.")],
-    prefix: Annotated[str, typer.Option(help="How names of volumes start, such as tst; all by default.")] = "",
+    prefix: Annotated[
+        str, typer.Option(help="How names of volumes start, such as tst; all by default.")
+    ] = "",
     npz_spacing_mm: Annotated[float, typer.Option(help="Edge of an npz file's voxels.")] = SPACING_MM,
 ) -> None:
     """Write volumes whose headers claim that they are the right way when they are not (Table IV)."""

@@ -45,11 +45,11 @@ def invoke(*arguments: object) -> Any:
 
 
 def test_all_seven_run_with_the_same_knobs_and_end_in_one_table(tmp_path, commands):
-    given = folders(tmp_path, *module.STRATEGIES)
+    given = folders(tmp_path, *module.TABLE_VI)
     answer = invoke(*given, "--results-csv", tmp_path / "results.csv", "--max_steps", 7, "--dataset_dir", "x")
     assert answer.exit_code == 0, answer.output
-    assert len(commands) == len(set(module.STRATEGIES)) == 7
-    for strategy, command in zip(module.STRATEGIES, commands, strict=True):
+    assert len(commands) == len(set(module.TABLE_VI)) == 7
+    for strategy, command in zip(module.TABLE_VI, commands, strict=True):
         assert command[:4] == [sys.executable, "-m", "monai.bundle", "run"]
         assert command[command.index("--test_embeddings_dir") + 1] == f"{tmp_path}/valid/{strategy}"
         assert command[-4:] == ["--max_steps", "7", "--dataset_dir", "x"]
@@ -81,7 +81,7 @@ def test_a_failing_run_ends_the_sweep_and_is_named(tmp_path, commands):
 def test_folders_are_looked_for_before_the_first_run(tmp_path, commands):
     answer = invoke(*folders(tmp_path, "raw_144"))
     assert isinstance(answer.exception, FileNotFoundError)
-    assert f"got '{tmp_path}/train/cropped_144', which does not exist, for 'cropped_144'" in str(answer.exception)
+    assert f"got '{tmp_path}/train/raw_256', which does not exist, for 'raw_256'" in str(answer.exception)
     answer = invoke("--train-embeddings-dir", tmp_path, "--test-embeddings-dir", f"{tmp_path}/{{}}")
     assert "train_embeddings_dir must hold {} in place of the strategy" in str(answer.exception)
     assert commands == []

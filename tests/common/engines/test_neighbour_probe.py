@@ -93,7 +93,9 @@ def test_thresholds_are_the_best_f1_on_validation(given, tmp_path):
         if truth.any():
             precision, recall, thresholds = precision_recall_curve(truth, scores["validation"])
             f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-            threshold = max(t for t, value in zip(thresholds, f1[:-1], strict=True) if value > f1.max() - 1e-9)
+            threshold = max(
+                t for t, value in zip(thresholds, f1[:-1], strict=True) if value > f1.max() - 1e-9
+            )
         called, labels = scores["test"] >= threshold - 1e-9, test.labels[:, c].numpy() == 1
         f1s.append(2 * (called & labels).sum() / (called.sum() + labels.sum()))
     assert float(rows["knn_5_majority", "macro_f1"]["value"]) == pytest.approx(np.mean(f1s), abs=2e-6)
@@ -101,7 +103,9 @@ def test_thresholds_are_the_best_f1_on_validation(given, tmp_path):
 
 def test_retrieval_is_reported_by_label(given, tmp_path):
     invoke(given, tmp_path, "--k", 5)
-    rows = {row["metric"]: row for row in read_rows(tmp_path / "results.csv") if row["protocol"] == "retrieval"}
+    rows = {
+        row["metric"]: row for row in read_rows(tmp_path / "results.csv") if row["protocol"] == "retrieval"
+    }
     by_class = [float(rows[f"recall_at_5/{name}"]["value"]) for name in CT_RATE]
     assert float(rows["macro_recall_at_5"]["value"]) == pytest.approx(np.nanmean(by_class), abs=2e-6)
     assert not math.isnan(by_class[0])

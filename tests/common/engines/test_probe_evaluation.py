@@ -31,7 +31,9 @@ def bags(test_set: tuple[Path, Path]) -> EmbeddingBags:
     return EmbeddingBags(*test_set, RAD)
 
 
-def write_probe(folder: Path, bags: EmbeddingBags, names: list[str], **card: Any) -> tuple[MILProbe, list[float]]:
+def write_probe(
+    folder: Path, bags: EmbeddingBags, names: list[str], **card: Any
+) -> tuple[MILProbe, list[float]]:
     torch.manual_seed(len(names))
     probe = MILProbe(build_pooler("average", DIM), DIM, len(names))
     thresholds = np.linspace(0.35, 0.65, len(names)).tolist()
@@ -52,7 +54,6 @@ def evaluate(tmp_path: Path, labels_csv: Path, **changes: Any) -> dict[str, Any]
         "dataset": "rad_chestct",
         "results_csv": tmp_path / "results.csv",
         "num_resamples": 50,
-        "seed": 1,
         "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
         "experiment": "x",
     }
@@ -65,7 +66,9 @@ def test_a_frozen_probe_decides_by_its_own_thresholds_through_the_map(bags, tmp_
         padded = pad_bags([bags[index]["tokens"] for index in range(len(bags))])
         raw = probe(*padded).double().sigmoid().numpy()
     prediction = predict(tmp_path / "probe", bags)
-    arterial, coronary = (CT_RATE.index(f"{kind} wall calcification") for kind in ("Arterial", "Coronary artery"))
+    arterial, coronary = (
+        CT_RATE.index(f"{kind} wall calcification") for kind in ("Arterial", "Coronary artery")
+    )
     np.testing.assert_allclose(prediction.scores[:, 0], raw[:, [arterial, coronary]].max(1), atol=1e-7)
     either = (raw[:, arterial] >= thresholds[arterial]) | (raw[:, coronary] >= thresholds[coronary])
     np.testing.assert_array_equal(prediction.decisions[:, 0], either)
@@ -86,7 +89,9 @@ def test_metrics_are_scikit_learns_of_scores_and_of_decisions(bags):
         "auroc": np.mean([roc_auc_score(targets[:, c], scores[:, c]) for c in columns]),
         "auprc": np.mean([average_precision_score(targets[:, c], scores[:, c]) for c in columns]),
         "f1": np.mean([f1_score(targets[:, c], decisions[:, c]) for c in columns]),
-        "balanced_accuracy": np.mean([balanced_accuracy_score(targets[:, c], decisions[:, c]) for c in columns]),
+        "balanced_accuracy": np.mean(
+            [balanced_accuracy_score(targets[:, c], decisions[:, c]) for c in columns]
+        ),
     }
     assert measured.values == pytest.approx(expected, abs=1e-12)
     places = np.repeat(np.arange(33), weights[4].astype(int))
@@ -149,13 +154,13 @@ def test_what_cannot_be_evaluated_is_refused(test_set, bags, tmp_path):
         evaluate(tmp_path, labels_csv, probes={"frozen": "x"}, embeddings={"right": None})
     message = re.escape(f"prefix must be that of some embedded volume, got 'tst' in '{folder}'.")
     with pytest.raises(ValueError, match=message):
-        evaluate(tmp_path, labels_csv, probes={"frozen": "x"}, embeddings={"right": str(folder)}, prefix="tst")
+        evaluate(
+            tmp_path, labels_csv, probes={"frozen": "x"}, embeddings={"right": str(folder)}, prefix="tst"
+        )
     write_probe(tmp_path / "probe", bags, CT_RATE)
     views = {"right": str(folder), "flipped": str(write_another_view(bags, tmp_path / "fewer", 30))}
     message = "embeddings must be of the same volumes, got 33 in 'right' and 30 in 'flipped', or others"
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path, labels_csv, probes={"frozen": str(tmp_path / "probe")}, embeddings=views)
     with pytest.raises(FileNotFoundError, match="probe must be a folder with 'probe.safetensors'"):
-        evaluate(
-            tmp_path, labels_csv, probes={"frozen": str(tmp_path)}, embeddings={"right": str(folder)}
-        )
+        evaluate(tmp_path, labels_csv, probes={"frozen": str(tmp_path)}, embeddings={"right": str(folder)})

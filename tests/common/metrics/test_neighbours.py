@@ -62,7 +62,9 @@ def test_a_query_that_is_in_the_bank_outweighs_the_others(data):
 def test_length_does_not_matter_and_16_bits_are_taken(data):
     scaled = data | {"bank": data["bank"] * np.arange(1, 42)[:, None]}
     np.testing.assert_array_equal(found(scaled, 5).places, found(data, 5).places)
-    half = cosine_neighbours(torch.from_numpy(data["queries"]).half(), torch.from_numpy(data["bank"]).half(), 5)
+    half = cosine_neighbours(
+        torch.from_numpy(data["queries"]).half(), torch.from_numpy(data["bank"]).half(), 5
+    )
     np.testing.assert_allclose(half.similarities, found(data, 5).similarities, atol=2e-3)
 
 

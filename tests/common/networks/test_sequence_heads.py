@@ -52,9 +52,7 @@ def test_padding_never_matters(kind):
 def test_order_of_the_rows_does_not_matter_as_they_carry_their_place(kind):
     head, (bag,) = head_of(kind), bags_of(8)
     turned = bag[torch.randperm(8, generator=torch.Generator().manual_seed(3))]
-    torch.testing.assert_close(
-        head(*pad_bags([bag])), head(*pad_bags([turned])), atol=1e-10, rtol=0
-    )
+    torch.testing.assert_close(head(*pad_bags([bag])), head(*pad_bags([turned])), atol=1e-10, rtol=0)
 
 
 def test_the_transformer_sees_where_a_slice_is_and_gated_attention_does_not():
@@ -119,7 +117,9 @@ def test_initial_weights_depend_on_seed_and_kind_only():
 
 
 def test_what_the_grid_does_not_know_is_refused():
-    with pytest.raises(ValueError, match=r"poolers must be of \['gated_abmil', 'transformer'\], got 'average'"):
+    with pytest.raises(
+        ValueError, match=r"poolers must be of \['gated_abmil', 'transformer'\], got 'average'"
+    ):
         SequenceGrid(["average"], [0.1], DIM, CLASSES, 0)
     with pytest.raises(ValueError, match=r"learning_rates must be given, each once, got \[\]"):
         SequenceGrid(["transformer"], [], DIM, CLASSES, 0)

@@ -42,7 +42,9 @@ def test_a_class_is_positive_if_any_part_is_at_any_place(tmp_path: Path) -> None
     assert list(labels) == list(written)
     for volume, columns in written.items():
         for c, name in enumerate(NAMES):
-            positive = any(columns[f"{part}*{place}"] for part in PREFIXES[name] for place in ("left", "right"))
+            positive = any(
+                columns[f"{part}*{place}"] for part in PREFIXES[name] for place in ("left", "right")
+            )
             assert labels[volume][c] == positive, (volume, name)
     assert {0, 1} == {int(value) for own in labels.values() for value in own}
 
@@ -50,5 +52,7 @@ def test_a_class_is_positive_if_any_part_is_at_any_place(tmp_path: Path) -> None
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
     write_tables(tmp_path, (("trn", "train"), ("tst", "test")))
     answer = invoke("--root", tmp_path, "--out", tmp_path / "labels.csv")
-    assert "root must hold 'imgvalid_Abnormality_and_Location_Labels.csv', got none in" in str(answer.exception)
+    assert "root must hold 'imgvalid_Abnormality_and_Location_Labels.csv', got none in" in str(
+        answer.exception
+    )
     assert not (tmp_path / "labels.csv").exists()
