@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel
 import numpy as np
@@ -264,7 +264,7 @@ def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndar
     missing = [volume for volume in volumes if volume not in found]
     if missing:
         raise FileNotFoundError(f"ct_dir must hold '{missing[0]}.nii.gz', got none in '{ct_dir}'.")
-    images = {volume: nibabel.Nifti1Image.load(found[volume]) for volume in volumes}
+    images = {volume: cast(nibabel.Nifti1Image, nibabel.load(found[volume])) for volume in volumes}
     return {
         volume: axial_slices(np.asanyarray(image.dataobj), image.affine)[0]
         for volume, image in images.items()
