@@ -143,13 +143,8 @@ def parity(before: list[MILProbe], alone: list[MILProbe], together: list[MILProb
     of_classifiers, of_queries = [], []
     for old, one, other in zip(before, alone, together, strict=True):
         for part, differences in (("classifier", of_classifiers), ("pooler", of_queries)):
-            vectors = [
-                torch.cat(
-                    [tensor.flatten().double() for tensor in getattr(probe, part).state_dict().values()]
-                )
-                for probe in (old, one, other)
-                if getattr(probe, part).state_dict()
-            ]
+            states = [getattr(probe, part).state_dict() for probe in (old, one, other)]
+            vectors = [torch.cat([t.flatten().double() for t in state.values()]) for state in states if state]
             if vectors:
                 update = float((vectors[1] - vectors[0]).norm())
                 differences.append(float((vectors[2] - vectors[1]).norm()) / update)
@@ -256,8 +251,8 @@ def main(
     console = Console(width=120, highlight=False)
     lengths = ct_rate_lengths(volumes)
     console.print(
-        f"{hardware}; torch {torch.__version__}; pages: {pages}; {volumes} bags of {lengths.mean():.0f} slices x "
-        f"{DIM}, {len(LEARNING_RATES)} learning rates x {len(POOLERS)} poolers, {steps} steps"
+        f"{hardware}; torch {torch.__version__}; pages: {pages}; {volumes} bags of {lengths.mean():.0f} "
+        f"slices x {DIM}, {len(LEARNING_RATES)} learning rates x {len(POOLERS)} poolers, {steps} steps"
     )
     found = train_both_ways(Bags(lengths, DIM), steps, device)
     plain_step = len(LEARNING_RATES) * sum(found["plain_steps"].values())

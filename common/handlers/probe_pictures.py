@@ -6,18 +6,18 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import nibabel
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
 from common.data.labels_csv import volume_name
 from common.data.predictions import Predictions
 from common.metrics.calibration import expected_calibration_error, reliability, wilson_interval
 from common.metrics.multilabel import auroc, average_precision, operating_points
-from common.transforms.orientation import axial_slices
+from common.transforms.axial_slices import AxialSlicesd
 
 BLUE, RED, GREY = "#4477aa", "#ee6677", "0.6"
 COLUMNS = 6
@@ -264,8 +264,6 @@ def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndar
     missing = [volume for volume in volumes if volume not in found]
     if missing:
         raise FileNotFoundError(f"ct_dir must hold '{missing[0]}.nii.gz', got none in '{ct_dir}'.")
-    images = {volume: cast(nibabel.Nifti1Image, nibabel.load(found[volume])) for volume in volumes}
-    return {
-        volume: axial_slices(np.asanyarray(image.dataobj), image.affine)[0]
-        for volume, image in images.items()
-    }
+    load = LoadImaged("image", reader="NibabelReader", image_only=True)
+    read = Compose([load, EnsureChannelFirstd("image"), AxialSlicesd("image")])
+    return {volume: read({"image": str(found[volume])})["image"][:, 0].numpy() for volume in volumes}
