@@ -1,11 +1,17 @@
 """Loads the batches of a run step by step, from any step on."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from common.data.slab_dataset import SlabViews, StepBatches
+
+
+def _leave_sigterm_to_the_trainer(worker: int) -> None:
+    """Clusters send SIGTERM to all processes of a job; the trainer needs its workers up to the last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StepLoader(DataLoader):
@@ -50,6 +56,7 @@ class StepLoader(DataLoader):
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
             prefetch_factor=prefetch_factor,
+            worker_init_fn=_leave_sigterm_to_the_trainer,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]

@@ -97,8 +97,8 @@ class TeacherTargets(nn.Module):
         present = torch.ones_like(logits[:, 0]) if valid is None else valid.to(logits)
         count = sum_over_ranks(present.sum())
         mean = sum_over_ranks(present @ logits) / count.clamp(min=1)
-        # a batch without a sample moves nothing
-        self.centre += (1 - self.centre_momentum) * (count > 0) * (mean - self.centre)
+        moved = self.centre.lerp(mean, 1 - self.centre_momentum)
+        self.centre.copy_(torch.where(count > 0, moved, self.centre))  # no sample moves nothing
         return targets
 
 
