@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from common.data.embedding_store import EmbeddingStore
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENCODER, PROBE = (REPOSITORY / "bundles" / name for name in ("dale_ct_2s", "eval_ct_rate"))
 TINY = {
@@ -104,7 +106,7 @@ def test_a_volume_becomes_a_row_of_the_table(walk):
     num_volumes = len(list((walk / "cohort" / "dataset" / "valid_fixed").rglob("*.nii.gz")))
     assert int(ours["n"]) == num_volumes
     assert float(rows["prevalence", "macro_auroc"]["value"]) == 0.5
-    assert len(list((walk / "embeddings" / "valid").glob("*.safetensors"))) == num_volumes
+    assert len(EmbeddingStore(walk / "embeddings" / "valid")) == num_volumes
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from common.data.embedding_store import stored_volumes
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -15,7 +17,7 @@ def ct_files(
 
     Args:
         dataset_dir: a NIfTI file, or a folder searched with its sub-folders.
-        output_dir: folder of ``<volume>.safetensors`` embeddings; a volume that has one is done.
+        output_dir: folder of embeddings; a volume that has one is done.
         skip_list: text file of volumes to leave out, one path or name a line; names alone are compared, as
             CT-RATE's ``no_chest_*.txt`` lists paths of its old layout. None leaves out nothing.
 
@@ -49,7 +51,8 @@ def ct_files(
     files = [
         {"image": str(p), "volume": name} for name, p in sorted(by_volume.items()) if name not in skipped
     ]
-    todo = [item for item in files if not (Path(output_dir) / f"{item['volume']}.safetensors").is_file()]
+    done = stored_volumes(output_dir)
+    todo = [item for item in files if item["volume"] not in done]
     logger.info(
         "%d volumes in '%s': %d left out by the skip list, %d embedded already.",
         *(len(by_volume), root, len(skipped), len(files) - len(todo)),

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from common.data.bag_batches import ShuffledBatches, pad_bags
-from common.data.embeddings import IDENTITY_KEYS, EmbeddingBags
+from common.data.embedding_part import IDENTITY_KEYS
+from common.data.embeddings import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.metrics.multilabel import average_precision, macro, multilabel_report
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name

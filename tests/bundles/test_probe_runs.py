@@ -14,7 +14,8 @@ import torch
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
-from common.data.embeddings import METADATA_KEYS, write_embedding
+from common.data.embedding_part import IDENTITY_KEYS
+from common.data.embedding_store_writer import EmbeddingStoreWriter
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.networks.mil_probe import load_probe
@@ -39,15 +40,16 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for split, num_volumes in (("train", 40), ("valid", 20)):
         rows = [",".join(["VolumeName", *CLASSES])]
-        for index in range(num_volumes):
-            volume = f"{split}_{index // 2 + 1}_a_{index % 2 + 1}"
-            labels = (rng.random(len(CLASSES)) < 0.4).astype(int)
-            cls = rng.standard_normal((int(rng.integers(3, 9)), 23))
-            cls[:, : len(CLASSES)] += 2 * labels
-            metadata = dict.fromkeys(METADATA_KEYS, "x") | {"volume": volume, "encoder": "dale_ct_2s"}
-            path = root / "dale_ct_2s" / "embeddings" / split / f"{volume}.safetensors"
-            write_embedding(path, torch.from_numpy(cls).half(), torch.arange(len(cls)), metadata)
-            rows.append(",".join([f"{volume}.nii.gz", *map(str, labels)]))
+        folder = root / "dale_ct_2s" / "embeddings" / split
+        identity = dict.fromkeys(IDENTITY_KEYS, "x") | {"encoder": "dale_ct_2s", "token_kind": "slice"}
+        with EmbeddingStoreWriter(folder, identity, "float16") as writer:
+            for index in range(num_volumes):
+                volume = f"{split}_{index // 2 + 1}_a_{index % 2 + 1}"
+                labels = (rng.random(len(CLASSES)) < 0.4).astype(int)
+                cls = rng.standard_normal((int(rng.integers(3, 9)), 23))
+                cls[:, : len(CLASSES)] += 2 * labels
+                writer.add(volume, torch.from_numpy(cls), (1, 1, 1), z_mm=torch.arange(len(cls)))
+                rows.append(",".join([f"{volume}.nii.gz", *map(str, labels)]))
         (labels_dir / f"{split}_predicted_labels.csv").write_text("\n".join(rows) + "\n")
     return root
 

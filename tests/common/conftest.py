@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.embeddings import write_embedding
+from common.data.embedding_store_writer import EmbeddingStoreWriter
 from common.data.slab_dataset import SlabViews
 from common.data.volume_entry import VolumeEntry
 from common.transforms.multi_crop import RandSlabMultiCrop
@@ -41,25 +41,22 @@ def write_cohort(tmp_path: Path) -> WriteCohort:
         if labels is None:
             labels = (rng.random((num_volumes, len(classes))) < 0.4).astype(int)
         rows = [",".join(["VolumeName", *classes])]
-        for index, row in enumerate(labels):
-            volume = f"{split}_{index // 2 + 1}_{'ab'[index % 2]}_1"
-            cls = torch.from_numpy(rng.standard_normal((int(rng.integers(3, 12)), dim)))
-            for place, present in enumerate(row):
-                cls[: len(cls) // 3 + 1, place] += signal * float(present)
-            write_embedding(
-                folder / f"{volume}.safetensors",
-                cls.to(dtype),
-                torch.arange(len(cls)) * 1.5,
-                {
-                    "volume": volume,
-                    "encoder": encoder,
-                    "encoder_id": f"sha256:{encoder}",
-                    "preprocessing": "cropped_256",
-                    "spacing_mm": "[0.7, 0.7, 1.5]",
-                    "slice_order": "feet_to_head",
-                },
-            )
-            rows.append(",".join([f"{volume}.nii.gz", *map(str, row)]))
+        identity = {
+            "encoder": encoder,
+            "encoder_id": f"sha256:{encoder}",
+            "preprocessing": "cropped_256",
+            "slice_order": "feet_to_head",
+            "token_kind": "slice",
+        }
+        names = {torch.float16: "float16", torch.float32: "float32"}
+        with EmbeddingStoreWriter(folder, identity, names[dtype], part_bytes=1000) as writer:
+            for index, row in enumerate(labels):
+                volume = f"{split}_{index // 2 + 1}_{'ab'[index % 2]}_1"
+                tokens = torch.from_numpy(rng.standard_normal((int(rng.integers(3, 12)), dim)))
+                for place, present in enumerate(row):
+                    tokens[: len(tokens) // 3 + 1, place] += signal * float(present)
+                writer.add(volume, tokens, (0.7, 0.7, 1.5), z_mm=torch.arange(len(tokens)) * 1.5)
+                rows.append(",".join([f"{volume}.nii.gz", *map(str, row)]))
         labels_csv = tmp_path / f"{split}_labels.csv"
         labels_csv.write_text("\n".join(rows) + "\n")
         return folder, labels_csv

@@ -1,8 +1,11 @@
 """Which volumes inference works on."""
 
 import pytest
+import torch
 
 from common.data.ct_files import ct_files
+from common.data.embedding_part import IDENTITY_KEYS
+from common.data.embedding_store_writer import EmbeddingStoreWriter
 
 
 def touch(folder, *names):
@@ -18,7 +21,10 @@ def test_volumes_are_found_in_sub_folders_and_sorted_by_name(tmp_path):
 
 
 def test_a_volume_with_an_embedding_is_done(tmp_path):
-    touch(tmp_path, "in/a.nii.gz", "in/b.nii.gz", "out/a.safetensors")
+    touch(tmp_path, "in/a.nii.gz", "in/b.nii.gz")
+    identity = dict.fromkeys(IDENTITY_KEYS, "x") | {"token_kind": "slice"}
+    with EmbeddingStoreWriter(tmp_path / "out", identity, "float16") as writer:
+        writer.add("a", torch.zeros(2, 3), (1, 1, 1))
     assert [item["volume"] for item in ct_files(tmp_path / "in", tmp_path / "out")] == ["b"]
 
 
