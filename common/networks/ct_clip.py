@@ -34,13 +34,14 @@ class CTViT(nn.Module):
         num_heads: attention heads.
         dim_head: width of a head.
         codebook_size: number of codes.
-        after_codebook: give each token's nearest code, as CT-CLIP does, in place of the token itself.
+        tokens: "codes" for each token's nearest code, as CT-CLIP does, or "before_codes" for the
+            token itself.
 
     Shape:
         Input ``(B, 1, slices, rows, columns)``. Output ``(B, D, T, H, W)``.
 
     Raises:
-        ValueError: if a patch does not divide a side of the volume.
+        ValueError: if ``tokens`` is neither, or a patch does not divide a side of the volume.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class CTViT(nn.Module):
         num_heads: int,
         dim_head: int,
         codebook_size: int,
-        after_codebook: bool,
+        tokens: str,
     ) -> None:
         super().__init__()
         self.patch = (temporal_patch_size, patch_size, patch_size)
-        self.after_codebook = after_codebook
+        if tokens not in ("codes", "before_codes"):
+            raise ValueError(f"tokens must be 'codes' or 'before_codes', got '{tokens}'.")
+        self.after_codebook = tokens == "codes"
         voxels = temporal_patch_size * patch_size**2
         # entry 0 cuts the patches: it has no weights, but counts in the names of those that follow
         self.to_patch_emb = nn.Sequential(

@@ -126,14 +126,17 @@ class COLIPRIImageEncoder(nn.Module):
         embed_dim: D.
         latent_dim: E, width of projected tokens and of the vector.
         num_pool_heads: heads of the pooler.
-        project: give the projected tokens as the grid, in place of the backbone's.
+        tokens: the grid to give: "backbone" for that of width D, "projected" for that of width E.
 
     Shape:
         Input ``(B, 1, X, Y, Z)``. Output ``(B, D, Tx, Ty, Tz)``; E channels if projected.
+
+    Raises:
+        ValueError: if ``tokens`` is neither.
     """
 
     def __init__(
-        self, backbone: Primus, embed_dim: int, latent_dim: int, num_pool_heads: int, project: bool
+        self, backbone: Primus, embed_dim: int, latent_dim: int, num_pool_heads: int, tokens: str
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -141,7 +144,9 @@ class COLIPRIImageEncoder(nn.Module):
         self.pooler = nn.ModuleDict(
             {"attn": nn.MultiheadAttention(latent_dim, num_pool_heads, batch_first=True)}
         )
-        self.project = project
+        if tokens not in ("backbone", "projected"):
+            raise ValueError(f"tokens must be 'backbone' or 'projected', got '{tokens}'.")
+        self.project = tokens == "projected"
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """Encode; see the class."""

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def weights_file(
-    path: str | Path | None, repo_id: str, filename: str, revision: str, repo_type: str = "model"
+    path: str | Path | None, repo_id: str | None, filename: str, revision: str, repo_type: str = "model"
 ) -> Path | None:
     """Find published weights: at ``path`` if there is a file, else in the hub's cache, else on the hub.
 
@@ -28,7 +28,7 @@ def weights_file(
 
     Args:
         path: where a file placed by hand lies; None for no weights.
-        repo_id: owner and name of the repository.
+        repo_id: owner and name of the repository; None for weights that are on disk only.
         filename: path of the file in the repository.
         revision: branch, tag or commit; a commit is the same file for ever.
         repo_type: "model" or "dataset".
@@ -42,6 +42,10 @@ def weights_file(
     if path is None:
         return None
     if not Path(path).is_file():
+        if repo_id is None:
+            raise FileNotFoundError(
+                f"encoder_weights must be a file, got '{path}', which does not exist. Pass --encoder_weights."
+            )
         path = _from_hub(Path(path), repo_id, filename, revision, repo_type)
     with open(path, "rb") as file:
         logger.info("weights '%s', sha256 %s", path, hashlib.file_digest(file, "sha256").hexdigest())
@@ -63,7 +67,7 @@ def _from_hub(path: Path, repo_id: str, filename: str, revision: str, repo_type:
             f"encoder_weights must be a file, got '{path}', which does not exist, and the hub did not give "
             f"it ({type(error).__name__}: {reason}). Accept the terms on {page} if there are any, get "
             f"'{filename}' at revision '{revision}' and place it at '{path}', or pass --encoder_weights."
-        ) from error
+        ) from None  # the first cause is what the user sees, and the hub's does not know what to do
 
 
 def load_published(

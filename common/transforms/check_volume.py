@@ -63,4 +63,6 @@ def _spacing_mm(key: Hashable, image: torch.Tensor) -> tuple[float, float, float
     try:
         return voxel_axes(image.affine.numpy(force=True))[2]
     except ValueError as error:
-        raise ValueError(f"{str(error).removesuffix('.')}{which}.") from error
+        rule, _, remedy = str(error).removesuffix(".").partition(". ")
+        # without a cause: the first one is what the user sees, and it does not know the file
+        raise ValueError(f"{rule}{which}.{remedy and f' {remedy}.'}") from None

@@ -10,7 +10,7 @@ from common.networks.ct_clip import CTCLIPImageEncoder, CTViT
 DIM, HEADS, HEAD, GRID, PATCH, CODES = 6, 2, 4, (2, 3, 5), (2, 4, 4), 40
 
 
-def tower(after_codebook: bool = False) -> CTViT:
+def tower(tokens: str = "before_codes") -> CTViT:
     torch.manual_seed(0)
     net = CTViT(
         dim=DIM,
@@ -21,7 +21,7 @@ def tower(after_codebook: bool = False) -> CTViT:
         num_heads=HEADS,
         dim_head=HEAD,
         codebook_size=CODES,
-        after_codebook=after_codebook,
+        tokens=tokens,
     )
     net = net.double().eval()
     net.load_state_dict({name: 0.4 * torch.randn_like(tensor) for name, tensor in net.state_dict().items()})
@@ -121,7 +121,7 @@ def test_ctvit_is_its_description():
 
 
 def test_after_the_codebook_a_token_is_the_code_of_largest_cosine():
-    before, after = tower(), tower(after_codebook=True)
+    before, after = tower(), tower("codes")
     codes = after.state_dict()["vq._codebook.embed"][0].numpy()
     tokens = before(volume())[0].flatten(1).T.detach().numpy()
     cosines = tokens @ codes.T / np.linalg.norm(codes, axis=1)
@@ -141,3 +141,8 @@ def test_the_pooled_vector_projects_the_mean_slab():
 def test_volumes_that_patches_do_not_tile_are_refused():
     with pytest.raises(ValueError, match=r"multiples of the patch \(2, 4, 4\), got \(4, 12, 18\)"):
         tower()(torch.zeros(1, 1, 4, 12, 18, dtype=torch.float64))
+
+
+def test_tokens_are_one_of_two():
+    with pytest.raises(ValueError, match="tokens must be 'codes' or 'before_codes', got 'code'"):
+        tower("code")

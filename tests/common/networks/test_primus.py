@@ -60,21 +60,21 @@ def test_a_token_knows_its_place():
     assert (tokens[:, 1] - tokens[:, 2]).abs().max() > 1e-4
 
 
-def colipri(project: bool) -> COLIPRIImageEncoder:
+def colipri(tokens: str) -> COLIPRIImageEncoder:
     torch.manual_seed(0)
-    return COLIPRIImageEncoder(small_primus(), embed_dim=72, latent_dim=24, num_pool_heads=3, project=project)
+    return COLIPRIImageEncoder(small_primus(), embed_dim=72, latent_dim=24, num_pool_heads=3, tokens=tokens)
 
 
-@pytest.mark.parametrize(("project", "width"), [(False, 72), (True, 24)])
-def test_the_pooled_vector_is_attention_of_the_mean_token(project, width):
-    encoder = colipri(project).eval().double()
+@pytest.mark.parametrize(("tokens", "width"), [("backbone", 72), ("projected", 24)])
+def test_the_pooled_vector_is_attention_of_the_mean_token(tokens, width):
+    encoder = colipri(tokens).eval().double()
     grid = encoder(torch.randn(2, 1, 8, 4, 12, dtype=torch.float64))
     assert grid.shape == (2, width, 2, 1, 3)
-    projected = grid if project else encoder.projector(grid)
+    projected = grid if width == 24 else encoder.projector(grid)
     attn = encoder.pooler["attn"]
-    tokens = projected.flatten(2).transpose(1, 2).detach().numpy()
+    rows = projected.flatten(2).transpose(1, 2).detach().numpy()
     weight, bias = attn.in_proj_weight.detach().numpy(), attn.in_proj_bias.detach().numpy()
-    for volume, pooled in zip(tokens, encoder.pool(grid).detach().numpy(), strict=True):
+    for volume, pooled in zip(rows, encoder.pool(grid).detach().numpy(), strict=True):
         query, keys, values = (
             part @ weight[24 * i : 24 * (i + 1)].T + bias[24 * i : 24 * (i + 1)]
             for i, part in enumerate((volume.mean(0), volume, volume))
@@ -90,12 +90,14 @@ def test_the_pooled_vector_is_attention_of_the_mean_token(project, width):
 
 def test_projected_or_not_the_pooled_vector_is_the_same():
     volume = torch.randn(1, 1, 8, 8, 4)
-    plain, projected = colipri(False).eval(), colipri(True).eval()
+    plain, projected = colipri("backbone").eval(), colipri("projected").eval()
     torch.testing.assert_close(plain.pool(plain(volume)), projected.pool(projected(volume)))
 
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="embed_dim must be a multiple of 6 x num_heads.*got 64 for 4 heads"):
         Primus(embed_dim=64, depth=1, num_heads=4, patch_size=4, layer_scale_init=0.1)
+    with pytest.raises(ValueError, match="tokens must be 'backbone' or 'projected', got 'projector'"):
+        colipri("projector")
     with pytest.raises(ValueError, match=r"multiples of patch_size 4, got \(8, 6, 4\)"):
         small_primus()(torch.zeros(1, 1, 8, 6, 4))

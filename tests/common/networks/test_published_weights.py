@@ -111,3 +111,5 @@ def test_offline_the_error_says_which_file_to_place_where(tmp_path):
     assert "huggingface.co/datasets/someone/encoder" in message
     assert f"get 'sub/model.pt' at revision 'abc123' and place it at '{where}'" in message
     assert "\n" not in message
+    with pytest.raises(FileNotFoundError, match="got '.*model.pt', which does not exist. Pass --encoder_w"):
+        weights_file(where, **(HUB | {"repo_id": None}))

@@ -37,3 +37,8 @@ def test_what_is_no_ct_is_refused_by_name():
         check(ct(hu=torch.full_like(hu, -1024)))
     with pytest.raises(ValueError, match=r"affine must have three perpendicular axes, got .* for a.nii\."):
         check(ct(np.diag([1.0, 1.0, 0.0, 1.0])))
+    turned = np.array([[1.0, 1.0, 0, 0], [-1.0, 1.0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    with pytest.raises(
+        ValueError, match=r"got 45\.0 for a\.nii\. Resample the volume to axial slices first\.$"
+    ):
+        check(ct(turned))
