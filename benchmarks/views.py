@@ -26,13 +26,13 @@ from rich.table import Table
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from common.data.nifti_ct import read_ct
 from common.data.shards import ShardSet, VolumeSlices, write_shard
 from common.data.slab_dataset import VIEWS, SlabViews
 from common.transforms.batch_views import count_labels, render_views
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan
 from common.transforms.soft_labels import finding_presence
-from data_prep.nifti_ct import read_ct
 from data_prep.totalsegmentator import read_label_map
 
 PATCH_SIZE_PX, SIZES_PX = 16, (256, 144)  # DALE-CT-2S

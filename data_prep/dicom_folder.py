@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from common.data.dicom_files import AXIAL_CT, DAMAGED, NO_IMAGE, FoundFile, look_at, series_volume
+from common.data.nifti_file import find_nifti, only_file
+from common.data.rejection import NOT_AXIAL_CT, RejectedError
 from common.data.shard_index import RejectedVolume
 from data_prep.cluster import run_tasks
-from data_prep.dicom import parse
-from data_prep.nifti_file import find_nifti, only_file
-from data_prep.rejection import NOT_AXIAL_CT, RejectedError
 from data_prep.source_volume import SourceVolume
 
 if TYPE_CHECKING:  # take 0.9 s to import; --help must not wait for them
     from distributed import Client
-    from pydicom import FileDataset
 
 logger = logging.getLogger(__name__)
 
-AXIAL_CT = "axial CT"
-LOCALIZER = "CT localizer"
-REFORMAT = "CT of another plane"
-NO_IMAGE = "no DICOM image"
-DAMAGED = "damaged"
-
-# CT Image Storage, Enhanced CT Image Storage, Legacy Converted Enhanced CT Image Storage.
-CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
-DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
-TAGS = ("SOPClassUID", "Modality", "SeriesInstanceUID", "ImageType", "ImageOrientationPatient")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 FILES_PER_TASK = 256
-SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
-
-
-class FoundFile(NamedTuple):
-    """A file of the tree.
-
-    Args:
-        path: of the file.
-        kind: ``axial CT``, what else it is, or ``damaged``.
-        series: SeriesInstanceUID, empty where the file has none; of damaged files what is wrong.
-    """
-
-    path: Path
-    kind: str
-    series: str
 
 
 def find_series(
@@ -105,7 +74,7 @@ def find_series(
         cts = [file for file in files if file.kind == AXIAL_CT]
         if cts:
             ct, source = tuple(file.path for file in cts), _common_folder(cts, folder)
-            sources.append(SourceVolume(_volume_name(series), split, ct, "dicom", source=source))
+            sources.append(SourceVolume(series_volume(series), split, ct, "dicom", source=source))
         else:
             rejected.append(_left_out(series, files, folder))
     if not sources:
@@ -116,7 +85,7 @@ def find_series(
 def _left_out(series: str, files: Sequence[FoundFile], folder: Path) -> RejectedVolume:
     kinds = ", ".join(f"{count} of {kind}" for kind, count in Counter(file.kind for file in files).items())
     detail = f"a series must hold axial CT, got files in '{_common_folder(files, folder)}': {kinds}"
-    return RejectedError(NOT_AXIAL_CT, detail).of(_volume_name(series))
+    return RejectedError(NOT_AXIAL_CT, detail).of(series_volume(series))
 
 
 def _files(folder: Path) -> tuple[list[Path], list[RejectedVolume]]:
@@ -150,61 +119,7 @@ def _look_at_all(
 
 
 def _look_at_batch(paths: Sequence[Path]) -> list[FoundFile]:
-    return [_look_at(path) for path in paths]
-
-
-def _look_at(path: Path) -> FoundFile:
-    """Say what a file is."""
-    try:
-        with path.open("rb") as file:
-            is_dicom = file.read(132)[128:] == b"DICM"
-        if not is_dicom and path.suffix.lower() not in DICOM_SUFFIXES:
-            return FoundFile(path, NO_IMAGE, "")
-        dataset = parse(path, path, stop_before_pixels=True, specific_tags=list(TAGS))
-        if not ({"SOPClassUID", "Modality"} & set(dataset.dir())):
-            raise RejectedError("unreadable", f"'{path}' must be a whole DICOM file, got no SOPClassUID")
-    except (RejectedError, OSError) as error:
-        return FoundFile(path, DAMAGED, error.detail if isinstance(error, RejectedError) else str(error))
-    series = str(dataset.get("SeriesInstanceUID") or "").strip()
-    return FoundFile(path, _kind(dataset), series)
-
-
-def _kind(dataset: FileDataset) -> str:
-    from pydicom.uid import UID
-
-    # Tools for anonymising blank the class in the dataset and leave it in the file's meta information.
-    sop_class = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", ""))
-    modality = str(dataset.get("Modality") or "unknown modality")
-    if sop_class == DIRECTORY_CLASS:
-        return NO_IMAGE
-    if sop_class not in CT_CLASSES and (sop_class or modality != "CT"):
-        return UID(sop_class).name or modality
-    if "LOCALIZER" in str(dataset.get("ImageType", "")).upper():
-        return LOCALIZER
-    return AXIAL_CT if _may_be_axial(dataset.get("ImageOrientationPatient")) else REFORMAT
-
-
-def _may_be_axial(orientation: Sequence[float] | None) -> bool:
-    """Tell whether slices are stacked along the body; True where a header does not say, which is an error."""
-    try:
-        cosines = np.array(orientation, float).reshape(2, 3)
-    except (TypeError, ValueError):
-        return True
-    return bool(np.abs(np.cross(*cosines)).argmax() == 2)
-
-
-def _volume_name(series: str) -> str:
-    """Return the name of a series.
-
-    Example:
-        >>> _volume_name("1.2.840.113619")
-        '1_2_840_113619'
-        >>> _volume_name("../etc")
-        'series_f7f9121fdb53d8de'
-    """
-    if SERIES_UID.fullmatch(series):
-        return series.replace(".", "_")
-    return f"series_{hashlib.sha256(series.encode()).hexdigest()[:16]}"
+    return [look_at(path) for path in paths]
 
 
 def _common_folder(files: Sequence[FoundFile], folder: Path) -> str:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from common.data.nifti_file import find_nifti, only_file
+from common.data.rejection import RejectedError
 from common.data.shard_index import RejectedVolume
-from data_prep.nifti_file import find_nifti, only_file
-from data_prep.rejection import RejectedError
 from data_prep.source_volume import SourceVolume
 
 

@@ -1,23 +1,10 @@
-"""RAD-ChestCT: its npz volumes as canonical slices, and its label tables as the 16 classes of the probes."""
+"""RAD-ChestCT: its label tables as the 16 classes of the probes."""
 
 import csv
-import hashlib
-import math
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
-
-import numpy as np
 
 from common.labels import load_labels
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredCT, StoredGrid, canonical_hu
-
-SPACING_MM = 0.8
-"""All volumes were resampled to cubes of this size. Source: the dataset's description."""
 
 PREFIXES: Mapping[str, tuple[str, ...]] = {
     "Calcification": ("calcification",),
@@ -41,109 +28,6 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Abnormalities that make up a class. Source: the map of DALE-CT's authors; others count hardware only."""
-
-
-def rad_chestct_affine(spacing_mm: float = SPACING_MM) -> np.ndarray:
-    """Return the affine of a volume: stored head to feet, anterior to posterior, right to left.
-
-    Args:
-        spacing_mm: edge of a voxel.
-
-    Returns:
-        ``(4, 4)`` voxel to RAS+ world in mm.
-
-    Example:
-        >>> import nibabel
-        >>> nibabel.orientations.aff2axcodes(rad_chestct_affine())
-        ('I', 'P', 'L')
-    """
-    affine = np.eye(4)
-    affine[:3, :3] = -spacing_mm * np.eye(3)[::-1]
-    return affine
-
-
-def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> StoredGrid:
-    """Read on which grid a volume is stored, without its voxels.
-
-    The file says nothing of the place in the world: the first voxel is put at the origin.
-
-    Args:
-        path: ``trn*.npz``, ``val*.npz`` or ``tst*.npz``, HU under the key ``ct``.
-        spacing_mm: edge of a voxel.
-
-    Returns:
-        The grid.
-
-    Raises:
-        RejectedError: if the file is damaged, a web page in place of a volume, or its array no CT.
-    """
-    with _open_array(path) as (member, num_bytes):
-        shape, dtype = _array_header(member)
-        expected = member.tell() + math.prod(shape) * dtype.itemsize
-    if dtype.kind not in "iuf":
-        raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
-    if num_bytes != expected:
-        raise RejectedError(
-            "unreadable",
-            f"'{path.name}' must hold {expected} bytes of 'ct', got {num_bytes}: it is not whole",
-        )
-    if len(shape) != 3 or 0 in shape:
-        raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
-    stored_shape = shape[0], shape[1], shape[2]
-    return StoredGrid(stored_shape, rad_chestct_affine(spacing_mm), "IPL", has_origin=False)
-
-
-def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
-    """Read a volume as canonical slices, feet to head.
-
-    Args:
-        path: ``trn*.npz``, ``val*.npz`` or ``tst*.npz``, HU under the key ``ct``.
-        spacing_mm: edge of a voxel.
-
-    Returns:
-        The volume.
-
-    Raises:
-        RejectedError: as ``read_grid``, and if the file ends early, its checksum is wrong or a voxel is not
-            finite.
-    """
-    grid = read_grid(path, spacing_mm)
-    with _open_array(path) as (member, _):
-        stored = np.lib.format.read_array(member, allow_pickle=False)
-        member.read()  # to the end, where zipfile compares the checksum
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    hu, voxel_mm, lowest_hu = canonical_hu(stored, grid.affine, slope=1, intercept=0)
-    return StoredCT(hu, lowest_hu, voxel_mm, grid, sha256)
-
-
-@contextmanager
-def _open_array(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """Open the array of a volume for reading; yields it and the bytes that it should have."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("ct.npy") as member:
-            yield member, archive.getinfo("ct.npy").file_size
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        got = "a web page: download it again" if _is_web_page(path) else error
-        raise RejectedError(
-            "unreadable", f"'{path.name}' must be an npz file with an array 'ct', got {got}"
-        ) from error
-
-
-def _is_web_page(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(64).lstrip().startswith(b"<")
-    except OSError:
-        return False
-
-
-def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Read shape and type from the first bytes of a npy file."""
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
-    return shape, dtype
 
 
 def read_labels(tables: Sequence[Path]) -> dict[str, dict[str, int]]:

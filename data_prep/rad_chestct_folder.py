@@ -6,11 +6,11 @@ import logging
 import math
 from pathlib import Path
 
+from common.data.nifti_ct import Rescale
+from common.data.nifti_file import find_nifti, only_file
+from common.data.rejection import RejectedError
 from common.data.shard_index import RejectedVolume
-from data_prep.nifti_ct import Rescale
-from data_prep.nifti_file import find_nifti, only_file
 from data_prep.rad_chestct import read_labels
-from data_prep.rejection import RejectedError
 from data_prep.source_volume import SourceVolume
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def find_rad_chestct(
         root: the downloaded dataset: npz files and tables, in any sub-folders.
         split: ``train``, ``valid`` or ``test``: files that begin with ``trn``, ``val`` or ``tst``.
         totalsegmentator: folder of label maps in NIfTI, named like the volumes, their affine that of
-            ``rad_chestct.rad_chestct_affine``.
+            ``common.data.npz_ct.npz_affine``.
 
     Returns:
         The volumes, and those that names and tables alone are enough to reject.

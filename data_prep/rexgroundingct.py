@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.data.nifti_ct import SPACING_TOLERANCE
+from common.data.nifti_file import NiftiFile, NiftiHeader, open_nifti, volume_of
+from common.data.rejection import RejectedError
 from common.data.shard_volume import MASK_SIZE_PX, REX_CODES
+from common.data.stored_ct import StoredGrid
 from data_prep.mask_alignment import Alignment, align
-from data_prep.nifti_ct import SPACING_TOLERANCE
-from data_prep.nifti_file import NiftiFile, NiftiHeader, open_nifti, volume_of
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredGrid
 
 
 class Annotation(NamedTuple):

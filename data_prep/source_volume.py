@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from common.data import nifti_ct, npz_ct
+from common.data.nifti_ct import AIR_HU, Rescale
+from common.data.rejection import RejectedError
 from common.data.shard_volume import VOLUME_NAME, VolumeSlices
-from data_prep import nifti_ct
-from data_prep.nifti_ct import AIR_HU, Rescale
-from data_prep.rejection import RejectedError
+from common.data.stored_ct import StoredCT, StoredGrid, canonical_shape
 from data_prep.rexgroundingct import Annotation, read_findings
-from data_prep.stored_ct import StoredCT, StoredGrid, canonical_shape
 from data_prep.totalsegmentator import read_label_map
 
 NIFTI_FORMS = ("auto", "v1", "v2")
@@ -100,26 +100,22 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
 def read_grid(source: SourceVolume) -> StoredGrid:
     """Read the voxel grid of a volume's CT, whatever its format, from headers alone."""
     if isinstance(source.ct, tuple):
-        from data_prep import dicom
+        from common.data import dicom_ct
 
-        return dicom.read_grid(source.ct)
+        return dicom_ct.read_grid(source.ct)
     if source.form == "rad_chestct":
-        from data_prep import rad_chestct
-
-        return rad_chestct.read_grid(source.ct, *_edge_mm(source))
+        return npz_ct.read_grid(source.ct, *_edge_mm(source))
     return nifti_ct.read_grid(source.ct, source.form, source.rescale)
 
 
 def read_ct(source: SourceVolume) -> StoredCT:
     """Read a volume's CT, whatever its format."""
     if isinstance(source.ct, tuple):
-        from data_prep import dicom
+        from common.data import dicom_ct
 
-        return dicom.read_ct(source.ct)
+        return dicom_ct.read_ct(source.ct)
     if source.form == "rad_chestct":
-        from data_prep import rad_chestct
-
-        return rad_chestct.read_ct(source.ct, *_edge_mm(source))
+        return npz_ct.read_ct(source.ct, *_edge_mm(source))
     return nifti_ct.read_ct(source.ct, source.form, source.rescale)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.data.nifti_file import NiftiFile, open_nifti
+from common.data.rejection import RejectedError
 from common.data.shard_volume import MASK_SIZE_PX, NUM_TS_CLASSES
+from common.data.stored_ct import StoredGrid
 from data_prep.mask_alignment import Alignment, align, cell_voxels
-from data_prep.nifti_file import NiftiFile, open_nifti
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredGrid
 
 
 def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:

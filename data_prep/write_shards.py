@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from common.data.rejection import is_failure
 from common.data.shard_index import RejectedVolume, ShardIndex, load_index
 from common.data.shards import SHARD_NAME, parse_shard_name
 from data_prep.cohort_tables import write_manifest, write_rejected
 from data_prep.plan_shards import PlannedShard, Progress, plan_shards
-from data_prep.rejection import is_failure
 from data_prep.shard_parts import PartReport, clean_parts, finished, output_errors
 from data_prep.shard_tasks import ShardTasks
 from data_prep.source_volume import SourceVolume

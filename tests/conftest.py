@@ -9,11 +9,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
 
+import nibabel as nib  # noqa: E402 (see above)
+import numpy as np  # noqa: E402 (see above)
 import pytest  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
 from packaging.utils import canonicalize_name  # noqa: E402 (see above)
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DICOM_SPACING_MM = (0.7, 0.8, 1.5)
 
 
 def pytest_configure() -> None:
@@ -51,3 +56,61 @@ def pinned() -> Callable[[str], dict[str, str]]:
         return {canonicalize_name(package): version for package, _, version in pins}
 
     return read
+
+
+@pytest.fixture
+def save_nifti() -> Callable[[Path, np.ndarray, np.ndarray], Path]:
+    """Save an array as NIfTI; return its file."""
+
+    def save(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, affine), path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def write_series() -> Callable[..., list[Path]]:
+    """Write a CT series as DICOM files; return them in the order of their slices along the normal."""
+
+    def write(
+        folder: Path,
+        hu: np.ndarray,
+        orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
+        first_mm: tuple[float, ...] = (-5.0, -7.0, -100.0),
+        series: str = "1.2.840.99.7",
+        edit: Callable[[int, Dataset], None] = lambda z, dataset: None,
+    ) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        normal = np.cross(orientation[:3], orientation[3:])
+        # File names that sort in another order than the slices do.
+        names = [f"IM{number:04d}" for number in np.random.default_rng(len(hu)).permutation(len(hu))]
+        for z, (name, values) in enumerate(zip(names, hu, strict=True)):
+            dataset = Dataset()
+            dataset.file_meta = FileMetaDataset()
+            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            dataset.SOPClassUID = CTImageStorage
+            dataset.SOPInstanceUID = f"{series}.{z + 1}" if series else generate_uid()
+            dataset.SeriesInstanceUID = series
+            dataset.Modality = "CT"
+            dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+            dataset.PatientName = "Phantom^Synthetic"
+            dataset.InstanceNumber = 1
+            dataset.ImageOrientationPatient = list(orientation)
+            dataset.ImagePositionPatient = [
+                round(float(mm), 6) for mm in first_mm + DICOM_SPACING_MM[2] * z * normal
+            ]
+            dataset.PixelSpacing = [DICOM_SPACING_MM[1], DICOM_SPACING_MM[0]]  # of rows, of columns
+            dataset.SliceThickness = 5.0  # of the beam, not their distance
+            dataset.Rows, dataset.Columns = values.shape
+            dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+            dataset.BitsAllocated = dataset.BitsStored = 16
+            dataset.HighBit, dataset.PixelRepresentation = 15, 0
+            dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
+            dataset.PixelData = (values + 1024).astype("<u2").tobytes()
+            edit(z, dataset)
+            dataset.save_as(folder / name, enforce_file_format=True)
+        return [folder / name for name in names]
+
+    return write

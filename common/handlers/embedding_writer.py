@@ -1,48 +1,182 @@
-"""Write the embeddings of each volume as soon as it is encoded."""
+"""Write the embeddings of each volume while the next are encoded, and say what came of a run."""
 
+import csv
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.utils import CommonKeys
+from tqdm import tqdm
 
+from common.data.atomic_file import atomic_file
+from common.data.embedding_part import DTYPES, check_finite
 from common.data.embedding_store_writer import EmbeddingStoreWriter
+from common.data.rejection import RejectedError, is_failure
+from common.data.shard_index import RejectedVolume
+from common.data.slice_batches import SliceBatches
+from common.data.volume_outputs import VolumeOutput, VolumeOutputs
+
+logger = logging.getLogger(__name__)
+
+REJECTED = "rejected.csv"
+MAX_WAITING = 4
+"""Volumes that may wait for the disk before the encoder waits for them."""
 
 
 class EmbeddingWriter:
-    """Write CLS per slice, feet to head, with the slices' positions, into an embedding store.
+    """Write the outputs of a ``SlicesInferer`` on ``SliceBatches`` into an embedding store a strategy.
+
+    Tokens are CLS per slice, feet to head, with the slices' positions in mm, and patch tokens where the
+    inferer gives some. A thread of its own joins and writes; a bar shows volumes and slices a second.
+
+    At the end, rank 0 lists the volumes of all ranks that could not be embedded in ``rejected.csv``, or
+    removes that of an earlier run. What was added before an error or Ctrl-C is written.
 
     Args:
-        output_dir: folder of the store.
-        encoder: name of the encoder bundle.
-        encoder_id: which weights: hash or path, see ``encoder_identity``.
-        preprocessing: name of the preprocessing strategy, as in Table VI.
+        folders: store of each strategy, see ``store_folders``.
+        output_dir: folder of ``rejected.csv``.
+        identity: of the embeddings, all but ``preprocessing``, which is the strategy.
         dtype: "float16" or "float32", type the embeddings are stored in.
+        batches: that the engine runs on.
+        num_volumes: of the whole run, all ranks and those that were embedded before.
+        rejected: volumes that were left out before the run.
+        max_rejected: share of volumes that may fail.
+
+    Raises:
+        ValueError: at the end of the run, if more failed; at its start, if a folder holds embeddings of
+            another origin.
     """
 
     def __init__(
-        self, output_dir: str | Path, encoder: str, encoder_id: str, preprocessing: str, dtype: str
+        self,
+        folders: Mapping[str, Path],
+        output_dir: str | Path,
+        identity: Mapping[str, Any],
+        dtype: str,
+        batches: SliceBatches,
+        num_volumes: int,
+        rejected: Sequence[RejectedVolume],
+        max_rejected: float,
     ) -> None:
-        identity = {
-            "encoder": encoder,
-            "encoder_id": encoder_id,
-            "preprocessing": preprocessing,
-            "slice_order": "feet_to_head",
-            "token_kind": "slice",
+        self.writers = {
+            name: EmbeddingStoreWriter(folder, {**identity, "preprocessing": name}, dtype)
+            for name, folder in folders.items()
         }
-        self.writer = EmbeddingStoreWriter(output_dir, identity, dtype)
+        self.output_dir = Path(output_dir)
+        self.batches = batches
+        self.num_volumes = num_volumes + sum(map(is_failure, rejected))
+        self.rejected = list(rejected) if idist.get_rank() == 0 else []  # every rank lists the same
+        self.max_rejected = max_rejected
+        self.outputs = VolumeOutputs(DTYPES[dtype])
+        self.num_embedded = self.num_slices = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with an Ignite engine."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
-        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._take)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._stop)
 
-    def _write(self, engine: Engine) -> None:
+    def _start(self, engine: Engine) -> None:
+        self.pool = ThreadPoolExecutor(1, "write_embeddings")
+        self.writing: deque[Future[None]] = deque()
+        self.started = time.monotonic()
+        total = sum(len(item.strategies) for item in self.batches.work)
+        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
+
+    def _take(self, engine: Engine) -> None:
         state: Any = engine.state
-        item, cls = state.batch[0], state.output[0]["pred"]
-        spacing_mm = [float(value) for value in item["spacing_mm"]]
-        z_mm = torch.arange(len(cls), dtype=torch.float32) * spacing_mm[2]
-        self.writer.add(item["volume"], torch.as_tensor(cls), spacing_mm, z_mm=z_mm)
+        cls, patches = state.output[CommonKeys.PRED]
+        unread = {volume.volume for volume in self.batches.rejected}
+        self.bar.total = sum(len(w.strategies) for w in self.batches.work if w.source.volume not in unread)
+        self._submit(self.outputs.add(state.batch["pieces"], cls, patches))
 
-    def _close(self, engine: Engine) -> None:
-        self.writer.close()
+    def _submit(self, volumes: Any) -> None:  # noqa: ANN401 (an iterator of volumes)
+        for volume in volumes:
+            self.writing.append(self.pool.submit(self._write, volume))
+        while self.writing and (self.writing[0].done() or len(self.writing) > MAX_WAITING):
+            self.writing.popleft().result()  # raises what went wrong in the thread
+
+    def _write(self, volume: VolumeOutput) -> None:
+        task, cls, patches = volume
+        strategy = task.strategy
+        metadata = dict(task.metadata)
+        if patches is not None:
+            rows = int(patches.shape[1] ** 0.5)
+            metadata["patch_grid"] = [rows, rows]
+        z_mm = strategy.z_mm(torch.arange(task.num_slices) * float(task.spacing_mm[2]))
+        try:
+            for name, tensor in (("tokens", cls), ("patches", patches)):
+                if tensor is not None:
+                    check_finite(tensor, name, task.volume)
+        except ValueError as error:
+            self.rejected.append(RejectedError("embedding", str(error)).of(task.volume))
+        else:
+            self.writers[strategy.name].add(
+                task.volume, strategy.tokens(cls), task.spacing_mm, z_mm=z_mm, patches=patches, **metadata
+            )
+            self.num_embedded += 1
+            self.num_slices += task.num_slices
+        self.bar.update()
+        speed = self.num_slices / (time.monotonic() - self.started)
+        self.bar.set_postfix({"slices/s": f"{speed:.0f}"}, refresh=False)
+
+    def _close(self) -> None:
+        self.pool.shutdown()
+        self.bar.close()
+        for writer in self.writers.values():
+            writer.close()
+
+    def _stop(self, engine: Engine, error: BaseException) -> None:
+        self._close()
+        raise error
+
+    def _finish(self, engine: Engine) -> None:
+        self._submit(self.outputs.rest())
+        for future in self.writing:
+            future.result()
+        self._close()
+        rejected = sorted(set(_of_all_ranks([*self.rejected, *self.batches.rejected])))
+        if idist.get_rank() == 0:
+            _write_rejected(self.output_dir / REJECTED, rejected)
+        seconds = time.monotonic() - self.started
+        logger.info(
+            "Embedded %d volumes, %d slices, in %.1f s: %.1f slices/s.",
+            *(self.num_embedded, self.num_slices, seconds, self.num_slices / seconds),
+        )
+        failed = [volume for volume in rejected if is_failure(volume)]
+        if failed:
+            logger.warning("%d volumes were not embedded, see '%s'.", len(failed), self.output_dir / REJECTED)
+        share = len({volume.volume for volume in failed}) / max(self.num_volumes, 1)
+        if share > self.max_rejected:
+            raise ValueError(
+                f"rejected volumes must be at most {self.max_rejected:.2%}, got {share:.2%} "
+                f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
+                f"They are listed in '{self.output_dir / REJECTED}': mend them, or raise --max_rejected."
+            )
+
+
+def _of_all_ranks(rejected: list[RejectedVolume]) -> list[RejectedVolume]:
+    if idist.get_world_size() == 1:
+        return rejected
+    lists: list[Any] = [None] * idist.get_world_size()
+    torch.distributed.all_gather_object(lists, rejected)
+    return [volume for of_rank in lists for volume in of_rank]
+
+
+def _write_rejected(path: Path, rejected: Sequence[RejectedVolume]) -> None:
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(RejectedVolume._fields)
+        table.writerows(rejected)

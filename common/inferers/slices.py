@@ -1,37 +1,51 @@
-"""Run a 2D encoder over the slices of a volume."""
+"""Run a 2D encoder over images of slices."""
 
-# S slices, D embedding
+# B images of a batch, P patches of one, D embedding
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from monai.inferers import Inferer
 from torch import nn
 
+from common.networks.encoder import cls_and_patches
+
 
 class SlicesInferer(Inferer):
-    """Encode all slices of one volume in chunks of a fixed number of slices.
+    """Encode a batch of images: CLS, and patch tokens on demand.
 
     Args:
-        slices_per_batch: slices encoded at a time; bounds the memory whatever the volume's length.
         amp_dtype: "bfloat16" for autocast, "float32" for none.
+        compiled: compile the encoder once for each shape of images that all batches share.
+        patch_tokens: whether to return the patch tokens, too.
 
     Shape:
-        Input ``(1, S, 1, H, W)``, one volume. Output: CLS embeddings ``(1, S, D)``, float32.
-
-    Raises:
-        ValueError: if more than one volume comes at a time.
+        Input ``(B, 1, I, I)``. Output: CLS ``(B, D)`` and patches ``(B, P, D)`` or None, in the type that
+        the encoder computes them in.
     """
 
-    def __init__(self, slices_per_batch: int, amp_dtype: str) -> None:
+    def __init__(self, amp_dtype: str, compiled: bool, patch_tokens: bool) -> None:
         super().__init__()
-        self.slices_per_batch = slices_per_batch
         self.amp_dtype = amp_dtype
+        self.patch_tokens = patch_tokens
+        self.compiled = compiled
+        self._encode: Callable[..., Any] = _encode
+        if compiled:
+            self._encode = torch.compile(_encode, dynamic=False)
 
-    def __call__(self, inputs: torch.Tensor, network: nn.Module) -> torch.Tensor:  # type: ignore[override]
-        """Encode; see the class."""
-        if len(inputs) != 1:
-            raise ValueError(
-                f"inputs must hold one volume, got {len(inputs)}. Set the loader's batch_size to 1."
-            )
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: nn.Module, is_fixed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode; see the class. Batches that do not share a shape are never compiled for."""
+        encode = self._encode if is_fixed else _encode
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"):
-            cls = [network(chunk).float() for chunk in inputs[0].split(self.slices_per_batch)]
-        return torch.cat(cls).unsqueeze(0)
+            return encode(network, inputs, self.patch_tokens)
+
+
+def _encode(
+    network: nn.Module, images: torch.Tensor, patch_tokens: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if patch_tokens:
+        return cls_and_patches(network, images)
+    return network(images), None

@@ -16,13 +16,17 @@ from common.data.slice_codec import STORED_HU_RANGE
 SLICES_PER_CHUNK = 32
 """Slices handled at a time, so that temporaries stay small; our choice, results do not depend on it."""
 
+BITS = 8
+"""Slices whose masks are eroded at once, a bit each: of a byte."""
+
 
 def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 25) -> tuple[int, int, int]:
     """Find the square around the body over all slices of a volume.
 
     The mask above the threshold is opened per slice with a square of ``opening_px``, which drops table and
     blanket; the bounding box of the union over slices is made square about its centre and shifted inside the
-    image. No opened mask is made: dilation by half the square only moves the bounding box of the eroded mask.
+    image. No opened mask is made: dilation by half the square only moves the bounding box of the eroded mask,
+    and the masks of eight slices are eroded at once, as the bits of a byte.
 
     Source: DALE-CT IV-A2 and its released preprocessing (threshold, opening). One box a volume, whatever the
     batch size, is our choice: the released code makes one per chunk of slices.
@@ -53,10 +57,12 @@ def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 2
             f"hu must have shape (S, H, H) or (S, 1, H, H), got {tuple(hu.shape)}. Pad slices to squares."
         )
     size = hu.shape[-1]
-    kept = torch.zeros(size, size, dtype=torch.bool, device=hu.device)
-    for chunk in hu.split(SLICES_PER_CHUNK):
-        eroded = _erode(_erode(chunk > threshold_hu, opening_px, dim=1), opening_px, dim=2)
-        kept |= eroded.any(0)
+    kept = torch.zeros(size, size, dtype=torch.uint8, device=hu.device)
+    for slices in hu.split(BITS):
+        body = torch.zeros_like(kept)
+        for bit, plane in enumerate(slices):
+            body.add_(plane > threshold_hu, alpha=1 << bit)
+        kept |= _erode(_erode(body, opening_px, dim=0), opening_px, dim=1)
     if not kept.any():
         return 0, 0, size
     top, bottom = _extent(kept.any(1), opening_px // 2)
@@ -65,12 +71,12 @@ def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 2
     return _shifted_inside(top, bottom, side, size), _shifted_inside(left, right, side, size), side
 
 
-def _erode(mask: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Minimum over a centred window along one dimension, by doubling it; outside the image counts as body."""
-    margin_shape = list(mask.shape)
+def _erode(masks: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Bits that are set in a whole centred window along one dimension; outside the image counts as body."""
+    margin_shape = list(masks.shape)
     margin_shape[dim] = width // 2
-    margin = mask.new_ones(margin_shape)
-    mask = torch.cat([margin, mask, margin], dim)
+    margin = masks.new_full(margin_shape, 2**BITS - 1)
+    mask = torch.cat([margin, masks, margin], dim)
     reach = 1
     while reach < width:
         step = min(reach, width - reach)

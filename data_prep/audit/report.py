@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data.atomic_file import atomic_file
+from common.data.rejection import EXCLUDED
 from common.labels import load_labels
 from data_prep.audit.charts import bars, histogram, shares
 from data_prep.audit.checks import CHECKS, ERROR, Check, Tally
@@ -22,7 +23,6 @@ from data_prep.audit.page import light, listing, page, section, table
 from data_prep.audit.pictures import FINDING_COLOUR, ORGAN_COLOURS, Picture
 from data_prep.audit.run import Audit, label_prevalence, organ_prevalence
 from data_prep.audit.volume import HU_BIN
-from data_prep.rejection import EXCLUDED
 
 MAX_ROWS = 200
 """Rows of a table; all of them are in the JSON file."""

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common.data.rejection import is_failure
 from common.data.shard_index import RejectedVolume
 from data_prep.cluster import dask_client
 from data_prep.cohort_tables import REJECTED
 from data_prep.commands.console import console, progress_bars
-from data_prep.rejection import is_failure
 from data_prep.source_volume import SourceVolume
 from data_prep.write_shards import Summary, write_shards
 

@@ -20,8 +20,6 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client, LocalCluster
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from typer.testing import CliRunner, Result
 
 from common.labels import load_labels
@@ -174,11 +172,6 @@ def tiny_v1(tmp_path: Path) -> TinyCTRate:
 
 
 @pytest.fixture
-def save_nifti() -> Callable[[Path, np.ndarray, np.ndarray], Path]:
-    return save
-
-
-@pytest.fixture
 def write_rex(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     """Write ReXGroundingCT's JSON and masks; return both places."""
 
@@ -200,52 +193,6 @@ def write_rex(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         folder.mkdir(parents=True, exist_ok=True)
         listing.write_text(json.dumps({"train": items, "val": []}), encoding="utf-8")
         return listing, folder
-
-    return write
-
-
-@pytest.fixture
-def write_series() -> Callable[..., list[Path]]:
-    """Write a CT series as DICOM files; return them in the order of their slices along the normal."""
-
-    def write(
-        folder: Path,
-        hu: np.ndarray,
-        orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
-        first_mm: tuple[float, ...] = (-5.0, -7.0, -100.0),
-        series: str = "1.2.840.99.7",
-        edit: Callable[[int, Dataset], None] = lambda z, dataset: None,
-    ) -> list[Path]:
-        folder.mkdir(parents=True, exist_ok=True)
-        normal = np.cross(orientation[:3], orientation[3:])
-        # File names that sort in another order than the slices do.
-        names = [f"IM{number:04d}" for number in np.random.default_rng(len(hu)).permutation(len(hu))]
-        for z, (name, values) in enumerate(zip(names, hu, strict=True)):
-            dataset = Dataset()
-            dataset.file_meta = FileMetaDataset()
-            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-            dataset.SOPClassUID = CTImageStorage
-            dataset.SOPInstanceUID = f"{series}.{z + 1}" if series else generate_uid()
-            dataset.SeriesInstanceUID = series
-            dataset.Modality = "CT"
-            dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-            dataset.PatientName = "Phantom^Synthetic"
-            dataset.InstanceNumber = 1
-            dataset.ImageOrientationPatient = list(orientation)
-            dataset.ImagePositionPatient = [
-                round(float(mm), 6) for mm in first_mm + SPACING_MM[2] * z * normal
-            ]
-            dataset.PixelSpacing = [SPACING_MM[1], SPACING_MM[0]]  # of rows, of columns
-            dataset.SliceThickness = 5.0  # of the beam, not their distance
-            dataset.Rows, dataset.Columns = values.shape
-            dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-            dataset.BitsAllocated = dataset.BitsStored = 16
-            dataset.HighBit, dataset.PixelRepresentation = 15, 0
-            dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
-            dataset.PixelData = (values + 1024).astype("<u2").tobytes()
-            edit(z, dataset)
-            dataset.save_as(folder / name, enforce_file_format=True)
-        return [folder / name for name in names]
 
     return write
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredGrid
 from common.transforms.orientation import axial_slices
 from data_prep.mask_alignment import align, cell_voxels
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredGrid
 
 SHAPE_XYZ = (19, 17, 5)
 AFFINE = np.array([[-0.7, 0, 0, 40], [0, -0.8, 0, 30], [0, 0, 1.5, -100], [0, 0, 0, 1]])

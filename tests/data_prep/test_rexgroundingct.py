@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_max_pool2d
 
-from data_prep import nifti_file
-from data_prep.rejection import RejectedError
+from common.data import nifti_file
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredGrid
 from data_prep.rexgroundingct import Annotation, cell_edges, pool_bits, read_annotations, read_findings
-from data_prep.stored_ct import StoredGrid
 
 SHAPE_XYZ = (19, 17, 5)
 AFFINE = np.array([[-0.7, 0, 0, 40], [0, -0.8, 0, 30], [0, 0, 1.5, -100], [0, 0, 0, 1]])

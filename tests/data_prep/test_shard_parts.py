@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.data.rejection import RejectedError
 from common.data.shard_index import RejectedVolume, index_path, load_index
 from common.data.shard_volume import VolumeSlices
 from common.data.shards import write_shard
 from data_prep import shard_parts as module
 from data_prep.plan_shards import PlannedShard, PlannedVolume
-from data_prep.rejection import RejectedError
 from data_prep.shard_parts import OutputError, assemble_shard, clean_parts, finished, put_part, write_part
 from data_prep.source_volume import SourceVolume
 

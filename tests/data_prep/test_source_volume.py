@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_prep.nifti_ct import Rescale
-from data_prep.rad_chestct import rad_chestct_affine
-from data_prep.rejection import RejectedError
+from common.data.nifti_ct import Rescale
+from common.data.npz_ct import npz_affine
+from common.data.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation
 from data_prep.source_volume import SourceVolume, planned_slices, read_volume
 
@@ -390,7 +390,7 @@ def test_the_formats_of_a_ct_give_the_same_slices(
     assert wide.spacing_mm == pytest.approx((1.5, 1.5, 1.5))
     ids = (hu() + 1000).clip(0, 117).astype(np.uint8)
     as_lps = save_nifti(tmp_path / "lps.nii.gz", ids, edge)
-    as_ipl = save_nifti(tmp_path / "ipl.nii.gz", ids.transpose(2, 1, 0)[::-1], rad_chestct_affine())
+    as_ipl = save_nifti(tmp_path / "ipl.nii.gz", ids.transpose(2, 1, 0)[::-1], npz_affine())
     np.testing.assert_array_equal(
         read_volume(rad._replace(ts=as_ipl)).ts, read_volume(source(hu(), affine=edge, ts=as_lps)).ts
     )

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.data.npz_ct import npz_affine
 from common.data.shard_index import RejectedVolume
-from data_prep.rad_chestct import rad_chestct_affine
 from data_prep.totalsegment import Outcome, find_cts, part_of, segment_all, write_table
 
 SHAPE_XYZ = (19, 17, 5)
@@ -109,7 +109,7 @@ def test_rad_chestct_is_shown_the_right_way_round(segmenter: Segmenter, tmp_path
     assert run(tmp_path / "in", tmp_path / "out") == Outcome(1, 0, [])
     image = segmenter.calls[0]["input"]
     np.testing.assert_array_equal(np.asarray(image.dataobj), volume)
-    np.testing.assert_allclose(image.affine, rad_chestct_affine(0.8), atol=1e-6)
+    np.testing.assert_allclose(image.affine, npz_affine(0.8), atol=1e-6)
     label_map = nib.load(tmp_path / "out" / "val00007.nii.gz")
     assert (label_map.shape, nib.aff2axcodes(label_map.affine)) == (volume.shape, ("I", "P", "L"))
     assert run(tmp_path / "in", tmp_path / "out") == Outcome(0, 1, [])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
 
+from common.data import nifti_ct, nifti_file
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredGrid
 from common.transforms.orientation import axial_slices
-from data_prep import nifti_ct, nifti_file
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredGrid
 from data_prep.totalsegmentator import read_label_map
 
 SHAPE_XYZ = (19, 17, 5)

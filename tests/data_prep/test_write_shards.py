@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from distributed import Client
 
+from common.data.rejection import EXCLUDED
 from common.data.shard_index import RejectedVolume, index_path, load_index
 from common.data.shards import ShardSet
 from data_prep import shard_parts
 from data_prep.cluster import dask_client
 from data_prep.ct_rate import find_ct_rate
-from data_prep.rejection import EXCLUDED
 from data_prep.rexgroundingct import read_annotations
 from data_prep.shard_parts import OutputError
 from data_prep.write_shards import Summary, write_shards

@@ -17,12 +17,12 @@ import pytest
 from distributed import Client
 from typer.testing import Result
 
+from common.data.rejection import EXCLUDED
 from common.data.shard_index import RejectedVolume
 from common.data.shards import ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands import prepare as module
 from data_prep.nifti import find_volumes
-from data_prep.rejection import EXCLUDED
 from data_prep.write_shards import Summary, write_shards
 
 REPOSITORY = Path(__file__).resolve().parents[3]

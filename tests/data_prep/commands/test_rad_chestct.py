@@ -11,13 +11,13 @@ import pytest
 from distributed import Client
 from typer.testing import CliRunner, Result
 
+from common.data.npz_ct import npz_affine
 from common.data.shards import ShardSet
 from data_prep import __main__ as module
 from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.phantom.files import npz_bytes, rad_chestct_array
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import Volume, render
-from data_prep.rad_chestct import rad_chestct_affine
 
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
 
@@ -60,7 +60,7 @@ def test_a_scan_stored_both_ways_gives_the_same_shards(
     save_nifti(tmp_path / "nifti" / "trn00001.nii.gz", phantom.hu.T, affine)
     (tmp_path / "rad" / "trn00001.npz").write_bytes(npz_bytes(rad_chestct_array(phantom, 0.8)))
     ids = phantom.ts[:, :-3].astype(np.uint8)
-    on_npz = nib.Nifti1Image(ids[::-1], rad_chestct_affine())
+    on_npz = nib.Nifti1Image(ids[::-1], npz_affine())
     turn = nib.orientations.ornt_transform(
         nib.io_orientation(on_npz.affine), nib.orientations.axcodes2ornt("RAS")
     )

@@ -10,9 +10,9 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
+from common.data.dicom_ct import read_ct, read_grid
+from common.data.rejection import RejectedError
 from common.transforms.orientation import axial_slices
-from data_prep.dicom import read_ct, read_grid
-from data_prep.rejection import RejectedError
 
 SHAPE_ZYX = (5, 17, 19)
 SPACING_MM = (0.7, 0.8, 1.5)

@@ -1,4 +1,4 @@
-from data_prep.rejection import EXCLUDED, RejectedError, is_failure
+from common.data.rejection import EXCLUDED, RejectedError, is_failure
 
 
 def test_a_rejection_is_one_line_about_one_volume() -> None:

@@ -4,9 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredGrid, canonical_hu, canonical_indices, canonical_shape, store_hu
 from common.transforms.orientation import axial_slices
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredGrid, canonical_hu, canonical_indices, canonical_shape, store_hu
 
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
 

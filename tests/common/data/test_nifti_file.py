@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_prep import nifti_file
-from data_prep.nifti_file import find_nifti, only_file, open_nifti, read_header, volume_of
-from data_prep.rejection import RejectedError
+from common.data import nifti_file
+from common.data.nifti_file import find_nifti, only_file, open_nifti, read_header, volume_of
+from common.data.rejection import RejectedError
 
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]

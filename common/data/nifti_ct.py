@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.data.nifti_file import NiftiHeader, open_nifti, read_header
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredCT, StoredGrid, canonical_shape, check_spacing, shown_mm, store_hu
 from common.transforms.orientation import axial_slices, voxel_axes
-from data_prep.nifti_file import NiftiHeader, open_nifti, read_header
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredCT, StoredGrid, canonical_shape, check_spacing, shown_mm, store_hu
 
 AIR_HU = -800
 """Every CT in HU holds air at or below this; CT-RATE's raw values start near 0 and stay above it."""

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.data.rejection import RejectedError
 from common.data.slice_codec import STORED_HU_RANGE
 from common.transforms.orientation import axial_slices, voxel_axes
-from data_prep.rejection import RejectedError
 
 SHEAR_TOLERANCE_DEG = 0.5
 """How far axes may be from perpendicular. Our choice: headers round by less, gantries tilt by degrees."""

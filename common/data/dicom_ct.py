@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from data_prep.rejection import RejectedError
-from data_prep.stored_ct import StoredCT, StoredGrid, canonical_slices, store_hu
+from common.data.rejection import RejectedError
+from common.data.stored_ct import StoredCT, StoredGrid, canonical_slices, store_hu
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset

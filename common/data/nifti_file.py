@@ -20,7 +20,7 @@ from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from data_prep.rejection import RejectedError
+from common.data.rejection import RejectedError
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_prep import nifti_file
-from data_prep.nifti_ct import Rescale, read_ct, read_grid
-from data_prep.rejection import RejectedError
+from common.data import nifti_file
+from common.data.nifti_ct import Rescale, read_ct, read_grid
+from common.data.rejection import RejectedError
 
 SHAPE_XYZ = (7, 5, 3)
 SPACING_MM = (0.7, 0.8, 1.5)
