@@ -11,7 +11,8 @@ import torch
 from monai.bundle import ConfigParser
 from scipy.ndimage import map_coordinates
 
-from common.short_errors import first_cause
+from common.data.ct_sources import ct_sources
+from common.data.volume_batches import VolumeBatches
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
@@ -82,7 +83,7 @@ def spacing_xyz(bundle: str) -> np.ndarray:
 
 
 def store(lps: np.ndarray, spacing: np.ndarray, folder: Path, axcodes: str) -> Path:
-    image = nib.Nifti1Image(lps.astype(np.float32), lps_affine(spacing))
+    image = nib.Nifti1Image(lps.astype(np.int16), lps_affine(spacing))
     target = nib.orientations.axcodes2ornt(axcodes)
     image = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), target))
     path = folder / f"{axcodes}.nii.gz"
@@ -94,17 +95,19 @@ def prepared(bundle: str, path: Path) -> tuple[np.ndarray, dict]:
     parser = ConfigParser()
     parser.read_config(BUNDLES / bundle / "configs" / "inference.json")
     parser["bundle_root"] = str(BUNDLES / bundle)
-    sample = parser.get_parsed_content("preprocessing")({"image": str(path)})
-    assert type(sample["image"]) is torch.Tensor
-    assert sample["image"].dtype == torch.float32
-    return sample["image"][0].numpy(), sample
+    (source,), _ = ct_sources(path)
+    transform = parser.get_parsed_content("preprocessing")
+    (batch,) = VolumeBatches([source], transform, num_workers=0)
+    assert type(batch["image"]) is torch.Tensor
+    assert batch["image"].dtype == torch.float32
+    return batch["image"][0, 0].numpy(), batch
 
 
 def phantom(bundle: str) -> np.ndarray:
-    """Random HU beyond every window, air around; longer than the input along z, shorter along x and y."""
+    """Random HU beyond every window, air around; longer than the input along z, shorter in the plane."""
     rng = np.random.default_rng(0)
     length = DOCUMENTED[bundle].shape[DOCUMENTED[bundle].order.index(2)] + 7
-    hu = np.full((19, 24, length), -2000.0)
+    hu = np.full((24, 24, length), -2000.0)
     hu[3:17, 2:20, 1:-2] = rng.integers(-1500, 3000, (14, 18, length - 3))
     hu[3:17, 2, 1], hu[16, 2:20, -3] = 100, 100  # the box of the foreground is all of it
     return hu
@@ -131,7 +134,9 @@ def test_four_orientations_come_out_voxel_for_voxel_as_documented(bundle, tmp_pa
 def test_a_scan_of_half_the_spacing_comes_out_the_same(bundle, tmp_path):
     """Every second voxel of the finer scan is one of the coarser: what lies between may be anything."""
     coarse = phantom(bundle)
-    fine = np.random.default_rng(1).uniform(-900, 900, [2 * side - 1 for side in coarse.shape])
+    fine = np.full([2 * side - 1 for side in coarse.shape], -2000)
+    body = fine[6:33, 4:39, 2:-4]
+    body[:] = np.random.default_rng(1).integers(-900, 900, body.shape)
     fine[::2, ::2, ::2] = coarse
     spacing = spacing_xyz(bundle)
     expected, _ = prepared(bundle, store(coarse, spacing, tmp_path, "LPS"))
@@ -166,15 +171,3 @@ def test_metadata_states_the_documented_input(bundle):
     assert tuple(config["hu_range"]) == tuple(metadata["hu_range"]) == documented.hu
     assert tuple(config["value_range"]) == documented.values
     assert config["axcodes"] == metadata["orientation"]
-
-
-def test_an_oblique_scan_is_refused_by_name(tmp_path):
-    turned = np.diag([-1.0, -1.0, 1.0, 1.0])
-    angle = np.radians(20)
-    turned[:2, :2] = [[-np.cos(angle), np.sin(angle)], [-np.sin(angle), -np.cos(angle)]]
-    nib.save(nib.Nifti1Image(phantom("merlin").astype(np.float32), turned), tmp_path / "turned.nii.gz")
-    with pytest.raises(RuntimeError) as caught:
-        prepared("merlin", tmp_path / "turned.nii.gz")
-    cause = str(first_cause(caught.value))
-    assert "within 10 degrees of the world axes, got 20.0" in cause
-    assert "turned.nii.gz" in cause
