@@ -86,14 +86,14 @@ class EmbeddingWriter:
         self.pool = ThreadPoolExecutor(1, "write_embeddings")
         self.writing: deque[Future[None]] = deque()
         self.started = time.monotonic()
-        total = sum(len(item.strategies) for item in self.batches.work)
-        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
+        self.per_volume = {item.source.volume: len(item.strategies) for item in self.batches.work}
+        self.total = sum(self.per_volume.values())
+        self.bar = tqdm(total=self.total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
 
     def _take(self, engine: Engine) -> None:
         state: Any = engine.state
         cls, patches = state.output[CommonKeys.PRED]
-        unread = {volume.volume for volume in self.batches.rejected}
-        self.bar.total = sum(len(w.strategies) for w in self.batches.work if w.source.volume not in unread)
+        self.bar.total = self.total - sum(self.per_volume[lost.volume] for lost in self.batches.rejected)
         self._submit(self.outputs.add(state.batch["pieces"], cls, patches))
 
     def _submit(self, volumes: Any) -> None:  # noqa: ANN401 (an iterator of volumes)
