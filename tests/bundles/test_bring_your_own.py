@@ -82,7 +82,7 @@ def test_a_model_of_timm_gives_an_embedding_a_slice(ct, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     options = {name: value for name, value in TWO_D["network_def"].items() if name != "_target_"}
-    vit = timm.create_model(**options | {"img_size": TWO_D["size_px"]}).eval()
+    vit = timm.create_model(**options | {"img_size": 64}).eval()
     (tmp_path / "models").mkdir()
     save_file(vit.state_dict(), tmp_path / TWO_D["encoder_weights"])
     paths = {"bundle_root": str(REPOSITORY / "bundles" / "dale_ct_0"), "dataset_dir": str(ct)}
@@ -107,6 +107,6 @@ def test_a_key_that_the_bundle_lacks_is_refused(bundle, written, tmp_path, monke
     root = str(REPOSITORY / "bundles" / bundle)
     command = ["run", "--config_file", str(configs(bundle, written, tmp_path))]
     assert executed_config(root, "inference.json", command)["name"] == written["name"]
-    command = ["run", "--config_file", str(configs(bundle, written | {"nam": "x"}, tmp_path))]
-    with pytest.raises(ValueError, match="got 'nam' in 'my_encoder.json'. Did you mean 'name'"):
+    command = ["run", "--config_file", str(configs(bundle, written | {"seeds": 1}, tmp_path))]
+    with pytest.raises(ValueError, match="got 'seeds' in 'my_encoder.json'. Did you mean 'seed'"):
         executed_config(root, "inference.json", command)
