@@ -85,7 +85,22 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
             raise ValueError(
                 f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}."
             )
-    own = encoder.state_dict()
+    load_strictly(encoder, tensors, path)
+    return encoder
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Load weights that must have exactly the keys and shapes of a network, and say which have not.
+
+    Args:
+        network: takes the weights.
+        tensors: its state dictionary.
+        path: where they come from, for the message.
+
+    Raises:
+        ValueError: if a key or a shape differs.
+    """
+    own = network.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(
@@ -97,8 +112,7 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
             raise ValueError(
                 f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} for '{path}'."
             )
-    encoder.load_state_dict(tensors, strict=True)
-    return encoder
+    network.load_state_dict(tensors, strict=True)
 
 
 def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> nn.Module:
