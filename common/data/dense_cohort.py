@@ -90,7 +90,11 @@ class DenseCohort:
     """
 
     def __init__(
-        self, embeddings_dir: str | Path, labels_dir: str | Path, volumes: Sequence[str], slice_axes: str = "yx"
+        self,
+        embeddings_dir: str | Path,
+        labels_dir: str | Path,
+        volumes: Sequence[str],
+        slice_axes: str = "yx",
     ) -> None:
         self.store = EmbeddingStore(embeddings_dir)
         self.identity = self.store.identity

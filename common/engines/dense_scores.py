@@ -49,9 +49,7 @@ def each_column(
         yield from scores
 
 
-def validation_auprc(
-    cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
-) -> np.ndarray:
+def validation_auprc(cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
     """Return the AUPRC of every class of every probe.
 
     Args:
@@ -66,9 +64,7 @@ def validation_auprc(
     """
     rates, classes = bias.shape
     # class by class, so that the targets of one serve all learning rates
-    columns = each_column(
-        cohort, kind, weight.transpose(0, 1).flatten(0, 1), bias.transpose(0, 1).flatten()
-    )
+    columns = each_column(cohort, kind, weight.transpose(0, 1).flatten(0, 1), bias.transpose(0, 1).flatten())
     values = np.full((rates, classes), np.nan)
     for column in range(classes):
         target = cohort.targets(kind, column)
@@ -132,4 +128,3 @@ def report_on_test(
         for metric, areas in resampled.items()
     }
     return {"per_class": per_class, "macro": macro, "left_out": left_out}
-

@@ -159,7 +159,9 @@ class LatentGeometryEvaluator(Engine):
                         self.state.continuity[encoder, sampling, distance][place] = score
         return [
             {
-                f"{encoder}/continuity_cosine": float(self.state.continuity[encoder, "stored", "cosine"][place])
+                f"{encoder}/continuity_cosine": float(
+                    self.state.continuity[encoder, "stored", "cosine"][place]
+                )
                 for encoder in self.stores
             }
         ]
@@ -167,9 +169,7 @@ class LatentGeometryEvaluator(Engine):
     def _conclude(self, engine: Engine) -> None:
         for (encoder, sampling, distance), scores in self.state.continuity.items():
             name = f"continuity_{distance}" + ("_matched" if sampling == "matched" else "")
-            self._add(
-                encoder, name, mean_over_volumes(scores, self.volumes, self.num_resamples, self.seed)
-            )
+            self._add(encoder, name, mean_over_volumes(scores, self.volumes, self.num_resamples, self.seed))
         first, second = self.stores
         for sampling in SAMPLINGS:
             for distance in DISTANCES:

@@ -61,9 +61,7 @@ def stride_scores(
     patients = sorted(set(of_volume), key=natural_order)
     weights = resample_weights(patients, num_resamples, seed)
     place = np.array([patients.index(patient) for patient in of_volume])
-    return {
-        stride: _scores(_logits(probe, bags, stride), bags, place, weights) for stride in strides
-    }
+    return {stride: _scores(_logits(probe, bags, stride), bags, place, weights) for stride in strides}
 
 
 @torch.no_grad()

@@ -111,7 +111,9 @@ def draw_classes(path: Path, report: dict[str, Any], title: str) -> None:
         report: of ``report_on_test``.
         title: first line of the picture.
     """
-    averaged = {name: values for name, values in report["per_class"].items() if name not in report["left_out"]}
+    averaged = {
+        name: values for name, values in report["per_class"].items() if name not in report["left_out"]
+    }
     names = sorted(averaged, key=lambda name: averaged[name]["auprc"])
     places = np.arange(len(names))
     figure = Figure(figsize=(8, 1.8 + 0.2 * len(names)), layout="constrained")

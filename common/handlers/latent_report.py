@@ -94,9 +94,7 @@ class LatentReport:
             chosen_paths(list(engine.stores.values()), chosen),
             f"{self.dataset}: each point a slice, in the plane of its volume's first two principal components",
         )
-        draw_continuity(
-            self.output_dir / "continuity.png", engine.state.continuity, engine.state.comparisons
-        )
+        draw_continuity(self.output_dir / "continuity.png", engine.state.continuity, engine.state.comparisons)
         draw_world_model(self.output_dir / "world_model.png", engine.state.world, engine.gaps_mm)
 
     def _table_v(self, engine: LatentGeometryEvaluator) -> list[dict[str, str]]:

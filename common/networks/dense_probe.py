@@ -96,7 +96,9 @@ class DenseProbes(nn.Module):
         return layer
 
 
-def save_dense_probe(folder: str | Path, kind: str, task: str, layer: nn.Linear, card: dict[str, Any]) -> None:
+def save_dense_probe(
+    folder: str | Path, kind: str, task: str, layer: nn.Linear, card: dict[str, Any]
+) -> None:
     """Write a probe as ``<kind>_<task>.safetensors`` and ``.json``, each appearing only when whole.
 
     Args:
