@@ -41,8 +41,9 @@ for encoder in random_weights dale_ct_2s; do
         embed "$OUT/ct/$turn" "$OUT/embeddings/$encoder/$turn" $encoder
     done
     "$PYTHON" -m monai.bundle run --config_file "['bundles/eval_rad_chestct/configs/train.json','demo/eval.json']" \
-        --bundle_root bundles/eval_rad_chestct --labels_dir "$OUT" --train_embeddings_dir "$OUT/embeddings/$encoder/right" \
-        --output_dir "$OUT/eval_rad_chestct/$encoder" --results_csv "$OUT/results/eval_rad_chestct.csv"
+        --bundle_root bundles/eval_rad_chestct --max_steps 600 --val_interval 100 --labels_dir "$OUT" \
+        --train_embeddings_dir "$OUT/embeddings/$encoder/right" \
+        --output_dir "$OUT/eval_rad_chestct/$encoder" --results_csv "$OUT/results/eval_rad_chestct.csv" --ct_dir '$None'
     "$PYTHON" -m monai.bundle run --config_file bundles/eval_rad_chestct/configs/evaluate.json \
         --bundle_root bundles/eval_rad_chestct --labels_csv "$OUT/rad_chestct_labels.csv" \
         --test_embeddings_dir "$OUT/embeddings/$encoder/right" \
@@ -67,24 +68,21 @@ done
     --results-csv "$OUT/results/eval_preprocessing.csv" \
     --config_file "['bundles/eval_preprocessing/configs/train.json','demo/eval.json']" \
     --train_labels_csv "$OUT/subset_train.csv" --test_labels_csv "$OUT/subset_valid.csv" --num_val_patients 12 \
-    --max_steps 1000 --output_dir "\$'$OUT/eval_preprocessing/' + @train::dataset.identity['preprocessing']"
+    --max_steps 600 --val_interval 100 --num_seeds 1 --ct_dir '$None' --output_dir "\$'$OUT/eval_preprocessing/' + @train::dataset.identity['preprocessing']"
 "$PYTHON" -m common.engines.embedding_cost $(printf -- '--strategy %s ' $STRATEGIES) --volumes 6 \
     --config-file $ENCODER/configs/inference.json --config-file demo/inference.json \
     --dataset-dir "$DEMO/cohort/dataset/valid_fixed" --results-csv "$OUT/results/eval_preprocessing.csv" \
     --encoder_weights "$DEMO/dale_ct_2s/model.safetensors" --amp_dtype $AMP
 
 step "4. Beside Table III: neighbours, heads that see the sequence, a tenth of the labels"
-for encoder in random_weights dale_ct_2s; do
-    "$PYTHON" -m common.engines.neighbour_probe --num-val-patients 40 --results-csv "$OUT/results/further.csv" \
-        --train-embeddings "$DEMO/embeddings/$encoder/train" --train-labels "$LABELS/train_predicted_labels.csv" \
-        --test-embeddings "$DEMO/embeddings/$encoder/valid" --test-labels "$LABELS/valid_predicted_labels.csv"
-    for overlay in gated_abmil transformer low_shot_10; do
-        steps=$([ $overlay = low_shot_10 ] && echo 2000 || echo 400)
-        "$PYTHON" -m monai.bundle run --bundle_root bundles/eval_ct_rate --max_steps $steps --val_interval 100 \
-            --config_file "['bundles/eval_ct_rate/configs/train.json','demo/eval.json','bundles/_overlays/probe/$overlay.json']" \
-            --embeddings_dir "$DEMO/embeddings/$encoder" --labels_dir "$LABELS" \
-            --output_dir "$OUT/further/$encoder/$overlay" --results_csv "$OUT/results/further.csv"
-    done
+"$PYTHON" -m common.engines.neighbour_probe --num-val-patients 40 --results-csv "$OUT/results/further.csv" \
+    --train-embeddings "$DEMO/embeddings/dale_ct_2s/train" --train-labels "$LABELS/train_predicted_labels.csv" \
+    --test-embeddings "$DEMO/embeddings/dale_ct_2s/valid" --test-labels "$LABELS/valid_predicted_labels.csv"
+for overlay in gated_abmil transformer low_shot_10; do
+    "$PYTHON" -m monai.bundle run --bundle_root bundles/eval_ct_rate --max_steps 400 --val_interval 50 --num_seeds 1 \
+        --config_file "['bundles/eval_ct_rate/configs/train.json','demo/eval.json','bundles/_overlays/probe/$overlay.json']" \
+        --embeddings_dir "$DEMO/embeddings/dale_ct_2s" --labels_dir "$LABELS" --ct_dir '$None' \
+        --output_dir "$OUT/further/$overlay" --results_csv "$OUT/results/further.csv"
 done
 
 step "Tables at demo scale, on SYNTHETIC volumes"

@@ -9,8 +9,8 @@ import numpy as np
 def patient_of(volume: str) -> str:
     """Return the patient a volume belongs to: its name's first two fields.
 
-    CT-RATE counts patients anew in each of its splits, so that the number alone does not name one. RAD-ChestCT
-    does not publish whose its volumes are: each stands for a patient.
+    CT-RATE counts patients anew in each of its splits, so that the number alone does not name one.
+    RAD-ChestCT does not publish whose its volumes are: each stands for a patient.
 
     Args:
         volume: CT-RATE's name such as ``train_1_a_1``: split, patient, scan, reconstruction; or RAD-ChestCT's
@@ -26,8 +26,8 @@ def patient_of(volume: str) -> str:
     match = re.match(r"([^_]+_[^_]+)_", volume) or re.fullmatch(r"((?:trn|val|tst)[0-9]+)", volume)
     if match is None:
         raise ValueError(
-            f"volume must be named <split>_<patient>_<scan>_<reconstruction>, or trn, val or tst and a number, "
-            f"got '{volume}'."
+            "volume must be named <split>_<patient>_<scan>_<reconstruction>, or trn, val or tst and a "
+            f"number, got '{volume}'."
         )
     return match[1]
 

@@ -14,8 +14,8 @@ from common.data.embeddings import EmbeddingBags, open_embeddings
 class PositionedBags(EmbeddingBags):
     """As :class:`EmbeddingBags`, with one column more: the slice's position in mm.
 
-    The positions rise from feet to head and are 0 in the middle of the volume, for scans share no origin. They
-    have the number type of the embeddings; in 16 bits they are exact to a quarter of a millimetre.
+    The positions rise from feet to head and are 0 in the middle of the volume, for scans share no origin.
+    They have the number type of the embeddings; in 16 bits they are exact to a quarter of a millimetre.
 
     Attributes:
         tokens: ``(T, D + 1)``; ``identity["dim"]`` stays D.
@@ -44,8 +44,8 @@ class PositionedBags(EmbeddingBags):
         store = open_embeddings(embeddings_dir, encoder)
         if not isinstance(store, EmbeddingStore) or "z_mm" not in store.fields:
             raise ValueError(
-                f"embeddings_dir must hold embeddings of slices with positions, got none in '{embeddings_dir}'. "
-                "Embed the volumes with an encoder bundle of slices."
+                "embeddings_dir must hold embeddings of slices with positions, got none in "
+                f"'{embeddings_dir}'. Embed the volumes with an encoder bundle of slices."
             )
         positions = [_centred(store.read(volume).z_mm) for volume in self.volumes]
         self.tokens = torch.cat([self.tokens, torch.cat(positions).to(self.tokens.dtype)[:, None]], dim=1)

@@ -1,8 +1,8 @@
 """Table VI in one command: the bundle eval_preprocessing once for each strategy, then one table.
 
-``python -m common.engines.each_preprocessing --help``. Each run is a process of its own, so that the embeddings
-of one strategy at a time are in memory. A run that is finished only writes its results again; one that was
-stopped goes on.
+``python -m common.engines.each_preprocessing --help``. Each run is a process of its own, so that the
+embeddings of one strategy at a time are in memory. A run that is finished only writes its results again; one
+that was stopped goes on.
 """
 
 import subprocess

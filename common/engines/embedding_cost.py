@@ -136,7 +136,7 @@ def main(
         "results/eval_preprocessing.csv"
     ),
 ) -> None:
-    """Measure slices per second and tokens per slice of each strategy; other arguments are the bundle's knobs."""
+    """Measure slices a second and tokens a slice of each strategy; other arguments are the bundle's knobs."""
     short_errors()
     knobs = knobs_of(context.args)
     names = [source.volume for source in ct_sources(dataset_dir)[0]]

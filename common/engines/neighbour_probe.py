@@ -123,7 +123,7 @@ def main(
         str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store.")
     ] = "sqlite:///mlflow.db",
 ) -> None:
-    """Ask the nearest training volumes (cosine of averaged slices) for labels, and see which are retrieved."""
+    """Ask the nearest training volumes (cosine of averaged slices) for labels; see which are retrieved."""
     short_errors()
     ks = sorted(set(k or [1, 5, 20]))
     names = [label.name for label in load_labels(label_set)]

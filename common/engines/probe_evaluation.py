@@ -1,4 +1,4 @@
-"""Trained probes on a test set they may never have seen: scores, intervals and paired differences (Table IV)."""
+"""Saved probes on a test set they may never have seen: intervals and paired differences (Table IV)."""
 
 # N volumes, C classes of a probe, K classes of the test set, R resamples
 
@@ -39,7 +39,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         scores: probabilities, float64 ``(N, K)``.
-        decisions: whether each class is called positive, bool ``(N, K)``; a merged class has no one threshold.
+        decisions: whether each class is called positive, bool ``(N, K)``: a merged class has no one
+            threshold.
     """
 
     scores: np.ndarray
@@ -174,8 +175,8 @@ def evaluate_probes(
     for view in others:
         if bags[view].volumes != first.volumes:
             raise ValueError(
-                f"embeddings must be of the same volumes, got {len(first)} in '{right}' and {len(bags[view])} "
-                f"in '{view}', or others."
+                f"embeddings must be of the same volumes, got {len(first)} in '{right}' and "
+                f"{len(bags[view])} in '{view}', or others."
             )
         cells[f"{reference}_{view}"] = probe_dirs[reference], bags[view]
     measured = {}

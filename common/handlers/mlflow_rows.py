@@ -15,7 +15,7 @@ MAX_METRICS_PER_CALL = 1000  # MLflow's own limit on a batch
 
 
 def log_rows(rows: list[dict[str, str]], tracking_uri: str, experiment: str) -> None:
-    """Record results of one encoder as a finished MLflow run: metrics ``<protocol>/<metric>``, and their origin.
+    """Record results of one encoder as a finished MLflow run: metrics ``<protocol>/<metric>``, their origin.
 
     An interval becomes two metrics more, ``..._low`` and ``..._high``. A value that is undefined is left out,
     which says the same.

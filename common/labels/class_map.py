@@ -1,4 +1,4 @@
-"""From the classes that a probe was trained on to those of another data set, such as CT-RATE's 18 to RAD's 16."""
+"""From the classes that a probe was trained on to those of another data set: CT-RATE's 18 to RAD's 16."""
 
 # N volumes, C classes of the probe, K classes of the other data set
 
@@ -68,7 +68,8 @@ def map_classes(
 
     Example:
         >>> parts = list(MERGED["Calcification"])
-        >>> score, positive = map_classes(np.array([[0.2, 0.6]]), np.array([0.1, 0.9]), parts, ["Calcification"])
+        >>> both = np.array([[0.2, 0.6]]), np.array([0.1, 0.9])
+        >>> score, positive = map_classes(*both, parts, ["Calcification"])
         >>> float(score[0, 0]), bool(positive[0, 0])
         (0.6, True)
     """

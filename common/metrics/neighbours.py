@@ -50,7 +50,8 @@ def cosine_neighbours(queries: torch.Tensor, bank: torch.Tensor, k: int) -> Neig
     """
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"queries and bank must have one width, got shapes {tuple(queries.shape)} and {tuple(bank.shape)}."
+            f"queries and bank must have one width, got shapes {tuple(queries.shape)} and "
+            f"{tuple(bank.shape)}."
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be at least 1 and at most {len(bank)}, the volumes of the bank, got {k}.")
@@ -100,10 +101,10 @@ def retrieval_report(
 ) -> dict[str, dict[str, float]]:
     """Measure how well a volume with a finding retrieves others with it.
 
-    For each class, over the queries that have it: precision@k, the share of the first k volumes that have it
-    too; recall@k, the share of all volumes of the bank with the class that are among the first k; hit@k, the
-    share of queries with at least one among the first k. Chance is the class's prevalence in the bank
-    (``prevalence``).
+    For each class, over the queries that have it: ``precision_at_k``, the share of the first k volumes that
+    have it too; ``recall_at_k``, the share of all volumes of the bank with the class that are among the first
+    k; ``hit_at_k``, the share of queries with at least one among the first k; and ``prevalence`` of the class
+    in the bank, the precision of chance.
 
     Args:
         neighbours: of the queries in the bank.
@@ -116,8 +117,8 @@ def retrieval_report(
         ``query_labels (Q, C)``, ``bank_labels (N, C)``.
 
     Returns:
-        ``report[name]["precision_at_5"]`` and so on; NaN for a class that no query has, recall also for one that
-        no volume of the bank has.
+        ``report[name]["precision_at_5"]`` and so on; NaN for a class that no query has, recall also for one
+        that no volume of the bank has.
 
     Raises:
         ValueError: if a k is larger than the number of neighbours that were found.

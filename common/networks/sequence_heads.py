@@ -1,4 +1,4 @@
-"""Heads that see more of a volume than the paper's five poolers do: gated attention, and a small transformer."""
+"""Heads beside the paper's five poolers: gated attention, and a small transformer over the sequence."""
 
 # B bags, S slices (padded), D embedding, C classes, W width of the transformer, L * K heads of the grid
 
@@ -103,8 +103,8 @@ class SequenceGrid(nn.Module):
     """One head for each pair of a learning rate and a kind, side by side on the same batches.
 
     Takes the place of :class:`common.networks.mil_probe.ProbeGrid` in its trainer, which then reports these
-    heads beside the paper's poolers and never chooses between the two. No head shares a parameter with another;
-    initial weights depend on the seed and the kind only.
+    heads beside the paper's poolers and never chooses between the two. No head shares a parameter with
+    another; initial weights depend on the seed and the kind only.
 
     Args:
         poolers: kinds, keys of ``HEADS``.
@@ -114,8 +114,8 @@ class SequenceGrid(nn.Module):
         seed: seed of the initial weights.
 
     Shape:
-        ``fixed`` is not looked at; ``bags`` B tensors ``(S, D + 1)`` of :class:`PositionedBags`. Output: logits
-        ``(L * K, B, C)``, head ``l * K + k`` having learning rate l and kind k.
+        ``fixed`` is not looked at; ``bags`` B tensors ``(S, D + 1)`` of :class:`PositionedBags`. Output:
+        logits ``(L * K, B, C)``, head ``l * K + k`` having learning rate l and kind k.
 
     Raises:
         ValueError: if a kind is unknown, or a kind or a learning rate is given twice or not at all.
