@@ -11,6 +11,8 @@ from rich.markup import escape
 from data_prep.commands.audit import audit
 from data_prep.commands.console import console
 from data_prep.commands.ct_rate import ct_rate
+from data_prep.commands.dense_labels import dense_labels
+from data_prep.commands.dense_overlay import dense_overlay
 from data_prep.commands.dicom import dicom
 from data_prep.commands.download import download
 from data_prep.commands.hu_stats import hu_stats
@@ -34,6 +36,9 @@ EXAMPLES: dict[Callable[..., None], str] = {
     audit: "audit /data/shards --split train --sample 0.1 --report audit.html",
     ct_rate: "ct-rate --root /data/CT-RATE --split train --out /data/shards "
     "--rexgroundingct /data/ReX/dataset.json --rexgroundingct-masks /data/ReX/segmentations",
+    dense_labels: "dense-labels --root /data/CT-RATE --rexgroundingct /data/ReX/dataset.json "
+    "--rexgroundingct-masks /data/ReX/segmentations --out /data/dense_labels",
+    dense_overlay: "dense-overlay ct.nii.gz label_map.nii.gz --out overlay.png",
     dicom: "dicom /data/export --out /data/shards --masks label_maps/",
     download: "download ct-rate --out /data/CT-RATE --split train --patients 1:100 --label-maps",
     hu_stats: "hu-stats /data/shards --split train --volumes 1000 --out hu.json --picture hu.png",
