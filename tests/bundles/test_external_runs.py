@@ -91,7 +91,8 @@ def run(cohort: Path, tmp_path: Path) -> Run:
         }
         if config == "train":
             settings |= SCHEDULE | {"output_dir": str(tmp_path / bundle)}
-            settings[f"train::handlers::{PLACE_OF_REPORT}::_disabled_"] = True  # pictures take seconds
+            # its pictures take seconds: one run draws them
+            settings[f"train::handlers::{PLACE_OF_REPORT}::_disabled_"] = overlay != "gated_abmil"
         files = [str(BUNDLES / bundle / "configs" / f"{config}.json")]
         files += [str(BUNDLES / "_overlays" / "probe" / f"{overlay}.json")] if overlay else []
         workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **settings | knobs)
@@ -170,6 +171,9 @@ def test_overlays_of_probes_are_rows_beside_the_papers(overlay: str, run: Run, t
     patients = {volume.rsplit("_", 2)[0] for volume in trainer.train_bags.volumes}
     assert len(patients) == {"low_shot_1": 1, "low_shot_10": 3}.get(overlay, 22)
     assert len(trainer.val_bags) == 16
+    written = {path.name for path in (tmp_path / "eval_ct_rate").glob("*")}
+    assert ({"probe.safetensors", "per_class.csv", "roc.png"} <= written) == (overlay == "gated_abmil")
+    assert "attention.png" not in written
 
 
 def test_every_overlay_of_probes_is_tested_above() -> None:
