@@ -156,9 +156,11 @@ def test_a_killed_run_resumes_to_the_same_store(tmp_path):
         hu = rng.integers(-1000, 500, (256, 256, 40 + number)).astype(np.int16)
         nib.save(nib.Nifti1Image(hu, np.diag([-0.8, -0.8, 0.8, 1.0])), tmp_path / "ct" / f"v{number:02d}.nii")
     out = tmp_path / "out"
-    small_parts = "import common.data.embedding_store_writer as w; w.EmbeddingStoreWriter.__init__.__defaults__ = (9000, 60.0)"
+    small_parts = "from common.data.embedding_store_writer import EmbeddingStoreWriter as Writer"
+    small_parts += "; Writer.__init__.__defaults__ = (9000, 60.0)"
     words = command(tmp_path / "ct", out, num_workers=0)
-    program = f"{small_parts}; import sys, runpy; sys.argv = {words!r}; runpy.run_module('monai.bundle', run_name='__main__')"
+    program = f"{small_parts}; import sys, runpy; sys.argv = {words!r}"
+    program += "; runpy.run_module('monai.bundle', run_name='__main__')"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=REPOSITORY,
