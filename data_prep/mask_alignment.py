@@ -44,6 +44,23 @@ class Alignment(NamedTuple):
         indices = np.arange(self.ct_shape[canonical])
         return indices if self.to_mask[axis, canonical] > 0 else indices[::-1]
 
+    def on_ct_grid(self, name: str, mask: np.ndarray) -> np.ndarray:
+        """Show a mask as the CT's slices, ``(Z, H, W)``, a view: permuted and flipped, never resampled.
+
+        Args:
+            name: of the mask's file, for the message.
+            mask: as stored.
+
+        Raises:
+            RejectedError: if its voxels are not those of the CT.
+        """
+        if not self.is_same_grid:
+            raise RejectedError(
+                "mask", f"'{name}' must lie on the voxels of the CT for dense labels, got another grid"
+            )
+        i, j, k = (slice(None, None, 1 if step > 0 else -1) for step in self.to_mask[:3, :3].sum(axis=1))
+        return mask[i, j, k].transpose(self.axis_of)
+
     def nearest(self, z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the mask indices nearest to the 128 x 128 cells of a slice, an array an axis."""
         rows, columns = (cell_voxels(size) for size in self.ct_shape[1:])

@@ -110,19 +110,42 @@ def read_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
     Raises:
         RejectedError: if the file is damaged, or its channels, shape or space do not fit.
     """
-    name = annotation.path.name
     with open_nifti(annotation.path) as file:
-        shape = file.header.shape
-        channels = (1, *shape) if len(shape) == 3 else shape
-        if len(channels) != 4 or channels[0] != len(annotation.codes):
-            raise RejectedError(
-                "mask",
-                f"'{name}' must have one channel a finding, got {len(annotation.codes)} and shape {shape}",
-            )
-        affine = _mask_affine(file.header, channels[1:], ct)
-        alignment = align(name, channels[1:], affine, ct)
+        alignment = _alignment(file, annotation, ct)
         reduce = _pool if alignment.is_same_grid else _resample
         return reduce(_bit_planes(file, annotation.codes), alignment)
+
+
+def read_full_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
+    """Read the masks of a scan on the voxels of its CT, none left out.
+
+    Args:
+        annotation: as in ``read_findings``.
+        ct: grid of the CT.
+
+    Returns:
+        uint16 ``(Z, H, W)``, bit k set where any finding of ``REX_CODES[k]`` is.
+
+    Raises:
+        RejectedError: as ``read_findings``, and if the masks are on another grid than the CT.
+    """
+    with open_nifti(annotation.path) as file:
+        alignment = _alignment(file, annotation, ct)
+        whole = np.zeros(alignment.mask_shape, np.uint16, order="F")
+        for k, bits in _bit_planes(file, annotation.codes):
+            whole[..., k] = bits
+    return alignment.on_ct_grid(annotation.path.name, whole)
+
+
+def _alignment(file: NiftiFile, annotation: Annotation, ct: StoredGrid) -> Alignment:
+    name, shape = annotation.path.name, file.header.shape
+    channels = (1, *shape) if len(shape) == 3 else shape
+    if len(channels) != 4 or channels[0] != len(annotation.codes):
+        raise RejectedError(
+            "mask",
+            f"'{name}' must have one channel a finding, got {len(annotation.codes)} and shape {shape}",
+        )
+    return align(name, channels[1:], _mask_affine(file.header, channels[1:], ct), ct)
 
 
 def _mask_affine(header: NiftiHeader, shape: tuple[int, ...], ct: StoredGrid) -> np.ndarray:

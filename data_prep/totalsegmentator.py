@@ -42,6 +42,32 @@ def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
         return sample(path.name, file, alignment)
 
 
+def read_full_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
+    """Read a label map of task ``total`` on the voxels of its CT, none left out.
+
+    Args:
+        path: NIfTI file of ids 0 to 117.
+        ct: grid of the CT.
+
+    Returns:
+        uint8 ``(Z, H, W)``.
+
+    Raises:
+        RejectedError: as ``read_label_map``, and if the map is on another grid than the CT.
+    """
+    with open_nifti(path) as file:
+        header = file.header
+        if header.is_blank:
+            raise RejectedError("mask", f"'{path.name}' must state its orientation, got a blank header")
+        if len(header.shape) != 3:
+            raise RejectedError("mask", f"'{path.name}' must have 3 axes, got shape {header.shape}")
+        alignment = align(path.name, header.shape, header.affine, ct)
+        whole = np.empty(alignment.mask_shape, np.uint8, order="F")
+        for first, planes in file.planes():
+            whole[..., first : first + planes.shape[-1]] = _ids(path.name, planes, file)
+    return alignment.on_ct_grid(path.name, whole)
+
+
 def _sample(name: str, file: NiftiFile, alignment: Alignment) -> np.ndarray:
     """Take the voxels at the centres of cells as they come by."""
     taken = [alignment.index_along(0), alignment.index_along(1), alignment.index_along(2)]

@@ -13,14 +13,23 @@ from monai.engines import SupervisedTrainer
 from monai.inferers import Inferer
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from common.data.bag_batches import ShuffledBatches, pad_bags
-from common.data.embedding_part import IDENTITY_KEYS
+from common.data.bag_batches import BagReader, ShuffledBatches, pad_bags
 from common.data.embeddings import EmbeddingBags
+from common.data.predictions import Predictions
 from common.engines.best_probe import BestProbe
-from common.metrics.multilabel import average_precision, macro, multilabel_report
+from common.engines.probe_cohorts import check_cohorts, check_finite
+from common.engines.probe_seeds import train_seeds
+from common.metrics.bootstrap import (
+    RESAMPLING_SEED,
+    bootstrap,
+    groups_of,
+    interval_report,
+    resample_weights,
+)
+from common.metrics.multilabel import average_precision, f1_thresholds, macro, multilabel_report
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 
 logger = logging.getLogger(__name__)
@@ -41,7 +50,13 @@ class ProbeGridTrainer(SupervisedTrainer):
     ``val_macro_auprc/<pooler>/lr_<lr>`` and ``val_macro_auprc_best``; after the test ``test_macro_<metric>``
     of the chosen probe. ``engine.state.reports`` then holds the reports of "probe" and "prevalence": the
     floor that the same score for every volume reaches, computed by the same code (AUROC and balanced
-    accuracy .5, AUPRC the prevalence p, F1 2p / (1 + p) of calling every volume positive).
+    accuracy .5, AUPRC the prevalence p, F1 2p / (1 + p) of calling every volume positive);
+    ``engine.state.intervals`` their bootstrap intervals; ``engine.state.predictions`` and
+    ``engine.state.validation`` what the chosen probe says of both cohorts; and ``engine.state.seed_reports``
+    the reports of the chosen probe by seed, the run's own seed first. A further seed trains the chosen pooler
+    at the chosen learning rate for the chosen number of steps, with initial weights and batches of its own.
+
+    Bags stay on the device if they fit, see :class:`common.data.bag_batches.BagReader`.
 
     Source: DALE-CT IV-B.
 
@@ -49,7 +64,8 @@ class ProbeGridTrainer(SupervisedTrainer):
         device: device of network and batch.
         max_epochs: 1: an epoch is just ``epoch_length`` steps.
         epoch_length: optimizer steps of the whole run.
-        train_data_loader: endless batches of ``EmbeddingBags``, by ``ShuffledBatches`` and ``collate_bags``.
+        train_data_loader: endless batches of ``EmbeddingBags``, by ``ShuffledBatches`` and ``collate_bags``;
+            a bag is read from the data set when the step needs it.
         val_bags: volumes to choose on.
         test_bags: volumes to test on.
         network: the grid.
@@ -58,12 +74,15 @@ class ProbeGridTrainer(SupervisedTrainer):
         loss_function: element-wise loss of logits and labels.
         best: the choice so far; saved in checkpoints.
         val_interval: steps between two validations.
+        further_seeds: seeds to train the chosen probe again with.
+        num_resamples: bootstrap resamples of the test set; our choice: 2,000.
+        resampling: "patients" or "volumes": what a resample draws.
         inferer: how a batch goes through the network; MONAI's SimpleInferer by default.
         train_handlers: Ignite handlers.
 
     Raises:
         ValueError: if the three cohorts' embeddings differ in origin or width or share a volume; in training,
-            if no class of the validation set has a positive.
+            if no class of the validation set has a positive or an embedding is empty or not finite.
         FloatingPointError: in training, if every probe has diverged.
     """
 
@@ -77,10 +96,13 @@ class ProbeGridTrainer(SupervisedTrainer):
         test_bags: EmbeddingBags,
         network: ProbeGrid,
         optimizer: Optimizer,
-        lr_scheduler: LRScheduler,
+        lr_scheduler: LambdaLR,
         loss_function: nn.Module,
         best: BestProbe,
         val_interval: int,
+        further_seeds: Sequence[int] = (),
+        num_resamples: int = 2000,
+        resampling: str = "patients",
         inferer: Inferer | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
@@ -99,8 +121,13 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.batches = cast(ShuffledBatches, train_data_loader.batch_sampler)
         self.train_bags = cast(EmbeddingBags, train_data_loader.dataset)
         self.val_bags, self.test_bags = val_bags, test_bags
-        _check_cohorts({"train": self.train_bags, "validation": val_bags, "test": test_bags})
-        self.fixed_train = self.fixed_val = torch.empty(0)
+        self.cohorts = {"train": self.train_bags, "validation": val_bags, "test": test_bags}
+        check_cohorts(self.cohorts)
+        self.further_seeds = list(further_seeds)
+        self.readers: dict[str, BagReader] = {}
+        self.fixed: dict[str, torch.Tensor] = {}
+        groups = groups_of(test_bags.volumes, resampling)
+        self.weights = resample_weights(groups, num_resamples, RESAMPLING_SEED)
         self.lr_scheduler = lr_scheduler
         self.best = best
         self.val_interval = val_interval
@@ -125,25 +152,27 @@ class ProbeGridTrainer(SupervisedTrainer):
     def _iteration(  # type: ignore[override]
         self, engine: Engine, batchdata: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
-        device = self.state.device
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        bags = [bag.to(device, non_blocking=True) for bag in batchdata["bags"]]
-        logits = self.inferer(self.fixed_train[batchdata["index"]].to(device), self.network, bags)
+        chosen = batchdata["index"].tolist()
+        logits = self.inferer(self.fixed["train"][chosen], self.network, self.readers["train"](chosen))
         targets = batchdata["labels"].to(logits).expand_as(logits)
         losses = self.loss_function(logits, targets).mean(dim=(1, 2))
         losses.sum().backward()
         self.optimizer.step()
         self.lr_scheduler.step()
         losses = losses.detach()
-        return [{"loss": losses[torch.isfinite(losses)].mean()}]
+        return [{"loss": torch.nanmean(torch.where(losses.isfinite(), losses, torch.nan))}]
 
     def _pool_once(self, engine: Engine) -> None:
         """Poolers without parameters give the same vector at every step."""
-        self.fixed_train, self.fixed_val = (
-            torch.cat([self.grid.fixed_features(chunk).cpu() for _, chunk in self._chunks(bags)])
-            for bags in (self.train_bags, self.val_bags)
-        )
+        for cohort, bags in self.cohorts.items():
+            self.readers[cohort] = BagReader(bags, self.state.device)
+            features = []
+            for rows, chunk in self._chunks(cohort):
+                check_finite(chunk, bags.volumes[rows], cohort)
+                features.append(self.grid.fixed_features(chunk) if cohort != "test" else torch.empty(0))
+            self.fixed[cohort] = torch.cat(features)
 
     def _start_data_at_this_step(self, engine: Engine) -> None:
         """Ignite makes the iterator of the data after this event, and thus after a checkpoint was loaded."""
@@ -155,7 +184,7 @@ class ProbeGridTrainer(SupervisedTrainer):
             return
         names = [probe_name(*name) for name in self.grid.names]
         targets = self.val_bags.labels.numpy()
-        scores = self._grid_scores(self.fixed_val, self.val_bags)
+        scores = self._grid_scores("validation")
         means = _macro_auprc(scores, targets, self.val_bags.class_names)
         diverged = [
             name for name, of_probe in zip(names, scores, strict=True) if not np.isfinite(of_probe).all()
@@ -182,35 +211,60 @@ class ProbeGridTrainer(SupervisedTrainer):
         """After the last step, or when a run resumes that was killed between that and its report."""
         if self.state.iteration < self.num_steps or self.state.reports:
             return
-        names, targets = self.test_bags.class_names, self.test_bags.labels.numpy()
-        scores = self._probe_scores(self.chosen_probe(), self.test_bags)
-        report = multilabel_report(scores, targets, self.best.thresholds.numpy(), names)
+        names, targets = self.test_bags.class_names, self.test_bags.labels.double().numpy()
+        thresholds = self.best.thresholds.numpy()
+        self.state.validation, self.state.predictions = (
+            Predictions(
+                bags.identity["encoder"],
+                *(bags.volumes, names, self._probe_scores(self.chosen_probe(), cohort), thresholds),
+                bags.labels.double().numpy(),
+            )
+            for cohort, bags in list(self.cohorts.items())[1:]
+        )
+        scores = self.state.predictions.probabilities
+        report = multilabel_report(scores, targets, thresholds, names)
+        same_for_all = (np.zeros(targets.shape), targets, np.zeros(len(names)))
+        self.state.intervals = {
+            "probe": interval_report(bootstrap(scores, targets, thresholds, self.weights), names),
+            "prevalence": interval_report(bootstrap(*same_for_all, self.weights), names),
+        }
+        further = train_seeds(
+            *(self.further_seeds, self.grid, self.best.index, self.best.step, self.batches.batch_size),
+            *(self.readers["train"], self.fixed["train"], self.train_bags.labels.to(self.state.device)),
+            *(self.loss_function, self.optimizer, self.lr_scheduler),
+        )
+        self.state.seed_reports = [report, *map(self._report_of_seed, further)]
         self.state.reports = {"probe": report, "prevalence": prevalence_report(targets, names)}
         self.state.metrics |= {f"test_macro_{metric}": value for metric, value in report["macro"].items()}
 
+    def _report_of_seed(self, probe: MILProbe) -> dict[str, Any]:
+        """Test a probe with thresholds of its own."""
+        val_scores = self._probe_scores(probe, "validation")
+        thresholds = f1_thresholds(val_scores, self.val_bags.labels.numpy())
+        scores, targets = self._probe_scores(probe, "test"), self.test_bags.labels.numpy()
+        return multilabel_report(scores, targets, thresholds, self.test_bags.class_names)
+
     @torch.no_grad()
-    def _grid_scores(self, fixed: torch.Tensor, bags: EmbeddingBags) -> np.ndarray:
+    def _grid_scores(self, cohort: str) -> np.ndarray:
         """Probabilities of every probe, float64 (L * K, N, C)."""
         self.network.eval()
         parts = []
-        for rows, chunk in self._chunks(bags):
-            logits = self.inferer(fixed[rows].to(self.state.device), self.network, chunk)
+        for rows, chunk in self._chunks(cohort):
+            logits = self.inferer(self.fixed[cohort][rows], self.network, chunk)
             parts.append(logits.double().sigmoid().cpu())
         return torch.cat(parts, dim=1).numpy()
 
     @torch.no_grad()
-    def _probe_scores(self, probe: MILProbe, bags: EmbeddingBags) -> np.ndarray:
+    def _probe_scores(self, probe: MILProbe, cohort: str) -> np.ndarray:
         """Probabilities of one probe, float64 (N, C)."""
-        parts = [probe(*pad_bags(chunk)).double().sigmoid().cpu() for _, chunk in self._chunks(bags)]
+        parts = [probe(*pad_bags(chunk)).double().sigmoid().cpu() for _, chunk in self._chunks(cohort)]
         return torch.cat(parts).numpy()
 
-    def _chunks(self, bags: EmbeddingBags) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        for first in range(0, len(bags), BAGS_PER_CHUNK):
-            rows = slice(first, min(first + BAGS_PER_CHUNK, len(bags)))
-            yield (
-                rows,
-                [bags[index]["tokens"].to(self.state.device) for index in range(rows.start, rows.stop)],
-            )
+    def _chunks(self, cohort: str) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        num_bags = len(self.cohorts[cohort])
+        for first in range(0, num_bags, BAGS_PER_CHUNK):
+            rows = slice(first, min(first + BAGS_PER_CHUNK, num_bags))
+            yield rows, self.readers[cohort](range(rows.start, rows.stop))
 
 
 def prevalence_report(targets: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
@@ -232,26 +286,3 @@ def _macro_auprc(scores: np.ndarray, targets: np.ndarray, class_names: Sequence[
     per_class = np.full((len(scores), targets.shape[1]), np.nan)
     per_class[finite] = average_precision(scores[finite], targets)
     return np.array([macro(values, class_names)[0] for values in per_class])
-
-
-def _check_cohorts(cohorts: dict[str, EmbeddingBags]) -> None:
-    """Refuse cohorts that do not belong together; name classes that cannot be learned or measured."""
-    train = cohorts["train"].identity
-    seen: dict[str, str] = {}
-    for cohort, bags in cohorts.items():
-        for key in ("dim", *IDENTITY_KEYS):
-            if bags.identity[key] != train[key]:
-                raise ValueError(
-                    f"{key} must be the same in every cohort, got {train[key]!r} in train and "
-                    f"{bags.identity[key]!r} in {cohort}. Embed them with one encoder."
-                )
-        for volume in bags.volumes:
-            if volume in seen:
-                raise ValueError(
-                    f"cohorts must not share a volume, got '{volume}' in {seen[volume]} and {cohort}."
-                )
-            seen[volume] = cohort
-        counts = zip(bags.class_names, bags.labels.sum(0).tolist(), strict=True)
-        absent = [name for name, positives in counts if positives == 0]
-        if absent:
-            logger.warning("%s (%d volumes) has no positive of %s.", cohort, len(bags), absent)

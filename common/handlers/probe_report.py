@@ -1,45 +1,109 @@
-"""What an evaluation leaves behind: the chosen probe, a table and a picture of its classes."""
+"""What an evaluation leaves behind: the chosen probe, its predictions, tables and pictures."""
 
-import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine, Events
-from matplotlib.figure import Figure
+import numpy as np
+import torch
+from ignite.engine import Events
 
-from common.data.embeddings import EmbeddingBags
+from common.data.predictions import write_predictions
 from common.engines.probe_grid import ProbeGridTrainer
-from common.networks.mil_probe import save_probe
-
-METRICS = ("auroc", "auprc", "f1", "balanced_accuracy")
+from common.handlers.probe_pictures import (
+    draw_attention,
+    draw_per_class,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+    read_slices,
+    volumes_to_show,
+)
+from common.handlers.probe_tables import class_rows, seed_rows, threshold_rows, write_table
+from common.networks.mil_probe import MILProbe, save_probe
 
 
 class ProbeReport:
-    """Write the chosen probe and its test results by class when a ``ProbeGridTrainer`` has completed.
+    """Write the chosen probe and its test results when a ``ProbeGridTrainer`` has completed.
 
-    Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`),
-    ``per_class.csv`` and ``per_class.png``.
+    Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`);
+    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.data.predictions`);
+    ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
+    ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
+    each slice in some volumes. A head that is no ``MILProbe`` (gated ABMIL, transformer) has neither of the
+    last two, and ``load_probe`` does not read it.
 
     Args:
         output_dir: folder of the files.
         seed: seed of the run, remembered in ``probe.json``.
+        attention_volumes: test volumes whose slices' weights are shown; if none is named, of each class the
+            true positive that the probe is surest of, eight at most.
+        ct_dir: folder with the NIfTI files of the test volumes, to show slices of the most weight; None for
+            the weights alone.
+
+    Raises:
+        ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT has other slices
+            than its embedding.
+        FileNotFoundError: if ``ct_dir`` is no folder, or holds no CT of a volume to show.
     """
 
-    def __init__(self, output_dir: str | Path, seed: int) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        seed: int,
+        attention_volumes: Sequence[str] = (),
+        ct_dir: str | Path | None = None,
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.seed = seed
+        self.attention_volumes = list(attention_volumes)
+        self.ct_dir = ct_dir
 
-    def attach(self, engine: Engine) -> None:
-        """Register with a ``ProbeGridTrainer``."""
+    def attach(self, engine: ProbeGridTrainer) -> None:
+        """Register with a ``ProbeGridTrainer``.
+
+        Raises:
+            ValueError: if a volume of ``attention_volumes`` is not in the test set.
+            FileNotFoundError: if ``ct_dir`` is no folder.
+        """
+        if self.ct_dir is not None and not Path(self.ct_dir).is_dir():
+            raise FileNotFoundError(f"ct_dir must be a folder, got '{self.ct_dir}', which is none.")
+        unknown = [volume for volume in self.attention_volumes if volume not in engine.test_bags.volumes]
+        if unknown:
+            raise ValueError(f"attention_volumes must be of the test set, got '{unknown[0]}'.")
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: ProbeGridTrainer) -> None:
         if getattr(engine.state, "stopped_early", False):
             return
+        state, bags = engine.state, engine.test_bags
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        save_probe(self.output_dir, engine.chosen_probe(), self._card(engine))
+        write_predictions(self.output_dir / "test_predictions.csv", state.predictions)
+        write_predictions(self.output_dir / "validation_predictions.csv", state.validation)
+        seeds = [self.seed, *engine.further_seeds]
+        for name, rows in (
+            ("per_class", class_rows(state.reports, state.intervals, state.predictions)),
+            ("thresholds", threshold_rows(state.validation, state.predictions)),
+            ("seeds", seed_rows(seeds, state.seed_reports)),
+        ):
+            write_table(self.output_dir / f"{name}.csv", rows)
+        best, encoder = engine.best, bags.identity["encoder"]
+        pooler, learning_rate = engine.grid.names[best.index]
+        title = f"{encoder}: {len(bags)} test volumes, {pooler}, lr {learning_rate:g}, step {best.step}"
+        per_class = state.intervals["probe"]["per_class"]
+        draw_per_class(self.output_dir / "per_class.png", state.reports, state.intervals, title)
+        draw_roc(self.output_dir / "roc.png", state.predictions, per_class, title)
+        draw_precision_recall(self.output_dir / "precision_recall.png", state.predictions, per_class, title)
+        draw_reliability(self.output_dir / "reliability.png", state.predictions, title)
+        self._show_attention(engine)
+
+    def _card(self, engine: ProbeGridTrainer) -> dict[str, Any]:
         best, bags, report = engine.best, engine.test_bags, engine.state.reports["probe"]
         pooler, learning_rate = engine.grid.names[best.index]
-        card = {
+        intervals = engine.state.intervals["probe"]["macro"]
+        return {
             "pooler": pooler,
             "learning_rate": learning_rate,
             "step": best.step,
@@ -49,80 +113,44 @@ class ProbeReport:
             "thresholds": best.thresholds.tolist(),
             **{name: value for name, value in bags.identity.items() if name != "dtype"},
             "test": {name: _json_number(value) for name, value in report["macro"].items()},
+            "test_intervals": {name: [*map(_json_number, ends)] for name, ends in intervals.items()},
             "undefined_classes": report["undefined"],
         }
-        save_probe(self.output_dir, engine.chosen_probe(), card)
-        write_per_class_csv(
-            self.output_dir / "per_class.csv", engine.state.reports, best.thresholds.tolist(), bags
-        )
-        encoder = bags.identity["encoder"]
-        title = f"{encoder}: {len(bags)} test volumes, {pooler}, lr {learning_rate:g}, step {best.step}"
-        draw_per_class(self.output_dir / "per_class.png", engine.state.reports, title)
 
-
-def write_per_class_csv(
-    path: Path, reports: dict[str, dict[str, Any]], thresholds: list[float], bags: EmbeddingBags
-) -> None:
-    """Write one row a class: its metrics, its threshold and how often it occurs. Undefined is "nan".
-
-    Args:
-        path: file to write.
-        reports: ``engine.state.reports``.
-        thresholds: of each class.
-        bags: test volumes.
-    """
-    positives = bags.labels.sum(0).int().tolist()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", *METRICS, "auprc_of_prevalence", "threshold", "positives", "volumes"])
-        for index, (name, values) in enumerate(reports["probe"]["per_class"].items()):
-            floor = reports["prevalence"]["per_class"][name]["auprc"]
-            numbers = [*(values[metric] for metric in METRICS), floor, thresholds[index]]
-            writer.writerow([name, *(f"{number:.6f}" for number in numbers), positives[index], len(bags)])
-
-
-def draw_per_class(path: Path, reports: dict[str, dict[str, Any]], title: str) -> None:
-    """Draw AUROC and AUPRC of each class as bars, with the AUPRC that prevalence alone gives as a mark.
-
-    Args:
-        path: PNG to write.
-        reports: ``engine.state.reports``.
-        title: first line of the picture.
-    """
-    per_class, floor = reports["probe"]["per_class"], reports["prevalence"]["per_class"]
-    places = range(len(per_class))
-    figure = Figure(figsize=(9, 1.6 + 0.42 * len(per_class)), layout="constrained")
-    axes = figure.subplots()
-    for metric, shift, colour in (("auroc", -0.2, "#4477aa"), ("auprc", 0.2, "#ee6677")):
-        values = [values[metric] for values in per_class.values()]
-        bars = axes.barh(
-            [place + shift for place in places], values, height=0.38, color=colour, label=metric.upper()
-        )
-        texts = ["undefined" if math.isnan(value) else f"{value:.3f}" for value in values]
-        axes.bar_label(bars, texts, padding=3, fontsize=7)
-    marks = [floor[name]["auprc"] for name in per_class]
-    axes.scatter(
-        marks,
-        [place + 0.2 for place in places],
-        marker="|",
-        s=90,
-        color="black",
-        label="prevalence",
-        zorder=3,
-    )
-    axes.axvline(0.5, color="#4477aa", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_yticks(places, per_class)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12)
-    axes.set_xlabel("test set; dotted: AUROC of chance")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, frameon=False)
-    macro = ", ".join(
-        f"{metric.upper()} {reports['probe']['macro'][metric]:.4f}" for metric in ("auroc", "auprc")
-    )
-    axes.set_title(f"{title}\nmacro {macro}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    def _show_attention(self, engine: ProbeGridTrainer) -> None:
+        predictions = engine.state.predictions
+        chosen = dict.fromkeys(self.attention_volumes, "") or volumes_to_show(predictions)
+        probe: Any = engine.chosen_probe().cpu()
+        if not chosen or not isinstance(probe, MILProbe):
+            return
+        weights, captions = {}, {}
+        pooler: Any = probe.pooler
+        for volume, name in chosen.items():
+            index = predictions.volumes.index(volume)
+            with torch.no_grad():
+                bag = engine.test_bags[index]["tokens"].float()
+                weights[volume] = np.asarray(pooler.slice_weights(bag), dtype=np.float64)
+            present = [
+                known
+                for known, label in zip(predictions.class_names, predictions.labels[index], strict=True)
+                if label
+            ]
+            found = f", shown for {name}" if name else ""
+            captions[volume] = f"{volume}{found} (labels: {', '.join(present) or 'none'})"
+        slices = {} if self.ct_dir is None else read_slices(self.ct_dir, list(chosen))
+        for volume, of_ct in slices.items():
+            if len(of_ct) != len(weights[volume]):
+                raise ValueError(
+                    f"ct_dir must hold the CT that was embedded, got {len(of_ct)} slices and "
+                    f"{len(weights[volume])} embeddings for volume '{volume}'."
+                )
+        rows = [
+            {"volume": volume, "slice": place, "weight": f"{weight:.8f}"}
+            for volume, of_volume in weights.items()
+            for place, weight in enumerate(of_volume)
+        ]
+        write_table(self.output_dir / "attention.csv", rows)
+        draw_attention(self.output_dir / "attention.png", weights, captions, slices)
 
 
 def _json_number(value: float) -> float | None:

@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,7 +49,9 @@ COLUMNS = {
 class ResultsTable:
     """Add the test results of a :class:`ProbeGridTrainer` to a results CSV when it has completed.
 
-    Four rows for the encoder, and four for "prevalence", the floor on the same volumes.
+    Four rows for the encoder and four for "prevalence", the floor on the same volumes, with the bootstrap's
+    95 % intervals as low and high. Four more, of protocol ``<protocol>_seeds``, where the chosen probe was
+    trained with several seeds: the mean, the lowest and the highest of them.
 
     Args:
         path: CSV of all evaluations; made when missing.
@@ -74,28 +77,32 @@ class ResultsTable:
     def _write(self, engine: "ProbeGridTrainer") -> None:
         if getattr(engine.state, "stopped_early", False):
             return
-        reports, bags, version = engine.state.reports, engine.test_bags, code_version()
-        rows = [
-            {
-                "encoder": encoder,
-                "protocol": self.protocol,
-                "dataset": self.dataset,
-                "metric": f"macro_{metric}",
-                "value": f"{value:.6f}",
-                "low": "",
-                "high": "",
-                "n": str(len(bags)),
-                "seeds": str(self.seed) if encoder != "prevalence" else "",
-                "commit": version,
-                "config_hash": config_hash(self.config),
-            }
-            for encoder, report in (
-                (bags.identity["encoder"], reports["probe"]),
-                ("prevalence", reports["prevalence"]),
-            )
-            for metric, value in report["macro"].items()
-        ]
+        state, encoder = engine.state, engine.test_bags.identity["encoder"]
+        common = {
+            "dataset": self.dataset,
+            "n": str(len(engine.test_bags)),
+            "commit": code_version(),
+            "config_hash": config_hash(self.config),
+        }
+        rows = []
+        for subject, name, seeds in (("probe", encoder, str(self.seed)), ("prevalence", "prevalence", "")):
+            for metric, value in state.reports[subject]["macro"].items():
+                low, high = state.intervals[subject]["macro"][metric]
+                rows.append(_row(name, self.protocol, metric, (value, low, high), seeds) | common)
+        seeds = " ".join(map(str, [self.seed, *engine.further_seeds]))
+        for metric in state.reports["probe"]["macro"] if engine.further_seeds else ():
+            values = [report["macro"][metric] for report in state.seed_reports]
+            numbers = (fmean(values), min(values), max(values))
+            rows.append(_row(encoder, f"{self.protocol}_seeds", metric, numbers, seeds) | common)
         add_rows(self.path, rows)
+
+
+def _row(
+    encoder: str, protocol: str, metric: str, numbers: tuple[float, float, float], seeds: str
+) -> dict[str, str]:
+    value, low, high = (f"{number:.6f}" for number in numbers)
+    row = {"encoder": encoder, "protocol": protocol, "metric": f"macro_{metric}", "value": value}
+    return row | {"low": low, "high": high, "seeds": seeds}
 
 
 def add_rows(path: str | Path, rows: list[dict[str, str]]) -> None:
@@ -164,6 +171,17 @@ def results_table(rows: list[dict[str, str]]) -> Table:
     return table
 
 
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is, in a log as well.
+
+    Args:
+        table: what to print.
+    """
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
 def code_version() -> str:
     """Return the git commit of this code, ``-dirty`` if files differ; "unknown" outside a checkout."""
     here = Path(__file__).resolve()
@@ -205,13 +223,14 @@ def _cell(row: dict[str, str]) -> str:
     value = float(row["value"])
     if math.isnan(value):
         return "undefined"
-    interval = f" ({float(row['low']):.4f}-{float(row['high']):.4f})" if row["low"] and row["high"] else ""
-    return f"{value:.4f}{interval}"
+    low, high = (float(row[end] or "nan") for end in ("low", "high"))
+    # on a line of its own: four intervals side by side are wider than a terminal
+    return f"{value:.4f}" if math.isnan(low) or math.isnan(high) else f"{value:.4f}\n{low:.3f}-{high:.3f}"
 
 
 def main(paths: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")]) -> None:
     """Print the results of the given CSVs as one table."""
-    Console().print(results_table([row for path in paths for row in read_rows(path)]))
+    print_whole(results_table([row for path in paths for row in read_rows(path)]))
 
 
 if __name__ == "__main__":

@@ -2,23 +2,24 @@
 
 # P probes (any leading axes), N samples, C classes
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
-class _Ranking(NamedTuple):
-    """Samples in descending order of score; samples of equal score form one step."""
+class _Positives(NamedTuple):
+    """The positives of one class in ascending order of score, and how the class's samples lie around each."""
 
     scores: FloatArray
-    positive: FloatArray
-    step_size: FloatArray  # samples down to the end of a sample's step
-    hits: FloatArray  # positives down to the end of a sample's step
-    hits_above: FloatArray  # positives above a sample's step
+    hits: IntArray  # positives of at least its score
+    false_alarms: IntArray  # negatives of at least its score
+    beaten_twice: IntArray  # negatives below it, each counted twice, and those of its score, each once
+    num_negative: int
 
 
 def auroc(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
@@ -41,9 +42,7 @@ def auroc(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
         >>> auroc([[0.1, 0.3], [0.4, 0.3], [0.35, 0.3], [0.8, 0.3]], [[0, 1], [0, 0], [1, 1], [1, 0]])
         array([0.75, 0.5 ])
     """
-    ranking, num_positive, num_negative = _ranked(scores, targets)
-    beaten = ((1 - ranking.positive) * (ranking.hits + ranking.hits_above) / 2).sum(-2)
-    return _ratio(beaten, num_positive * num_negative)
+    return _of_each_class(_auroc, scores, targets)[..., 0]
 
 
 def average_precision(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
@@ -66,8 +65,24 @@ def average_precision(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
         >>> average_precision([[0.1], [0.4], [0.35], [0.8]], [[0], [0], [1], [1]]).round(4)
         array([0.8333])
     """
-    ranking, num_positive, _ = _ranked(scores, targets)
-    return _ratio((ranking.positive * ranking.hits / ranking.step_size).sum(-2), num_positive)
+    return _of_each_class(_average_precision, scores, targets)[..., 0]
+
+
+def auroc_and_average_precision(scores: ArrayLike, targets: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Return :func:`auroc` and :func:`average_precision` for the price of one of them.
+
+    Args:
+        scores: higher means more likely; any monotone scale.
+        targets: 0 or 1.
+
+    Shape:
+        scores ``(..., N, C)``, targets ``(N, C)``. Output: twice ``(..., C)``.
+
+    Raises:
+        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
+    """
+    values = _of_each_class(lambda at: (_auroc(at), _average_precision(at)), scores, targets)
+    return values[..., 0], values[..., 1]
 
 
 def f1_thresholds(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
@@ -90,10 +105,7 @@ def f1_thresholds(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
         >>> f1_thresholds([[0.1, 0.2], [0.4, 0.2], [0.35, 0.9], [0.8, 0.9]], [[0, 0], [0, 0], [1, 0], [1, 0]])
         array([0.35, 0.5 ])
     """
-    ranking, num_positive, _ = _ranked(scores, targets)
-    values = 2 * ranking.hits / (ranking.step_size + num_positive[..., None, :])
-    best = np.take_along_axis(ranking.scores, values.argmax(-2, keepdims=True), -2).squeeze(-2)
-    return np.where(num_positive > 0, best, 0.5)
+    return _of_each_class(_f1_threshold, scores, targets)[..., 0]
 
 
 def f1(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArray:
@@ -145,6 +157,49 @@ def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLi
     hits, num_predicted, num_positive, num_negative = _confusion(scores, targets, thresholds)
     specificity = 1 - _ratio(num_predicted - hits, num_negative)
     return (_ratio(hits, num_positive) + specificity) / 2
+
+
+class OperatingPoints(NamedTuple):
+    """What calling the K highest distinct scores of a class positive would give, from none to all samples.
+
+    Attributes:
+        recall: share of the positives called, ``(K + 1,)``; nan without positives.
+        false_positive_rate: share of the negatives called, ``(K + 1,)``; nan without negatives.
+        precision: share of positives among the called, ``(K + 1,)``; 1 where nothing is called.
+    """
+
+    recall: FloatArray
+    false_positive_rate: FloatArray
+    precision: FloatArray
+
+
+def operating_points(scores: ArrayLike, targets: ArrayLike) -> OperatingPoints:
+    """Return the points of the ROC and the precision-recall curve of one class.
+
+    Args:
+        scores: higher means more likely.
+        targets: 0 or 1.
+
+    Shape:
+        scores and targets ``(N,)``.
+
+    Raises:
+        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
+
+    Example:
+        >>> operating_points([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]).recall
+        array([0. , 0.5, 0.5, 1. , 1. ])
+    """
+    score, target = (column[:, 0] for column in _checked(np.c_[scores], np.c_[targets]))
+    order = np.argsort(-score, kind="stable")
+    ends = np.flatnonzero(np.diff(score[order], append=-np.inf))
+    hits = np.concatenate([[0.0], target[order].cumsum()[ends]])
+    called = np.concatenate([[0.0], ends + 1.0])
+    num_positive = np.full(hits.shape, target.sum())
+    precision = np.divide(hits, called, out=np.ones(hits.shape), where=called > 0)
+    return OperatingPoints(
+        _ratio(hits, num_positive), _ratio(called - hits, len(target) - num_positive), precision
+    )
 
 
 def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
@@ -203,9 +258,10 @@ def multilabel_report(
         >>> report["per_class"]["Nodule"]["auroc"]
         nan
     """
+    of_ranking = auroc_and_average_precision(scores, targets)
     metrics = {
-        "auroc": auroc(scores, targets),
-        "auprc": average_precision(scores, targets),
+        "auroc": of_ranking[0],
+        "auprc": of_ranking[1],
         "f1": f1(scores, targets, thresholds),
         "balanced_accuracy": balanced_accuracy(scores, targets, thresholds),
     }
@@ -220,28 +276,49 @@ def multilabel_report(
     }
 
 
-def _ranked(scores: ArrayLike, targets: ArrayLike) -> tuple[_Ranking, FloatArray, FloatArray]:
-    """Return the ranking of each class and its numbers of positives and of negatives."""
+def _auroc(at: _Positives) -> float:
+    pairs = len(at.scores) * at.num_negative
+    return int(at.beaten_twice.sum()) / 2 / pairs if pairs else float("nan")
+
+
+def _average_precision(at: _Positives) -> float:
+    return float((at.hits / (at.hits + at.false_alarms)).mean()) if len(at.scores) else float("nan")
+
+
+def _f1_threshold(at: _Positives) -> float:
+    if not len(at.scores):
+        return 0.5
+    # a threshold between two positives has the hits of the upper one and more false alarms
+    values = 2 * at.hits / (at.hits + at.false_alarms + len(at.scores))
+    return float(at.scores[::-1][values[::-1].argmax()])
+
+
+def _of_each_class(
+    metrics: Callable[[_Positives], float | tuple[float, float]], scores: ArrayLike, targets: ArrayLike
+) -> FloatArray:
+    """Measure every class of every probe; the last axis of the output is the metrics."""
     score, target = _checked(scores, targets)
-    order = np.argsort(-score, axis=-2, kind="stable")
-    score = np.take_along_axis(score, order, -2)
-    positive = np.take_along_axis(np.broadcast_to(target, score.shape), order, -2)
-    changes = score[..., 1:, :] != score[..., :-1, :]
-    always = np.ones_like(score[..., :1, :], dtype=bool)
-    position = np.arange(score.shape[-2])[:, None]
-    first = np.maximum.accumulate(np.where(np.concatenate([always, changes], -2), position, 0), -2)
-    ends = np.where(np.concatenate([changes, always], -2), position, score.shape[-2])
-    last = np.flip(np.minimum.accumulate(np.flip(ends, -2), -2), -2)
-    hits = positive.cumsum(-2)
-    ranking = _Ranking(
-        scores=score,
-        positive=positive,
-        step_size=last + 1.0,
-        hits=np.take_along_axis(hits, last, -2),
-        hits_above=np.take_along_axis(hits - positive, first, -2),
+    is_positive = np.ascontiguousarray(target.T) == 1
+    columns = np.ascontiguousarray(np.moveaxis(score, -2, -1))
+    places = list(np.ndindex(columns.shape[:-1]))
+    values = [metrics(_around_positives(columns[place], is_positive[place[-1]])) for place in places]
+    return np.reshape(np.array(values, dtype=np.float64), (*columns.shape[:-1], -1 if places else 1))
+
+
+def _around_positives(scores: FloatArray, is_positive: NDArray[np.bool_]) -> _Positives:
+    """Two sorts of plain numbers and a search of one in the other: no order of samples is ever made."""
+    positive, negative = np.sort(scores[is_positive]), np.sort(scores[~is_positive])
+    below = np.searchsorted(negative, positive, "left")
+    not_above = below.copy()
+    if len(negative):
+        tied = negative[np.minimum(below, len(negative) - 1)] == positive
+        not_above[tied] = np.searchsorted(negative, positive[tied], "right")
+    first = np.arange(len(positive))
+    if (positive[1:] == positive[:-1]).any():
+        first = np.searchsorted(positive, positive, "left")
+    return _Positives(
+        positive, len(positive) - first, len(negative) - below, below + not_above, len(negative)
     )
-    num_positive = target.sum(-2)
-    return ranking, num_positive, len(target) - num_positive
 
 
 def _confusion(

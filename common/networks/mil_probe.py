@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common.data.atomic_file import atomic_file
-from common.networks.poolers import LearnedQueryAttentionPool, build_pooler
+from common.data.bag_batches import pad_bags
+from common.networks.poolers import LearnedQueryAttentionPool, build_pooler, segment_softmax
 
 
 class MILProbe(nn.Module):
@@ -50,7 +51,8 @@ class ProbeGrid(nn.Module):
 
     The probes share no parameter: the gradient of the sum of their losses is each one's own, and each follows
     the course it would take alone. What they share is the reading of the data. Poolers without parameters are
-    applied once a volume (:meth:`fixed_features`); the learned queries of all meet a bag in one product.
+    applied once a volume (:meth:`fixed_features`); the learned queries of all learning rates meet the packed
+    slices in one product, without padding.
 
     The initial weights of a probe depend on the seed and its pooler only, so that learning rates compare.
 
@@ -68,11 +70,11 @@ class ProbeGrid(nn.Module):
         Output: logits ``(L * K, B, C)``, probe ``l * K + k`` having learning rate l and pooler k.
 
     Raises:
-        ValueError: if a pooler is unknown, or a pooler or a learning rate is given twice or not at all.
+        ValueError: if a pooler is unknown, or a pooler or a learning rate is given twice or not at all; in
+            use, if a bag is empty.
     """
 
     query_counts: torch.Tensor
-    query_owners: torch.Tensor
 
     def __init__(
         self, poolers: Sequence[str], learning_rates: Sequence[float], dim: int, num_classes: int, seed: int
@@ -101,10 +103,8 @@ class ProbeGrid(nn.Module):
         self.biases = nn.ParameterList(bias.clone() for _ in learning_rates)
         queries = [pooler.queries.detach() for pooler in learned]
         self.queries = nn.ParameterList(torch.cat(queries) for _ in learning_rates if queries)
-        counts = torch.tensor(self.num_queries * len(learning_rates), dtype=torch.long)
-        owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        counts = torch.tensor(self.num_queries, dtype=torch.long)
         self.register_buffer("query_counts", counts, persistent=False)
-        self.register_buffer("query_owners", owners, persistent=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one optimizer group for each learning rate."""
@@ -116,7 +116,7 @@ class ProbeGrid(nn.Module):
 
     @torch.no_grad()
     def fixed_features(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Apply the poolers that have no parameters, one volume after the other.
+        """Apply the poolers that have no parameters.
 
         Args:
             bags: tensors ``(S, D)``.
@@ -124,18 +124,21 @@ class ProbeGrid(nn.Module):
         Shape:
             Output: ``(len(bags), F, D)``.
         """
-        dtype = self.weights[0].dtype
-        features = torch.empty(
-            len(bags), len(self.fixed_poolers), self.dim, dtype=dtype, device=bags[0].device
-        )
-        for row, bag in zip(features, bags, strict=True):
-            mask = torch.ones(1, len(bag), dtype=torch.bool, device=bag.device)
+        weight = self.weights[0]
+        features = weight.new_empty(len(bags), len(self.fixed_poolers), self.dim)
+        first = 0
+        for group in _read_together(bags, weight.device):
+            padded, mask = pad_bags(group)
             for index, pooler in enumerate(self.fixed_poolers):
-                row[index] = pooler(bag[None].to(dtype), mask)[0]
+                features[first : first + len(group), index] = pooler(padded.to(weight.dtype), mask)
+            first += len(group)
         return features
 
     def forward(self, fixed: torch.Tensor, bags: Sequence[torch.Tensor]) -> torch.Tensor:
         """Classify with every probe; see the class."""
+        empty = [place for place, bag in enumerate(bags) if not len(bag)]
+        if empty:
+            raise ValueError(f"bags must hold at least one slice, got 0 for bag {empty[0]} of the batch.")
         num_rates = len(self.learning_rates)
         fixed_columns = iter(fixed.unbind(1))
         learned_columns = iter(self._learned_features(bags)) if self.num_queries else iter(())
@@ -169,15 +172,33 @@ class ProbeGrid(nn.Module):
     def _learned_features(self, bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Attention output of each learned pooler for every learning rate and bag, ``(L, B, D)`` each."""
         queries = torch.stack(list(self.queries)).flatten(0, 1) / math.sqrt(self.dim)
-        outputs = []
-        for bag in bags:
-            slices = bag.to(queries.dtype)
-            attention = (queries @ slices.mT).softmax(1)
-            # the sum of a pooler's outputs over its queries is the output of its summed attention
-            summed = attention.new_zeros(len(self.query_counts), len(bag))
-            outputs.append(summed.index_add(0, self.query_owners, attention) @ slices)
-        means = torch.stack(outputs, dim=1) / self.query_counts[:, None, None]
-        return means.unflatten(0, (len(self.learning_rates), -1)).unbind(1)
+        groups = _read_together(bags, queries.device)
+        outputs = torch.cat([self._attend(queries, group) for group in groups], dim=1)
+        means = outputs.unflatten(0, (len(self.learning_rates), -1)) / self.query_counts[:, None, None]
+        return means.unbind(1)
+
+    def _attend(self, queries: torch.Tensor, bags: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sum over each learned pooler's queries of their attention output, ``(L * poolers, B, D)``."""
+        lengths = [len(bag) for bag in bags]
+        slices = (bags[0] if len(bags) == 1 else torch.cat(list(bags))).to(queries.dtype)
+        attention = segment_softmax(queries @ slices.mT, lengths)
+        # the sum of a pooler's outputs over its queries is the output of its summed attention
+        of_poolers = attention.unflatten(0, (len(self.learning_rates), -1)).split(self.num_queries, dim=1)
+        summed = torch.stack([of_one.sum(1) for of_one in of_poolers], dim=1).flatten(0, 1)
+        if len(bags) == 1:
+            return (summed @ slices)[:, None]
+        owner = torch.repeat_interleave(torch.arange(len(bags)), torch.tensor(lengths))
+        is_own = (owner == torch.arange(len(bags))[:, None]).to(slices.device, non_blocking=True)
+        # one block for each bag: what another bag's slices would add is an exact 0
+        blocks = torch.where(is_own, summed[:, None], 0)
+        return (blocks.flatten(0, 1) @ slices).unflatten(0, (-1, len(bags)))
+
+
+def _read_together(bags: Sequence[torch.Tensor], device: torch.device) -> list[list[torch.Tensor]]:
+    """Group bags for one product each, as suits the device."""
+    # a CPU keeps one bag in its cache between two products (1.4 times as fast as all at once, measured);
+    # a GPU waits least with few large ones
+    return [list(bags)] if device.type == "cuda" else [[bag] for bag in bags]
 
 
 def probe_name(pooler: str, learning_rate: float) -> str:

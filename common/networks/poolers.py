@@ -3,7 +3,7 @@
 # B bags (volumes), S slices (padded), D embedding, Q queries
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -30,6 +30,10 @@ class MeanPool(nn.Module):
         """Pool; see the class."""
         return _masked(bags, mask).sum(1) / mask.sum(1, keepdim=True)
 
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the share of each slice ``(S,)`` of a bag ``(S, D)``: all the same."""
+        return bag.new_full((len(bag),), 1 / len(bag))
+
 
 class MaxPool(nn.Module):
     """Take the largest value of each embedding dimension over the slices of a bag.
@@ -50,6 +54,10 @@ class MaxPool(nn.Module):
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool; see the class."""
         return _masked(bags, mask, fill=-math.inf).amax(1)
+
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the share ``(S,)`` of the dimensions whose largest value each slice of ``(S, D)`` has."""
+        return torch.bincount(bag.argmax(0), minlength=len(bag)).to(bag.dtype) / bag.shape[1]
 
 
 class LearnedQueryAttentionPool(nn.Module):
@@ -85,6 +93,10 @@ class LearnedQueryAttentionPool(nn.Module):
         """Pool; see the class."""
         return _attend(self.queries.expand(len(bags), -1, -1), bags, mask).mean(1)
 
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the attention ``(S,)`` on each slice of a bag ``(S, D)``, the mean over the queries."""
+        return _attention(self.queries[None], bag[None]).mean(1)[0]
+
 
 class MeanQueryAttentionPool(nn.Module):
     """Average the slices with weights softmax(q x / sqrt(D)), where q is the mean slice of the bag.
@@ -102,6 +114,10 @@ class MeanQueryAttentionPool(nn.Module):
         """Pool; see the class."""
         mean = _masked(bags, mask).sum(1) / mask.sum(1, keepdim=True)
         return _attend(mean[:, None], bags, mask)[:, 0]
+
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the attention ``(S,)`` on each slice of a bag ``(S, D)``."""
+        return _attention(bag.mean(0)[None, None], bag[None])[0, 0]
 
 
 POOLERS: dict[str, Callable[[int], nn.Module]] = {
@@ -132,6 +148,30 @@ def build_pooler(name: str, dim: int) -> nn.Module:
     return POOLERS[name](dim)
 
 
+def segment_softmax(scores: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Take the softmax within each bag of packed slices.
+
+    Args:
+        scores: of the slices of all bags, one bag after the other.
+        lengths: slices of each bag.
+
+    Shape:
+        scores ``(Q, T)`` with T the sum of the lengths. Output: the same.
+
+    Example:
+        >>> segment_softmax(torch.zeros(1, 3), [1, 2])
+        tensor([[1.0000, 0.5000, 0.5000]])
+    """
+    if len(lengths) == 1:
+        return scores.softmax(1)
+    # the scores are small beside the slices: only they are padded, and no sum depends on the order of threads
+    longest = max(lengths)
+    place = torch.cat([torch.arange(length) + bag * longest for bag, length in enumerate(lengths)])
+    place = place.to(scores.device, non_blocking=True)
+    padded = scores.new_full((len(scores), len(lengths) * longest), -math.inf).index_copy(1, place, scores)
+    return padded.unflatten(1, (len(lengths), longest)).softmax(-1).flatten(1).index_select(1, place)
+
+
 def _masked(bags: torch.Tensor, mask: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
     if mask.shape != bags.shape[:2]:
         raise ValueError(f"mask must have shape (B, S) = {tuple(bags.shape[:2])}, got {tuple(mask.shape)}.")
@@ -144,6 +184,10 @@ def _masked(bags: torch.Tensor, mask: torch.Tensor, fill: float = 0.0) -> torch.
 def _attend(queries: torch.Tensor, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Attention output (B, Q, D) of queries (B, Q, D) over the slices."""
     slices = _masked(bags, mask)
-    scores = torch.einsum("bqd,bsd->bqs", queries, slices) / math.sqrt(bags.shape[-1])
-    attention = scores.masked_fill(~mask[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bqs,bsd->bqd", attention, slices)
+    return torch.einsum("bqs,bsd->bqd", _attention(queries, slices, mask), slices)
+
+
+def _attention(queries: torch.Tensor, slices: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention (B, Q, S) of queries (B, Q, D) on slices (B, S, D)."""
+    scores = torch.einsum("bqd,bsd->bqs", queries, slices) / math.sqrt(slices.shape[-1])
+    return (scores if mask is None else scores.masked_fill(~mask[:, None], -math.inf)).softmax(-1)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
+from common.data.dense_labels import DenseLabels, write_dense_labels
 from common.data.embedding_store_writer import EmbeddingStoreWriter
 from common.data.slab_dataset import SlabViews
 from common.data.volume_entry import VolumeEntry
@@ -126,3 +128,47 @@ def slabs_of() -> SlabsOf:
         return SlabViews(shards, multi_crop=multi_crop, **{**arguments, **changes})
 
     return slabs
+
+
+DenseCohortDirs = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def write_dense(tmp_path: Path) -> DenseCohortDirs:
+    """Return ``write(num_volumes, ...) -> (embeddings_dir, labels_dir)`` of 2 x 2 patches a slice.
+
+    Finding k shows as a shift along dimension k, organ k as one along dimension 3 + k, in patches and, over
+    the slice, in CLS tokens.
+    """
+
+    def write(num_volumes: int = 20, signal: float = 3.0, dim: int = 9, seed: int = 0) -> tuple[Path, Path]:
+        rng = np.random.default_rng(seed)
+        identity = {"encoder": "dale_ct_2s", "encoder_id": "sha256:0", "preprocessing": "cropped_256"}
+        identity |= {"slice_order": "feet_to_head", "token_kind": "slice"}
+        with EmbeddingStoreWriter(tmp_path / "tokens", identity, "float32") as writer:
+            for number in range(num_volumes):
+                volume = f"valid_{number + 1}_a_1"
+                slices = int(rng.integers(4, 9))
+                present = rng.random((slices, 4, 2)) < 0.3
+                organs = rng.random((slices, 4, 3)) * (rng.random((slices, 4, 3)) < 0.4) / 3
+                patches = rng.standard_normal((slices, 4, dim))
+                patches[..., :2] += signal * present
+                patches[..., 3:6] += signal * (organs > 0)
+                cls = rng.standard_normal((slices, dim))
+                cls[:, :2] += signal * present.any(1)
+                cls[:, 3:6] += signal * organs.mean(1)
+                shares = np.zeros((slices * 4, 118), np.float32)
+                shares[:, 1:4] = organs.reshape(-1, 3)
+                shares[:, 0] = 1 - shares.sum(1)
+                findings = (present @ [1, 2]).astype(np.uint16)
+                labels = DenseLabels(volume, (0, 0, 8), csr_matrix(shares), findings)
+                write_dense_labels(tmp_path / "labels", labels)
+                z_mm = torch.arange(slices) * 1.5
+                tokens = (torch.from_numpy(part) for part in (cls, patches))
+                writer.add(
+                    *(volume, next(tokens), (0.7, 0.7, 1.5)),
+                    **{"z_mm": z_mm, "patches": next(tokens), "patch_grid": (2, 2), "box": (0, 0, 8)},
+                )
+        return tmp_path / "tokens", tmp_path / "labels"
+
+    return write

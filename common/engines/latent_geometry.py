@@ -1,0 +1,220 @@
+"""Two encoders on the same volumes: Table V and what their slice embeddings know of the body's long axis."""
+
+# N volumes, S slices, R resamples
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+
+from common.data.embedding_store import EmbeddingStore
+from common.data.patient_split import natural_order, split_three_ways
+from common.engines.stride_robustness import stride_scores
+from common.engines.world_model import label_free, organ_spans, slices_of, z_position
+from common.metrics.gap_curve import matched_slices
+from common.metrics.latent_continuity import DISTANCES, latent_continuity
+from common.metrics.paired_samples import compare_pairs, mean_over_volumes
+
+logger = logging.getLogger(__name__)
+
+SAMPLINGS = ("stored", "matched")
+"""All slices, as the paper scores them; and slices of the same distance in every volume."""
+
+
+def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, EmbeddingStore]:
+    """Open the embeddings of two encoders.
+
+    Args:
+        slab_dir: of the encoder pre-trained on slabs.
+        flat_dir: of the one pre-trained on single slices.
+
+    Returns:
+        Encoder's name to its embeddings, in this order.
+
+    Raises:
+        ValueError: if both are of one encoder, or one is not of slices.
+    """
+    stores = [EmbeddingStore(folder) for folder in (slab_dir, flat_dir)]
+    names = [store.identity["encoder"] for store in stores]
+    if names[0] == names[1]:
+        raise ValueError(f"the two encoders must have different names, got '{names[0]}' twice.")
+    for store, name in zip(stores, names, strict=True):
+        if store.identity["token_kind"] != "slice":
+            raise ValueError(
+                f"embeddings must be of slices, got tokens of kind '{store.identity['token_kind']}' for '{name}'."
+            )
+    return dict(zip(names, stores, strict=True))
+
+
+def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[str]:
+    """List the volumes that all encoders embedded and that have enough slices.
+
+    Args:
+        stores: of :func:`open_pair`.
+        min_slices: 16 in the authors' re-created probe.
+
+    Raises:
+        ValueError: if there is none, or encoders disagree on the number of slices of a volume.
+    """
+    lengths = [dict(zip(store.volumes, store.lengths.tolist(), strict=True)) for store in stores.values()]
+    shared = sorted(set(lengths[0]).intersection(*lengths[1:]), key=natural_order)
+    for volume in shared:
+        counts = [of[volume] for of in lengths]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"encoders must have embedded the same slices, got {counts} of volume '{volume}'."
+            )
+    volumes = [volume for volume in shared if lengths[0][volume] >= min_slices]
+    if not volumes:
+        raise ValueError(
+            f"encoders must share volumes of at least {min_slices} slices, got none of {len(shared)} they share."
+        )
+    left_out = len(set().union(*lengths)) - len(volumes)
+    if left_out:
+        logger.warning(
+            "%d volumes are left out: not embedded by both, or of under %d slices.", left_out, min_slices
+        )
+    return volumes
+
+
+class LatentGeometryEvaluator(Engine):
+    """Measure two encoders on the same volumes, one volume an iteration, and compare them at the end.
+
+    ``engine.state.continuity``: encoder, sampling and distance to ``(N,)``. When completed,
+    ``engine.state.table``: rows of ``encoder, measure, value, error, low, high, n`` in the order of Table V and
+    then the world-model probes; ``engine.state.comparisons``: ``measure`` to
+    :class:`~common.metrics.paired_samples.Comparison` of the first encoder with the second;
+    ``engine.state.world``: encoder to the probes' results, for pictures. ``engine.state.metrics`` holds the
+    table's values as ``<encoder>/<measure>``.
+
+    Source: DALE-CT V-D, Table V and Figure 2; its released world-model probes.
+
+    Args:
+        stores: of :func:`open_pair`.
+        volumes: of :func:`shared_volumes`.
+        sample_mm: distance of slices in the matched sampling.
+        gaps_mm: of the distance-gap curve.
+        split_percent: of patients, to fit, choose and test read-outs.
+        split_seed: of the split.
+        num_resamples: R.
+        seed: of the resamples.
+        dense_labels_dir: of ``python -m data_prep dense-labels``, for organ spans; None leaves them out.
+        probe_dirs: of each encoder, its MIL probe for stride robustness; None leaves it out.
+        labels_csv: labels of the probes' classes; needed with ``probe_dirs``.
+        strides: every how many slices.
+        handlers: Ignite handlers.
+    """
+
+    def __init__(
+        self,
+        stores: dict[str, EmbeddingStore],
+        volumes: Sequence[str],
+        sample_mm: float,
+        gaps_mm: Sequence[float],
+        split_percent: Sequence[int],
+        split_seed: int,
+        num_resamples: int,
+        seed: int,
+        dense_labels_dir: str | Path | None = None,
+        probe_dirs: Sequence[str | Path] | None = None,
+        labels_csv: str | Path | None = None,
+        strides: Sequence[int] = (1, 2, 4, 8),
+        handlers: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(self._measure)
+        self.stores, self.volumes = stores, list(volumes)
+        self.sample_mm, self.gaps_mm = sample_mm, list(gaps_mm)
+        fit, choose, test = split_percent
+        self.split = split_three_ways(self.volumes, split_seed, (fit, choose, test))
+        self.num_resamples, self.seed = num_resamples, seed
+        self.dense_labels_dir, self.probe_dirs, self.labels_csv = dense_labels_dir, probe_dirs, labels_csv
+        self.strides = list(strides)
+        self.state.continuity = {
+            (encoder, sampling, distance): np.full(len(self.volumes), np.nan)
+            for encoder in stores
+            for sampling in SAMPLINGS
+            for distance in DISTANCES
+        }
+        self.state.table, self.state.comparisons, self.state.world = [], {}, {}
+        self.add_event_handler(Events.COMPLETED, self._conclude)
+        for handler in handlers or []:
+            handler.attach(self)
+
+    def measure_all(self) -> None:
+        """Run over all volumes."""
+        self.run(self.volumes, max_epochs=1, epoch_length=len(self.volumes))
+
+    def _measure(self, engine: Engine, volume: str) -> list[dict[str, float]]:
+        place = self.state.iteration - 1
+        for encoder, store in self.stores.items():
+            (slices,) = slices_of(store, [volume])
+            chosen = matched_slices(slices.z_mm, self.sample_mm)
+            for sampling, tokens in zip(SAMPLINGS, (slices.tokens, slices.tokens[chosen]), strict=True):
+                for distance in DISTANCES:
+                    if len(tokens) > 1:
+                        score = latent_continuity(tokens, distance)
+                        self.state.continuity[encoder, sampling, distance][place] = score
+        return [
+            {
+                f"{encoder}/continuity_cosine": float(
+                    self.state.continuity[encoder, "stored", "cosine"][place]
+                )
+                for encoder in self.stores
+            }
+        ]
+
+    def _conclude(self, engine: Engine) -> None:
+        for (encoder, sampling, distance), scores in self.state.continuity.items():
+            name = f"continuity_{distance}" + ("_matched" if sampling == "matched" else "")
+            self._add(encoder, name, mean_over_volumes(scores, self.volumes, self.num_resamples, self.seed))
+        first, second = self.stores
+        for sampling in SAMPLINGS:
+            for distance in DISTANCES:
+                name = f"continuity_{distance}" + ("_matched" if sampling == "matched" else "")
+                self.state.comparisons[name] = compare_pairs(
+                    self.state.continuity[first, sampling, distance],
+                    self.state.continuity[second, sampling, distance],
+                    self.volumes,
+                    self.num_resamples,
+                    self.seed,
+                )
+        for place, (encoder, store) in enumerate(self.stores.items()):
+            self._world_model(encoder, store, place)
+
+    def _world_model(self, encoder: str, store: EmbeddingStore, place: int) -> None:
+        logger.info("World-model probes of '%s' on %d volumes.", encoder, len(self.volumes))
+        world = z_position(store, self.split, self.num_resamples, self.seed)
+        world |= label_free(store, self.volumes, self.gaps_mm, self.num_resamples, self.seed)
+        for name in ("r2_fraction", "r2_mm", "mae_fraction", "mae_mm"):
+            self._add(encoder, f"z_position_{name}", world[name])
+        for name in ("tau_principal_axis", "tau_nearest_neighbours", "effective_rank", "participation_ratio"):
+            self._add(encoder, name, world[name])
+        for gap, mean in zip(self.gaps_mm, world["gap_curve"], strict=True):
+            self._add(encoder, f"distance_at_{gap:g}_mm", mean)
+        if self.dense_labels_dir is not None:
+            world["organ_spans"] = organ_spans(
+                store, self.split, self.dense_labels_dir, self.num_resamples, self.seed
+            )
+            for organ, means in world["organ_spans"].items():
+                for name, mean in means.items():
+                    self._add(encoder, f"organ_span_{name}/{organ}", mean)
+        if self.probe_dirs is not None:
+            world["strides"] = stride_scores(
+                store,
+                self.probe_dirs[place],
+                str(self.labels_csv),
+                self.strides,
+                self.num_resamples,
+                self.seed,
+            )
+            for stride, means in world["strides"].items():
+                for name, mean in means.items():
+                    self._add(encoder, f"stride_{stride}_{name}", mean)
+        self.state.world[encoder] = world
+
+    def _add(self, encoder: str, measure: str, mean: Any) -> None:  # noqa: ANN401 (a Mean)
+        self.state.table.append({"encoder": encoder, "measure": measure, **mean._asdict()})
+        self.state.metrics[f"{encoder}/{measure}"] = mean.value

@@ -1,0 +1,67 @@
+"""Checks of the cohorts that a probe is trained, chosen and tested on."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from common.data.embedding_part import IDENTITY_KEYS
+from common.data.embeddings import EmbeddingBags
+
+logger = logging.getLogger(__name__)
+
+
+def check_cohorts(cohorts: dict[str, EmbeddingBags]) -> None:
+    """Refuse cohorts that do not belong together; name classes that cannot be learned or measured.
+
+    Args:
+        cohorts: by the name that a message uses; the others are compared with ``train``.
+
+    Raises:
+        ValueError: if embeddings differ in origin or width, cohorts share a volume, or a volume has no slice.
+    """
+    train = cohorts["train"].identity
+    seen: dict[str, str] = {}
+    for cohort, bags in cohorts.items():
+        for key in ("dim", *IDENTITY_KEYS):
+            if bags.identity[key] != train[key]:
+                raise ValueError(
+                    f"{key} must be the same in every cohort, got {train[key]!r} in train and "
+                    f"{bags.identity[key]!r} in {cohort}. Embed them with one encoder."
+                )
+        for volume in bags.volumes:
+            if volume in seen:
+                raise ValueError(
+                    f"cohorts must not share a volume, got '{volume}' in {seen[volume]} and {cohort}."
+                )
+            seen[volume] = cohort
+        lengths = bags.offsets.diff()
+        if not bool((lengths > 0).all()):
+            volume = bags.volumes[int(lengths.argmin())]
+            raise ValueError(
+                f"embedding must have at least one slice, got 0 for volume '{volume}' of {cohort}. "
+                f"Embed it again, or leave it out."
+            )
+        counts = zip(bags.class_names, bags.labels.sum(0).tolist(), strict=True)
+        absent = [name for name, positives in counts if positives == 0]
+        if absent:
+            logger.warning("%s (%d volumes) has no positive of %s.", cohort, len(bags), absent)
+
+
+def check_finite(bags: Sequence[torch.Tensor], volumes: Sequence[str], cohort: str) -> None:
+    """Refuse embeddings with NaN or Inf, which would spoil every probe that meets them.
+
+    Args:
+        bags: embeddings ``(S, D)``.
+        volumes: their names.
+        cohort: name of the cohort.
+
+    Raises:
+        ValueError: if a bag has a number that is not finite.
+    """
+    finite = torch.stack([bag.sum(dtype=torch.float32) for bag in bags]).isfinite()
+    if not bool(finite.all()):
+        volume = volumes[int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"embedding must be finite, got NaN or Inf for volume '{volume}' of {cohort}. Embed it again."
+        )

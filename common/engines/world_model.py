@@ -1,0 +1,273 @@
+"""What the slice embeddings of a cohort know of where a slice lies: probes of the body along the table."""
+
+# S slices, D embedding, R resamples
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.dense_labels import read_dense_labels
+from common.data.embedding_store import EmbeddingStore
+from common.data.patient_split import patient_of
+from common.labels import load_labels
+from common.metrics.bootstrap import resample_weights
+from common.metrics.gap_curve import gap_curve
+from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
+from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
+from common.metrics.paired_samples import Mean, mean_over_volumes
+from common.metrics.participation_ratio import jackknife, participation_ratio, spectral_effective_rank
+from common.metrics.patient_ranking import mean_of_defined, percentile_interval
+from common.metrics.slice_order import agreement, order_by_nearest_neighbours, order_by_principal_axis
+
+FloatArray = NDArray[np.float64]
+Split = Mapping[str, Sequence[str]]
+
+JACKKNIFE_GROUPS = 20
+"""Groups of patients left out one by one; our choice."""
+
+MIN_SHARE = 1e-4
+"""Share of a slice from which an organ is there. Source: DALE-CT's released organ-span probe."""
+
+MIN_SCANS = 5
+"""Test scans that must show an organ for it to be scored; our choice, upstream's 40 are of 86."""
+
+ORGANS: Mapping[str, tuple[str, ...]] = {
+    "heart": ("heart",),
+    "lung_left": ("lung_upper_lobe_left", "lung_lower_lobe_left"),
+    "lung_right": ("lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"),
+    "liver": ("liver",),
+    "spleen": ("spleen",),
+    "stomach": ("stomach",),
+    "kidney_left": ("kidney_left",),
+    "kidney_right": ("kidney_right",),
+    "esophagus": ("esophagus",),
+    "trachea": ("trachea",),
+    "aorta": ("aorta",),
+    "sternum": ("sternum",),
+}
+"""Structures whose spans are read, as names of ``common/labels/totalsegmentator.csv``.
+
+Source: the structures of DALE-CT's released organ-span probe, which reads others under their names.
+"""
+
+
+class Slices(NamedTuple):
+    """One volume: ``tokens (S, D)`` float64 and ``z_mm (S,)`` from 0 at the first slice."""
+
+    volume: str
+    tokens: FloatArray
+    z_mm: FloatArray
+
+
+def slices_of(store: EmbeddingStore, volumes: Sequence[str]) -> Iterator[Slices]:
+    """Read volumes one by one.
+
+    Args:
+        store: of slice embeddings.
+        volumes: names.
+
+    Raises:
+        ValueError: if the store has no positions of slices.
+    """
+    for volume in volumes:
+        embedding = store.read(volume)
+        if embedding.z_mm is None:
+            raise ValueError(f"embeddings must hold z_mm of each slice, got none for volume '{volume}'.")
+        z_mm = embedding.z_mm.double().numpy()
+        yield Slices(volume, embedding.tokens.double().numpy(), z_mm - z_mm[0])
+
+
+def positions(z_mm: FloatArray) -> FloatArray:
+    """Return the two targets of the position probe: fraction of the scan, and mm from its middle, ``(S, 2)``."""
+    return np.stack([z_mm / z_mm[-1], z_mm - z_mm[-1] / 2], axis=1)
+
+
+def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Read each slice's place along the scan by ridge regression; the penalty is chosen on validation.
+
+    Source: DALE-CT's released world-model probes (fraction only).
+
+    Args:
+        store: of slice embeddings.
+        split: volumes of ``train``, ``validation`` and ``test``, disjoint in patients.
+        num_resamples: R.
+        seed: of the resamples.
+
+    Returns:
+        ``r2_fraction``, ``r2_mm``, ``mae_fraction`` and ``mae_mm`` as :class:`Mean`, and ``predicted_mm`` and
+        ``true_mm`` of all test slices.
+    """
+    of_train = _sum(moments(v.tokens, positions(v.z_mm)) for v in slices_of(store, split["train"]))
+    fits = ridge(of_train)
+    errors = np.zeros(len(fits))
+    for volume in slices_of(store, split["validation"]):
+        residual = read_out(fits, volume.tokens)[..., 0] - positions(volume.z_mm)[:, 0]
+        errors += (residual**2).sum(1)
+    fit, names = fits[int(errors.argmin())], list(split["test"])
+    predicted, true = [], []
+    for volume in slices_of(store, names):
+        predicted.append(read_out(fit, volume.tokens))
+        true.append(positions(volume.z_mm))
+    weights = resample_weights([patient_of(name) for name in names], num_resamples, seed)
+    found: dict[str, Any] = {}
+    for place, unit in enumerate(("fraction", "mm")):
+        errors_of = [np.abs(one - other)[:, place] for one, other in zip(predicted, true, strict=True)]
+        found[f"mae_{unit}"] = mean_over_volumes(
+            [float(error.mean()) for error in errors_of], names, num_resamples, seed
+        )
+        sums = np.array(
+            [(len(t), (e**2).sum(), t[:, place].sum(), (t[:, place] ** 2).sum())
+             for e, t in zip(errors_of, true, strict=True)]
+        )  # fmt: skip
+        count, squared, total, squares = (weights @ sums).T
+        low, high = percentile_interval(1 - squared / (squares - total**2 / count))
+        value = float(r_squared(np.concatenate(predicted), np.concatenate(true))[place])
+        found[f"r2_{unit}"] = Mean(value, float("nan"), low, high, len(names))
+    found["predicted_mm"], found["true_mm"] = (np.concatenate(part)[:, 1] for part in (predicted, true))
+    return found
+
+
+def _sum(parts: Iterator[Moments]) -> Moments:
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def label_free(
+    store: EmbeddingStore, volumes: Sequence[str], gaps_mm: Sequence[float], num_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Measure order, distance by gap, and the directions in use, none of which needs a label.
+
+    Args:
+        store: of slice embeddings.
+        volumes: names.
+        gaps_mm: of the curve.
+        num_resamples: R.
+        seed: of the resamples.
+
+    Returns:
+        ``tau_principal_axis`` and ``tau_nearest_neighbours``: mean |Kendall's tau|; ``effective_rank`` and
+        ``participation_ratio`` of all slices; ``gap_curve``: one :class:`Mean` a gap; all as :class:`Mean`.
+    """
+    groups = {patient: index for index, patient in enumerate(sorted({patient_of(v) for v in volumes}))}
+    num_groups = min(JACKKNIFE_GROUPS, len(groups))
+    sums: dict[int, FloatArray] = {}
+    taus: dict[str, list[float]] = {"principal_axis": [], "nearest_neighbours": []}
+    curves = []
+    for volume in slices_of(store, volumes):
+        taus["principal_axis"].append(agreement(order_by_principal_axis(volume.tokens)))
+        taus["nearest_neighbours"].append(agreement(order_by_nearest_neighbours(volume.tokens)))
+        curves.append(gap_curve(volume.tokens, volume.z_mm, gaps_mm))
+        group = groups[patient_of(volume.volume)] % num_groups
+        own = moments(volume.tokens, np.zeros((len(volume.tokens), 1))).features
+        sums[group] = sums.get(group, np.zeros_like(own)) + own
+    found: dict[str, Any] = {
+        f"tau_{name}": mean_over_volumes(values, volumes, num_resamples, seed)
+        for name, values in taus.items()
+    }
+    for name, measure in (
+        ("effective_rank", spectral_effective_rank),
+        ("participation_ratio", participation_ratio),
+    ):
+        found[name] = Mean(*jackknife(list(sums.values()), measure), len(volumes))
+    found["gap_curve"] = [
+        mean_over_volumes(values, volumes, num_resamples, seed) for values in np.array(curves).T
+    ]
+    return found
+
+
+def organ_spans(
+    store: EmbeddingStore, split: Split, labels_dir: str | Path, num_resamples: int, seed: int
+) -> dict[str, dict[str, Mean]]:
+    """Read where organs begin and end: ridge from CLS to their shares, cut at a share of the curve's maximum.
+
+    Penalty and cut are those of the best mean IoU over validation scans and organs.
+
+    Source: DALE-CT's released organ-span probe.
+
+    Args:
+        store: of slice embeddings.
+        split: volumes of ``train``, ``validation`` and ``test``.
+        labels_dir: of ``python -m data_prep dense-labels``.
+        num_resamples: R.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: if no validation scan shows an organ.
+
+    Returns:
+        By organ that at least ``MIN_SCANS`` test scans show, and "mean" over them in each scan: ``iou``,
+        ``boundary_mm`` and ``miss_rate`` (no slice predicted) as :class:`Mean`.
+    """
+    of_train = _sum(
+        moments(volume.tokens, _shares(labels_dir, volume.volume))
+        for volume in slices_of(store, split["train"])
+    )
+    fits = ridge(of_train)
+    ious = np.array(
+        [
+            [[_scan_scores(curves, true, volume.z_mm, cut)[:, 0] for cut in SHARES_OF_PEAK] for curves in predicted]
+            for volume, predicted, true in _predicted(store, split["validation"], labels_dir, fits)
+        ]
+    )  # fmt: skip
+    means = mean_of_defined(ious.transpose(0, 3, 1, 2).reshape(-1, *ious.shape[1:3]))
+    if np.isnan(means).all():
+        raise ValueError(f"validation must show some of {list(ORGANS)}, got none in {len(ious)} volumes.")
+    penalty, cut = np.unravel_index(int(means.argmax()), means.shape)
+    names = list(split["test"])
+    scores = np.array(
+        [
+            _scan_scores(predicted[0], true, volume.z_mm, SHARES_OF_PEAK[cut])
+            for volume, predicted, true in _predicted(store, names, labels_dir, fits[penalty : penalty + 1])
+        ]
+    )
+    seen = (~np.isnan(scores[..., 0])).sum(0) >= MIN_SCANS
+    found = {}
+    for place, organ in enumerate(ORGANS):
+        if seen[place]:
+            found[organ] = _span_means(scores[:, place], names, num_resamples, seed)
+    if seen.any():
+        found["mean"] = _span_means(
+            mean_of_defined(scores[:, seen].swapaxes(0, 1)), names, num_resamples, seed
+        )
+    return found
+
+
+def _shares(labels_dir: str | Path, volume: str) -> FloatArray:
+    """Share of every slice that each of ``ORGANS`` covers, ``(S, len(ORGANS))``."""
+    shares, _ = read_dense_labels(Path(labels_dir) / f"{volume}.safetensors").of_slices()
+    index = {label.name: label.index for label in load_labels("totalsegmentator")}
+    return np.stack(
+        [shares[:, [index[name] for name in names]].sum(1) for names in ORGANS.values()], axis=1
+    ).astype(np.float64)
+
+
+def _predicted(
+    store: EmbeddingStore, volumes: Sequence[str], labels_dir: str | Path, fits: FloatArray
+) -> Iterator[tuple[Slices, FloatArray, FloatArray]]:
+    """Yield each volume with predicted curves ``(fits, S, organs)`` and true ones ``(S, organs)``."""
+    for volume in slices_of(store, volumes):
+        yield volume, read_out(fits, volume.tokens), _shares(labels_dir, volume.volume)
+
+
+def _scan_scores(predicted: FloatArray, true: FloatArray, z_mm: FloatArray, cut: float) -> FloatArray:
+    """IoU, boundary error and whether it was missed, of each organ; nan for those that the scan lacks."""
+    scores = np.full((true.shape[1], 3), np.nan)
+    for organ in range(true.shape[1]):
+        span = longest_run(true[:, organ] > MIN_SHARE)
+        if span is not None:
+            guess = predicted_span(predicted[:, organ], cut)
+            scores[organ] = (*span_score(guess, span, z_mm), float(guess is None))
+    return scores
+
+
+def _span_means(scores: FloatArray, names: list[str], num_resamples: int, seed: int) -> dict[str, Mean]:
+    columns = ("iou", "boundary_mm", "miss_rate")
+    return {
+        column: mean_over_volumes(values, names, num_resamples, seed)
+        for column, values in zip(columns, scores.T, strict=True)
+    }

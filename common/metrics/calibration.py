@@ -1,0 +1,115 @@
+"""How far probabilities are what they say."""
+
+# N samples, M bins
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+
+Z_95 = 1.959963984540054  # quantile of the normal distribution
+
+
+class Reliability(NamedTuple):
+    """Bins of samples in the order of their probability.
+
+    Attributes:
+        predicted: mean probability of each bin ``(M,)``.
+        observed: share of positives of each bin ``(M,)``.
+        counts: samples of each bin ``(M,)``.
+    """
+
+    predicted: FloatArray
+    observed: FloatArray
+    counts: NDArray[np.int64]
+
+
+def reliability(probabilities: ArrayLike, targets: ArrayLike, num_bins: int = 10) -> Reliability:
+    """Cut samples into bins of equal number by probability, and compare what was predicted and what occurred.
+
+    Source: the reliability diagram; bins of equal number, as rare findings have most of their probabilities
+    near 0, are our choice.
+
+    Args:
+        probabilities: of one class.
+        targets: 0 or 1.
+        num_bins: M, or the number of samples if that is smaller.
+
+    Shape:
+        probabilities and targets ``(N,)``.
+
+    Raises:
+        ValueError: if there is no sample or the shapes differ.
+
+    Example:
+        >>> reliability([0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0], num_bins=2)
+        Reliability(predicted=array([0.15, 0.75]), observed=array([0. , 0.5]), counts=array([2, 2]))
+    """
+    probability, target = np.asarray(probabilities, np.float64), np.asarray(targets, np.float64)
+    if probability.ndim != 1 or probability.shape != target.shape or not len(target):
+        raise ValueError(
+            f"probabilities and targets must have one shape (N,) with samples, got {probability.shape} and "
+            f"{target.shape}."
+        )
+    bins = np.array_split(np.argsort(probability, kind="stable"), min(num_bins, len(target)))
+    return Reliability(
+        np.array([probability[members].mean() for members in bins]),
+        np.array([target[members].mean() for members in bins]),
+        np.array([len(members) for members in bins]),
+    )
+
+
+def expected_calibration_error(bins: Reliability) -> float:
+    """Return the mean distance of predicted and observed shares, weighted by the bins' samples.
+
+    Args:
+        bins: of :func:`reliability`.
+
+    Example:
+        >>> expected_calibration_error(reliability([0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0], num_bins=2))
+        0.2
+    """
+    return float(np.average(np.abs(bins.predicted - bins.observed), weights=bins.counts))
+
+
+def brier_score(probabilities: ArrayLike, targets: ArrayLike) -> FloatArray:
+    """Return the mean squared distance of probability and target of each class.
+
+    Args:
+        probabilities: from 0 to 1.
+        targets: 0 or 1.
+
+    Shape:
+        both ``(N, C)``. Output: ``(C,)``.
+
+    Example:
+        >>> brier_score([[0.5, 1.0], [0.5, 0.0]], [[0, 1], [1, 0]])
+        array([0.25, 0.  ])
+    """
+    distance = np.asarray(probabilities, np.float64) - np.asarray(targets, np.float64)
+    return np.square(distance).mean(0)
+
+
+def wilson_interval(shares: ArrayLike, counts: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Return the 95 % score interval of shares of given counts.
+
+    Source: Wilson (1927).
+
+    Args:
+        shares: from 0 to 1.
+        counts: what each is a share of.
+
+    Shape:
+        both ``(M,)``. Output: low and high ``(M,)``.
+
+    Example:
+        >>> low, high = wilson_interval([0.0], [10])
+        >>> low.round(4), high.round(4)
+        (array([0.]), array([0.2775]))
+    """
+    share, count = np.asarray(shares, np.float64), np.asarray(counts, np.float64)
+    centre = (share + Z_95**2 / (2 * count)) / (1 + Z_95**2 / count)
+    half = Z_95 / (1 + Z_95**2 / count) * np.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
+    return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)

@@ -1,0 +1,51 @@
+"""``dense-overlay``: a picture that shows whether the labels of patches lie where the image shows the organs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.labels import load_labels
+from data_prep.dense_labels import dense_labels_of
+from data_prep.source_volume import SourceVolume
+
+
+def dense_overlay(
+    ct: Annotated[Path, typer.Argument(help="CT in HU, NIfTI.")],
+    label_map: Annotated[Path, typer.Argument(help="TotalSegmentator label map of it, in any orientation.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    grid: Annotated[int, typer.Option(help="Patches along a side of the cropped image.", min=1)] = 16,
+    size_px: Annotated[int, typer.Option(help="Side of the image.", min=1)] = 256,
+    slices: Annotated[int, typer.Option(help="Slices to show, spread over the scan.", min=1)] = 4,
+) -> None:
+    """Draw the token grid over slices, patches coloured by their labels and masks outlined.
+
+    Above: labels through the crop of the image. Below: labels of the whole slice, which lie elsewhere.
+    """
+    import numpy as np
+
+    from common.data.nifti_ct import read_ct
+    from common.transforms.dense_labels import pad_mask_to_square, patch_shares
+    from common.visualize.ct_tokens import read_images, spread_slices
+    from common.visualize.dense_overlay import draw_overlay
+    from data_prep.totalsegmentator import read_full_label_map
+
+    names = [label.name for label in load_labels("totalsegmentator")]
+    volume = ct.name.removesuffix(".gz").removesuffix(".nii")
+    labels = dense_labels_of(SourceVolume(volume, "", ct, "v2", ts=label_map), grid)
+    ids = pad_mask_to_square(read_full_label_map(label_map, read_ct(ct).grid))
+    chosen = spread_slices(len(ids), slices)
+    whole = patch_shares(ids[chosen], (0, 0, ids.shape[1]), grid, len(names)).toarray()
+    cropped = labels.shares.toarray().reshape(len(ids), -1)[chosen]
+    shape = (len(chosen), grid, grid, len(names))
+    pixels = np.bincount(ids[chosen].ravel(), minlength=len(names))
+    shown = [int(index) for index in pixels[1:].argsort()[::-1][:18] + 1 if pixels[index] > 0]
+    rows = (("through the image's crop", cropped), ("of the whole slice", whole))
+    draw_overlay(
+        out,
+        read_images(ct, size_px),
+        chosen,
+        [(name, part.reshape(shape)[..., shown]) for name, part in rows],
+        ids[chosen],
+        [(index, names[index]) for index in shown],
+    )

@@ -1,0 +1,106 @@
+"""Dense labels of a cohort: which organs and findings every patch shows, through the crop of its image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from common.data.rejection import RejectedError
+from common.data.shard_index import RejectedVolume
+from data_prep.cluster import run_tasks
+from data_prep.rexgroundingct import read_full_findings
+from data_prep.source_volume import SourceVolume, read_ct
+from data_prep.totalsegmentator import read_full_label_map
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from common.data.dense_labels import DenseLabels
+
+
+class Task(NamedTuple):
+    """A volume whose labels are to be written.
+
+    Args:
+        source: CT and masks.
+        grid: patches along a side of the cropped image.
+        out: folder of the label files.
+    """
+
+    source: SourceVolume
+    grid: int
+    out: Path
+
+
+def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
+    """Count what the patches of a volume show, through the body crop that its image takes.
+
+    Args:
+        source: CT and masks; a volume without annotated findings has none.
+        grid: patches along a side of the cropped image.
+
+    Raises:
+        RejectedError: if anything about the CT or a mask is not what it must be.
+    """
+    import torch  # takes seconds to import; --help must not wait for it
+
+    from common.data.dense_labels import NUM_CLASSES, DenseLabels
+    from common.transforms.body_crop import body_box
+    from common.transforms.dense_labels import pad_mask_to_square, patch_bits, patch_shares
+
+    if source.ts is None:
+        raise RejectedError("mask", f"'{source.volume}' must have a TotalSegmentator label map, got none")
+    ct = read_ct(source)
+    ids = read_full_label_map(source.ts, ct.grid)
+    bits = np.zeros(ids.shape, np.uint16) if source.rex is None else read_full_findings(source.rex, ct.grid)
+    air = ct.hu.min()
+    box = body_box(torch.from_numpy(pad_mask_to_square(ct.hu - air) + air))
+    return DenseLabels(
+        source.volume,
+        box,
+        patch_shares(pad_mask_to_square(ids), box, grid, NUM_CLASSES["totalsegmentator"]),
+        patch_bits(pad_mask_to_square(bits), box, grid),
+    )
+
+
+def write_labels_of(task: Task) -> None:
+    """Write the labels of one volume; see ``dense_labels_of``."""
+    from common.data.dense_labels import write_dense_labels
+
+    write_dense_labels(task.out, dense_labels_of(task.source, task.grid))
+
+
+def write_all(
+    client: Client,
+    sources: Sequence[SourceVolume],
+    out: Path,
+    grid: int,
+    progress: Callable[[str, int, int], None],
+) -> list[RejectedVolume]:
+    """Write the labels of volumes that have none yet, on a cluster.
+
+    Args:
+        client: of the cluster.
+        sources: volumes with masks.
+        out: folder of the label files.
+        grid: patches along a side of the cropped image.
+        progress: told of every volume.
+
+    Returns:
+        Volumes that were left out, with the reason.
+    """
+    todo = [
+        Task(source, grid, out) for source in sources if not (out / f"{source.volume}.safetensors").is_file()
+    ]
+    rejected, done = [], len(sources) - len(todo)
+    for task, result in run_tasks(client, write_labels_of, todo):
+        done += 1
+        if isinstance(result, RejectedError):
+            rejected.append(result.of(task.source.volume))
+        elif isinstance(result, BaseException):
+            raise result
+        progress("Labelling patches", done, len(sources))
+    return rejected

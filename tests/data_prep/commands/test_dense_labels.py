@@ -1,0 +1,57 @@
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from common.data.dense_labels import read_dense_labels
+from data_prep.__main__ import app
+
+
+@pytest.fixture
+def invoke(dask: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    @contextmanager
+    def shared_client(*_: object) -> Any:
+        yield dask
+
+    monkeypatch.setattr("data_prep.commands.dense_labels.dask_client", shared_client)
+    return lambda *arguments: CliRunner().invoke(
+        app, ["dense-labels", *map(str, arguments)], env={"COLUMNS": "200"}
+    )
+
+
+def test_annotated_scans_are_labelled(tiny: Any, write_rex: Any, tmp_path: Path, invoke: Any) -> None:
+    for volume in ("valid_1_a_1", "valid_2_a_1", "valid_3_a_1"):
+        tiny.add(volume, "valid")
+        ids = np.full((19, 17, 5), 5, np.uint8)
+        path = tiny.ts_path(volume, "valid")
+        path.parent.mkdir(parents=True)
+        nib.save(nib.Nifti1Image(ids if volume != "valid_3_a_1" else ids[:5], tiny.affine()), path)
+    mask = np.ones((19, 17, 5), np.uint8)
+    codes = {"valid_1_a_1": ["2e"], "valid_3_a_1": ["2e"]}
+    listing, folder = write_rex(dict.fromkeys(codes, mask), codes, tiny.affine())
+    where = ("--root", tiny.root, "--rexgroundingct", listing, "--rexgroundingct-masks", folder)
+    answer = invoke(*where, "--out", tmp_path / "out", "--grid", 3)
+    assert answer.exit_code == 1
+    assert "Left out: 'valid_3_a_1': 'valid_3_a_1.nii.gz' must" in answer.stderr
+    assert "1 volumes labelled" in answer.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["valid_1_a_1.safetensors"]
+    labels = read_dense_labels(tmp_path / "out" / "valid_1_a_1.safetensors")
+    assert (labels.findings == 1 << 10).all()
+    assert labels.findings.shape == (5, 9)
+
+
+def test_a_split_without_annotated_scans_is_refused(
+    tiny: Any, write_rex: Any, tmp_path: Path, invoke: Any
+) -> None:
+    tiny.add("valid_1_a_1", "valid")
+    mask = np.ones((19, 17, 5), np.uint8)
+    listing, folder = write_rex({"train_1_a_1": mask}, {"train_1_a_1": ["2e"]}, tiny.affine())
+    where = ("--root", tiny.root, "--rexgroundingct", listing, "--rexgroundingct-masks", folder)
+    answer = invoke(*where, "--out", tmp_path / "out")
+    assert isinstance(answer.exception, ValueError)
+    assert "split 'valid' must have scans that ReXGroundingCT annotated, got none" in str(answer.exception)
