@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format bundles
+.PHONY: help install demo test test-fast check format bundles release
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV := .venv
@@ -49,3 +49,6 @@ format: $(INSTALLED) ## sort imports and format in place
 
 bundles: $(INSTALLED) ## render bundles/_recipes into bundles/*/configs
 	$(BIN)/python bundles/render.py
+
+release: $(INSTALLED) bundles ## pack every bundle into dist/; URL=... says where the archives will lie
+	$(BIN)/python bundles/pack.py --out dist --url "$(URL)"

@@ -224,7 +224,10 @@ def worker_of(nanny: subprocess.Popen) -> psutil.Process:
 def num_done(out: Path) -> int:
     """Count volumes whose part is there; those of a finished shard count by its index."""
     done = 0
-    for index in out.rglob("*.index.npz"):
+    listed = (  # os.walk, unlike rglob, takes it that folders of finished shards go while it looks
+        Path(folder, name) for folder, _, names in os.walk(out) for name in names
+    )
+    for index in (path for path in listed if path.name.endswith(".index.npz")):
         try:
             with np.load(index, allow_pickle=False) as arrays:
                 done += len(arrays["volume"])

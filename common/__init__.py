@@ -9,6 +9,7 @@
 - ``metrics``: multi-label scores, effective rank
 - ``networks``: encoder, heads, poolers, probes
 - ``optimizers``: AdamW and its schedule
+- ``reports``: pages for people
 - ``transforms``: orientation, HU window, body crop, views, soft labels
 """
 

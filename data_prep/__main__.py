@@ -20,9 +20,11 @@ from data_prep.commands.nifti import nifti
 from data_prep.commands.phantom import phantom
 from data_prep.commands.pos_weights import pos_weights
 from data_prep.commands.rad_chestct import rad_chestct
+from data_prep.commands.rad_labels import rad_labels
 from data_prep.commands.splits import splits
 from data_prep.commands.subset import subset
 from data_prep.commands.totalsegment import totalsegment
+from data_prep.commands.turned import turned
 
 app = typer.Typer(
     help="Prepare chest CT datasets for pre-training.",
@@ -44,9 +46,11 @@ EXAMPLES: dict[Callable[..., None], str] = {
     phantom: "phantom --volumes 20 --out /tmp/phantom",
     pos_weights: "pos-weights /data/shards --split train --out weights/",
     rad_chestct: "rad-chestct --root /data/RAD-ChestCT --split train --out /data/shards",
+    rad_labels: "rad-labels --root /data/RAD-ChestCT --out /data/RAD-ChestCT/rad_chestct_labels.csv",
     splits: "splits --labels train_predicted_labels.csv --out splits.csv",
     subset: "subset --labels train_predicted_labels.csv --patients 5000 --out subset.csv",
     totalsegment: "totalsegment scans/ --out label_maps/ --device gpu",
+    turned: "turned --root /data/RAD-ChestCT --prefix tst --turn transposed --out /data/transposed",
 }
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: python -m data_prep {example}")(command)

@@ -55,9 +55,7 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
         raise RejectedError("mask", f"'{source.volume}' must have a TotalSegmentator label map, got none")
     ct = read_ct(source)
     ids = read_full_label_map(source.ts, ct.grid)
-    bits = (
-        np.zeros(ids.shape, np.uint16) if source.rex is None else read_full_findings(source.rex, ct.grid)
-    )
+    bits = np.zeros(ids.shape, np.uint16) if source.rex is None else read_full_findings(source.rex, ct.grid)
     air = ct.hu.min()
     box = body_box(torch.from_numpy(pad_mask_to_square(ct.hu - air) + air))
     return DenseLabels(
@@ -95,9 +93,7 @@ def write_all(
         Volumes that were left out, with the reason.
     """
     todo = [
-        Task(source, grid, out)
-        for source in sources
-        if not (out / f"{source.volume}.safetensors").is_file()
+        Task(source, grid, out) for source in sources if not (out / f"{source.volume}.safetensors").is_file()
     ]
     rejected, done = [], len(sources) - len(todo)
     for task, result in run_tasks(client, write_labels_of, todo):

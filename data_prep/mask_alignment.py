@@ -58,9 +58,7 @@ class Alignment(NamedTuple):
             raise RejectedError(
                 "mask", f"'{name}' must lie on the voxels of the CT for dense labels, got another grid"
             )
-        i, j, k = (
-            slice(None, None, 1 if step > 0 else -1) for step in self.to_mask[:3, :3].sum(axis=1)
-        )
+        i, j, k = (slice(None, None, 1 if step > 0 else -1) for step in self.to_mask[:3, :3].sum(axis=1))
         return mask[i, j, k].transpose(self.axis_of)
 
     def nearest(self, z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

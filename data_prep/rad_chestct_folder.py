@@ -75,6 +75,29 @@ def find_rad_chestct(
     return sources, rejected
 
 
+def read_all_labels(root: Path) -> dict[str, dict[str, int]]:
+    """Read the 16 classes of the volumes of all three splits, which their names tell apart.
+
+    Args:
+        root: the downloaded dataset, its label tables in any sub-folders.
+
+    Returns:
+        Volume to class name to 0 or 1.
+
+    Raises:
+        FileNotFoundError: if a table is not there.
+        ValueError: if a table is not as published, or there twice.
+    """
+    tables = []
+    for split in PREFIX:
+        name = f"img{split}_Abnormality_and_Location_Labels.csv"
+        table = _table(root, name)
+        if table is None:
+            raise FileNotFoundError(f"root must hold '{name}', got none in '{root}'.")
+        tables.append(table)
+    return read_labels(tables)
+
+
 def _labels(root: Path, split: str) -> dict[str, dict[str, int]]:
     table = _table(root, f"img{split}_Abnormality_and_Location_Labels.csv")
     if table is None:

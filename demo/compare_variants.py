@@ -39,18 +39,19 @@ COVERED = 0.25
 
 
 def new_encoder(config: dict, weights: Path | None) -> torch.nn.Module:
-    """Build the encoder of a demo config; without weights it is random."""
+    """Build the encoder of a demo config, with registers if its weights have them; without weights random."""
     torch.manual_seed(0)
+    tensors = {} if weights is None else load_file(weights)
     names = ("img_size", "patch_size")
     encoder = timm.create_model(
-        "vit_large_patch14_dinov2",
+        f"vit_large_patch14_{'reg4_' if 'reg_token' in tensors else ''}dinov2",
         **{"in_chans": 1, "num_classes": 0, "dynamic_img_size": True},
         **{name: config[f"{name}_px"] for name in names},
         **{name: config[name] for name in ("embed_dim", "depth", "num_heads")},
         init_values=config["layer_scale_init"],
     )
-    if weights is not None:
-        encoder.load_state_dict(load_file(weights))
+    if tensors:
+        encoder.load_state_dict(tensors)
     return encoder.eval()
 
 

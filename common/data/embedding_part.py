@@ -36,7 +36,8 @@ class Embedding(NamedTuple):
         z_mm: ``(T,)`` position of each slice along the table, feet to head; None for a grid.
         metadata: JSON values: ``volume``, ``spacing_mm`` (x, y, z) and whatever else was stored.
         patches: ``(T, P, D)`` patch tokens of each slice, row-major; None where none are stored or asked for.
-        pooled: ``(D,)``, an encoder's own summary of the volume; None where none is stored.
+        pooled: ``(E,)``, an encoder's own summary of the volume, which may lie in a space of another width;
+            None where none is stored.
     """
 
     tokens: torch.Tensor
@@ -220,9 +221,9 @@ def _check_further(embedding: Embedding) -> None:
             f"patches must be {tokens.dtype} ({num_tokens}, P, {dim}), got {patches.dtype} "
             f"{tuple(patches.shape)} for volume '{volume}'."
         )
-    if pooled is not None and (pooled.shape != (dim,) or pooled.dtype != tokens.dtype):
+    if pooled is not None and (pooled.ndim != 1 or len(pooled) == 0 or pooled.dtype != tokens.dtype):
         raise ValueError(
-            f"pooled must be {tokens.dtype} ({dim},), got {pooled.dtype} {tuple(pooled.shape)} "
+            f"pooled must be {tokens.dtype} (E,), got {pooled.dtype} {tuple(pooled.shape)} "
             f"for volume '{volume}'."
         )
     grid_shape = metadata.get("grid_shape")

@@ -98,7 +98,7 @@ class EmbeddingStoreWriter:
                 ``patch_grid`` (rows and columns of a slice's patches).
 
         Shape:
-            ``tokens (T, D)``, ``z_mm (T,)``, ``patches (T, P, D)``, ``pooled (D,)``.
+            ``tokens (T, D)``, ``z_mm (T,)``, ``patches (T, P, D)``, ``pooled (E,)``.
 
         Raises:
             ValueError: if the volume is there already, a tensor has another shape than that, NaN or Inf in

@@ -10,20 +10,25 @@ def patient_of(volume: str) -> str:
     """Return the patient a volume belongs to: its name's first two fields.
 
     CT-RATE counts patients anew in each of its splits, so that the number alone does not name one.
+    RAD-ChestCT does not publish whose its volumes are: each stands for a patient.
 
     Args:
-        volume: name such as ``train_1_a_1``: split, patient, scan, reconstruction.
+        volume: CT-RATE's name such as ``train_1_a_1``: split, patient, scan, reconstruction; or RAD-ChestCT's
+            such as ``trn00001``.
 
     Raises:
         ValueError: if the name has another form.
 
     Example:
-        >>> patient_of("train_12_a_1"), patient_of("valid_12_b_2")
-        ('train_12', 'valid_12')
+        >>> patient_of("train_12_a_1"), patient_of("valid_12_b_2"), patient_of("tst00012")
+        ('train_12', 'valid_12', 'tst00012')
     """
-    match = re.match(r"([^_]+_[^_]+)_", volume)
+    match = re.match(r"([^_]+_[^_]+)_", volume) or re.fullmatch(r"((?:trn|val|tst)[0-9]+)", volume)
     if match is None:
-        raise ValueError(f"volume must be named <split>_<patient>_<scan>_<reconstruction>, got '{volume}'.")
+        raise ValueError(
+            "volume must be named <split>_<patient>_<scan>_<reconstruction>, or trn, val or tst and a "
+            f"number, got '{volume}'."
+        )
     return match[1]
 
 

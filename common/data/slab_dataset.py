@@ -15,6 +15,7 @@ from common.data.shards import ShardSet
 from common.data.slabs import slab_num_slices, slab_starts
 from common.data.view_batches import collate_views
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan, cut_crops
+from common.transforms.patch_masks import PatchMasks, masked_places
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         with_masks: whether samples hold masks. Guidance reads the slab's masks either way.
         draws_per_slab: samples from each slab that was read, for slow storage: they share its slices and lie
             in consecutive steps. 1 as in the paper.
+        patch_masks: draws the masks of the global views; None for none.
 
     Attributes:
         label_names: labels of the volumes, in the order of ``labels``.
@@ -62,7 +64,8 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         (``cut_crops``); ``boxes``, ``guide``, ``points``, ``flips``, ``gamma``, ``blur_sigma`` of
         ``ViewPlan``; ``shape`` int32 (2,) of the slices; with masks ``ts_planes`` uint8 ids, ``rex_planes``
         int16 bits (planes, M, M), those used that are not empty, and ``ts_plane``, ``rex_plane`` int64 (V,):
-        the plane under each view, -1 for an empty one; ``has_ts``, ``has_rex`` bool, of the volume;
+        the plane under each view, -1 for an empty one; with ``patch_masks`` ``masks`` bool (Vg, P), and in
+        a batch also what ``masked_places`` returns; ``has_ts``, ``has_rex`` bool, of the volume;
         ``labels`` int8 (C,), 1, 0 or -1 where not labelled; ``position``, ``first_slice`` int; ``volume``
         str; ``spacing_mm`` float32 (3,), x y z.
 
@@ -80,6 +83,7 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         multi_crop: RandSlabMultiCrop,
         with_masks: bool,
         draws_per_slab: int = 1,
+        patch_masks: PatchMasks | None = None,
     ) -> None:
         if rex_fraction is not None and not 0 <= rex_fraction <= 1:
             raise ValueError(
@@ -94,6 +98,7 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         self.multi_crop = multi_crop
         self.with_masks = with_masks
         self.draws_per_slab = draws_per_slab
+        self.patch_masks = patch_masks
         self.label_names = list(
             dict.fromkeys(name for volume in shards.volumes if volume.labels for name in volume.labels)
         )
@@ -134,7 +139,8 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         }
         num_global = self.multi_crop.num_views[0]
         samples = []
-        for position in range(place * self.draws_per_slab, (place + 1) * self.draws_per_slab):
+        for draw in range(self.draws_per_slab):
+            position = place * self.draws_per_slab + draw
             rng = np.random.default_rng([self.seed, VIEWS, position])
             plan = self.multi_crop.draw(rng, length, entry.shape, ts, rex)
             samples.append(
@@ -143,6 +149,7 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
                     "local_pixels": cut_crops(plan.boxes[num_global:], read_slice),
                     **plan._asdict(),
                     **(_planes_under(plan, ts, rex) if self.with_masks else {}),
+                    **({"masks": self.patch_masks.draw(place, draw)} if self.patch_masks else {}),
                     **facts,
                     "position": position,
                 }
@@ -152,10 +159,14 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
     def collate(self, items: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Put items together to the batches of ``draws_per_slab`` steps; see ``collate_views``."""
         crop = self.multi_crop
-        return [
+        batches = [
             collate_views(samples, crop.num_views[0], crop.sizes_px, crop.patch_size_px)
             for samples in zip(*items, strict=True)
         ]
+        if self.patch_masks:
+            bound = self.patch_masks.most_masked(len(items))
+            return [batch | masked_places(batch["masks"], bound) for batch in batches]
+        return batches
 
     def _labels(self, labels: dict[str, int] | None) -> np.ndarray:
         known = labels or {}

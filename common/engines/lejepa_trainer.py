@@ -2,20 +2,27 @@
 
 # B slabs, V views (Vg global, Vl local), S view size, D embedding, C classes, P patches
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from monai.engines import SupervisedTrainer
 from monai.inferers import Inferer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from common.engines.pretraining_step import (
+    LastStep,
+    autocast_as,
+    check_amp_dtype,
+    keep_to_the_step,
+    means_over_ranks,
+    on_device,
+    stop_if_not_finite,
+)
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
 from common.metrics.effective_rank import effective_rank
@@ -26,20 +33,6 @@ from common.transforms.hounsfield import HUWindow
 from common.transforms.soft_labels import finding_fractions, finding_presence
 
 REX_TARGETS = {"presence": finding_presence, "fraction": finding_fractions}
-
-
-class LastStep(NamedTuple):
-    """What is looked at one step later, when the device has it.
-
-    Args:
-        step: its number.
-        loss: mean over all ranks.
-        batch: this rank's.
-    """
-
-    step: int
-    loss: torch.Tensor
-    batch: dict[str, Any]
 
 
 class LeJEPATrainer(SupervisedTrainer):
@@ -113,8 +106,7 @@ class LeJEPATrainer(SupervisedTrainer):
         inferer: Inferer | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
-        if amp_dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"amp_dtype must be 'bfloat16' or 'float32', got {amp_dtype!r}.")
+        check_amp_dtype(amp_dtype)
         if rex_targets not in REX_TARGETS:
             raise ValueError(f"rex_targets must be one of {list(REX_TARGETS)}, got {rex_targets!r}.")
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -142,18 +134,14 @@ class LeJEPATrainer(SupervisedTrainer):
         self.output_dir = Path(output_dir)
         self.micro_batch_size = micro_batch_size
         self.last_step: LastStep | None = None
-        self.add_event_handler(Events.EPOCH_STARTED, _start_data_at_this_step)
-        self.add_event_handler(Events.EPOCH_COMPLETED, _stop_if_not_finite)
+        keep_to_the_step(self)
         self._register_handlers(list(train_handlers or []))
 
     def _iteration(  # type: ignore[override]
         self, engine: Engine, batchdata: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
-        _stop_if_not_finite(self)
-        batch: dict[str, Any] = {
-            name: value.to(self.state.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batchdata.items()
-        }
+        stop_if_not_finite(self)
+        batch = on_device(batchdata, self.state.device)
         batch["inputs"] = dict(zip(GROUPS, render_views(batch, self.hu_window), strict=True))
         batch["targets"] = None
         if self.auxiliary_loss is not None:
@@ -168,7 +156,7 @@ class LeJEPATrainer(SupervisedTrainer):
         terms["grad_norm"] = clip_by_global_norm(self.network, self.clip_norm)
         self.optimizer.step()
         self.lr_scheduler.step()
-        means = _means_over_ranks(terms)
+        means = means_over_ranks(terms)
         self.last_step = LastStep(engine.state.iteration, means["loss"], batchdata)
         self.state.cls = output["cls"].detach()
         if engine.state.iteration % self.measure_every == 0:
@@ -176,9 +164,7 @@ class LeJEPATrainer(SupervisedTrainer):
         return [means]
 
     def _forward(self, batch: dict[str, Any], part: slice) -> dict[str, Any]:
-        with torch.autocast(
-            self.state.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"
-        ):  # one context a pass: the casts that a pass without graph keeps would cut the graph of the next
+        with autocast_as(self.amp_dtype, self.state.device):
             inputs = batch["inputs"]
             output: dict[str, Any] = self.inferer(inputs["global"][part], self.network, inputs["local"][part])
         # the loss runs in float32: SIGReg integrates characteristic functions, which bf16 cannot resolve
@@ -245,32 +231,3 @@ class LeJEPATrainer(SupervisedTrainer):
         self.state.metrics["cls_effective_rank"] = effective_rank(output["cls"].flatten(0, 1))
         distances = torch.stack([kolmogorov_smirnov(view) for view in views])
         self.state.metrics["projection_ks"] = float(distances.mean())
-
-
-def _start_data_at_this_step(engine: LeJEPATrainer) -> None:
-    """Ignite iterates over the data after the first EPOCH_STARTED, thus after a checkpoint was loaded."""
-    engine.data_loader.batch_sampler.start_step = engine.state.iteration  # type: ignore[union-attr]
-
-
-def _means_over_ranks(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every term is a mean whose average over the ranks is the value of the global batch."""
-    values = torch.stack([value.detach().float() for value in terms.values()])
-    if idist.get_world_size() > 1:
-        values = torch.as_tensor(idist.all_reduce(values)) / idist.get_world_size()
-    return dict(zip(terms, values, strict=True))
-
-
-def _stop_if_not_finite(engine: LeJEPATrainer) -> None:
-    """Stop if the loss of the step before was not finite; every rank knows the mean and stops alike."""
-    last, engine.last_step = engine.last_step, None
-    if last is None or torch.isfinite(last.loss):
-        return
-    path = engine.output_dir / f"not_finite_step_{last.step:08d}_rank_{idist.get_rank()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keys = {"volume": list(last.batch["volume"])}
-    keys |= {name: last.batch[name].tolist() for name in ("position", "first_slice") if name in last.batch}
-    path.write_text(json.dumps({"step": last.step, "loss": str(last.loss.item()), **keys}, indent=1))
-    raise FloatingPointError(
-        f"loss must be finite, got {last.loss.item()} at step {last.step}; its slabs are listed in '{path}'. "
-        "Lower lr, or set amp_dtype to float32, and run again: it goes on from the last checkpoint."
-    )

@@ -52,7 +52,8 @@ def stride_scores(
     probe, card = load_probe(probe_dir)
     if card["encoder"] != store.identity["encoder"]:
         raise ValueError(
-            f"probe must be of encoder '{store.identity['encoder']}', got '{card['encoder']}' in '{probe_dir}'."
+            f"probe must be of encoder '{store.identity['encoder']}', got '{card['encoder']}' in "
+            f"'{probe_dir}'."
         )
     if min(strides) < 1:
         raise ValueError(f"strides must be positive, got {list(strides)}.")
@@ -61,9 +62,7 @@ def stride_scores(
     patients = sorted(set(of_volume), key=natural_order)
     weights = resample_weights(patients, num_resamples, seed)
     place = np.array([patients.index(patient) for patient in of_volume])
-    return {
-        stride: _scores(_logits(probe, bags, stride), bags, place, weights) for stride in strides
-    }
+    return {stride: _scores(_logits(probe, bags, stride), bags, place, weights) for stride in strides}
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.data.dense_labels import read_dense_labels
@@ -16,7 +15,7 @@ from common.data.patient_split import patient_of
 from common.labels import load_labels
 from common.metrics.bootstrap import resample_weights
 from common.metrics.gap_curve import gap_curve
-from common.metrics.linear_readout import PENALTIES, Moments, moments, r_squared, read_out, ridge
+from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
 from common.metrics.participation_ratio import jackknife, participation_ratio, spectral_effective_rank
@@ -82,7 +81,7 @@ def slices_of(store: EmbeddingStore, volumes: Sequence[str]) -> Iterator[Slices]
 
 
 def positions(z_mm: FloatArray) -> FloatArray:
-    """Return the two targets of the position probe: fraction of the scan, and mm from its middle, ``(S, 2)``."""
+    """Return the position probe's two targets: fraction of the scan, and mm from its middle, ``(S, 2)``."""
     return np.stack([z_mm / z_mm[-1], z_mm - z_mm[-1] / 2], axis=1)
 
 
@@ -167,7 +166,8 @@ def label_free(
         own = moments(volume.tokens, np.zeros((len(volume.tokens), 1))).features
         sums[group] = sums.get(group, np.zeros_like(own)) + own
     found: dict[str, Any] = {
-        f"tau_{name}": mean_over_volumes(values, volumes, num_resamples, seed) for name, values in taus.items()
+        f"tau_{name}": mean_over_volumes(values, volumes, num_resamples, seed)
+        for name, values in taus.items()
     }
     for name, measure in (
         ("effective_rank", spectral_effective_rank),
@@ -210,7 +210,10 @@ def organ_spans(
     fits = ridge(of_train)
     ious = np.array(
         [
-            [[_scan_scores(curves, true, volume.z_mm, cut)[:, 0] for cut in SHARES_OF_PEAK] for curves in predicted]
+            [
+                [_scan_scores(curves, true, volume.z_mm, cut)[:, 0] for cut in SHARES_OF_PEAK]
+                for curves in predicted
+            ]
             for volume, predicted, true in _predicted(store, split["validation"], labels_dir, fits)
         ]
     )  # fmt: skip
@@ -231,7 +234,9 @@ def organ_spans(
         if seen[place]:
             found[organ] = _span_means(scores[:, place], names, num_resamples, seed)
     if seen.any():
-        found["mean"] = _span_means(mean_of_defined(scores[:, seen].swapaxes(0, 1)), names, num_resamples, seed)
+        found["mean"] = _span_means(
+            mean_of_defined(scores[:, seen].swapaxes(0, 1)), names, num_resamples, seed
+        )
     return found
 
 

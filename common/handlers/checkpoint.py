@@ -10,13 +10,20 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from common.data.atomic_file import atomic_file
 
 logger = logging.getLogger(__name__)
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 AGREE_EVERY = 10  # iterations between two looks, over all ranks, at whether one was asked to stop
 
 
@@ -36,8 +43,8 @@ class Checkpoint:
         folder: where checkpoints lie, as ``step_00002000.pt``.
         network: plain, wrapped by DistributedDataParallel, or sharded by ``fully_shard``.
         optimizer: of its parameters.
-        others: name to scheduler or anything else with ``state_dict`` and ``load_state_dict``, equal on all
-            ranks.
+        others: name to a further network, spread over the ranks as the first may be, or to a scheduler or
+            anything else with ``state_dict`` and ``load_state_dict``, equal on all ranks.
         interval_steps: iterations between checkpoints.
         keep: newest checkpoints to keep.
         knobs: settings that the run's course depends on, JSON values; a checkpoint of other settings is
@@ -109,7 +116,10 @@ class Checkpoint:
             options=StateDictOptions(full_state_dict=True),
         )
         for name, item in self.others.items():
-            item.load_state_dict(state[name])
+            if isinstance(item, nn.Module):
+                set_model_state_dict(item, state[name], options=StateDictOptions(full_state_dict=True))
+            else:
+                item.load_state_dict(state[name])
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // engine.state.epoch_length
         logger.info("Resumed at step %d from '%s'.", state["iteration"], path)
@@ -119,9 +129,13 @@ class Checkpoint:
         if path.exists():
             return
         # every rank takes part: each may hold a shard of every tensor
-        network, optimizer = get_state_dict(
-            self.network, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
+        others = {
+            name: get_model_state_dict(item, options=WHOLE)
+            if isinstance(item, nn.Module)
+            else item.state_dict()
+            for name, item in self.others.items()
+        }
         if idist.get_rank() != 0:
             return
         for name, weight in cast(dict[str, torch.Tensor], network).items():
@@ -129,9 +143,8 @@ class Checkpoint:
                 raise FloatingPointError(f"weights must be finite, got others in {name} at '{path}'.")
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
-        state |= {name: item.state_dict() for name, item in self.others.items()}
         with atomic_file(path) as file:
-            torch.save(state | {"knobs": self.knobs}, file)
+            torch.save(state | others | {"knobs": self.knobs}, file)
         for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
             if not self.keep_every or int(old.stem.removeprefix("step_")) % self.keep_every:
                 old.unlink()

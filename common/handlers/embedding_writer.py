@@ -1,6 +1,5 @@
 """Write the embeddings of each volume while the next are encoded, and say what came of a run."""
 
-import csv
 import logging
 import time
 from collections import deque
@@ -15,17 +14,16 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.data.atomic_file import atomic_file
 from common.data.embedding_part import DTYPES, check_finite
 from common.data.embedding_store_writer import EmbeddingStoreWriter
 from common.data.rejection import RejectedError, is_failure
 from common.data.shard_index import RejectedVolume
 from common.data.slice_batches import SliceBatches
 from common.data.volume_outputs import VolumeOutput, VolumeOutputs
+from common.handlers.rejected_volumes import report_rejected
 
 logger = logging.getLogger(__name__)
 
-REJECTED = "rejected.csv"
 MAX_WAITING = 4
 """Volumes that may wait for the disk before the encoder waits for them."""
 
@@ -88,14 +86,14 @@ class EmbeddingWriter:
         self.pool = ThreadPoolExecutor(1, "write_embeddings")
         self.writing: deque[Future[None]] = deque()
         self.started = time.monotonic()
-        total = sum(len(item.strategies) for item in self.batches.work)
-        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
+        self.per_volume = {item.source.volume: len(item.strategies) for item in self.batches.work}
+        self.total = sum(self.per_volume.values())
+        self.bar = tqdm(total=self.total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
 
     def _take(self, engine: Engine) -> None:
         state: Any = engine.state
         cls, patches = state.output[CommonKeys.PRED]
-        unread = {volume.volume for volume in self.batches.rejected}
-        self.bar.total = sum(len(w.strategies) for w in self.batches.work if w.source.volume not in unread)
+        self.bar.total = self.total - sum(self.per_volume[lost.volume] for lost in self.batches.rejected)
         self._submit(self.outputs.add(state.batch["pieces"], cls, patches))
 
     def _submit(self, volumes: Any) -> None:  # noqa: ANN401 (an iterator of volumes)
@@ -143,40 +141,10 @@ class EmbeddingWriter:
         for future in self.writing:
             future.result()
         self._close()
-        rejected = sorted(set(_of_all_ranks([*self.rejected, *self.batches.rejected])))
-        if idist.get_rank() == 0:
-            _write_rejected(self.output_dir / REJECTED, rejected)
         seconds = time.monotonic() - self.started
         logger.info(
             "Embedded %d volumes, %d slices, in %.1f s: %.1f slices/s.",
             *(self.num_embedded, self.num_slices, seconds, self.num_slices / seconds),
         )
-        failed = [volume for volume in rejected if is_failure(volume)]
-        if failed:
-            logger.warning("%d volumes were not embedded, see '%s'.", len(failed), self.output_dir / REJECTED)
-        share = len({volume.volume for volume in failed}) / max(self.num_volumes, 1)
-        if share > self.max_rejected:
-            raise ValueError(
-                f"rejected volumes must be at most {self.max_rejected:.2%}, got {share:.2%} "
-                f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
-                f"They are listed in '{self.output_dir / REJECTED}': mend them, or raise --max_rejected."
-            )
-
-
-def _of_all_ranks(rejected: list[RejectedVolume]) -> list[RejectedVolume]:
-    if idist.get_world_size() == 1:
-        return rejected
-    lists: list[Any] = [None] * idist.get_world_size()
-    torch.distributed.all_gather_object(lists, rejected)
-    return [volume for of_rank in lists for volume in of_rank]
-
-
-def _write_rejected(path: Path, rejected: Sequence[RejectedVolume]) -> None:
-    if not rejected:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(RejectedVolume._fields)
-        table.writerows(rejected)
+        rejected = [*self.rejected, *self.batches.rejected]
+        report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)

@@ -94,9 +94,8 @@ class MLflowRun:
         logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
 
     def _create(self, memory: Path) -> None:
-        experiment = self.client.get_experiment_by_name(self.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
-        self.run_id = self.client.create_run(experiment_id, run_name=self.run_name).info.run_id
+        experiment = experiment_id(self.client, self.tracking_uri, self.experiment)
+        self.run_id = self.client.create_run(experiment, run_name=self.run_name).info.run_id
         params = [
             Param(name, str(value)[:MAX_PARAM_CHARS]) for name, value in plain_knobs(self.config).items()
         ]
@@ -108,14 +107,6 @@ class MLflowRun:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with atomic_file(memory, "w") as file:
             json.dump({"tracking_uri": self.tracking_uri, "run_id": self.run_id}, file)
-
-    def _create_experiment(self) -> str:
-        # MLflow would put the files of a database store under the working directory of the first run
-        location = None
-        if self.tracking_uri.startswith("sqlite:///"):
-            database = Path(self.tracking_uri.removeprefix("sqlite:///")).resolve()
-            location = (database.parent / "mlartifacts").as_uri()
-        return self.client.create_experiment(self.experiment, artifact_location=location)
 
     def _log_if_due(self, engine: Engine) -> None:
         step = engine.state.iteration
@@ -163,3 +154,22 @@ class MLflowRun:
             status = RunStatus.KILLED if stopped else RunStatus.FAILED
             self.client.set_terminated(self.run_id, RunStatus.to_string(status))
         raise error  # Ignite holds an exception for handled as soon as there is a handler
+
+
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
+    """Find an experiment by its name, or make it.
+
+    Args:
+        client: of the store.
+        tracking_uri: the store.
+        name: of the experiment.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
+    # MLflow would put the files of a database store under the working directory of the first run
+    location = None
+    if tracking_uri.startswith("sqlite:///"):
+        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+        location = (database.parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))

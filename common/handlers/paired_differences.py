@@ -1,6 +1,7 @@
 """Differences between encoders that were tested on the same volumes, with intervals and p.
 
-``python -m common.handlers.paired_differences dale_ct_0/test_predictions.csv */test_predictions.csv`` compares each further file with the first one.
+``python -m common.handlers.paired_differences dale_ct_0/test_predictions.csv */test_predictions.csv``
+compares each further file with the first one.
 """
 
 # R resamples, N volumes, C classes
@@ -130,15 +131,9 @@ def differences_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row["class"] == MACRO:
-            table.add_row(
-                *(
-                    row["encoder"],
-                    row["reference"],
-                    COLUMNS[f"macro_{row['metric']}"],
-                    f"{row['difference']:+.4f}",
-                ),
-                *(f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}"),
-            )
+            metric, difference = COLUMNS[f"macro_{row['metric']}"], f"{row['difference']:+.4f}"
+            ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
+            table.add_row(row["encoder"], row["reference"], metric, difference, ends, f"{row['p']:.4f}")
     return table
 
 

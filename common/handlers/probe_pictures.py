@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
+from common.data import nifti_ct
 from common.data.labels_csv import volume_name
 from common.data.predictions import Predictions
 from common.metrics.calibration import expected_calibration_error, reliability, wilson_interval
-from common.metrics.multilabel import operating_points
-from common.transforms.axial_slices import AxialSlicesd
+from common.metrics.multilabel import auroc, average_precision, operating_points
 
 BLUE, RED, GREY = "#4477aa", "#ee6677", "0.6"
 COLUMNS = 6
@@ -92,7 +91,7 @@ def draw_roc(path: Path, predictions: Predictions, intervals: Mapping[str, Any],
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
         called, positive = scores >= threshold, targets == 1
         axes.plot(called[~positive].mean(), called[positive].mean(), "o", color=RED, markersize=5)
-        return "auroc"
+        return f"AUROC {_single(auroc, scores, targets):.3f}"
 
     labels = ("false positive rate", "sensitivity")
     _draw_classes(path, predictions, intervals, f"{title}\nROC; dot: threshold from validation", labels, draw)
@@ -113,12 +112,15 @@ def draw_precision_recall(
     def draw(axes: Axes, scores: np.ndarray, targets: np.ndarray, threshold: float) -> str:
         points = operating_points(scores, targets)
         # precision belongs to the whole step of recall that leads to a point, as average precision counts it
-        axes.step(points.recall, points.precision, where="pre", color=BLUE, linewidth=1.4)
+        found = np.flatnonzero(points.recall > 0)
+        recall, precision = (values[[found[0], *found]] for values in (points.recall, points.precision))
+        recall[0] = 0.0
+        axes.step(recall, precision, where="pre", color=BLUE, linewidth=1.4)
         axes.axhline(targets.mean(), color=GREY, linewidth=0.8, linestyle=":")
         called, positive = scores >= threshold, targets == 1
         if called.any():
             axes.plot(called[positive].mean(), positive[called].mean(), "o", color=RED, markersize=5)
-        return "auprc"
+        return f"AUPRC {_single(average_precision, scores, targets):.3f}"
 
     title = f"{title}\nPrecision and recall; dot: threshold from validation, dotted: prevalence"
     _draw_classes(path, predictions, intervals, title, ("recall", "precision"), draw)
@@ -136,12 +138,12 @@ def draw_reliability(path: Path, predictions: Predictions, title: str) -> None:
     def draw(axes: Axes, scores: np.ndarray, targets: np.ndarray, threshold: float) -> str:
         bins = reliability(scores, targets)
         low, high = wilson_interval(bins.observed, bins.counts)
-        top = min(1.0, 1.1 * max(high.max(), bins.predicted.max()))
-        axes.plot([0, top], [0, top], color=GREY, linewidth=0.8, linestyle=":")
+        right, top = 1.1 * float(bins.predicted.max()), 1.05 * float(max(high.max(), bins.predicted.max()))
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
         axes.vlines(bins.predicted, low, high, color=BLUE, linewidth=0.8)
         axes.plot(bins.predicted, bins.observed, "o-", color=BLUE, markersize=3.5, linewidth=1)
         axes.axvline(threshold, color=RED, linewidth=0.8)
-        axes.set(xlim=(0, top), ylim=(0, top))
+        axes.set(xlim=(0, right), ylim=(0, top))
         return f"ECE {expected_calibration_error(bins):.3f}"
 
     title = f"{title}\nReliability, bins of equal number with 95 % intervals; red: threshold from validation"
@@ -156,7 +158,7 @@ def _draw_classes(
     labels: tuple[str, str],
     draw: DrawClass,
 ) -> None:
-    """One panel a class; ``draw`` returns what stands under the class's name, or the metric that does."""
+    """One panel a class; ``draw`` returns what stands under its name: where there are intervals, a metric."""
     rows = math.ceil(len(predictions.class_names) / COLUMNS)
     columns = min(COLUMNS, len(predictions.class_names))
     figure = Figure(figsize=(1 + 2.3 * columns, 0.9 + 2.7 * rows), layout="constrained")
@@ -172,8 +174,7 @@ def _draw_classes(
             continue
         note = draw(axes, predictions.probabilities[:, index], targets, float(predictions.thresholds[index]))
         if intervals is not None:
-            low, high = intervals[name][note]
-            note = f"{note.upper()} 95 %: {low:.3f}-{high:.3f}"
+            note += " ({:.3f}-{:.3f})".format(*intervals[name][note.split()[0].lower()])
         axes.set_title(f"{heading}\n{note}", fontsize=8)
     for axes in panels[len(predictions.class_names) :]:
         axes.axis("off")
@@ -181,6 +182,12 @@ def _draw_classes(
     figure.supylabel(labels[1], fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
+
+
+def _single(
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray], scores: np.ndarray, targets: np.ndarray
+) -> float:
+    return float(metric(scores[:, None], targets[:, None])[0])
 
 
 def volumes_to_show(predictions: Predictions, most: int = 8) -> dict[str, str]:
@@ -219,7 +226,7 @@ def draw_attention(
         slices: volume to its CT ``(S, H, W)`` in HU, of which those of most weight are shown; may be empty.
     """
     shown = NUM_SHOWN if slices else 0
-    figure = Figure(figsize=(8 + 1.7 * shown, 0.8 + 1.8 * len(weights)), layout="constrained")
+    figure = Figure(figsize=(8 + 1.7 * shown, 0.8 + 1.9 * len(weights)), layout="constrained")
     grid = figure.add_gridspec(len(weights), 1 + shown, width_ratios=[4.0, *[1.0] * shown])
     for row, (volume, weight) in enumerate(weights.items()):
         relative = weight * len(weight)
@@ -227,7 +234,7 @@ def draw_attention(
         axes.bar(np.arange(len(weight)), relative, width=1.0, color=BLUE)
         axes.axhline(1.0, color=RED, linewidth=0.8, linestyle=":")
         axes.set(xlim=(-0.5, len(weight) - 0.5), ylim=(0, max(1.5, 1.1 * float(relative.max()))))
-        axes.set_title(captions[volume], fontsize=8, loc="left")
+        axes.set_title(textwrap.fill(captions[volume], 120), fontsize=8, loc="left")
         axes.tick_params(labelsize=7)
         for column, index in enumerate(np.argsort(-weight, kind="stable")[:shown]):
             picture = figure.add_subplot(grid[row, 1 + column])
@@ -256,11 +263,4 @@ def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndar
     missing = [volume for volume in volumes if volume not in found]
     if missing:
         raise FileNotFoundError(f"ct_dir must hold '{missing[0]}.nii.gz', got none in '{ct_dir}'.")
-    read = Compose(
-        [
-            LoadImaged("image", reader="NibabelReader", image_only=True),
-            EnsureChannelFirstd("image"),
-            AxialSlicesd("image"),
-        ]
-    )
-    return {volume: read({"image": str(found[volume])})["image"][:, 0].numpy() for volume in volumes}
+    return {volume: nifti_ct.read_ct(found[volume]).hu for volume in volumes}

@@ -21,7 +21,7 @@ from common.handlers.probe_pictures import (
     volumes_to_show,
 )
 from common.handlers.probe_tables import class_rows, seed_rows, threshold_rows, write_table
-from common.networks.mil_probe import save_probe
+from common.networks.mil_probe import MILProbe, save_probe
 
 
 class ProbeReport:
@@ -31,7 +31,8 @@ class ProbeReport:
     ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.data.predictions`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
-    each slice in some volumes.
+    each slice in some volumes. A head that is no ``MILProbe`` (gated ABMIL, transformer) has neither of the
+    last two, and ``load_probe`` does not read it.
 
     Args:
         output_dir: folder of the files.
@@ -119,10 +120,11 @@ class ProbeReport:
     def _show_attention(self, engine: ProbeGridTrainer) -> None:
         predictions = engine.state.predictions
         chosen = dict.fromkeys(self.attention_volumes, "") or volumes_to_show(predictions)
-        if not chosen:
+        probe: Any = engine.chosen_probe().cpu()
+        if not chosen or not isinstance(probe, MILProbe):
             return
         weights, captions = {}, {}
-        pooler: Any = engine.chosen_probe().cpu().pooler
+        pooler: Any = probe.pooler
         for volume, name in chosen.items():
             index = predictions.volumes.index(volume)
             with torch.no_grad():

@@ -36,7 +36,9 @@ def matched_slices(z_mm: ArrayLike, step_mm: float) -> NDArray[np.intp]:
     place = np.asarray(z_mm, np.float64)
     wanted = np.arange(place[0], place[-1] + 1e-6, step_mm)
     after = np.searchsorted(place, wanted).clip(1, max(len(place) - 1, 1))
-    nearest = np.where(wanted - place[after - 1] <= place[after.clip(max=len(place) - 1)] - wanted, after - 1, after)
+    nearest = np.where(
+        wanted - place[after - 1] <= place[after.clip(max=len(place) - 1)] - wanted, after - 1, after
+    )
     return np.unique(nearest.clip(max=len(place) - 1))
 
 

@@ -82,5 +82,8 @@ def span_score(predicted: tuple[int, int] | None, true: tuple[int, int], z_mm: A
     place = np.asarray(z_mm, np.float64)
     shared = max(0, min(predicted[1], true[1]) - max(predicted[0], true[0]))
     union = predicted[1] - predicted[0] + true[1] - true[0] - shared
-    ends = [abs(place[one] - place[other]) for one, other in ((predicted[0], true[0]), (predicted[1] - 1, true[1] - 1))]
+    ends = [
+        abs(place[one] - place[other])
+        for one, other in ((predicted[0], true[0]), (predicted[1] - 1, true[1] - 1))
+    ]
     return SpanScore(shared / union, float(np.mean(ends)))

@@ -96,7 +96,9 @@ class DenseProbes(nn.Module):
         return layer
 
 
-def save_dense_probe(folder: str | Path, kind: str, task: str, layer: nn.Linear, card: dict[str, Any]) -> None:
+def save_dense_probe(
+    folder: str | Path, kind: str, task: str, layer: nn.Linear, card: dict[str, Any]
+) -> None:
     """Write a probe as ``<kind>_<task>.safetensors`` and ``.json``, each appearing only when whole.
 
     Args:
@@ -133,7 +135,7 @@ def load_dense_probe(folder: str | Path, kind: str, task: str) -> tuple[nn.Linea
     for suffix in (".safetensors", ".json"):
         if not path.with_name(path.name + suffix).is_file():
             raise FileNotFoundError(
-                f"probes must be a folder with '{path.name}{suffix}', got '{folder}'. Run eval_dense_2d first."
+                f"probes must be a folder with '{path.name}{suffix}', got '{folder}'. Run eval_dense_2d."
             )
     tensors = load_file(path.with_name(path.name + ".safetensors"))
     num_classes, dim = tensors["weight"].shape

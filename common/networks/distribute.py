@@ -22,7 +22,7 @@ def distribute(
     block are on their way to the other ranks while the next is computed, and names of weights do not change.
 
     Args:
-        network: all parameters of the training step; equal on all ranks.
+        network: all parameters of the training step, or a teacher that does not learn; equal on all ranks.
         blocks: its repeated blocks, such as ``encoder.blocks``.
         sharding: ``ddp`` keeps the whole network on every rank; ``fsdp2`` shards parameters, gradients and
             optimizer state block by block, for networks that do not fit. Both compute the same.
@@ -30,7 +30,8 @@ def distribute(
         device: of this rank.
 
     Returns:
-        The network itself on one rank and with ``fsdp2``, else wrapped in DistributedDataParallel.
+        The network itself on one rank, with ``fsdp2`` and if it does not learn, else wrapped in
+        DistributedDataParallel.
 
     Raises:
         ValueError: if ``sharding`` is neither of the two.
@@ -43,10 +44,14 @@ def distribute(
             block.compile(dynamic=False)
     if idist.get_world_size() == 1:
         return network
+    learns = any(parameter.requires_grad for parameter in network.parameters())
     if sharding == "fsdp2":
         for block in blocks:
             fully_shard(block)
-        fully_shard(network)
+        # what is left of it is kept whole for the backward pass, where there is one
+        fully_shard(network, reshard_after_forward=not learns)
+        return network
+    if not learns:
         return network
     return DistributedDataParallel(
         network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True

@@ -85,7 +85,22 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
             raise ValueError(
                 f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}."
             )
-    own = encoder.state_dict()
+    load_strictly(encoder, tensors, path)
+    return encoder
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Load weights that must have exactly the keys and shapes of a network, and say which have not.
+
+    Args:
+        network: takes the weights.
+        tensors: its state dictionary.
+        path: where they come from, for the message.
+
+    Raises:
+        ValueError: if a key or a shape differs.
+    """
+    own = network.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(
@@ -97,8 +112,7 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
             raise ValueError(
                 f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} for '{path}'."
             )
-    encoder.load_state_dict(tensors, strict=True)
-    return encoder
+    network.load_state_dict(tensors, strict=True)
 
 
 def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> nn.Module:
@@ -117,7 +131,7 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         The same encoder, for use in a config.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or the hub neither answers nor was asked before.
         ValueError: if the encoder is not of that architecture.
     """
     if source is None:
@@ -125,17 +139,27 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
     if source != "hub" and not Path(source).is_file():
         raise FileNotFoundError(f"initial_weights must be 'hub' or a file of timm's weights, got '{source}'.")
     patch_embed: Any = encoder.patch_embed
-    published = timm.create_model(
-        model_name,
-        pretrained=True,
-        pretrained_cfg_overlay=None if source == "hub" else {"file": str(source)},
-        in_chans=1,
-        num_classes=0,
-        img_size=patch_embed.img_size,
-        patch_size=patch_embed.patch_size,
-    )
+    blocks: Any = encoder.blocks
     try:
+        published = timm.create_model(
+            model_name,
+            pretrained=True,
+            pretrained_cfg_overlay=None if source == "hub" else {"file": str(source)},
+            in_chans=1,
+            num_classes=0,
+            img_size=patch_embed.img_size,
+            patch_size=patch_embed.patch_size,
+            embed_dim=encoder.embed_dim,
+            depth=len(blocks),
+            num_heads=blocks[0].attn.num_heads,
+        )
         encoder.load_state_dict(published.state_dict(), strict=True)
+    except OSError as error:  # what the hub's client raises
+        raise FileNotFoundError(
+            f"initial_weights must be reachable, got '{source}' for timm's '{model_name}', which is neither "
+            f"in the hub's cache nor could be downloaded ({str(error).splitlines()[0]}). Go online, or pass "
+            "the path of timm's safetensors file."
+        ) from error
     except RuntimeError as error:
         raise ValueError(
             f"the network must be timm's '{model_name}' to start from its weights; vit, embed_dim, depth or "

@@ -1,9 +1,10 @@
 """Heads on the encoder's tokens that exist for pretraining only."""
 
-# D embedding, K projection, C classes
+# D embedding, K projection or prototypes, C classes
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class ProjectionHead(nn.Sequential):
@@ -82,6 +83,61 @@ class AuxiliaryHead(nn.Module):
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits of every source for every token."""
         return {source: readout(tokens) for source, readout in self.readouts.items()}
+
+
+class DINOHead(nn.Module):
+    """Three-layer perceptron to the unit sphere, then the cosine of the angle to every prototype.
+
+    Linear, GELU, twice, Linear, unit length; the last layer has rows of unit length and no bias. Weights
+    start from a normal distribution of width 0.02, cut off at two.
+
+    Source: DINO, arXiv:2104.14294, appendix C, as in DINOv2, but with the length of a prototype fixed at 1
+    (DINO's ``norm_last_layer``; DINOv2 starts it at 1). Sizes: DINOv2's defaults, which DALE-CT's code names.
+
+    Args:
+        embed_dim: D, width of the encoder. ViT-L: 1024.
+        hidden_dim: width of the two hidden layers. 2048.
+        bottleneck_dim: dimensions of the sphere. 256.
+        num_prototypes: K. 65,536.
+
+    Shape:
+        Input ``(..., D)``. Output: ``(..., K)``, within [-1, 1].
+
+    Raises:
+        ValueError: if a width is not positive.
+
+    Example:
+        >>> head = DINOHead(embed_dim=16, hidden_dim=32, bottleneck_dim=8, num_prototypes=5)
+        >>> head(torch.zeros(3, 16)).shape
+        torch.Size([3, 5])
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int) -> None:
+        _check_positive(
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
+            bottleneck_dim=bottleneck_dim,
+            num_prototypes=num_prototypes,
+        )
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.last_layer = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the cosines."""
+        points = functional.normalize(self.mlp(tokens), dim=-1, eps=1e-6)  # a bfloat16 is as small
+        return functional.linear(points, functional.normalize(self.last_layer.weight, dim=-1))
 
 
 def _check_positive(**sizes: int) -> None:

@@ -61,7 +61,8 @@ class RandSlabMultiCrop:
         num_local: local views. Paper: 8.
         global_scale: range of a global crop's side, in units of the slice's smaller side. Released: 0.6-1.0.
         local_scale: the same for local crops. Released: 0.3-0.6.
-        guided_prob: chance of guidance. Paper: 0.8.
+        guided_prob: chance of guidance, of all views or of each, global ones first. Paper: 0.8 (LeJEPA); 6 of
+            the 14 local views (DINOv2 baseline).
         guidance: "paper" or "released", see above.
         gamma_prob: chance that a view's gamma is drawn; else it is 1. Released: 0.8.
         gamma_range: gamma is uniform in it. Released: 0.9-1.1.
@@ -88,7 +89,7 @@ class RandSlabMultiCrop:
         num_local: int = 8,
         global_scale: Sequence[float] = (0.6, 1.0),
         local_scale: Sequence[float] = (0.3, 0.6),
-        guided_prob: float = 0.8,
+        guided_prob: float | Sequence[float] = 0.8,
         guidance: str = "paper",
         gamma_prob: float = 0.8,
         gamma_range: Sequence[float] = (0.9, 1.1),
@@ -101,8 +102,10 @@ class RandSlabMultiCrop:
         _check_views(num_global, num_local, blur_probs)
         if guidance not in GUIDANCE_MODES:
             raise ValueError(f"guidance must be one of {GUIDANCE_MODES}, got '{guidance}'.")
-        chances = {"guided_prob": guided_prob, "gamma_prob": gamma_prob, "flip_prob": flip_prob}
-        for name, prob in [*chances.items(), *(("blur_probs", prob) for prob in blur_probs)]:
+        guided_probs = _for_each_view(guided_prob, num_global + num_local)
+        chances = {"guided_prob": guided_probs, "blur_probs": blur_probs}
+        chances |= {"gamma_prob": [gamma_prob], "flip_prob": [flip_prob]}
+        for name, prob in [(name, prob) for name, probs in chances.items() for prob in probs]:
             if not 0 <= prob <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {prob}.")
         self.sizes_px = (global_size_px, local_size_px)
@@ -110,7 +113,7 @@ class RandSlabMultiCrop:
         self.num_views = (num_global, num_local)
         self.global_scale = _checked_range("global_scale", global_scale, upper=1.0)
         self.local_scale = _checked_range("local_scale", local_scale, upper=1.0)
-        self.guided_prob = guided_prob
+        self.guided_probs = np.array(guided_probs)
         self.guidance = guidance
         self.gamma_prob = gamma_prob
         self.gamma_range = _checked_range("gamma_range", gamma_range)
@@ -151,7 +154,7 @@ class RandSlabMultiCrop:
         sides = np.floor(rng.uniform(scales[:, 0], scales[:, 1]) * min(shape) + 0.5).clip(1)
         slices = np.full(num_views, slab_len // 2)
         slices[num_global:] = rng.integers(slab_len, size=num_local)
-        lucky = rng.random(num_views) < self.guided_prob
+        lucky = rng.random(num_views) < self.guided_probs
         ranks, within = rng.random(num_views), rng.random((num_views, 2))
         guide, points = np.full(num_views, UNGUIDED, np.int8), np.full((num_views, 2), np.nan)
         for kind, mask in ((GUIDED_BY_REX, rex), (GUIDED_BY_TS, ts)):  # findings come first
@@ -230,6 +233,16 @@ def _check_views(num_global: int, num_local: int, blur_probs: Sequence[float]) -
         raise ValueError(
             f"blur_probs must have one entry a global view, got {len(blur_probs)} for {num_global}."
         )
+
+
+def _for_each_view(guided_prob: float | Sequence[float], num_views: int) -> Sequence[float]:
+    if not isinstance(guided_prob, Sequence):
+        return [guided_prob] * num_views
+    if len(guided_prob) != num_views:
+        raise ValueError(
+            f"guided_prob must be one number or one a view, got {len(guided_prob)} for {num_views} views."
+        )
+    return guided_prob
 
 
 def _checked_range(name: str, bounds: Sequence[float], upper: float = math.inf) -> tuple[float, float]:

@@ -84,9 +84,7 @@ def draw_overlay(
                 if shown.any():
                     axes.contour(centres, centres, shown, levels=[0.5], colors=[colour], linewidths=1.0)
             axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-    handles = [
-        Patch(color=colour, label=name) for colour, (_, name) in zip(colours, classes, strict=True)
-    ]
+    handles = [Patch(color=colour, label=name) for colour, (_, name) in zip(colours, classes, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7, frameon=False)
     figure.suptitle(f"{images.name}: patches coloured by their labels, masks outlined", fontsize=10)
     with atomic_file(Path(path)) as file:

@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.data.atomic_file import atomic_file
-from common.visualize.ct_tokens import CTImages, encode, open_encoder, overlay, read_images, show_slice, spread_slices
+from common.visualize.ct_tokens import (
+    CTImages,
+    encode,
+    open_encoder,
+    overlay,
+    read_images,
+    show_slice,
+    spread_slices,
+)
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Slices, Weights
 
 AIR_HU = -930.0
@@ -54,7 +62,9 @@ def pca_colours(patches: torch.Tensor, shown: torch.Tensor | None = None) -> NDA
     return padded.unflatten(0, patches.shape[:3]).numpy()
 
 
-def draw_pca(path: str | Path, images: CTImages, slices: list[int], patches: torch.Tensor, title: str) -> None:
+def draw_pca(
+    path: str | Path, images: CTImages, slices: list[int], patches: torch.Tensor, title: str
+) -> None:
     """Draw slices above their patches' colours.
 
     Args:

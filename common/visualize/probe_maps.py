@@ -1,7 +1,7 @@
 """Maps of a finding's or an organ's probability over a CT, by a linear probe of patch tokens.
 
-``python -m common.visualize.probe_maps CT.nii.gz --bundle bundles/dale_ct_2s --probes runs/dale_ct_2s --name liver
---out liver.png``
+``python -m common.visualize.probe_maps CT.nii.gz --bundle bundles/dale_ct_2s --probes runs/dale_ct_2s
+--name liver --out liver.png``
 """
 
 # S slices, G patches along a side, D embedding, C classes
@@ -20,7 +20,15 @@ from torch import nn
 from common.data.atomic_file import atomic_file
 from common.data.dense_cohort import TASKS
 from common.networks.dense_probe import load_dense_probe
-from common.visualize.ct_tokens import CTImages, encode, open_encoder, overlay, read_images, show_slice, spread_slices
+from common.visualize.ct_tokens import (
+    CTImages,
+    encode,
+    open_encoder,
+    overlay,
+    read_images,
+    show_slice,
+    spread_slices,
+)
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Slices, Weights
 
 
@@ -44,7 +52,9 @@ def probe_of(probes: str | Path, names: Sequence[str], encoder: str) -> tuple[nn
         known += card["class_names"]
         if set(names) <= set(card["class_names"]):
             if card["encoder"] != encoder:
-                raise ValueError(f"probes must be of encoder '{encoder}', got '{card['encoder']}' in '{probes}'.")
+                raise ValueError(
+                    f"probes must be of encoder '{encoder}', got '{card['encoder']}' in '{probes}'."
+                )
             return layer, [card["class_names"].index(name) for name in names]
     raise ValueError(f"names must be of one task, among {known}, got {list(names)}.")
 
@@ -65,7 +75,12 @@ def probabilities(layer: nn.Linear, patches: torch.Tensor, places: Sequence[int]
 
 
 def draw_probabilities(
-    path: str | Path, images: CTImages, slices: Sequence[int], maps: NDArray[np.float32], names: Sequence[str], title: str
+    path: str | Path,
+    images: CTImages,
+    slices: Sequence[int],
+    maps: NDArray[np.float32],
+    names: Sequence[str],
+    title: str,
 ) -> None:
     """Draw slices and below them a row a class; the more opaque a patch, the likelier.
 
@@ -88,7 +103,13 @@ def draw_probabilities(
             show_slice(grid[row, column], images.hu[place])
             shown = of_class[column]
             last = overlay(
-                grid[row, column], shown, size, cmap="inferno", vmin=0, vmax=top, alpha=0.15 + 0.6 * shown / max(top, 1e-9)
+                grid[row, column],
+                shown,
+                size,
+                cmap="inferno",
+                vmin=0,
+                vmax=top,
+                alpha=0.15 + 0.6 * shown / max(top, 1e-9),
             )
         grid[row, 0].set_ylabel(name, fontsize=9)
         figure.colorbar(last, ax=grid[row], shrink=0.8).set_label("probability", fontsize=8)

@@ -109,7 +109,9 @@ def draw_maps(
             show_slice(axes, images.hu[place])
         grid[0, column].set_title(f"slice {place}, {images.z_mm[place]:.0f} mm", fontsize=8)
         looks = attention[column].mean(0).numpy()
-        overlay(grid[1, column], looks, size, cmap="inferno", alpha=0.5, vmin=0, vmax=np.quantile(looks, 0.99))
+        overlay(
+            grid[1, column], looks, size, cmap="inferno", alpha=0.5, vmin=0, vmax=np.quantile(looks, 0.99)
+        )
         likeness = similarity_to(patches[column], *patch)
         last = overlay(grid[2, column], likeness, size, cmap="coolwarm", alpha=0.5, vmin=-1, vmax=1)
         grid[2, column].plot(
@@ -128,7 +130,8 @@ def main(
     bundle: Bundle,
     out: Out,
     patch: Annotated[
-        tuple[int, int] | None, typer.Option(help="Row and column of the patch to compare with. Default: middle.")
+        tuple[int, int] | None,
+        typer.Option(help="Row and column of the patch to compare with. Default: middle."),
     ] = None,
     slices: Slices = None,
     weights: Weights = None,

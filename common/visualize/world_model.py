@@ -62,7 +62,9 @@ def draw_world_model(path: str | Path, world: Mapping[str, dict[str, Any]], gaps
     panels = figure.subplots(2, 3).ravel()
     _draw_positions(panels[0], world)
     _draw_bars(
-        panels[1], world, {"principal axis": "tau_principal_axis", "nearest neighbours": "tau_nearest_neighbours"}
+        panels[1],
+        world,
+        {"principal axis": "tau_principal_axis", "nearest neighbours": "tau_nearest_neighbours"},
     )
     panels[1].set(title="Slice order without labels", ylabel="mean |Kendall's tau|", ylim=(0, 1))
     for colour, (encoder, results) in zip(COLOURS, world.items(), strict=False):
@@ -98,7 +100,9 @@ def _draw_positions(axes: Axes, world: Mapping[str, dict[str, Any]]) -> None:
         axes.scatter([], [], color=colour, label=label)
     ends = np.concatenate([results["true_mm"] for results in world.values()])
     axes.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color="0.4", linewidth=0.8)
-    axes.set(title="Position of a slice, read by ridge", xlabel="true mm from the middle", ylabel="predicted mm")
+    axes.set(
+        title="Position of a slice, read by ridge", xlabel="true mm from the middle", ylabel="predicted mm"
+    )
     axes.legend(frameon=False, fontsize=7, loc="upper left")
 
 
@@ -127,7 +131,9 @@ def _draw_band(axes: Axes, places: Sequence[float], means: Sequence[Mean], label
 
 
 def _draw_spans(axes: Axes, world: Mapping[str, dict[str, Any]]) -> None:
-    spans = {encoder: results["organ_spans"] for encoder, results in world.items() if "organ_spans" in results}
+    spans = {
+        encoder: results["organ_spans"] for encoder, results in world.items() if "organ_spans" in results
+    }
     axes.set_title("Organ spans read by ridge: IoU (boundary error in mm)")
     if not spans:
         _say_not_measured(axes, "dense_labels_dir")
@@ -139,10 +145,18 @@ def _draw_spans(axes: Axes, world: Mapping[str, dict[str, Any]]) -> None:
         places = np.arange(len(organs)) + (number - (len(spans) - 1) / 2) * height
         axes.barh(places, [mean.value for mean in means], height * 0.92, color=colour, label=encoder)
         axes.errorbar(
-            [m.value for m in means], places, xerr=_arms(means), fmt="none", color="black", capsize=1.5, linewidth=0.8
+            [m.value for m in means],
+            places,
+            xerr=_arms(means),
+            fmt="none",
+            color="black",
+            capsize=1.5,
+            linewidth=0.8,
         )  # fmt: skip
         for place, organ in zip(places, organs, strict=True):
-            axes.text(0.01, place, f"{of_encoder[organ]['boundary_mm'].value:.0f} mm", va="center", fontsize=6)
+            axes.text(
+                0.01, place, f"{of_encoder[organ]['boundary_mm'].value:.0f} mm", va="center", fontsize=6
+            )
     axes.set_yticks(range(len(organs)), organs, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)

@@ -44,9 +44,7 @@ def dense_labels(
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
         left_out = write_all(client, sources, out.absolute(), grid, progress)
     for item in left_out:
-        console.print(
-            f"[red]Left out:[/red] '{escape(item.volume)}': {escape(item.detail)}", soft_wrap=True
-        )
+        console.print(f"[red]Left out:[/red] '{escape(item.volume)}': {escape(item.detail)}", soft_wrap=True)
     console.print(f"{len(sources) - len(left_out)} volumes labelled in '{escape(str(out))}'.", soft_wrap=True)
     if left_out:
         raise typer.Exit(1)

@@ -1,6 +1,9 @@
 """``python -m monai.bundle run`` on the inference config: however a CT is stored, its embeddings agree."""
 
+import csv
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,23 +13,34 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from common.data.embedding_store import EmbeddingStore
+from common.data.embedding_store import EmbeddingStore, stored_volumes
+from common.networks.mil_probe import MILProbe, save_probe
+from common.networks.poolers import build_pooler
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLE = REPOSITORY / "bundles" / "dale_ct_2s"
 TINY = {
-    **{"size_px": 32, "img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
-    **{"layer_scale_init": 1.0, "amp_dtype": "float32", "embedding_dtype": "float32", "num_workers": 0},
-    **{"encoder_weights": "$None", "slices_per_batch": 5},
+    **{"strategies": "['cropped_32']", "img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 2},
+    **{"num_heads": 2, "layer_scale_init": 1.0, "amp_dtype": "float32", "embedding_dtype": "float32"},
+    **{"encoder_weights": "$None", "slices_per_batch": 5, "num_workers": 2},
 }
 
 
-def run(ct: Path, out: Path, **knobs) -> subprocess.CompletedProcess:
+def command(ct: Path, out: Path, **knobs) -> list[str]:
     settings = {"bundle_root": BUNDLE, "dataset_dir": ct, "output_dir": out, **TINY, **knobs}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    config = str(BUNDLE / "configs" / "inference.json")
+    return ["monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / "inference.json"), *words]
+
+
+def run(ct: Path, out: Path, ranks: int = 1, **knobs) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}", "-m"]
     return subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *words],
+        [*launcher, *command(ct, out, **knobs)],
         cwd=out.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -43,18 +57,21 @@ def stored_as(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory) -> Path:
-    """Embeddings of one asymmetric scan, stored in four orientations."""
+    """Embeddings of one asymmetric scan, stored in four orientations and as npz, and of no scan."""
     folder = tmp_path_factory.mktemp("embedded")
     rng = np.random.default_rng(0)
     hu = np.full((48, 44, 11), -1000, np.int16)
     hu[6:44, 6:40] = rng.integers(-100, 200, (38, 34, 11)).astype(np.int16)
     hu[12:20, 10:30, 2:9] = -850
-    image = nib.Nifti1Image(hu, np.diag([-1.5, -1.5, 3.0, 1.0]))  # LPS
+    image = nib.Nifti1Image(hu, np.diag([-0.8, -0.8, 0.8, 1.0]))  # LPS
     (folder / "ct").mkdir()
     for axcodes in ("LPS", "RAS", "LAS", "SPL"):
         nib.save(stored_as(image, axcodes), folder / "ct" / f"{axcodes}.nii.gz")
-    result = run(folder / "ct", folder / "out")
+    np.savez_compressed(folder / "ct" / "IPL.npz", ct=np.asarray(stored_as(image, "IPL").dataobj))
+    (folder / "ct" / "damaged.nii.gz").write_bytes(b"not a scan")
+    result = run(folder / "ct", folder / "out", max_rejected=0.2)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "Embedded 5 volumes, 55 slices" in result.stdout + result.stderr
     return folder
 
 
@@ -62,29 +79,96 @@ def test_every_slice_has_an_embedding_with_its_place_in_mm(embedded):
     store = EmbeddingStore(embedded / "out")
     embedding = store.read("LPS")
     assert embedding.tokens.shape == (11, 24)
-    np.testing.assert_allclose(embedding.z_mm, 3.0 * np.arange(11))
-    assert embedding.metadata["spacing_mm"] == [1.5, 1.5, 3.0]
+    np.testing.assert_allclose(embedding.z_mm, 0.8 * np.arange(11), rtol=1e-6)
+    assert embedding.metadata["spacing_mm"] == pytest.approx([0.8, 0.8, 0.8])
     assert store.identity["encoder"] == "dale_ct_2s"
     assert store.identity["encoder_id"] == "random:42"
+    assert store.identity["preprocessing"] == "cropped_32"
     assert float(embedding.tokens.std(0).max()) > 1e-3  # slices differ
 
 
-@pytest.mark.parametrize("axcodes", ["RAS", "LAS", "SPL"])
+@pytest.mark.parametrize("axcodes", ["RAS", "LAS", "SPL", "IPL"])
 def test_the_orientation_of_storage_does_not_change_a_token(embedded, axcodes):
     stored, canonical = (EmbeddingStore(embedded / "out").read(name) for name in (axcodes, "LPS"))
     np.testing.assert_allclose(stored.tokens, canonical.tokens, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(stored.z_mm, canonical.z_mm)
+    np.testing.assert_allclose(stored.z_mm, canonical.z_mm, rtol=1e-6)
 
 
-def test_a_second_run_has_nothing_to_do_and_another_picture_plane_gives_other_tokens(embedded, tmp_path):
-    (part,) = (embedded / "out").iterdir()
-    before = part.stat().st_mtime_ns
-    assert run(embedded / "ct", embedded / "out").returncode == 0
-    assert [path.stat().st_mtime_ns for path in (embedded / "out").iterdir()] == [before]
-    assert run(embedded / "ct" / "LPS.nii.gz", tmp_path / "xy", slice_axes="xy").returncode == 0
-    transposed = EmbeddingStore(tmp_path / "xy").read("LPS")
+def test_a_damaged_file_is_listed_and_fails_a_second_run_that_has_nothing_else_to_do(embedded):
+    with (embedded / "out" / "rejected.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["volume"], row["reason"]) == ("damaged", "unreadable")
+    before = {path.name: path.stat().st_mtime_ns for path in (embedded / "out").glob("*.safetensors")}
+    result = run(embedded / "ct", embedded / "out")
+    assert result.returncode != 0
+    assert "rejected volumes must be at most 1.00%, got 16.67%" in result.stderr.strip().splitlines()[-1]
+    after = {path.name: path.stat().st_mtime_ns for path in (embedded / "out").glob("*.safetensors")}
+    assert after == before
+
+
+def test_another_picture_plane_gives_other_tokens(embedded, tmp_path):
+    result = run(embedded / "ct" / "LPS.nii.gz", tmp_path / "xy", slice_axes="xy", patch_tokens=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    store = EmbeddingStore(tmp_path / "xy")
     canonical = EmbeddingStore(embedded / "out").read("LPS")
-    assert float((transposed.tokens - canonical.tokens).abs().max()) > 1e-3
+    assert float((store.read("LPS").tokens - canonical.tokens).abs().max()) > 1e-3
+    assert store.read_patches("LPS").shape == (11, 16, 24)
+    assert store.read("LPS").metadata["slice_axes"] == "xy"
+
+
+@pytest.mark.slow
+def test_seven_strategies_share_a_run(embedded, tmp_path):
+    names = [
+        *("raw_32", "raw_64", "raw_full", "cropped_32", "cropped_64", "cropped_full"),
+        *("tiled_5cut", "tiled_5cut_items"),
+    ]
+    result = run(embedded / "ct" / "LPS.nii.gz", tmp_path / "out", strategies=names)
+    assert result.returncode == 0, result.stderr[-3000:]
+    shapes = {name: tuple(EmbeddingStore(tmp_path / "out" / name).read("LPS").tokens.shape) for name in names}
+    assert shapes == dict.fromkeys(names, (11, 24)) | {"tiled_5cut": (11, 120), "tiled_5cut_items": (55, 24)}
+    alone = EmbeddingStore(embedded / "out").read("LPS").tokens
+    shared = EmbeddingStore(tmp_path / "out" / "cropped_32").read("LPS").tokens
+    np.testing.assert_allclose(shared, alone, rtol=0, atol=1e-6)
+
+
+KILLED = """
+import os, runpy, signal, sys
+from common.data.embedding_store_writer import EmbeddingStoreWriter as Writer
+
+Writer.__init__.__defaults__ = (1, 60.0)  # a part for each volume
+write = Writer.flush
+
+def write_twice(writer):
+    write(writer)
+    Writer.flush = lambda writer: write(writer) or os.kill(os.getpid(), signal.SIGKILL)
+
+Writer.flush = write_twice
+sys.argv = {words!r}
+runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.two_ranks
+def test_two_ranks_finish_a_killed_run_to_what_one_process_gives(embedded, tmp_path):
+    out = tmp_path / "out"
+    words = command(embedded / "ct", out)
+    program = KILLED.format(words=words)
+    killed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert stored_volumes(out) == {"IPL", "LAS"}
+    result = run(embedded / "ct", out, ranks=2, max_rejected=0.2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list(out.glob("*.safetensors"))) == 4  # two before, one of each rank
+    ours, theirs = EmbeddingStore(out), EmbeddingStore(embedded / "out")
+    assert ours.volumes == theirs.volumes
+    assert ours.identity == theirs.identity
+    np.testing.assert_allclose(
+        ours.read_tokens(ours.volumes), theirs.read_tokens(theirs.volumes), rtol=0, atol=1e-6
+    )
+    assert [ours.read(name).metadata for name in ours.volumes] == [
+        theirs.read(name).metadata for name in theirs.volumes
+    ]
+    assert (out / "rejected.csv").read_text() == (embedded / "out" / "rejected.csv").read_text()
 
 
 def test_a_missing_weights_file_says_what_to_do(embedded, tmp_path):
@@ -93,11 +177,42 @@ def test_a_missing_weights_file_says_what_to_do(embedded, tmp_path):
     assert "Train the bundle first, or download it" in result.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.real_ct
-def test_real_cts_are_embedded_in_z_order_with_their_spacing(real_ct_dir, tmp_path):
-    result = run(real_ct_dir / "totalseg_example_ct_sm_3mm.nii.gz", tmp_path / "out")
+def test_predict_is_one_command(embedded, tmp_path):
+    card = {"pooler": "max", "dim": 24, "class_names": ["Emphysema"], "thresholds": [0.0]}
+    identity = {
+        key: value for key, value in EmbeddingStore(embedded / "out").identity.items() if key != "dtype"
+    }
+    save_probe(tmp_path / "probe", MILProbe(build_pooler("max", 24), 24, 1), card | identity)
+    tiny = {name: value for name, value in TINY.items() if name != "strategies"}
+    bundle = REPOSITORY / "bundles" / "eval_ct_rate"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "monai.bundle", "run"),
+            *("--config_file", str(bundle / "configs" / "predict.json"), "--bundle_root", str(bundle)),
+            *("--encoder_bundle", str(BUNDLE), "--probe_dir", "probe", "--output_dir", "out"),
+            *("--dataset_dir", str(embedded / "ct" / "LPS.nii.gz"), "--encoder_knobs", str(tiny)),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    embedding = EmbeddingStore(tmp_path / "out").read("totalseg_example_ct_sm_3mm")
-    assert embedding.tokens.shape == (30, 24)
-    np.testing.assert_allclose(np.diff(embedding.z_mm), 3.0, rtol=1e-4)
-    assert bool(embedding.tokens.isfinite().all())
+    assert "Emphysema" in result.stdout
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["volume"], row["class"], row["call"]) == ("LPS", "Emphysema", "1")
+    assert 0 < float(row["probability"]) < 1
+
+
+@pytest.mark.real_ct
+def test_real_cts_of_every_format_are_embedded_in_z_order_with_their_spacing(real_ct_dir, tmp_path):
+    result = run(real_ct_dir, tmp_path / "out", max_rejected=0.4)
+    assert result.returncode == 0, result.stderr[-3000:]
+    store = EmbeddingStore(tmp_path / "out")
+    assert len(store) == 7
+    assert [volume for volume in store.volumes if volume.startswith("series_")]  # DICOM
+    small = store.read("totalseg_example_ct_sm_3mm")
+    assert small.tokens.shape == (30, 24)
+    np.testing.assert_allclose(np.diff(small.z_mm), 3.0, rtol=1e-4)
+    with (tmp_path / "out" / "rejected.csv").open() as file:
+        assert {row["reason"] for row in csv.DictReader(file)} == {"not in HU"}  # the organ masks

@@ -73,6 +73,43 @@ PAPER = [  # bundle, config, knob, value, where it is stated
     ("dale_ct_1s", "train", "global_size_px", 224, "III-A: 224 or 256"),
     ("dale_ct_1s", "train", "local_size_px", 140, "III-A: 140 or 144"),
     ("dale_ct_1s", "inference", "size_px", 252, "IV-A2: 256; the multiple of 14 below"),
+    ("dinov2_ct", "train", "vit", "vit_large_patch14_reg4_dinov2.lvd142m", "III-B: ViT-L with registers"),
+    ("dinov2_ct", "train", "initial_weights", "hub", "III-B: natural-image weights"),
+    ("dinov2_ct", "train", "network_def::in_chans", 1, "released weights"),
+    ("dinov2_ct", "train", "patch_size_px", 14, "released weights"),
+    ("dinov2_ct", "train", "img_size_px", 518, "released weights"),
+    ("dinov2_ct", "train", "slab_mm", 12.0, "III-B"),
+    ("dinov2_ct", "train", "hu_window", "ct_rate", "III-A"),
+    ("dinov2_ct", "train", "num_global", 2, "III-B"),
+    ("dinov2_ct", "train", "num_local", 14, "III-B"),
+    ("dinov2_ct", "train", "num_guided_local", 6, "III-B: eight random, six guided"),
+    ("dinov2_ct", "train", "global_scale", [0.4, 1.0], "III-B"),
+    ("dinov2_ct", "train", "local_scale", [0.2, 0.4], "III-B"),
+    ("dinov2_ct", "train", "global_size_px", 224, "lost; DINOv2"),
+    ("dinov2_ct", "train", "local_size_px", 98, "lost; DINOv2"),
+    ("dinov2_ct", "train", "mask_sample_prob", 0.5, "III-B"),
+    ("dinov2_ct", "train", "mask_ratio", [0.1, 0.5], "III-B"),
+    ("dinov2_ct", "train", "ibot_weight", 1.0, "DINOv2"),
+    ("dinov2_ct", "train", "koleo_weight", 0.0, "III-B names DINO and iBOT alone; DINOv2: 0.1"),
+    ("dinov2_ct", "train", "batch_size", 48, "III-B: 48 x 8 ranks = 384"),
+    ("dinov2_ct", "train", "max_steps", 20_000, "III-B"),
+    ("dinov2_ct", "train", "warmup_steps", 3_300, "III-B"),
+    ("dinov2_ct", "train", "lr", 2e-4, "lost; weak evidence of the release"),
+    ("dinov2_ct", "train", "final_lr", 1e-5, "lost; weak evidence of the release"),
+    ("dinov2_ct", "train", "amp_dtype", "bfloat16", "III-B"),
+    ("dinov2_ct", "train", "head_hidden_dim", 2048, "release"),
+    ("dinov2_ct", "train", "head_bottleneck_dim", 256, "release"),
+    ("dinov2_ct", "train", "num_prototypes", 65_536, "release"),
+    ("dinov2_ct", "train", "balance", "sinkhorn_knopp", "DINOv2, ViT-L/14"),
+    ("dinov2_ct", "train", "teacher_momentum", [0.994, 1.0], "DINOv2, ViT-L/14"),
+    ("dinov2_ct", "train", "teacher_temp", [0.04, 0.07], "DINOv2"),
+    ("dinov2_ct", "train", "teacher_temp_warmup_steps", 1_200, "DINOv2: 30 of 500 epochs"),
+    ("dinov2_ct", "train", "freeze_last_layer_steps", 40, "DINOv2: 1 of 500 epochs"),
+    ("dinov2_ct", "train", "weight_decay", [0.04, 0.2], "DINOv2, ViT-L/14"),
+    ("dinov2_ct", "train", "layer_decay", 1.0, "DINOv2, ViT-L/14"),
+    ("dinov2_ct", "train", "patch_embed_lr_multiplier", 0.2, "DINOv2"),
+    ("dinov2_ct", "train", "clip_norm", 3.0, "DINOv2; global norm is ours"),
+    ("dinov2_ct", "inference", "size_px", 252, "IV-A2: 256; the multiple of 14 below"),
     ("eval_ct_rate", "train", "learning_rates", [0.1, 0.03, 0.01, 0.003], "IV-B; numbers of the release"),
     ("eval_ct_rate", "train", "max_steps", 15_000, "IV-B"),
     ("eval_ct_rate", "train", "batch_size", 16, "IV-B"),
@@ -110,6 +147,21 @@ def test_the_encoder_is_a_vit_large_of_the_released_shape():
     assert shapes["blocks.23.ls1.gamma"] == (1024,)
     assert "reg_token" not in shapes
     assert round(sum(parameter.numel() for parameter in encoder.parameters()) / 1e6) == 304
+
+
+def test_the_baselines_encoder_has_registers_and_the_released_shape():
+    knobs = json.loads((BUNDLES / "dinov2_ct" / "configs" / "inference.json").read_text())
+    names = {"img_size": "img_size_px", "patch_size": "patch_size_px", "init_values": "layer_scale_init"}
+    names |= {name: name for name in ("embed_dim", "depth", "num_heads")}
+    with torch.device("meta"):
+        encoder = timm.create_model(
+            knobs["vit"], in_chans=1, num_classes=0, **{name: knobs[knob] for name, knob in names.items()}
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in encoder.named_parameters()}
+    assert shapes["reg_token"] == (1, 4, 1024)
+    assert shapes["pos_embed"] == (1, 37 * 37, 1024)
+    assert shapes["patch_embed.proj.weight"] == (1024, 1, 14, 14)
+    assert shapes["blocks.23.ls1.gamma"] == (1024,)
 
 
 def test_the_ct_rate_window_is_the_papers():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -250,6 +251,33 @@ def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
     forgetful = load_file(tmp_path / "forgetful" / "model.safetensors")
     expected = load_file(unbroken / "model.safetensors")
     assert max((forgetful[name] - tensor).abs().max() for name, tensor in expected.items()) > 1e-3
+
+
+@pytest.mark.two_ranks
+def test_ranks_asked_to_stop_save_the_same_step_and_end(shards, tmp_path):
+    out = tmp_path / "asked"
+    knobs = {"batch_size": 2, "max_steps": 100_000, "warmup_steps": 2, "checkpoint_every": 5}
+    process = subprocess.Popen(
+        command(shards, out, torchrun(2), **knobs),
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 180
+    while not list(out.glob("checkpoints/step_*.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on, as srun does
+    _, log = process.communicate(timeout=120)
+    saved = re.findall(r"Asked to stop: saving step (\d+) and ending", log)
+    assert len(saved) == 2
+    assert saved[0] == saved[1]
+    newest = max(out.glob("checkpoints/step_*.pt"))
+    assert newest.name == f"step_{int(saved[0]):08d}.pt"
+    assert torch.load(newest, weights_only=True)["iteration"] == int(saved[0])
+    assert record(out, "asked")[1].info.status == "KILLED"
 
 
 @pytest.mark.parametrize(

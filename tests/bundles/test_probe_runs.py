@@ -87,12 +87,16 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     macro = evaluation.trainer.state.reports["probe"]["macro"]
     assert macro["auroc"] > 0.8
     rows = {
-        (row["encoder"], row["metric"]): row for row in read_rows(tmp_path / "results" / "eval_ct_rate.csv")
+        (row["encoder"], row["metric"]): row
+        for row in read_rows(tmp_path / "results" / "eval_ct_rate.csv")
+        if row["protocol"] == "mil_probe"
     }
     assert float(rows["dale_ct_2s", "macro_auroc"]["value"]) == pytest.approx(macro["auroc"], abs=1e-6)
     assert float(rows["prevalence", "macro_auroc"]["value"]) == 0.5
     assert rows["dale_ct_2s", "macro_f1"]["dataset"] == "ct_rate"
     assert rows["dale_ct_2s", "macro_f1"]["n"] == "20"
+    row = rows["dale_ct_2s", "macro_auroc"]
+    assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
     _, card = load_probe(tmp_path / "out")
     assert card["class_names"] == CLASSES
     assert card["encoder"] == "dale_ct_2s"
@@ -106,7 +110,10 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     of_probes = [name for name in record.data.metrics if name.startswith("val_macro_auprc/")]
     assert len(of_probes) == 20
     files = {file.path for file in client.list_artifacts(record.info.run_id)}
-    assert {"probe.json", "probe.safetensors", "per_class.csv", "per_class.png"} <= files
+    tables = {"per_class", "thresholds", "seeds", "attention", "test_predictions", "validation_predictions"}
+    pictures = {"per_class", "roc", "precision_recall", "reliability", "attention"}
+    expected = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
+    assert {"probe.json", "probe.safetensors", *expected} <= files
 
 
 def test_validation_is_a_draw_of_patients(workflow: Callable[..., ConfigWorkflow]) -> None:
@@ -136,7 +143,9 @@ def test_class_names_of_the_metadata_are_those_of_the_label_set() -> None:
 
 
 def test_command_line_runs_from_any_folder_with_a_file_of_overrides(cohort: Path, tmp_path: Path) -> None:
-    (tmp_path / "small.json").write_text(json.dumps(SCHEDULE | {"poolers": ["max"], "learning_rates": [0.1]}))
+    (tmp_path / "small.json").write_text(
+        json.dumps(SCHEDULE | {"poolers": ["max"], "learning_rates": [0.1], "num_seeds": 2})
+    )
     command = [
         *(sys.executable, "-m", "monai.bundle", "run"),
         *("--config_file", f"['{BUNDLE}/configs/train.json','{tmp_path}/small.json']"),
@@ -149,6 +158,8 @@ def test_command_line_runs_from_any_folder_with_a_file_of_overrides(cohort: Path
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert answer.returncode == 0, answer.stderr
-    assert len(read_rows(tmp_path / "results" / "eval_ct_rate.csv")) == 8
+    rows = read_rows(tmp_path / "results" / "eval_ct_rate.csv")
+    assert len(rows) == 12
+    assert {row["seeds"] for row in rows} == {"42", "", "42 43"}
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["pooler"] == "max"
     assert (tmp_path / "mlflow.db").is_file()

@@ -1,9 +1,11 @@
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 
-from common.data.bag_batches import ShuffledBatches, collate_bags, pad_bags
+from common.data.bag_batches import BagReader, ShuffledBatches, collate_bags, fits, pad_bags
+from common.data.embeddings import EmbeddingBags
 
 
 def test_every_epoch_visits_every_bag_once_in_an_order_of_its_own() -> None:
@@ -56,3 +58,33 @@ def test_padding_is_marked_and_zero() -> None:
     for row, present, bag in zip(batch, mask, bags, strict=True):
         assert torch.equal(row[present], bag)
         assert not row[~present].any()
+
+
+def test_bags_are_read_where_they_lie_on_a_cpu(write_cohort: Any) -> None:
+    bags = EmbeddingBags(*write_cohort("train", 5, dtype=torch.float16), ["Emphysema"])
+    reader = BagReader(bags, torch.device("cpu"))
+    assert reader.resident
+    for index, bag in zip((3, 0), reader([3, 0]), strict=True):
+        assert bag.dtype == torch.float16
+        assert torch.equal(bag, bags[index]["tokens"])
+        assert bag.data_ptr() == bags[index]["tokens"].data_ptr()
+
+
+def test_a_gpu_keeps_what_leaves_a_fifth_of_its_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert fits(800, torch.device("cuda"))
+    assert not fits(801, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.8, 0.0])
+def test_resident_and_streamed_bags_are_the_same(
+    write_cohort: Any, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr("common.data.bag_batches.RESIDENT_SHARE", share)
+    bags = EmbeddingBags(*write_cohort("train", 5, dtype=torch.float16), ["Emphysema"])
+    reader = BagReader(bags, torch.device("cuda"))
+    assert reader.resident == (share > 0)
+    for index, bag in zip((3, 0), reader([3, 0]), strict=True):
+        assert bag.is_cuda
+        assert torch.equal(bag.cpu(), bags[index]["tokens"])

@@ -86,7 +86,9 @@ def test_volumes_are_those_with_labels(dirs: Any, tmp_path: Path) -> None:
     write_dense_labels(dirs[1], labels._replace(volume="valid_9_a_1"))
     with pytest.raises(FileNotFoundError, match="got 1 of 5 without, first 'valid_9_a_1'"):
         labelled_and_embedded(*dirs)
-    with pytest.raises(FileNotFoundError, match=r"labels_dir must hold <volume>.safetensors of python -m data"):
+    with pytest.raises(
+        FileNotFoundError, match=r"labels_dir must hold <volume>.safetensors of python -m data"
+    ):
         labelled_and_embedded(dirs[0], tmp_path)
 
 
@@ -102,9 +104,12 @@ def test_labels_of_another_grid_or_crop_are_refused(dirs: Any, tmp_path: Path) -
     path = dirs[1] / "valid_2_a_1.safetensors"
     labels = read_dense_labels(path)
     write_dense_labels(
-        dirs[1], labels._replace(findings=labels.findings[:-1], shares=labels.shares[: -labels.findings.shape[1]])
+        dirs[1],
+        labels._replace(findings=labels.findings[:-1], shares=labels.shares[: -labels.findings.shape[1]]),
     )
-    with pytest.raises(ValueError, match=r"labels must be of \(slices, patches\) = .* for volume 'valid_2_a_1'"):
+    with pytest.raises(
+        ValueError, match=r"labels must be of \(slices, patches\) = .* for volume 'valid_2_a_1'"
+    ):
         DenseCohort(*dirs, VOLUMES)
     store = EmbeddingStore(dirs[0])
     patches = store.read_patches("valid_4_a_1")

@@ -34,7 +34,9 @@ def test_slices_show_what_their_patches_show() -> None:
 
 def test_shares_of_other_patches_are_refused(tmp_path: Path) -> None:
     wrong = labels()._replace(findings=np.zeros((3, 5), np.uint16))
-    with pytest.raises(ValueError, match=r"shares must have shape \(15, 118\) to fit the findings, got \(12, 1"):
+    with pytest.raises(
+        ValueError, match=r"shares must have shape \(15, 118\) to fit the findings, got \(12, 1"
+    ):
         write_dense_labels(tmp_path, wrong)
 
 

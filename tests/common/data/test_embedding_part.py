@@ -41,13 +41,13 @@ def test_a_part_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
 
 
 def test_the_header_says_what_is_inside(tmp_path: Path) -> None:
-    volumes = [embedding("a", 5, pooled=torch.ones(7)), embedding("b", 3, pooled=torch.zeros(7))]
+    volumes = [embedding("a", 5, pooled=torch.ones(6)), embedding("b", 3, pooled=torch.zeros(6))]
     header = read_header(write_part(tmp_path, volumes, IDENTITY))
     assert header.identity == IDENTITY | {"dim": 7, "dtype": "float32"}
     assert header.fields == ("z_mm", "pooled")
     assert [record["num_tokens"] for record in header.records] == [5, 3]
     assert header.records[1]["metadata"] == volumes[1].metadata
-    assert header.records[0]["crc32"]["pooled"] == isal_zlib.crc32(torch.ones(7).numpy().tobytes())
+    assert header.records[0]["crc32"]["pooled"] == isal_zlib.crc32(torch.ones(6).numpy().tobytes())
 
 
 def test_the_name_is_that_of_the_volumes(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_part_with_other_rows_than_it_states_is_refused(tmp_path: Path) -> Non
             "tokens must be finite, got NaN or Inf in 2 of 5 rows for volume 'train_1_a_1'",
         ),
         ({"pooled": torch.full((7,), torch.nan)}, "pooled must be finite"),
-        ({"pooled": torch.zeros(6)}, r"pooled must be torch.float32 \(7,\), got torch.float32 \(6,\)"),
+        ({"pooled": torch.zeros(2, 7)}, r"pooled must be torch.float32 \(E,\), got torch.float32 \(2, 7\)"),
         (
             {"patches": torch.zeros(4, 9, 7)},
             r"patches must be torch.float32 \(5, P, 7\), got torch.float32 \(4, 9, 7\)",

@@ -16,6 +16,7 @@ from common.data.slabs import slab_num_slices
 from common.data.step_loader import StepLoader
 from common.transforms.batch_views import count_labels
 from common.transforms.multi_crop import GUIDED_BY_REX, UNGUIDED, RandSlabMultiCrop
+from common.transforms.patch_masks import PatchMasks
 from common.transforms.soft_labels import finding_presence
 
 
@@ -461,3 +462,26 @@ def test_arguments_out_of_range_are_refused():
 def test_batches_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         StepBatches(*arguments)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("draws_per_slab", [1, 3])
+def test_masks_belong_to_the_slab_and_a_batch_says_where_they_are(draws_per_slab: int) -> None:
+    masks = PatchMasks(grid=2, num_global=2, seed=0, ratio=(0.3, 0.6))
+    slabs = slab_views(cohort(10), patch_masks=masks, draws_per_slab=draws_per_slab)
+    places = range(4, 9)
+    batches = slabs.collate([slabs[place] for place in places])
+    plain = slab_views(cohort(10), draws_per_slab=draws_per_slab)
+    for draw, (batch, unmasked) in enumerate(
+        zip(batches, plain.collate([plain[place] for place in places]), strict=True)
+    ):
+        expected = np.stack([masks.draw(place, draw) for place in places])
+        assert np.array_equal(batch["masks"].numpy(), expected)
+        found = batch["masked_places"][batch["masked_weights"] > 0]
+        assert np.array_equal(found.numpy(), np.flatnonzero(expected))
+        assert len(batch["masked_places"]) == masks.most_masked(5)
+        # views are those of a run without masks
+        assert all(equal(batch[name], unmasked[name]) for name in unmasked)
+        assert batch.keys() - unmasked.keys() == {"masks", "masked_places", "masked_weights"}

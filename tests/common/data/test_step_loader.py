@@ -1,5 +1,7 @@
 """The batches of a run come step by step, the same from any step on and from any number of workers."""
 
+import multiprocessing
+import os
 from itertools import islice
 
 import numpy as np
@@ -79,3 +81,11 @@ def test_an_iteration_starts_anew(slabs):
 def test_a_sampler_of_other_draws_is_refused(slabs):
     with pytest.raises(ValueError, match="draws_per_slab must be the same of .* got 2 and 1"):
         StepLoader(slabs(2), StepBatches(2, 0, 1))
+
+
+def test_a_signal_to_the_trainers_group_leaves_its_workers_alone(slabs):
+    loader = StepLoader(slabs(), StepBatches(3, rank=0, world_size=1), num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)

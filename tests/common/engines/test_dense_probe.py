@@ -158,7 +158,9 @@ def test_diverged_probes_are_not_chosen(cohorts: dict[str, DenseCohort]) -> None
     trainer.run()
     assert {chosen["rate"] for chosen in trainer.best.chosen.values()} == {1}
     assert math.isfinite(float(trainer.state.output[0]["loss"]))
-    with pytest.raises(FloatingPointError, match="got NaN from every (cls|patch) probe of rexgroundingct at step 10"):
+    with pytest.raises(
+        FloatingPointError, match="got NaN from every (cls|patch) probe of rexgroundingct at step 10"
+    ):
         build(cohorts, rates=[3e38], max_steps=10).run()
 
 

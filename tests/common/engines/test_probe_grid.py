@@ -1,5 +1,6 @@
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.data.embeddings import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import ProbeGridTrainer, prevalence_report
 from common.handlers.checkpoint import Checkpoint
+from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import POOLERS, build_pooler
 from common.optimizers.warmup_cosine import warmup_cosine
@@ -41,6 +43,7 @@ def build(
     poolers: tuple[str, ...] = tuple(POOLERS),
     dtype: torch.dtype = torch.float32,
     checkpoints: Path | None = None,
+    further_seeds: Sequence[int] = (),
 ) -> ProbeGridTrainer:
     """Build everything anew, as a new process does."""
     network = ProbeGrid(poolers, learning_rates, cohorts["train"].identity["dim"], len(CLASSES), SEED).to(
@@ -67,6 +70,7 @@ def build(
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=best,
         val_interval=val_interval,
+        further_seeds=further_seeds,
         train_handlers=[
             Checkpoint(
                 checkpoints,
@@ -229,7 +233,8 @@ def test_killed_run_resumes_to_the_same_bits(
     steps: list[int] = []
     resumed.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: steps.append(engine.state.iteration))
     resumed.run()
-    assert steps == list(range((killed_after - 1) // 7 * 7 + 1, 31))  # the kill comes before the save
+    # a step is saved after all its handlers, so that of the kill never was
+    assert steps == list(range((killed_after - 1) // 7 * 7 + 1, 31))
     assert all(torch.equal(a, b) for a, b in zip(weights_of(resumed), weights_of(straight), strict=True))
     assert (resumed.best.index, resumed.best.step) == (straight.best.index, straight.best.step)
     assert resumed.state.reports == straight.state.reports
@@ -305,21 +310,55 @@ def test_grid_in_which_every_probe_diverged_is_refused(cohorts: dict[str, Embedd
         build(cohorts, val_interval=30, learning_rates=[3e38]).run()
 
 
-def test_cohorts_of_two_encoders_are_refused(cohorts: dict[str, EmbeddingBags], write_cohort: Any) -> None:
+def test_grid_refuses_cohorts_that_do_not_belong_together(
+    cohorts: dict[str, EmbeddingBags], write_cohort: Any
+) -> None:
     other = EmbeddingBags(*write_cohort("other", 5, encoder="dale_ct_0"), CLASSES)
     message = "encoder must be the same in every cohort, got 'dale_ct_2s' in train and 'dale_ct_0' in test"
     with pytest.raises(ValueError, match=message):
         build(cohorts | {"test": other})
 
 
-def test_cohorts_of_two_widths_are_refused(cohorts: dict[str, EmbeddingBags], write_cohort: Any) -> None:
-    wide = EmbeddingBags(*write_cohort("wide", 5, dim=11), CLASSES)
-    with pytest.raises(
-        ValueError, match="dim must be the same in every cohort, got 7 in train and 11 in validation"
-    ):
-        build(cohorts | {"validation": wide})
+@pytest.mark.parametrize("cohort", ["train", "validation", "test"])
+def test_embedding_with_nan_is_named_before_training(cohorts: dict[str, EmbeddingBags], cohort: str) -> None:
+    cohorts[cohort].tokens[int(cohorts[cohort].offsets[3]), 2] = math.nan
+    trainer = build(cohorts, max_steps=3)
+    volume = cohorts[cohort].volumes[3]
+    with pytest.raises(ValueError, match=f"must be finite, got NaN or Inf for volume '{volume}' of {cohort}"):
+        trainer.run()
+    assert trainer.state.iteration == 0
 
 
-def test_cohorts_that_share_a_volume_are_refused(cohorts: dict[str, EmbeddingBags]) -> None:
-    with pytest.raises(ValueError, match="must not share a volume, got 'train_1_a_1' in train and test"):
-        build(cohorts | {"test": cohorts["train"]})
+def test_intervals_are_the_bootstrap_of_the_predictions_by_patient(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=25)
+    trainer.run()
+    predictions = trainer.state.predictions
+    assert predictions.volumes == cohorts["test"].volumes
+    np.testing.assert_array_equal(predictions.labels, cohorts["test"].labels.numpy())
+    np.testing.assert_array_equal(predictions.thresholds, trainer.best.thresholds.numpy())
+    patients = [volume.rsplit("_", 2)[0] for volume in predictions.volumes]
+    weights = resample_weights(patients, 2000, seed=0)
+    scored = (predictions.probabilities, predictions.labels, predictions.thresholds)
+    expected = interval_report(bootstrap(*scored, weights), CLASSES)
+    assert trainer.state.intervals["probe"] == expected
+    low, high = trainer.state.intervals["probe"]["macro"]["auroc"]
+    assert low <= trainer.state.reports["probe"]["macro"]["auroc"] <= high
+    assert trainer.state.intervals["prevalence"]["macro"]["auroc"] == (0.5, 0.5)
+
+
+def test_validation_predictions_have_the_chosen_score(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=25)
+    trainer.run()
+    validation = trainer.state.validation
+    value = average_precision_score(validation.labels, validation.probabilities, average="macro")
+    assert value == pytest.approx(trainer.best.auprc, abs=1e-6)
+
+
+def test_further_seeds_are_tested_with_thresholds_of_their_own(cohorts: dict[str, EmbeddingBags]) -> None:
+    trainer = build(cohorts, max_steps=25, further_seeds=[SEED, SEED + 1])
+    trainer.run()
+    own, same, other = (report["macro"] for report in trainer.state.seed_reports)
+    assert own == trainer.state.reports["probe"]["macro"]
+    # the run's own seed again: trained apart from the grid, on the same batches
+    assert same == pytest.approx(own, abs=1e-6)
+    assert other["auprc"] != pytest.approx(own["auprc"], abs=1e-6)

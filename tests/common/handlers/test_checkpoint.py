@@ -141,6 +141,31 @@ def test_some_checkpoints_are_kept_for_good(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
+def test_a_further_network_and_its_buffers_come_back(tmp_path):
+    def run_with_teacher(steps: int) -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Linear(2, 3)
+        teacher = nn.BatchNorm1d(3).requires_grad_(False)
+        optimizer = torch.optim.AdamW(network.parameters())
+
+        def step(engine, _):
+            network(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            teacher.weight += engine.state.iteration
+            teacher.running_mean += 1
+
+        engine = Engine(step)
+        others = {"teacher": teacher}
+        Checkpoint(tmp_path, network, optimizer, others, interval_steps=2, keep=1, knobs={}).attach(engine)
+        engine.run(range(steps), max_epochs=1, epoch_length=steps)
+        return teacher
+
+    run_with_teacher(2)
+    resumed = run_with_teacher(3)
+    assert resumed.weight.tolist() == [1.0 + 1 + 2 + 3] * 3
+    assert resumed.running_mean.tolist() == [3.0] * 3
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     network = nn.Linear(2, 3)
     with torch.no_grad():

@@ -1,27 +1,203 @@
-"""Each volume's embeddings are on disk before the next is encoded."""
+"""What an engine encodes lies in the store of its strategy; what it cannot encode is listed."""
 
+import csv
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
+from monai.engines.utils import PrepareBatchExtraInput
 
-from common.data.embedding_store import EmbeddingStore
+from common.data.ct_sources import CTSlices, CTSource
+from common.data.embedding_store import EmbeddingStore, stored_volumes
+from common.data.embedding_work import Work, embedding_work, store_folders
+from common.data.rejection import NOT_AXIAL_CT, RejectedError
+from common.data.slice_batches import SliceBatches
+from common.handlers import embedding_writer
 from common.handlers.embedding_writer import EmbeddingWriter
+from common.transforms.hounsfield import hu_window
+from common.transforms.slice_strategies import slice_strategies
+
+IDENTITY = {
+    "encoder": "dale_ct_2s",
+    "encoder_id": "random:3",
+    "slice_order": "feet_to_head",
+    "token_kind": "slice",
+}
+WINDOW = hu_window([-1000, 1000, 0, 1])  # images are HU
 
 
-def test_cls_is_written_feet_to_head_with_positions_and_identity(tmp_path):
-    cls = torch.randn(5, 7)
+def source(volume: str, num_slices: int, first_hu: int) -> CTSource:
+    """A volume whose slice z has the HU first_hu + z everywhere."""
+    hu = np.full((num_slices, 32, 32), first_hu, np.int16)
+    hu += np.arange(num_slices, dtype=np.int16)[:, None, None]
+    return CTSource(volume, lambda: CTSlices(hu, (0.7, 0.8, 2.5)))
 
-    def encode(engine, _):
-        engine.state.batch = [{"volume": "train_1_a_1", "spacing_mm": torch.tensor([0.7, 0.8, 2.5])}]
-        return [{"pred": cls}]
 
-    engine = Engine(encode)
-    EmbeddingWriter(tmp_path, "dale_ct_2s", "random:3", "cropped_256", dtype="float32").attach(engine)
-    engine.run([0])
+class MeanHU:
+    """An inferer whose CLS is (mean HU, 1) and whose patches are the means of the four quadrants, twice."""
+
+    def __init__(self, patch_tokens: bool) -> None:
+        self.patch_tokens = patch_tokens
+
+    def __call__(self, images: torch.Tensor, network: Any, is_fixed: bool) -> tuple[torch.Tensor, Any]:
+        means = images.mean((1, 2, 3))
+        patches = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+        cls = torch.stack([means, torch.ones_like(means)], 1)
+        return cls, patches[..., None].expand(-1, -1, 2) if self.patch_tokens else None
+
+
+def run(
+    folder: Path,
+    sources: list[CTSource],
+    names: tuple[str, ...] = ("raw_32",),
+    patch_tokens: bool = False,
+    dtype: str = "float32",
+    stop_at: int | None = None,
+    **changes: Any,
+) -> None:
+    strategies = slice_strategies(list(names), 16)
+    folders = store_folders(folder, strategies)
+    work: list[Work] = embedding_work(sources, strategies, folders)
+    batches = SliceBatches(work, WINDOW, "yx", 10, 2, torch.device("cpu"), padded=False)
+    settings = {"num_volumes": len(sources), "rejected": [], "max_rejected": 0.0} | changes
+    writer = EmbeddingWriter(folders, folder, IDENTITY, dtype, batches, **settings)
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=batches,
+        network=torch.nn.Identity(),
+        inferer=MeanHU(patch_tokens),
+        prepare_batch=PrepareBatchExtraInput({"is_fixed": "is_fixed"}),
+        val_handlers=[writer],
+        decollate=False,
+    )
+    if stop_at is not None:
+
+        def stop(engine: Engine) -> None:
+            raise KeyboardInterrupt
+
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), stop)
+    evaluator.run()
+
+
+SOURCES = [source("a", 3, 0), source("b", 25, 100), source("c", 1, -500), source("d", 9, 7)]
+
+
+def test_tokens_are_cls_feet_to_head_with_positions_and_identity(tmp_path: Path) -> None:
+    run(tmp_path, SOURCES)
     store = EmbeddingStore(tmp_path)
-    embedding = store.read("train_1_a_1")
-    torch.testing.assert_close(embedding.tokens, cls)
-    torch.testing.assert_close(embedding.z_mm, torch.tensor([0.0, 2.5, 5.0, 7.5, 10.0]))
-    assert store.identity["encoder_id"] == "random:3"
-    assert store.identity["preprocessing"] == "cropped_256"
-    assert embedding.metadata["spacing_mm"] == pytest.approx([0.7, 0.8, 2.5])
+    assert store.volumes == list("abcd")
+    assert store.identity == IDENTITY | {"preprocessing": "raw_32", "dim": 2, "dtype": "float32"}
+    embedding = store.read("b")
+    np.testing.assert_allclose(embedding.tokens[:, 0], 100.0 + np.arange(25))
+    assert embedding.z_mm is not None
+    np.testing.assert_allclose(embedding.z_mm, 2.5 * np.arange(25))
+    assert embedding.metadata["spacing_mm"] == [0.7, 0.8, 2.5]
+    assert embedding.metadata["side_px"] == 32
+    assert not (tmp_path / "rejected.csv").exists()
+
+
+def test_patches_come_with_their_grid(tmp_path: Path) -> None:
+    run(tmp_path, SOURCES, patch_tokens=True)
+    store = EmbeddingStore(tmp_path)
+    assert store.read("d").metadata["patch_grid"] == [2, 2]
+    np.testing.assert_allclose(store.read_patches("d", [8])[0], np.full((4, 2), 15.0))
+
+
+def test_each_strategy_has_its_store(tmp_path: Path) -> None:
+    run(tmp_path, SOURCES, ("raw_32", "tiled_5cut", "tiled_5cut_items", "cropped_full"))
+    shapes = {name: EmbeddingStore(tmp_path / name).read("d").tokens.shape for name in STORES}
+    assert shapes == {
+        "raw_32": (9, 2),
+        "tiled_5cut": (9, 10),
+        "tiled_5cut_items": (45, 2),
+        "cropped_full": (9, 2),
+    }
+    assert EmbeddingStore(tmp_path / "tiled_5cut").identity["preprocessing"] == "tiled_5cut"
+    assert EmbeddingStore(tmp_path / "cropped_full").read("d").metadata["box"] == [0, 0, 32]
+
+
+STORES = ("raw_32", "tiled_5cut", "tiled_5cut_items", "cropped_full")
+
+
+def fail() -> CTSlices:
+    raise RejectedError("geometry", "tilted by 20 degrees")
+
+
+def test_a_bad_volume_is_listed_and_fails_the_run_past_a_share(tmp_path: Path) -> None:
+    sources = [*SOURCES, CTSource("e", fail)]
+    scout = RejectedError(NOT_AXIAL_CT, "a scout").of("s")
+    run(tmp_path, sources, max_rejected=0.2, rejected=[scout])
+    assert EmbeddingStore(tmp_path).volumes == list("abcd")
+    with (tmp_path / "rejected.csv").open() as file:
+        assert list(csv.reader(file)) == [
+            ["volume", "reason", "detail"],
+            ["e", "geometry", "tilted by 20 degrees"],
+            ["s", NOT_AXIAL_CT, "a scout"],
+        ]
+    with pytest.raises(
+        ValueError, match="must be at most 19.00%, got 20.00% .1 volumes, such as 'e': tilted by 20 degrees"
+    ):
+        run(tmp_path, sources, max_rejected=0.19)
+
+
+def test_the_list_of_an_earlier_run_goes_when_all_is_well(tmp_path: Path) -> None:
+    run(tmp_path, [*SOURCES, CTSource("e", fail)], max_rejected=1)
+    assert (tmp_path / "rejected.csv").is_file()
+    run(tmp_path, [*SOURCES, source("e", 2, 0)])
+    assert not (tmp_path / "rejected.csv").exists()
+    assert EmbeddingStore(tmp_path).volumes == list("abcde")
+
+
+def test_embeddings_that_are_not_finite_are_a_bad_volume(tmp_path: Path) -> None:
+    with mock.patch.object(MeanHU, "__call__", autospec=True) as encode:
+
+        def bad(self: MeanHU, images: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+            means = images.mean((1, 2, 3))
+            return torch.stack([means.where(means != -500, torch.nan), means], 1), None
+
+        encode.side_effect = bad
+        run(tmp_path, SOURCES, max_rejected=0.25)
+    assert EmbeddingStore(tmp_path).volumes == ["a", "b", "d"]
+    text = (tmp_path / "rejected.csv").read_text()
+    assert 'c,embedding,"tokens must be finite, got NaN or Inf in 1 of 1 rows for volume' in text
+
+
+def test_what_is_done_before_a_stop_is_kept_and_not_done_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, SOURCES, stop_at=2)
+    assert stored_volumes(tmp_path) == {"a"}
+    run(tmp_path, SOURCES)
+    assert EmbeddingStore(tmp_path).volumes == list("abcd")
+    straight = tmp_path / "straight"
+    run(straight, SOURCES)
+    both = [EmbeddingStore(folder).read_tokens("abcd") for folder in (tmp_path, straight)]
+    assert torch.equal(*both)
+
+
+def test_nothing_to_do_is_fine(tmp_path: Path) -> None:
+    run(tmp_path, SOURCES)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    run(tmp_path, SOURCES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_error_in_the_writing_thread_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(embedding_writer.EmbeddingStoreWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, SOURCES)
+
+
+def test_another_encoder_in_the_folder_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, SOURCES)
+    with pytest.raises(ValueError, match="dtype must be 'float32' as in .*, got 'float16'"):
+        run(tmp_path, SOURCES, dtype="float16")

@@ -1,8 +1,16 @@
 """One MLflow run per training run, in a real SQLite store."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from ignite.engine import Engine, Events
 from mlflow.tracking import MlflowClient
@@ -115,3 +123,49 @@ def test_what_handlers_measure_after_the_last_step_is_recorded_once(store, tmp_p
     history = MlflowClient(store).get_metric_history
     assert [metric.step for metric in history(handler.run_id, "loss")] == [1, 2, 4]
     assert [metric.value for metric in history(handler.run_id, "test_macro_auroc")] == [0.75]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server with a database and an artifact store, on this machine alone."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *words],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        try:
+            if requests.get(f"{address}/health", timeout=5).ok:
+                break
+        except requests.ConnectionError:
+            time.sleep(0.2)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_gets_curves_and_files_over_http(server: str, tmp_path: Path) -> None:
+    (tmp_path / "views.png").write_bytes(b"png")
+    run_id = run(server, tmp_path, "remote")
+    client = MlflowClient(server)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [1, 2, 4, 5]
+    assert Path(client.download_artifacts(run_id, "views.png", str(tmp_path / "got"))).read_bytes() == b"png"

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -11,9 +12,11 @@ from PIL import Image
 
 from common.data.bag_batches import pad_bags
 from common.data.embeddings import EmbeddingBags
+from common.data.predictions import Predictions, read_predictions
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import prevalence_report
 from common.handlers.probe_report import ProbeReport
+from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
 
@@ -32,8 +35,18 @@ def engine(write_cohort: Any) -> Engine:
     scores, targets = np.random.default_rng(1).random((4, 13, 3)), engine.test_bags.labels.numpy()
     engine.best.offer(np.array([0.1, 0.2, 0.3, 0.4]), 20, engine.grid, scores, targets)
     engine.chosen_probe = lambda: engine.grid.probe(3)
-    report = multilabel_report(scores[3], targets, engine.best.thresholds.numpy(), CLASSES)
+    thresholds = engine.best.thresholds.numpy()
+    report = multilabel_report(scores[3], targets, thresholds, CLASSES)
     engine.state.reports = {"probe": report, "prevalence": prevalence_report(targets, CLASSES)}
+    engine.state.predictions = Predictions(
+        "dale_ct_2s", engine.test_bags.volumes, CLASSES, scores[3], thresholds, targets.astype(float)
+    )
+    engine.state.validation = engine.state.predictions
+    engine.state.seed_reports, engine.further_seeds = [report, report], [43]
+    weights = resample_weights(engine.test_bags.volumes, 40, seed=0)
+    engine.state.intervals = {
+        "probe": interval_report(bootstrap(scores[3], targets, thresholds, weights), CLASSES)
+    }
     return engine
 
 
@@ -89,9 +102,57 @@ def test_per_class_table_names_an_undefined_metric(engine: Engine, tmp_path: Pat
     assert rows["Pleural effusion"]["threshold"] == "0.500000"
 
 
-def test_picture_is_drawn(engine: Engine, tmp_path: Path) -> None:
+def test_predictions_come_back_and_every_seed_has_a_row(engine: Engine, tmp_path: Path) -> None:
     ProbeReport(tmp_path, seed=42).attach(engine)
     engine.run([0], max_epochs=1)
+    for name in ("test_predictions", "validation_predictions"):
+        back = read_predictions(tmp_path / f"{name}.csv")
+        np.testing.assert_array_equal(back.probabilities, engine.state.predictions.probabilities)
+        assert back.volumes == engine.test_bags.volumes
+    with (tmp_path / "seeds.csv").open(newline="") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["42", "43"]
+    with (tmp_path / "thresholds.csv").open(newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == CLASSES
+
+
+def test_weights_of_slices_are_the_chosen_probes_attention(engine: Engine, tmp_path: Path) -> None:
+    volume = engine.test_bags.volumes[5]
+    ProbeReport(tmp_path, seed=42, attention_volumes=[volume]).attach(engine)
+    engine.run([0], max_epochs=1)
+    with (tmp_path / "attention.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["volume"] for row in rows} == {volume}
+    bag, query = engine.test_bags[5]["tokens"], engine.grid.probe(3).pooler.queries[0]
+    expected = (bag @ query / 7**0.5).softmax(0)
+    assert [float(row["weight"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert [int(row["slice"]) for row in rows] == list(range(len(bag)))
+
+
+def test_volume_to_show_that_is_not_tested_is_refused(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attention_volumes must be of the test set, got 'train_1_a_1'"):
+        ProbeReport(tmp_path, seed=42, attention_volumes=["train_1_a_1"]).attach(engine)
+
+
+def test_folder_of_ct_that_does_not_exist_is_refused(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ct_dir must be a folder, got '.*none', which is none"):
+        ProbeReport(tmp_path, seed=42, ct_dir=tmp_path / "none").attach(engine)
+
+
+def test_ct_of_another_length_than_its_embedding_is_refused(engine: Engine, tmp_path: Path) -> None:
+    volume, length = engine.test_bags.volumes[5], len(engine.test_bags[5]["tokens"])
+    image = nibabel.Nifti1Image(np.zeros((4, 4, length + 1), dtype=np.int16), np.eye(4))
+    nibabel.save(image, tmp_path / f"{volume}.nii.gz")
+    ProbeReport(tmp_path / "out", seed=42, attention_volumes=[volume], ct_dir=tmp_path).attach(engine)
+    message = f"got {length + 1} slices and {length} embeddings for volume '{volume}'"
+    with pytest.raises(ValueError, match=message):
+        engine.run([0], max_epochs=1)
+
+
+def test_pictures_are_drawn(engine: Engine, tmp_path: Path) -> None:
+    ProbeReport(tmp_path, seed=42).attach(engine)
+    engine.run([0], max_epochs=1)
+    for name in ("roc", "precision_recall", "reliability", "attention"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
     with Image.open(tmp_path / "per_class.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
     assert {(0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)} <= colours
@@ -99,6 +160,6 @@ def test_picture_is_drawn(engine: Engine, tmp_path: Path) -> None:
 
 def test_run_that_was_asked_to_stop_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
     engine.state.stopped_early = True
-    ProbeReport(tmp_path, seed=42).attach(engine)
+    ProbeReport(tmp_path / "out", seed=42).attach(engine)
     engine.run([0], max_epochs=1)
-    assert list(tmp_path.glob("probe*")) + list(tmp_path.glob("per_class*")) == []
+    assert not (tmp_path / "out").exists()

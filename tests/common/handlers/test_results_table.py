@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +41,7 @@ class Bags:
         return 3
 
 
-def evaluation(encoder: str = "dale_ct_2s") -> Engine:
+def evaluation(encoder: str = "dale_ct_2s", further_seeds: Sequence[int] = ()) -> Engine:
     """An engine that has trained and tested a probe."""
     engine = Engine(lambda engine, batch: None)
     report = multilabel_report(
@@ -48,6 +49,12 @@ def evaluation(encoder: str = "dale_ct_2s") -> Engine:
     )
     floor = multilabel_report([[0.0, 0.0]] * 3, [[0, 0], [1, 0], [1, 0]], [0.0, 0.0], ["A", "B"])
     engine.state.reports = {"probe": report, "prevalence": floor}
+    engine.state.intervals = {
+        subject: {"macro": dict.fromkeys(report["macro"], (0.25, 0.75))}
+        for subject in ("probe", "prevalence")
+    }
+    engine.state.seed_reports = [report, floor, floor] if further_seeds else [report]
+    engine.further_seeds = list(further_seeds)
     engine.test_bags = Bags(encoder)
     return engine
 
@@ -75,9 +82,20 @@ def test_evaluation_adds_four_rows_for_the_encoder_and_four_for_the_floor(tmp_pa
         abs=1e-6,
     )
     assert {row["n"] for row in rows} == {"3"}
-    assert {row["low"] + row["high"] for row in rows} == {""}
+    assert {(row["low"], row["high"]) for row in rows} == {("0.250000", "0.750000")}
     assert {(row["encoder"], row["seeds"]) for row in rows} == {("dale_ct_2s", "42"), ("prevalence", "")}
     assert len({row["config_hash"] for row in rows}) == 1
+
+
+def test_further_seeds_add_four_rows_of_their_mean_and_range(tmp_path: Path) -> None:
+    run(evaluation(further_seeds=(43, 44)), tmp_path / "r.csv")
+    rows = {
+        row["metric"]: row for row in read_rows(tmp_path / "r.csv") if row["protocol"] == "mil_probe_seeds"
+    }
+    assert len(rows) == 4
+    auroc = rows["macro_auroc"]  # 1 with one seed and .5 with two
+    assert [float(auroc[name]) for name in ("value", "low", "high")] == pytest.approx([2 / 3, 0.5, 1.0])
+    assert (auroc["encoder"], auroc["seeds"], auroc["n"]) == ("dale_ct_2s", "42 43 44", "3")
 
 
 def test_second_encoder_joins_and_a_second_run_replaces(tmp_path: Path) -> None:
@@ -168,7 +186,7 @@ def test_printed_table_has_a_row_an_encoder_and_the_four_metrics() -> None:
         ("dale_ct_2s", "mil_probe", "ct_rate", "0.8333", "", "0.5124", "", "3002"),
         ("prevalence", "mil_probe", "ct_rate", "0.5000", "", "", "", "3002"),
         ("ct_fm", "mil_probe", "ct_rate", "undefined", "", "", "", "3002"),
-        ("merlin", "mil_probe", "ct_rate", "0.8000 (0.7900-0.8100)", "", "", "", "3002"),
+        ("merlin", "mil_probe", "ct_rate", "0.8000\n0.790-0.810", "", "", "", "3002"),
     ]
 
 

@@ -1,23 +1,74 @@
-"""Chunks of slices change memory, not results."""
+"""One encoder for a batch of images: CLS alone or with patches, compiled or not, all the same numbers."""
 
 import pytest
+import timm
 import torch
 
 from common.inferers.slices import SlicesInferer
 
 
-class MeanOfSlice(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert len(x) <= 3
-        return x.mean((2, 3))
+@pytest.fixture(scope="module")
+def encoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    return timm.create_model(
+        "vit_large_patch14_reg4_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, **sizes
+    ).eval()
 
 
-def test_embeddings_are_in_slice_order_whatever_the_chunk():
-    volume = torch.randn(1, 7, 1, 5, 4)
-    cls = SlicesInferer(slices_per_batch=3, amp_dtype="float32")(volume, MeanOfSlice())
-    torch.testing.assert_close(cls, volume.mean((3, 4)))
+@torch.no_grad()
+def test_cls_and_patches_are_those_of_the_encoder(encoder: torch.nn.Module) -> None:
+    images = torch.randn(3, 1, 32, 40)
+    tokens = encoder.forward_features(images)
+    cls, none = SlicesInferer("float32", compiled=False, patch_tokens=False)(images, encoder)
+    torch.testing.assert_close(cls, tokens[:, 0])
+    assert none is None
+    cls, patches = SlicesInferer("float32", compiled=False, patch_tokens=True)(images, encoder)
+    torch.testing.assert_close(cls, tokens[:, 0])
+    torch.testing.assert_close(patches, tokens[:, 5:])  # after CLS and 4 registers
+    assert patches.shape == (3, 4 * 5, 24)
 
 
-def test_two_volumes_at_a_time_are_refused():
-    with pytest.raises(ValueError, match="inputs must hold one volume, got 2"):
-        SlicesInferer(3, "float32")(torch.zeros(2, 7, 1, 5, 4), MeanOfSlice())
+@torch.no_grad()
+def test_bfloat16_is_close_and_no_more(encoder: torch.nn.Module) -> None:
+    images = torch.randn(3, 1, 32, 32)
+    exact, _ = SlicesInferer("float32", compiled=False, patch_tokens=False)(images, encoder)
+    rounded, _ = SlicesInferer("bfloat16", compiled=False, patch_tokens=False)(images, encoder)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+    assert not torch.equal(rounded.float(), exact)
+
+
+@torch.no_grad()
+def test_only_batches_of_a_fixed_shape_are_compiled_for(
+    encoder: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def compile_(function, **options):
+        assert options == {"dynamic": False}
+
+        def compiled(network, images, patch_tokens):
+            shapes.append(tuple(images.shape))
+            return function(network, images, patch_tokens)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    inferer = SlicesInferer("float32", compiled=True, patch_tokens=False)
+    eager = SlicesInferer("float32", compiled=False, patch_tokens=False)
+    for side, is_fixed in ((32, True), (40, False)):
+        images = torch.randn(2, 1, side, side)
+        torch.testing.assert_close(inferer(images, encoder, is_fixed)[0], eager(images, encoder)[0])
+    assert shapes == [(2, 1, 32, 32)]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_gives_the_same_without_a_break_in_the_graph(encoder: torch.nn.Module) -> None:
+    images = torch.randn(2, 1, 32, 32)
+    inferer = SlicesInferer("float32", compiled=True, patch_tokens=False)
+    eager, _ = SlicesInferer("float32", compiled=False, patch_tokens=False)(images, encoder)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(inferer(images, encoder)[0], eager, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.explain(encoder)(images).graph_break_count == 0

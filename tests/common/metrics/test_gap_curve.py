@@ -8,7 +8,9 @@ def test_an_arc_has_the_distances_of_its_angles() -> None:
     angle = np.linspace(0, 2, 41)  # 0.05 rad every 2 mm
     curve = gap_curve(np.stack([np.cos(angle), np.sin(angle)], 1), np.arange(41) * 2.0, [2, 6, 20, 70])
     np.testing.assert_allclose(curve, 1 - np.cos(0.025 * np.array([2, 6, 20, 70])), rtol=1e-9)
-    geodesic = gap_curve(np.stack([np.cos(angle), np.sin(angle)], 1), np.arange(41) * 2.0, [2, 20], "geodesic")
+    geodesic = gap_curve(
+        np.stack([np.cos(angle), np.sin(angle)], 1), np.arange(41) * 2.0, [2, 20], "geodesic"
+    )
     np.testing.assert_allclose(geodesic, [0.05, 0.5], rtol=1e-9)
 
 

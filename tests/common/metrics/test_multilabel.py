@@ -9,12 +9,14 @@ from sklearn import metrics as sklearn_metrics
 
 from common.metrics.multilabel import (
     auroc,
+    auroc_and_average_precision,
     average_precision,
     balanced_accuracy,
     f1,
     f1_thresholds,
     macro,
     multilabel_report,
+    operating_points,
 )
 
 # P probes, N samples, C classes: all different
@@ -71,6 +73,26 @@ def test_average_precision_is_the_area_under_the_steps_of_precision_over_recall(
             area += (recall - recall_before) * hits / chosen.sum()
             recall_before = recall
         assert value == pytest.approx(area, rel=1e-12)
+
+
+@pytest.mark.parametrize("probes", [(), (P,)])
+def test_auroc_and_average_precision_come_together(probes: tuple[int, ...]) -> None:
+    scores, targets = cohort(decimals=1, probes=probes)
+    of_ranking = auroc_and_average_precision(scores, targets)
+    np.testing.assert_array_equal(of_ranking[0], auroc(scores, targets))
+    np.testing.assert_array_equal(of_ranking[1], average_precision(scores, targets))
+
+
+@pytest.mark.parametrize("decimals", DECIMALS)
+def test_operating_points_are_those_of_scikit_learn(decimals: int) -> None:
+    scores, targets = cohort(decimals)
+    for label in range(C):
+        points = operating_points(scores[:, label], targets[:, label])
+        expected = sklearn_metrics.roc_curve(targets[:, label], scores[:, label], drop_intermediate=False)
+        np.testing.assert_allclose(points.false_positive_rate, expected[0], rtol=1e-12)
+        np.testing.assert_allclose(points.recall, expected[1], rtol=1e-12)
+        expected = sklearn_metrics.precision_recall_curve(targets[:, label], scores[:, label])
+        np.testing.assert_allclose(points.precision[::-1], expected[0], rtol=1e-12)
 
 
 def test_constant_scores_have_chance_auroc_and_the_prevalence_as_average_precision() -> None:

@@ -32,14 +32,18 @@ def test_both_agree_with_the_spectrum() -> None:
     values = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False) ** 2
     covariance = np.cov(tokens.T)
     assert participation_ratio(covariance) == pytest.approx(values.sum() ** 2 / (values**2).sum())
-    assert spectral_effective_rank(covariance) == pytest.approx(effective_rank(torch.tensor(tokens)), rel=1e-5)
+    assert spectral_effective_rank(covariance) == pytest.approx(
+        effective_rank(torch.tensor(tokens)), rel=1e-5
+    )
     assert np.isnan(participation_ratio(np.zeros((3, 3))))
     assert np.isnan(spectral_effective_rank(np.zeros((3, 3))))
 
 
 def test_covariance_of_parts_is_that_of_the_whole() -> None:
     tokens = np.random.default_rng(2).standard_normal((50, 5)) + 9
-    np.testing.assert_allclose(covariance_of(sums_of([tokens[:7], tokens[7:]])), np.cov(tokens.T, bias=True), atol=1e-9)
+    np.testing.assert_allclose(
+        covariance_of(sums_of([tokens[:7], tokens[7:]])), np.cov(tokens.T, bias=True), atol=1e-9
+    )
 
 
 def test_jackknife_of_a_mean_is_its_standard_error() -> None:

@@ -49,5 +49,7 @@ def test_the_path_visits_the_nearest_slice_left() -> None:
 
 
 def test_no_order_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"order must hold each of at least two slices once, got \[0, 0, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"order must hold each of at least two slices once, got \[0, 0, 2\]"
+    ):
         agreement([0, 0, 2])

@@ -71,3 +71,8 @@ def test_gradients_are_scaled_to_the_largest_norm_and_no_further():
 def test_another_sharding_is_refused():
     with pytest.raises(ValueError, match=r"sharding must be one of \('ddp', 'fsdp2'\), got 'zero'"):
         spread(network(), sharding="zero")
+
+
+def test_a_network_that_does_not_learn_is_left_as_it_is():
+    teacher = network().requires_grad_(False)
+    assert spread(teacher) is teacher

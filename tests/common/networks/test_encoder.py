@@ -122,3 +122,37 @@ def test_no_source_leaves_the_random_weights():
 def test_initial_weights_that_are_not_there_are_named():
     with pytest.raises(FileNotFoundError, match="must be 'hub' or a file of timm's weights, got 'nowhere'"):
         start_from_timm(tiny_vit(), "vit_small_patch14_dinov2", "nowhere")
+
+
+DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 56, "num_classes": 0}
+
+
+def published_weights(folder):
+    """A small network of the published architecture, saved under the published keys."""
+    torch.manual_seed(3)
+    published = timm.create_model(DINOV2, **SMALL).eval()
+    save_file(published.state_dict(), folder / "dinov2.safetensors")
+    return published, folder / "dinov2.safetensors"
+
+
+def test_one_channel_gives_what_a_grey_image_in_three_channels_gives(tmp_path):
+    published, path = published_weights(tmp_path)
+    assert {"cls_token", "reg_token", "pos_embed", "blocks.1.ls2.gamma", "norm.bias"} <= load_file(
+        path
+    ).keys()
+    encoder = timm.create_model(DINOV2, in_chans=1, dynamic_img_size=True, **SMALL).eval()
+    start_from_timm(encoder, DINOV2, path)
+    grey = torch.randn(2, 1, 28, 42)
+    expected = timm.create_model(DINOV2, dynamic_img_size=True, **SMALL).eval()
+    expected.load_state_dict(published.state_dict())
+    for found, wanted in zip(
+        cls_and_patches(encoder, grey), cls_and_patches(expected, grey.expand(-1, 3, -1, -1)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_without_file_and_without_hub_the_error_says_which_weights_are_missing():
+    encoder = timm.create_model(DINOV2, in_chans=1, **SMALL)
+    with pytest.raises(FileNotFoundError, match=f"got 'hub' for timm's '{DINOV2}'.*Go online, or pass"):
+        start_from_timm(encoder, DINOV2, "hub")  # conftest keeps tests offline

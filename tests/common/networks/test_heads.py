@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.networks.heads import AuxiliaryHead, ProjectionHead
+from common.networks.heads import AuxiliaryHead, DINOHead, ProjectionHead
 
 
 def test_projection_head_is_three_linear_layers_with_layer_norm_and_gelu_between() -> None:
@@ -74,3 +74,32 @@ def test_auxiliary_heads_without_width_are_refused(name: str, message: str) -> N
     sizes = {"embed_dim": 5, "num_ts_classes": 7, "num_rex_classes": 3, name: -1}
     with pytest.raises(ValueError, match=message):
         AuxiliaryHead(**sizes)
+
+
+def test_dino_head_is_the_cosine_of_the_angle_to_each_prototype() -> None:
+    torch.manual_seed(0)
+    head = DINOHead(embed_dim=5, hidden_dim=11, bottleneck_dim=4, num_prototypes=7).double()
+    tokens = torch.randn(3, 2, 5, dtype=torch.float64)
+    layers = [layer for layer in head.mlp if isinstance(layer, torch.nn.Linear)]
+    hidden = tokens
+    for layer in layers[:2]:
+        hidden = functional.gelu(hidden @ layer.weight.T + layer.bias)
+    points = hidden @ layers[2].weight.T + layers[2].bias
+    expected = functional.cosine_similarity(points[..., None, :], head.last_layer.weight, dim=-1)
+    torch.testing.assert_close(head(tokens), expected)
+    assert head.last_layer.bias is None
+    assert len(list(head.parameters())) == 7
+
+
+def test_dino_head_starts_from_a_narrow_cut_off_normal() -> None:
+    torch.manual_seed(0)
+    head = DINOHead(embed_dim=64, hidden_dim=128, bottleneck_dim=32, num_prototypes=512)
+    weights = torch.cat([weight.flatten() for weight in head.parameters() if weight.ndim > 1])
+    assert float(weights.detach().std()) == pytest.approx(0.02 * 0.88, rel=0.02)  # of a normal cut off at two
+    assert float(weights.detach().abs().max()) <= 0.04
+    assert all((weight == 0).all() for weight in head.parameters() if weight.ndim == 1)
+
+
+def test_dino_head_without_prototypes_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_prototypes must be positive, got 0"):
+        DINOHead(5, 11, 4, 0)

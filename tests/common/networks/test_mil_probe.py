@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common.data.bag_batches import pad_bags
+from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid, load_probe, probe_name, save_probe
 from common.networks.poolers import POOLERS, build_pooler
 
@@ -134,6 +135,44 @@ def test_half_precision_bags_are_read_in_the_probes_precision() -> None:
     logits = network(network.fixed_features(halves), halves)
     singles = [bag.float() for bag in halves]
     assert torch.equal(logits, network(network.fixed_features(singles), singles))
+
+
+def test_bags_read_together_or_one_by_one_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = grid().double()
+    scramble(network)
+    results = []
+    for together in (False, True):
+        monkeypatch.setattr(
+            mil_probe, "_read_together", lambda bags, device, t=together: [bags] if t else [[b] for b in bags]
+        )
+        network.zero_grad()
+        logits = network(network.fixed_features(bags()), bags())
+        logits.sin().sum().backward()
+        results.append([logits.detach(), *(query.grad.clone() for query in network.queries)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-11, atol=1e-12)
+
+
+def test_a_diverged_probe_leaves_the_others_alone_when_bags_are_read_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mil_probe, "_read_together", lambda bags, device: [bags])
+    network = grid(learning_rates=[0.1, 0.2]).double()
+    with torch.no_grad():
+        network.queries[1][0] = math.nan
+    logits = network(network.fixed_features(bags()), bags())
+    assert torch.isnan(logits[7]).all()
+    assert torch.isfinite(logits[[index for index in range(10) if index != 7]]).all()
+    logits[[index for index in range(10) if index != 7]].sum().backward()
+    assert torch.isfinite(network.queries[0].grad).all()
+    assert torch.isfinite(network.queries[1].grad[1:]).all()
+
+
+@pytest.mark.parametrize("poolers", [["learned_attention"], ["max"], list(POOLERS)])
+def test_empty_bag_is_refused(poolers: list[str]) -> None:
+    network, with_empty = grid(poolers=poolers).double(), [*bags(), torch.zeros(0, DIM).double()]
+    message = "bags must hold at least one slice, got 0 for bag 5 of the batch"
+    with pytest.raises(ValueError, match=message):
+        network(torch.zeros(6, len(network.fixed_poolers), DIM).double(), with_empty)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from common.networks.poolers import (
     MeanPool,
     MeanQueryAttentionPool,
     build_pooler,
+    segment_softmax,
 )
 
 LENGTHS = (5, 2, 3)
@@ -59,7 +60,7 @@ def test_pooling_equals_the_equation_bag_by_bag(name: str) -> None:
     bags = ragged()
     pooler = build_pooler(name, DIM).double()
     pooled = pooler(*padded(bags)).detach().numpy()
-    np.testing.assert_allclose(pooled, [reference(pooler, bag) for bag in bags], rtol=1e-12)
+    np.testing.assert_allclose(pooled, [reference(pooler, bag) for bag in bags], rtol=1e-12, atol=1e-14)
 
 
 @each_pooler
@@ -152,3 +153,27 @@ def test_attention_without_a_query_is_refused() -> None:
 def test_unknown_pooler_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pooler must be one of \['average', .*\], got 'median'"):
         build_pooler("median", DIM)
+
+
+@pytest.mark.parametrize("name", sorted(POOLERS.keys() - {"max"}))
+def test_slice_weights_add_up_to_one_and_give_the_pooling(name: str) -> None:
+    pooler = build_pooler(name, DIM).double()
+    for bag in ragged():
+        weights = pooler.slice_weights(bag).detach()
+        assert weights.shape == (len(bag),)
+        assert float(weights.sum()) == pytest.approx(1.0)
+        np.testing.assert_allclose((weights @ bag).numpy(), reference(pooler, bag), rtol=1e-12)
+
+
+def test_slice_weights_of_the_maximum_are_shares_of_the_dimensions() -> None:
+    bag = torch.tensor([[1.0, 5.0, 0.0], [2.0, 1.0, 3.0], [0.0, 0.0, 2.0]])
+    assert MaxPool().slice_weights(bag).tolist() == pytest.approx([1 / 3, 2 / 3, 0.0])
+
+
+@pytest.mark.parametrize("lengths", [(5, 2, 3), (4,), (1, 1)])
+def test_softmax_of_packed_bags_is_that_of_each_bag(lengths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, sum(lengths), generator=generator, dtype=torch.float64, requires_grad=True)
+    expected = torch.cat([part.softmax(1) for part in scores.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(segment_softmax(scores, lengths), expected, rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(lambda packed: segment_softmax(packed, lengths), scores)

@@ -74,7 +74,9 @@ def test_labels_follow_an_organ_through_the_crop_of_the_image(top: int, left: in
     assert shares[1].sum() == pytest.approx(22 * 30 / (box[2] / 12) ** 2, rel=1e-5)
     assert not shares[0].any()
     # without the crop, as upstream has it, the labels lie elsewhere
-    uncropped = patch_shares(pad_mask_to_square(ids), (0, 0, 190), 12, 6).toarray().reshape(3, 12, 12, 6)[..., 5]
+    uncropped = (
+        patch_shares(pad_mask_to_square(ids), (0, 0, 190), 12, 6).toarray().reshape(3, 12, 12, 6)[..., 5]
+    )
     assert np.abs(uncropped[1] - shares[1]).max() > 0.5
 
 

@@ -295,3 +295,14 @@ def test_masks_of_another_slab_are_refused():
         multi_crop().draw(np.random.default_rng(0), SLAB_LEN - 1, SHAPE, None, finding_mask(1))
     with pytest.raises(ValueError, match="slab_len must be positive, got 0"):
         multi_crop().draw(np.random.default_rng(0), 0, SHAPE, None, None)
+
+
+def test_each_view_can_have_its_own_chance_of_guidance() -> None:
+    probs = [0.0, 1.0, *[0.0] * 5, *[1.0] * 3]
+    plan = draws(multi_crop(guided_prob=probs), 300, ts=organ_mask())
+    assert (plan.guide[:, [0, *range(2, 7)]] == UNGUIDED).all()
+    assert (plan.guide[:, [1, 7, 8, 9]] == GUIDED_BY_TS).all()
+    with pytest.raises(ValueError, match="guided_prob must be one number or one a view, got 2 for 10 views"):
+        multi_crop(guided_prob=[0.5, 0.5])
+    with pytest.raises(ValueError, match=r"guided_prob must be between 0 and 1, got 1.5"):
+        multi_crop(guided_prob=[*[0.5] * 9, 1.5])

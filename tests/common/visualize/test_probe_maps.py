@@ -33,7 +33,9 @@ def test_a_class_is_found_in_the_task_that_knows_it(probes: Path) -> None:
 
 
 def test_unknown_classes_and_other_encoders_are_refused(probes: Path) -> None:
-    with pytest.raises(ValueError, match=r"names must be of one task, among .*, got \['Emphysema', 'liver'\]"):
+    with pytest.raises(
+        ValueError, match=r"names must be of one task, among .*, got \['Emphysema', 'liver'\]"
+    ):
         probe_of(probes, ["Emphysema", "liver"], "dale_ct_2s")
     with pytest.raises(ValueError, match="probes must be of encoder 'dale_ct_0', got 'dale_ct_2s' in"):
         probe_of(probes, ["liver"], "dale_ct_0")

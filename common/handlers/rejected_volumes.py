@@ -1,0 +1,69 @@
+"""What a run says of the volumes it could not use: a list, a warning, and an error if there are many."""
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+
+from common.data.atomic_file import atomic_file
+from common.data.rejection import is_failure
+from common.data.shard_index import RejectedVolume
+
+logger = logging.getLogger(__name__)
+
+REJECTED = "rejected.csv"
+
+
+def report_rejected(
+    output_dir: str | Path, rejected: Sequence[RejectedVolume], num_volumes: int, max_rejected: float
+) -> None:
+    """Write ``rejected.csv`` of all ranks' volumes, or remove that of an earlier run, and judge their share.
+
+    All ranks must call it; rank 0 writes.
+
+    Args:
+        output_dir: folder of the list.
+        rejected: of this rank.
+        num_volumes: of the whole run.
+        max_rejected: share of volumes that may fail.
+
+    Raises:
+        ValueError: if more failed.
+    """
+    path = Path(output_dir) / REJECTED
+    everyones = sorted(set(_of_all_ranks(list(rejected))))
+    if idist.get_rank() == 0:
+        _write(path, everyones)
+    failed = [volume for volume in everyones if is_failure(volume)]
+    if failed:
+        logger.warning("%d volumes were not embedded, see '%s'.", len(failed), path)
+    share = len({volume.volume for volume in failed}) / max(num_volumes, 1)
+    if share > max_rejected:
+        raise ValueError(
+            f"rejected volumes must be at most {max_rejected:.2%}, got {share:.2%} "
+            f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
+            f"They are listed in '{path}': mend them, or raise --max_rejected."
+        )
+
+
+def _of_all_ranks(rejected: list[RejectedVolume]) -> list[RejectedVolume]:
+    if idist.get_world_size() == 1:
+        return rejected
+    lists: list[Any] = [None] * idist.get_world_size()
+    torch.distributed.all_gather_object(lists, rejected)
+    return [volume for of_rank in lists for volume in of_rank]
+
+
+def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(RejectedVolume._fields)
+        table.writerows(rejected)

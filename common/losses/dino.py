@@ -1,0 +1,217 @@
+"""DINO's and iBOT's losses: the student's prototypes against the teacher's, sharpened and balanced."""
+
+# V views (Vg global ones first), B samples on this rank, M masked tokens with padding, K prototypes
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from common.distributed import sum_over_ranks
+
+BALANCES = ("sinkhorn_knopp", "centring")
+SINKHORN_ITERATIONS = 3
+"""Source: DINOv2 and SwAV."""
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: torch.Tensor, temperature: float, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return soft assignments that use every prototype alike over the global batch.
+
+    Scales the columns (prototypes) and rows (samples) of exp(logits / temperature) to equal sums in turn,
+    three times, rows last. Only the scales are kept: an iteration reads the matrix twice and writes none.
+    Logits of ``DINOHead`` lie in [-1, 1], so that no exponential overflows.
+
+    Source: SwAV, arXiv:2006.09882, and DINOv2, arXiv:2304.07193, section 4, whose counts of samples and
+    prototypes cancel.
+
+    Args:
+        logits: one sample a row; computed in float32 unless float64.
+        temperature: of the teacher.
+        valid: 1 for a sample, 0 for padding, which counts nowhere and is assigned 0; None if all are samples.
+
+    Shape:
+        logits ``(N, K)``; valid ``(N,)``. Output: ``(N, K)``, rows sum to 1.
+
+    Example:
+        >>> sinkhorn_knopp(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), temperature=0.5)  # nothing to choose by
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).exp_()
+    present = torch.ones_like(scores[:, 0]) if valid is None else valid.to(scores)
+    rows = columns = present
+    for _ in range(SINKHORN_ITERATIONS):
+        columns = 1 / sum_over_ranks(rows @ scores)
+        rows = present / (scores @ columns)
+    return scores.mul_(columns).mul_(rows[:, None])
+
+
+class TeacherTargets(nn.Module):
+    """Sharpen and balance the teacher's logits, so that neither one prototype nor all of them at once win.
+
+    ``sinkhorn_knopp`` balances the global batch. ``centring`` subtracts a running mean of the logits of the
+    global batches before this one. The running mean is kept either way: its norm shows where logits drift.
+
+    Source: DINO, arXiv:2104.14294 (centring, momentum 0.9); DINOv2's ViT-L configuration
+    (Sinkhorn-Knopp).
+
+    Args:
+        num_prototypes: K.
+        balance: one of ``BALANCES``.
+        centre_momentum: of the running mean.
+
+    Shape:
+        Input: logits ``(N, K)``, valid ``(N,)`` or None. Output: ``(N, K)``, no gradient.
+
+    Raises:
+        ValueError: if ``balance`` is neither of the two.
+    """
+
+    def __init__(self, num_prototypes: int, balance: str, centre_momentum: float = 0.9) -> None:
+        super().__init__()
+        if balance not in BALANCES:
+            raise ValueError(f"balance must be one of {BALANCES}, got '{balance}'.")
+        self.balance = balance
+        self.centre_momentum = centre_momentum
+        self.centre: torch.Tensor
+        self.register_buffer("centre", torch.zeros(num_prototypes))
+
+    @torch.no_grad()
+    def forward(
+        self, logits: torch.Tensor, temperature: float, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the targets and move the centre.
+
+        Args:
+            logits: of the teacher.
+            temperature: divides them.
+            valid: 1 for a sample, 0 for padding.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.balance == "sinkhorn_knopp":
+            targets = sinkhorn_knopp(logits, temperature, valid)
+        else:
+            targets = ((logits - self.centre) / temperature).softmax(-1)
+        present = torch.ones_like(logits[:, 0]) if valid is None else valid.to(logits)
+        count = sum_over_ranks(present.sum())
+        mean = sum_over_ranks(present @ logits) / count.clamp(min=1)
+        moved = self.centre.lerp(mean, 1 - self.centre_momentum)
+        self.centre.copy_(torch.where(count > 0, moved, self.centre))  # no sample moves nothing
+        return targets
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy of every view of the student with every other global view of the teacher.
+
+    The mean over all pairs of different views and over samples: on several ranks the mean of the ranks'
+    values is the value of the global batch. In float32 unless given float64.
+
+    Source: DINO, arXiv:2104.14294, Eq. 3; weights of the pairs and the temperature as DINOv2.
+
+    Args:
+        num_prototypes: K. DINOv2 and DALE-CT's baseline: 65,536.
+        balance: see ``TeacherTargets``.
+        student_temp: temperature of the student. DINO: 0.1.
+
+    Shape:
+        student ``(V, B, K)``, teacher ``(Vg, B, K)``: logits. Output: dictionary of the scalars ``loss``;
+        ``teacher_entropy``, mean entropy of a target; ``kl``, their difference, which is 0 where the student
+        tells the teacher's choice exactly; ``centre_norm``, of the teacher's mean logits.
+
+    Raises:
+        ValueError: if ``balance`` is unknown; in a call, if shapes do not agree or there is no pair.
+    """
+
+    def __init__(self, num_prototypes: int, balance: str, student_temp: float = 0.1) -> None:
+        super().__init__()
+        self.targets = TeacherTargets(num_prototypes, balance)
+        self.student_temp = student_temp
+
+    def forward(
+        self, student: torch.Tensor, teacher: torch.Tensor, teacher_temp: float
+    ) -> dict[str, torch.Tensor]:
+        """Return the loss and what tells of a collapse.
+
+        Args:
+            student: global views first.
+            teacher: the same global views.
+            teacher_temp: see ``TeacherTargets``.
+        """
+        num_views, num_global = len(student), len(teacher)
+        if student.shape[1:] != teacher.shape[1:] or not 1 <= num_global <= num_views or num_views < 2:
+            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise ValueError(f"student and teacher must be (V, B, K) and (Vg, B, K), got {shapes}.")
+        targets = self.targets(teacher.flatten(0, 1), teacher_temp).unflatten(0, teacher.shape[:2])
+        logs = _log_softmax(student, self.student_temp)
+        # sum over all pairs of views, less those of a view with itself
+        with_every, with_itself = (logs * targets.sum(0)).sum(), (logs[:num_global] * targets).sum()
+        num_pairs = num_global * (num_views - 1)
+        loss = (with_itself - with_every) / (num_pairs * student.shape[1])
+        entropy = torch.special.entr(targets).sum(-1).mean()
+        return {
+            "loss": loss,
+            "teacher_entropy": entropy,
+            "kl": loss.detach() - entropy,
+            "centre_norm": self.targets.centre.norm(),
+        }
+
+
+class IBOTLoss(nn.Module):
+    """Cross-entropy of the student at masked patches with the teacher, which sees them.
+
+    The mean over the masked patches of a view, then over all global views, those without a mask counting 0,
+    as in DINOv2. On several ranks of equal batches the mean of the ranks' values is the value of the global
+    batch. In float32 unless given float64.
+
+    Source: iBOT, arXiv:2111.07832, Eq. 2, as DINOv2 weighs it.
+
+    Args:
+        num_prototypes: K. DINOv2 and DALE-CT's baseline: 65,536.
+        balance: see ``TeacherTargets``; over all masked patches of the global batch.
+        student_temp: temperature of the student. DINOv2: 0.1.
+
+    Shape:
+        student, teacher ``(M, K)``: logits at the same patches; weights ``(M,)``: one over the number of
+        masked patches of the view, 0 for padding. Output: dictionary of the scalars ``loss`` and
+        ``centre_norm``.
+
+    Raises:
+        ValueError: if ``balance`` is unknown; in a call, if shapes do not agree.
+    """
+
+    def __init__(self, num_prototypes: int, balance: str, student_temp: float = 0.1) -> None:
+        super().__init__()
+        self.targets = TeacherTargets(num_prototypes, balance)
+        self.student_temp = student_temp
+
+    def forward(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        weights: torch.Tensor,
+        num_views: int,
+        teacher_temp: float,
+    ) -> dict[str, torch.Tensor]:
+        """Return the loss and the norm of the centre.
+
+        Args:
+            student: logits where patches are masked.
+            teacher: logits of the same patches, seen.
+            weights: see the class.
+            num_views: global views of this rank's batch, masked or not.
+            teacher_temp: see ``TeacherTargets``.
+        """
+        if student.shape != teacher.shape or weights.shape != student.shape[:1]:
+            shapes = f"{tuple(student.shape)}, {tuple(teacher.shape)} and {tuple(weights.shape)}"
+            raise ValueError(f"student, teacher and weights must be (M, K), (M, K), (M,), got {shapes}.")
+        targets = self.targets(teacher, teacher_temp, weights > 0)
+        by_patch = (_log_softmax(student, self.student_temp) * targets).sum(-1)
+        loss = -(weights * by_patch).sum() / num_views
+        return {"loss": loss, "centre_norm": self.targets.centre.norm()}
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return functional.log_softmax(logits.to(dtype) / temperature, dim=-1)

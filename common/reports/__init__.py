@@ -1,0 +1,1 @@
+"""Pages for people: one CT as a model reads it."""

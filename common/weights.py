@@ -1,0 +1,227 @@
+"""Encoder weights into a bundle and out of it: ``python -m common.weights --help``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from monai.bundle import ConfigParser
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from common.data.atomic_file import atomic_file
+from common.handlers.results_table import COLUMNS, read_rows
+from common.networks.encoder import load_encoder, save_encoder
+from common.networks.timm_keys import to_timm_keys
+from common.short_errors import short_errors
+
+app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")
+HUB_FILE = "model.safetensors"
+
+Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
+
+
+def bundle_encoder(bundle: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Build the encoder of a bundle, with random weights.
+
+    Args:
+        bundle: its folder.
+
+    Returns:
+        The encoder; what its weights depend on, for ``save_encoder`` and ``load_encoder``; the config's own
+        values.
+
+    Raises:
+        FileNotFoundError: if there is no such bundle, or it embeds nothing.
+    """
+    path = Path(bundle) / "configs" / "inference.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
+    parser = ConfigParser()
+    parser.read_config(str(path))
+    parser["bundle_root"] = str(bundle)
+    encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
+    return encoder, identity, parser.get()
+
+
+def read_weights(source: str) -> dict[str, torch.Tensor]:
+    """Read encoder weights under timm's names.
+
+    Args:
+        source: a ``.safetensors`` file, a checkpoint ``step_*.pt`` of pretraining, or
+            ``hub:<owner>/<name>[@revision]`` for ``model.safetensors`` of a repository on the hub.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or the hub does not give it.
+        ValueError: if the file is damaged or holds something else.
+    """
+    path = _from_hub(source.removeprefix("hub:")) if source.startswith("hub:") else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"source must be a file of weights or hub:<owner>/<name>, got '{source}', which is no file."
+        )
+    try:
+        if path.suffix == ".pt":
+            return to_timm_keys(torch.load(path, map_location="cpu", weights_only=True)["network"])
+        return to_timm_keys(load_file(path))
+    except (SafetensorError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"source must be whole weights, got '{source}' ({error}).") from error
+
+
+def _from_hub(name: str) -> Path:
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, HUB_FILE, revision=revision or None))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise FileNotFoundError(
+            f"'{HUB_FILE}' of '{repository}' must be on the hub or in its cache "
+            f"({str(error).splitlines()[0]}). Accept its terms on https://huggingface.co/{repository}, "
+            "log in with `hf auth login`, or download the file and give its path."
+        ) from error
+
+
+def import_weights(source: str, bundle: str | Path, slice_axes: str | None = None) -> Path:
+    """Put weights into ``models/model.safetensors`` of a bundle, with the facts that a load checks.
+
+    Args:
+        source: see ``read_weights``.
+        bundle: folder of the encoder's bundle.
+        slice_axes: how the weights expect slices, "yx" or "xy"; None for what the bundle states. Weights of
+            the paper's authors were trained on transposed slices: "xy".
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: if source or bundle are not there.
+        ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape.
+    """
+    if slice_axes not in (None, "yx", "xy"):
+        raise ValueError(f"slice_axes must be 'yx' or 'xy', got '{slice_axes}'.")
+    encoder, identity, _ = bundle_encoder(bundle)
+    identity |= {"slice_axes": slice_axes} if slice_axes else {}
+    path = Path(bundle) / "models" / "model.safetensors"
+    aside = path.with_name("imported.safetensors")
+    try:
+        save_encoder(read_weights(source), aside, identity)
+        load_encoder(encoder, aside, identity)  # checks keys and shapes
+        aside.replace(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(aside), source)) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> Path:
+    """Write a folder that ``timm.create_model("local-dir:<folder>")`` loads, or from the hub after an upload.
+
+    ``model.safetensors`` with plain timm keys, ``config.json``, and the bundle's card with its results.
+
+    Args:
+        bundle: folder of the encoder's bundle, with weights.
+        out: folder to write.
+        results: results CSVs, whose rows of this encoder go into the card.
+
+    Raises:
+        FileNotFoundError: if bundle, weights or results are not there.
+        ValueError: if the weights are not the bundle's.
+    """
+    bundle, out = Path(bundle), Path(out)
+    encoder, identity, config = bundle_encoder(bundle)
+    load_encoder(encoder, bundle / "models" / "model.safetensors", identity)
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    out.mkdir(parents=True, exist_ok=True)
+    save_encoder(encoder.state_dict(), out / HUB_FILE, identity)
+    with atomic_file(out / "config.json", "w", encoding="utf-8") as file:
+        json.dump(timm_config(config, identity), file, indent=2)
+    card = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
+    header = "---\nlibrary_name: timm\ntags: [image-feature-extraction, medical, ct, chest]\n---\n\n"
+    with atomic_file(out / "README.md", "w", encoding="utf-8") as file:
+        file.write(header + card + _results_section(metadata["name"], identity["name"], results))
+    return out
+
+
+def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """Describe an encoder as timm's hub format does.
+
+    Mean and standard deviation are those of slices clipped to the window and scaled to 0..1.
+
+    Args:
+        config: of ``configs/inference.json``.
+        identity: its identity, with ``hu_window`` as four numbers.
+    """
+    low, high, mean, std = identity["hu_window"]
+    built = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
+    values = {name: config[value[1:]] if str(value)[:1] == "@" else value for name, value in built.items()}
+    architecture = values.pop("model_name")
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": config["embed_dim"],
+        "model_args": {name: value for name, value in values.items() if name != "pretrained"},
+        "pretrained_cfg": {
+            "input_size": [1, config["size_px"], config["size_px"]],
+            "fixed_input_size": False,
+            "num_classes": 0,
+            "mean": [(mean - low) / (high - low)],
+            "std": [std / (high - low)],
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "identity": identity,
+    }
+
+
+def _results_section(title: str, encoder: str, results: list[Path]) -> str:
+    rows = [row for path in results for row in read_rows(path) if row["encoder"] == encoder]
+    if not rows:
+        return ""
+    lines = [
+        f"\n## Results of {title}, from the results table\n",
+        "| protocol | data | metric | value | 95 % | n |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows:
+        interval = f"{float(row['low']):.4f} to {float(row['high']):.4f}" if row["low"] else ""
+        name = COLUMNS.get(row["metric"], row["metric"])
+        cells = (row["protocol"], row["dataset"], name, f"{float(row['value']):.4f}", interval, row["n"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[str, typer.Argument(help="File, checkpoint, or hub:<owner>/<name>[@revision].")],
+    bundle: Bundle,
+    slice_axes: Annotated[str, typer.Option(help="'xy' for weights of the paper's authors.")] = "",
+) -> None:
+    """Check weights and put them into a bundle's models folder.
+
+    Example: python -m common.weights import hub:Kentucky-Open-Science/DALE-CT-2S --bundle bundles/dale_ct_2s
+    --slice-axes xy; then pass --slice_axes xy to its inference
+    """
+    short_errors()
+    typer.echo(import_weights(source, bundle, slice_axes or None))
+
+
+@app.command("export")
+def export_command(
+    bundle: Bundle,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    results: Annotated[list[Path] | None, typer.Option(help="Results CSV; once for each.")] = None,
+) -> None:
+    """Write a bundle's encoder as a folder that timm loads.
+
+    Example: python -m common.weights export --bundle bundles/dale_ct_2s --out export/dale_ct_2s
+    """
+    short_errors()
+    typer.echo(export_weights(bundle, out, results or []))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,105 @@
+"""Volumes turned on purpose, to measure what it costs an encoder to see slices as it was not trained to.
+
+Shapes: Z H W canonical axes (slices from the feet, rows to the back, columns to the left).
+"""
+
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from common.data import nifti_ct, npz_ct
+from common.data.atomic_file import atomic_file
+from common.data.stored_ct import StoredCT
+
+TURNS = ("right", "transposed", "flipped", "sagittal")
+SUFFIXES = (".npz", ".nii.gz", ".nii")
+
+Spacing = tuple[float, float, float]
+
+
+def turned_slices(hu: np.ndarray, spacing_mm: Spacing, turn: str) -> tuple[np.ndarray, Spacing]:
+    """Turn canonical slices.
+
+    Args:
+        hu: canonical slices.
+        spacing_mm: as (x, y, z).
+        turn: "right": as they are. "transposed": rows for columns, as DALE-CT's authors showed CT-RATE to
+            their encoders. "flipped": mirrored, the patient's left for the right. "sagittal": what comes of
+            RAD-ChestCT's arrays, stored (inferior, posterior, left), when they are taken for (x, y, z), as
+            the authors' reader did: slices from right to left, whose columns run from head to feet.
+
+    Shape:
+        Input ``(Z, H, W)``. Output a view: the same, ``(Z, W, H)`` transposed, ``(W, H, Z)`` sagittal.
+
+    Returns:
+        The slices and their spacing.
+
+    Raises:
+        ValueError: if there is no such turn.
+
+    Example:
+        >>> turned_slices(np.zeros((2, 3, 5)), (0.7, 0.8, 2.0), "sagittal")[0].shape
+        (5, 3, 2)
+    """
+    x, y, z = spacing_mm
+    match turn:
+        case "right":
+            return hu, spacing_mm
+        case "transposed":
+            return hu.transpose(0, 2, 1), (y, x, z)
+        case "flipped":
+            return hu[:, :, ::-1], spacing_mm
+        case "sagittal":
+            return hu[::-1].transpose(2, 1, 0), (z, y, x)
+    raise ValueError(f"turn must be one of {TURNS}, got '{turn}'.")
+
+
+def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
+    """List the volumes under a folder.
+
+    Args:
+        root: folder of NIfTI or RAD-ChestCT's npz files, searched with its sub-folders.
+        prefix: how their names start; "" for all.
+
+    Returns:
+        Volume to file, in the order of their names.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if a volume is there twice.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(root.rglob(f"{prefix}*")):
+        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+        if suffix is None:
+            continue
+        volume = path.name.removesuffix(suffix)
+        if volume in found:
+            raise ValueError(f"a volume must be there once, got '{found[volume]}' and '{path}'.")
+        found[volume] = path
+    if not found:
+        raise FileNotFoundError(f"root must hold volumes {prefix}* in {SUFFIXES}, got none in '{root}'.")
+    return found
+
+
+def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = npz_ct.SPACING_MM) -> None:
+    """Write a volume as NIfTI whose header claims that it is the right way; it appears when it is whole.
+
+    Args:
+        path: NIfTI in HU, or npz of RAD-ChestCT.
+        turn: one of ``TURNS``.
+        out: ``.nii.gz`` to write.
+        spacing_mm: edge of an npz file's voxels.
+
+    Raises:
+        RejectedError: if the file is no CT.
+        ValueError: if there is no such turn.
+    """
+    ct: StoredCT = npz_ct.read_ct(path, spacing_mm) if path.suffix == ".npz" else nifti_ct.read_ct(path)
+    hu, (x, y, z) = turned_slices(ct.hu, ct.spacing_mm, turn)
+    image = nib.Nifti1Image(np.ascontiguousarray(hu.transpose(2, 1, 0)), np.diag([-x, -y, z, 1.0]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) as file:
+        file.write(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

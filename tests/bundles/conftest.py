@@ -1,0 +1,118 @@
+"""What the tests of bundle runs share: little shards, and commands as users type them."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from common.data.shards import VolumeSlices, write_shard
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+
+
+@pytest.fixture(scope="session")
+def noise_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven little volumes of noise with masks, two of them ReX-annotated."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+
+    def volume(index: int, rex: bool) -> VolumeSlices:
+        slices = 6 + index
+        return VolumeSlices(
+            volume=f"train_{index}_a_1",
+            ct=rng.integers(-1000, 1000, (slices, 40, 48)).astype(np.int16),
+            ts=rng.integers(0, 118, (slices, 128, 128)).astype(np.uint8),
+            rex=(rng.random((slices, 128, 128)) < 0.01).astype(np.uint16) * 5 if rex else None,
+            spacing_mm=(0.8, 0.8, 3.0),
+            original_shape=(48, 40, slices),
+            original_axcodes="LPS",
+            labels={"Lung nodule": index % 2},
+            split="train",
+        )
+
+    write_shard(folder / "train-000000.tar", [volume(index, rex=False) for index in range(5)])
+    write_shard(folder / "train-rex-000000.tar", [volume(index, rex=True) for index in range(5, 7)])
+    return folder
+
+
+class TrainingRuns:
+    """Runs of a bundle's train.json, each in an output folder of its own.
+
+    Args:
+        bundle: name of the bundle.
+        shards: to train on.
+        knobs: that make the run small.
+    """
+
+    def __init__(self, bundle: str, shards: Path, knobs: dict[str, Any]) -> None:
+        self.bundle = BUNDLES / bundle
+        self.shards = shards
+        self.knobs = knobs
+
+    def command(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> list[str]:
+        paths = {"bundle_root": self.bundle, "dataset_dir": self.shards, "output_dir": out}
+        paths |= {"run_name": out.name, "encoder_weights": out / "model.safetensors"}
+        paths |= {"tracking_uri": f"sqlite:///{out.parent}/mlflow.db"}
+        pairs = {**paths, **self.knobs, **knobs}
+        words = [word for name, value in pairs.items() for word in (f"--{name}", str(value))]
+        config = str(self.bundle / "configs" / "train.json")
+        return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *words]
+
+    def start(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> subprocess.Popen:
+        """Start a run from another folder than the repository's: the bundle finds its code by itself."""
+        return subprocess.Popen(
+            self.command(out, launcher, **knobs),
+            cwd=out.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> str:
+        """Run to the end; return what it said."""
+        process = self.start(out, launcher, **knobs)
+        said = process.communicate()[1]
+        assert process.returncode == 0, said[-3000:]
+        return said
+
+    def record(self, out: Path) -> tuple[MlflowClient, Run]:
+        """Return the MLflow run of an output folder."""
+        client = MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
+        experiment = client.get_experiment_by_name("pretraining")
+        runs = client.search_runs([experiment.experiment_id])
+        return client, next(run for run in runs if run.info.run_name == out.name)
+
+    def curve(self, out: Path, term: str) -> list[float]:
+        """Return the recorded values of a term."""
+        client, run = self.record(out)
+        return [metric.value for metric in client.get_metric_history(run.info.run_id, term)]
+
+
+@pytest.fixture(scope="session")
+def training_runs(noise_shards: Path) -> Callable[[str, dict[str, Any]], TrainingRuns]:
+    """Return ``runs(bundle, knobs) -> TrainingRuns``."""
+    return lambda bundle, knobs: TrainingRuns(bundle, noise_shards, knobs)
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[[int], tuple[str, ...]]:
+    """Return ``torchrun(ranks)``, the launcher's words with a free port."""
+
+    def launcher(ranks: int) -> tuple[str, ...]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = ("--master_addr=127.0.0.1", f"--master_port={port}")
+        return ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *where)
+
+    return launcher

@@ -1,0 +1,209 @@
+"""What a release holds runs from an empty folder, with nothing of this repository on the path."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+from monai.bundle import scripts
+
+from common.data.shard_volume import VolumeSlices
+from common.data.shards import write_shard
+from common.fetch_bundle import fetch_bundle
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUNDLES = sorted(path.parents[1].name for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
+TINY = ("--img_size_px", "32", "--embed_dim", "24", "--depth", "1", "--num_heads", "2")
+
+
+def pack(out: Path, *names: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "bundles/pack.py",
+        *names,
+        "--out",
+        str(out),
+        "--url",
+        "https://example.org/v0",
+    ]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("release") / "dist"
+    result = pack(out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def url(dist: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(dist)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def monai(*words: str, cwd: Path) -> None:
+    """Run MONAI's command line without this repository on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", *words],
+        cwd=cwd,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def downloaded(dist: Path, url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DALE-CT-2S as MONAI's own command downloads it."""
+    folder = tmp_path_factory.mktemp("downloaded")
+    name = next(dist.glob("dale_ct_2s_v*.zip")).name
+    monai("download", "--name", "dale_ct_2s", "--url", f"{url}/{name}", "--bundle_dir", ".", cwd=folder)
+    return folder / "dale_ct_2s"
+
+
+def test_the_same_files_make_the_same_bytes(dist: Path, tmp_path: Path) -> None:
+    assert pack(tmp_path, "dale_ct_0").returncode == 0
+    (again,) = tmp_path.glob("*.zip")
+    assert again.read_bytes() == (dist / again.name).read_bytes()
+
+
+def test_every_bundle_is_listed_with_its_checksum(dist: Path) -> None:
+    info = json.loads((dist / "model_info.json").read_text())
+    sums = dict(line.split("  ")[::-1] for line in (dist / "SHA256SUMS").read_text().splitlines())
+    assert sorted(name.partition("_v")[0] for name in info) == BUNDLES
+    for name, entry in info.items():
+        digest = hashlib.sha256((dist / f"{name}.zip").read_bytes()).hexdigest()
+        assert entry == {"checksum": digest, "source": f"https://example.org/v0/{name}.zip"}
+        assert sums[f"{name}.zip"] == digest
+
+
+def test_a_bundle_travels_with_code_licence_and_card_and_without_runs(dist: Path) -> None:
+    (path,) = dist.glob("dale_ct_2s_v*.zip")
+    names = set(zipfile.ZipFile(path).namelist())
+    wanted = {
+        "LICENSE",
+        "configs/metadata.json",
+        "configs/train.json",
+        "docs/README.md",
+        "common/losses/sigreg.py",
+    }
+    wanted |= {"common/labels/totalsegmentator.csv", "docs/data_license.txt", "large_files.yml"}
+    assert {f"dale_ct_2s/{name}" for name in wanted} <= names
+    assert not [name for name in names if "__pycache__" in name or "/runs/" in name]
+    card = zipfile.ZipFile(path).read("dale_ct_2s/docs/README.md").decode()
+    assert "](../.." not in card
+
+
+def test_a_folder_for_the_hub_has_its_card_in_front(dist: Path) -> None:
+    folder = dist / "huggingface" / "dale_ct_2s"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: monai\n")
+    assert "## How it was trained" in card
+    assert (folder / "configs" / "metadata.json").is_file()
+    assert (folder / "common" / "networks" / "encoder.py").is_file()
+
+
+def test_an_unknown_bundle_is_named(tmp_path: Path) -> None:
+    result = pack(tmp_path, "dale_ct_3")
+    assert result.returncode == 1
+    assert "names must be bundles, got 'dale_ct_3'. Known: " in result.stderr
+
+
+def test_a_release_by_name_is_found_as_monai_looks_for_it(
+    dist: Path, url: str, tmp_path, monkeypatch
+) -> None:
+    """GitHub's two addresses lead to this machine; everything else is MONAI's own."""
+    seen = []
+
+    def release_url(owner: str, repo: str, tag_name: str, filename: str) -> str:
+        seen.append((owner, repo, tag_name, filename))
+        return f"{url}/{filename}"
+
+    get = requests.get
+
+    def local_get(address: str, **options: object) -> requests.Response:
+        assert address == "https://raw.githubusercontent.com/owner/repo/v0.1.0/models/model_info.json"
+        return get(f"{url}/model_info.json", **options)
+
+    monkeypatch.setattr(scripts, "_get_git_release_url", release_url)
+    monkeypatch.setattr(requests, "get", local_get)
+    scripts.download(name="dale_ct_0", source="github", repo="owner/repo/v0.1.0", bundle_dir=str(tmp_path))
+    assert seen == [("owner", "repo", "v0.1.0", next(dist.glob("dale_ct_0_v*.zip")).name)]
+    assert (tmp_path / "dale_ct_0" / "configs" / "train.json").is_file()
+
+
+def test_our_own_download_verifies_what_it_unpacks(dist: Path, url: str, tmp_path: Path) -> None:
+    name = next(dist.glob("eval_ct_rate_v*.zip")).name
+    bundle = fetch_bundle(f"{url}/{name}", tmp_path)
+    assert (bundle / "configs" / "train.json").is_file()
+
+
+@pytest.mark.slow
+def test_metadata_pass_monais_check_against_a_schema(downloaded: Path, tmp_path: Path) -> None:
+    schema = shutil.copy(Path(__file__).parent / "meta_schema.json", tmp_path)
+    monai("verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", schema, cwd=downloaded)
+
+
+@pytest.mark.slow
+def test_the_network_gives_what_the_metadata_say(downloaded: Path) -> None:
+    files = ("--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json")
+    monai("verify_net_in_out", "--net_id", "network_def", *files, "--device", "cpu", cwd=downloaded)
+
+
+@pytest.mark.slow
+def test_a_ct_is_embedded_from_the_downloaded_folder(downloaded: Path, tmp_path: Path) -> None:
+    hu = np.random.default_rng(0).integers(-1000, 400, (40, 40, 6)).astype(np.int16)
+    nib.save(nib.Nifti1Image(hu, np.diag([-0.8, -0.8, 3.0, 1.0])), tmp_path / "ct.nii.gz")
+    words = ("run", "--config_file", "configs/inference.json", "--dataset_dir", str(tmp_path / "ct.nii.gz"))
+    out = ("--output_dir", str(tmp_path / "embeddings"), "--encoder_weights", "$None", "--size_px", "32")
+    monai(*words, *out, *TINY, cwd=downloaded)
+    assert list((tmp_path / "embeddings").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_steps_are_trained_from_the_downloaded_folder(downloaded: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    volume = VolumeSlices(
+        volume="train_1_a_1",
+        ct=rng.integers(-1000, 1000, (6, 40, 48)).astype(np.int16),
+        ts=rng.integers(0, 118, (6, 128, 128)).astype(np.uint8),
+        rex=None,
+        spacing_mm=(0.8, 0.8, 3.0),
+        original_shape=(48, 40, 6),
+        original_axcodes="LPS",
+        labels={"Lung nodule": 1},
+        split="train",
+    )
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "train-000000.tar", [volume])
+    paths = ("--dataset_dir", str(tmp_path / "shards"), "--output_dir", str(tmp_path / "run"))
+    paths += ("--tracking_uri", f"sqlite:///{tmp_path}/mlflow.db")
+    paths += ("--encoder_weights", str(tmp_path / "model.safetensors"))
+    small = ("--global_size_px", "32", "--local_size_px", "16", "--num_directions", "16", "--batch_size", "2")
+    small += ("--max_steps", "2", "--warmup_steps", "1", "--num_workers", "0", "--projector_hidden_dim", "16")
+    monai("run", "--config_file", "configs/train.json", *paths, *small, *TINY, cwd=downloaded)
+    assert (tmp_path / "model.safetensors").is_file()

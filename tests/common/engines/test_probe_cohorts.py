@@ -1,0 +1,75 @@
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from common.data.embeddings import EmbeddingBags
+from common.engines.probe_cohorts import check_cohorts, check_finite
+
+CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
+
+
+@pytest.fixture
+def cohorts(write_cohort: Any) -> dict[str, EmbeddingBags]:
+    splits = ("train", "validation", "test")
+    return {split: EmbeddingBags(*write_cohort(split, 9), CLASSES) for split in splits}
+
+
+def test_cohorts_that_belong_together_pass(
+    cohorts: dict[str, EmbeddingBags], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_cohorts(cohorts)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("encoder", "dale_ct_0"), ("encoder_id", "sha256:x"), ("preprocessing", "raw_144"), ("dim", 8)],
+)
+def test_embeddings_of_another_encoder_weights_preprocessing_or_width_are_refused(
+    cohorts: dict[str, EmbeddingBags], key: str, value: Any
+) -> None:
+    cohorts["test"].identity[key] = value
+    with pytest.raises(
+        ValueError, match=rf"{key} must be the same in every cohort, got .* and {value!r} in test"
+    ):
+        check_cohorts(cohorts)
+
+
+def test_volume_on_two_sides_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
+    with pytest.raises(ValueError, match="must not share a volume, got 'train_1_a_1' in train and test"):
+        check_cohorts(cohorts | {"test": cohorts["train"]})
+
+
+def test_volume_without_a_slice_is_named(cohorts: dict[str, EmbeddingBags]) -> None:
+    cohorts["validation"].offsets[4] = cohorts["validation"].offsets[5]
+    volume = cohorts["validation"].volumes[4]
+    message = f"must have at least one slice, got 0 for volume '{volume}' of validation. Embed it again"
+    with pytest.raises(ValueError, match=message):
+        check_cohorts(cohorts)
+
+
+def test_class_without_positives_is_named(
+    cohorts: dict[str, EmbeddingBags], caplog: pytest.LogCaptureFixture
+) -> None:
+    cohorts["test"].labels[:, 1] = 0
+    with caplog.at_level(logging.WARNING):
+        check_cohorts(cohorts)
+    assert "test (9 volumes) has no positive of ['Lung nodule']" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_embedding_that_is_not_finite_is_named(value: float, dtype: torch.dtype) -> None:
+    bags = [torch.ones(length, 4, dtype=dtype) for length in (3, 1, 5)]
+    check_finite(bags, ["a", "b", "c"], "train")
+    bags[2][3, 1] = value
+    with pytest.raises(
+        ValueError, match=r"must be finite, got NaN or Inf for volume 'c' of train\. Embed it"
+    ):
+        check_finite(bags, ["a", "b", "c"], "train")
+
+
+def test_large_half_precision_numbers_are_finite() -> None:
+    check_finite([torch.full((7, 4), 60000.0, dtype=torch.float16)], ["a"], "train")

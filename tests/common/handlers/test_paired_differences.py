@@ -1,0 +1,115 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from common.data.predictions import Predictions, write_predictions
+from common.handlers.paired_differences import differences_table, paired_differences
+from common.metrics.bootstrap import resample_weights
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CLASSES = ["Emphysema", "Lung nodule"]
+N, R = 60, 50
+LABELS = (np.random.default_rng(0).random((N, 2)) < 0.4).astype(float)
+VOLUMES = [f"valid_{1 + index // 2}_{'ab'[index % 2]}_1" for index in range(N)]
+
+
+def predictions(encoder: str, signal: float, seed: int) -> Predictions:
+    scores = np.random.default_rng(seed).random((N, 2)) + signal * LABELS
+    return Predictions(encoder, VOLUMES, CLASSES, scores, np.array([0.6, 0.9]), LABELS)
+
+
+def shuffled(original: Predictions) -> Predictions:
+    order = np.random.default_rng(1).permutation(N)
+    return original._replace(
+        volumes=[original.volumes[index] for index in order],
+        probabilities=original.probabilities[order],
+        labels=original.labels[order],
+    )
+
+
+def test_differences_are_those_of_both_on_the_same_patients_drawn() -> None:
+    weak, strong = predictions("weak", 0.2, seed=1), predictions("strong", 0.8, seed=2)
+    rows = {
+        (row["class"], row["metric"]): row
+        for row in paired_differences(weak, [shuffled(strong)], num_resamples=R)
+    }
+    assert len(rows) == 3 * 4
+    patients = [volume.rsplit("_", 2)[0] for volume in VOLUMES]
+    weights = resample_weights(patients, R, seed=0)
+    for metric, of_sklearn in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
+        samples = []
+        for weight in weights:
+            chosen = np.repeat(np.arange(N), weight.astype(int))
+            a, b = (of_sklearn(LABELS[chosen], p.probabilities[chosen]) for p in (strong, weak))
+            samples.append(a - b)
+        row = rows["macro", metric]
+        expected = of_sklearn(LABELS, strong.probabilities) - of_sklearn(LABELS, weak.probabilities)
+        assert row["difference"] == pytest.approx(expected, abs=1e-12)
+        assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
+        assert row["low"] > 0
+        assert row["p"] == pytest.approx(2 / (R + 1))
+    called = [p.probabilities[:, 1] >= 0.9 for p in (strong, weak)]
+    expected = f1_score(LABELS[:, 1], called[0]) - f1_score(LABELS[:, 1], called[1])
+    assert rows["Lung nodule", "f1"]["difference"] == pytest.approx(expected)
+
+
+def test_an_encoder_does_not_differ_from_itself() -> None:
+    same = predictions("same", 0.3, seed=1)
+    for row in paired_differences(same, [shuffled(same)], num_resamples=R, resampling="volumes"):
+        assert (row["difference"], row["low"], row["high"], row["p"]) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_pairing_narrows_the_interval_of_encoders_that_agree() -> None:
+    first = predictions("first", 0.4, seed=1)
+    noise = 0.02 * np.random.default_rng(3).standard_normal((N, 2))
+    second = first._replace(encoder="second", probabilities=first.probabilities + noise)
+    paired = paired_differences(first, [second], num_resamples=200)[0]
+    unrelated = paired_differences(first, [predictions("other", 0.4, seed=9)], num_resamples=200)[0]
+    assert paired["high"] - paired["low"] < (unrelated["high"] - unrelated["low"]) / 3
+
+
+def test_other_volumes_classes_and_labels_are_refused() -> None:
+    first = predictions("first", 0.4, seed=1)
+    renamed = first._replace(encoder="b", volumes=["valid_99_a_1", *VOLUMES[1:]])
+    with pytest.raises(
+        ValueError, match=r"same volumes, got 60 for 'first' and 60 for 'b', .*: 'valid_1_a_1'"
+    ):
+        paired_differences(first, [renamed], num_resamples=R)
+    with pytest.raises(
+        ValueError, match=r"same classes in one order, got \['Emphysema', 'Lung nodule'\] for"
+    ):
+        paired_differences(first, [first._replace(class_names=CLASSES[::-1])], num_resamples=R)
+    labels = LABELS.copy()
+    labels[7, 1] = 1 - labels[7, 1]
+    with pytest.raises(ValueError, match="must have the same labels, got others for volume 'valid_4_b_1'"):
+        paired_differences(first, [first._replace(labels=labels)], num_resamples=R)
+
+
+def test_table_shows_the_macro_differences() -> None:
+    rows = paired_differences(
+        predictions("weak", 0.2, seed=1), [predictions("strong", 0.8, seed=2)], num_resamples=R
+    )
+    table = differences_table(rows)
+    assert table.row_count == 4
+    assert list(table.columns[2].cells) == ["AUROC", "AUPRC", "F1", "BA"]
+    assert next(iter(table.columns[3].cells)) == f"{rows[0]['difference']:+.4f}"
+
+
+def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
+    paths = []
+    for seed, (encoder, signal) in enumerate((("weak", 0.2), ("strong", 0.8))):
+        paths.append(tmp_path / f"{encoder}.csv")
+        write_predictions(paths[-1], predictions(encoder, signal, seed))
+    command = [sys.executable, "-m", "common.handlers.paired_differences", str(paths[0]), *map(str, paths)]
+    command += ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
+    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "AUPRC" in answer.stdout
+    with (tmp_path / "out" / "paired.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert {(row["encoder"], row["reference"]) for row in rows} == {("strong", "weak")}

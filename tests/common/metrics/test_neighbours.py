@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+
+from common.metrics import neighbours as module
+from common.metrics.neighbours import Neighbours, cosine_neighbours, knn_scores, retrieval_report
+
+NAMES = ["Emphysema", "Lung nodule", "Atelectasis", "Fracture"]
+
+
+@pytest.fixture
+def data() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    bank_labels = (rng.random((41, 4)) < 0.4).astype(float)
+    query_labels = (rng.random((13, 4)) < 0.4).astype(float)
+    bank_labels[:, 3] = 0
+    query_labels[:, 2] = 0
+    return {
+        "bank": rng.standard_normal((41, 6)) + 0.5,
+        "queries": rng.standard_normal((13, 6)) + 0.5,
+        "bank_labels": bank_labels,
+        "query_labels": query_labels,
+    }
+
+
+def found(data: dict[str, np.ndarray], k: int) -> Neighbours:
+    return cosine_neighbours(torch.from_numpy(data["queries"]), torch.from_numpy(data["bank"]), k)
+
+
+@pytest.mark.parametrize("chunk", [1024, 5])
+def test_neighbours_are_scikit_learns_whatever_the_chunk(data, chunk, monkeypatch):
+    monkeypatch.setattr(module, "QUERIES_PER_CHUNK", chunk)
+    search = NearestNeighbors(n_neighbors=7, metric="cosine").fit(data["bank"])
+    distances, places = search.kneighbors(data["queries"])
+    ours = found(data, 7)
+    np.testing.assert_array_equal(ours.places, places)
+    np.testing.assert_allclose(1 - ours.similarities, distances, atol=1e-12)
+
+
+@pytest.mark.parametrize(("weights", "theirs"), [("majority", "uniform"), ("distance", "distance")])
+def test_scores_are_scikit_learns_class_by_class(data, weights, theirs):
+    ours = knn_scores(found(data, 7), data["bank_labels"], weights)
+    assert ours.shape == (13, 4)
+    for c in range(3):
+        classifier = KNeighborsClassifier(7, weights=theirs, metric="cosine")
+        classifier.fit(data["bank"], data["bank_labels"][:, c].astype(int))
+        np.testing.assert_allclose(
+            ours[:, c], classifier.predict_proba(data["queries"])[:, 1], atol=1e-12, rtol=0
+        )
+    assert (ours[:, 3] == 0).all()
+
+
+def test_a_query_that_is_in_the_bank_outweighs_the_others(data):
+    data["queries"][0] = 3 * data["bank"][9]
+    scores = knn_scores(found(data, 7), data["bank_labels"], "distance")
+    np.testing.assert_allclose(scores[0], data["bank_labels"][9], atol=1e-6)
+
+
+def test_length_does_not_matter_and_16_bits_are_taken(data):
+    scaled = data | {"bank": data["bank"] * np.arange(1, 42)[:, None]}
+    np.testing.assert_array_equal(found(scaled, 5).places, found(data, 5).places)
+    half = cosine_neighbours(
+        torch.from_numpy(data["queries"]).half(), torch.from_numpy(data["bank"]).half(), 5
+    )
+    np.testing.assert_allclose(half.similarities, found(data, 5).similarities, atol=2e-3)
+
+
+def test_retrieval_is_that_of_a_loop(data):
+    nearest = found(data, 9)
+    report = retrieval_report(nearest, data["query_labels"], data["bank_labels"], NAMES, ks=(1, 5, 9))
+    for c, name in enumerate(NAMES):
+        queries = [q for q in range(13) if data["query_labels"][q, c] == 1]
+        relevant = {n for n in range(41) if data["bank_labels"][n, c] == 1}
+        for k in (1, 5, 9):
+            hits = [len(relevant & set(nearest.places[q, :k].tolist())) for q in queries]
+            expected = {
+                f"precision_at_{k}": np.mean([hit / k for hit in hits]) if queries else math.nan,
+                f"recall_at_{k}": np.mean([hit / len(relevant) for hit in hits])
+                if queries and relevant
+                else math.nan,
+                f"hit_at_{k}": np.mean([hit > 0 for hit in hits]) if queries else math.nan,
+            }
+            for metric, value in expected.items():
+                assert report[name][metric] == pytest.approx(value, abs=1e-12, nan_ok=True), (name, metric)
+        chance = len(relevant) / 41 if queries else math.nan
+        assert report[name]["prevalence"] == pytest.approx(chance, nan_ok=True)
+    assert report["Fracture"]["precision_at_5"] == 0
+    assert math.isnan(report["Fracture"]["recall_at_5"])
+    assert math.isnan(report["Atelectasis"]["hit_at_5"])
+
+
+def test_what_cannot_be_searched_is_refused(data):
+    with pytest.raises(ValueError, match=r"k must be at least 1 and at most 41, .* got 42"):
+        found(data, 42)
+    with pytest.raises(
+        ValueError, match=r"queries and bank must have one width, got shapes \(2, 3\) and \(2, 4\)"
+    ):
+        cosine_neighbours(torch.ones(2, 3), torch.ones(2, 4), 1)
+    for bad, value in ((0.0, "0.0"), (math.nan, "nan")):
+        bank = torch.ones(3, 4)
+        bank[1] = bad
+        with pytest.raises(ValueError, match=f"bank must have embeddings .* got {value} for row 1"):
+            cosine_neighbours(torch.ones(2, 4), bank, 1)
+    with pytest.raises(ValueError, match=r"weights must be one of .* got 'softmax'"):
+        knn_scores(found(data, 3), data["bank_labels"], "softmax")
+    with pytest.raises(ValueError, match=r"ks must be from 1 to 3, the neighbours found, got \[1, 5\]"):
+        retrieval_report(found(data, 3), data["query_labels"], data["bank_labels"], NAMES, ks=(1, 5))

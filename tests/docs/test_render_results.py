@@ -1,0 +1,60 @@
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.handlers.results_table import FIELDS, add_rows
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAPER = REPOSITORY / "docs" / "paper_results.csv"
+
+
+def row(
+    protocol: str, metric: str, value: str, low: str = "", high: str = "", **others: str
+) -> dict[str, str]:
+    shared = {"encoder": "dale_ct_2s", "dataset": "rad_chestct", "n": "41"}
+    own = {"protocol": protocol, "metric": metric, "value": value, "low": low, "high": high}
+    return dict.fromkeys(FIELDS, "") | shared | own | others
+
+
+def rendered(path: Path, *further: str) -> str:
+    command = [sys.executable, str(REPOSITORY / "docs" / "render_results.py"), str(path), *further]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_rows_stand_in_their_tables_with_intervals_costs_and_the_papers_figures(tmp_path):
+    rows = [
+        row("frozen", "macro_auroc", "0.601", "0.5238", "0.6693"),
+        row("frozen", "macro_f1", "0.254"),
+        row("retrained-frozen", "macro_auroc", "-0.1075", "-0.2252", "0.0085"),
+        row("preprocessing_raw_144", "macro_auroc", "0.8", dataset="ct_rate"),
+        row("preprocessing_raw_144", "slices_per_second", "349.2", dataset="ct_rate"),
+        row("preprocessing_raw_144", "tokens_per_slice", "82.0", dataset="ct_rate"),
+        row("retrieval", "macro_recall_at_5", "0.1", dataset="ct_rate"),
+    ]
+    add_rows(tmp_path / "results.csv", rows)
+    text = rendered(tmp_path / "results.csv", "--paper")
+    assert (
+        "| `dale_ct_2s` | frozen | .601 (.524 to .669) |  | .254 |  | 41 | .6342 / .3732 / .2824 / .5391 |"
+        in text
+    )
+    assert "| retrained-frozen | -.107 (-.225 to +.009) |" in text.replace("-.108", "-.107")
+    assert "| preprocessing_raw_144 | .800 |  |  |  | 41 | 349 | 82 | .8183 / .5186 / .5015 / .7045 |" in text
+    assert "Table III" not in text
+    assert "paper" not in rendered(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize("bundle", ["eval_rad_chestct", "eval_preprocessing", "eval_ct_rate"])
+def test_model_cards_state_the_papers_figures_as_the_table_does(bundle):
+    card = (REPOSITORY / "bundles" / bundle / "docs" / "README.md").read_text()
+    with PAPER.open(newline="") as file:
+        known = {
+            " / ".join(row[name] for name in ("auroc", "auprc", "f1", "balanced_accuracy"))
+            for row in csv.DictReader(file)
+        }
+    stated = re.findall(r"\| (\.\d{4} / \.\d{4} / \.\d{4} / \.\d{4}) \|", card)
+    assert stated
+    assert set(stated) <= known
