@@ -31,7 +31,7 @@ def test_a_straight_line_beats_a_tangle(write_paths: Write) -> None:
     engine.measure_all()
     table = {(row["encoder"], row["measure"]): row for row in engine.state.table}
     for sampling in ("", "_matched"):
-        # seen from the origin, a line is an arc of a great circle, which no path on the sphere is shorter than
+        # seen from the origin, a line is an arc of a great circle: no path on the sphere is shorter
         assert table["line", f"continuity_geodesic{sampling}"]["value"] == pytest.approx(1, abs=1e-5)
         assert table["tangle", f"continuity_geodesic{sampling}"]["value"] < 0.2
         comparison = engine.state.comparisons[f"continuity_geodesic{sampling}"]

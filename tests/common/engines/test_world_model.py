@@ -9,7 +9,7 @@ from sklearn.linear_model import LinearRegression
 from common.data.embedding_store import EmbeddingStore
 from common.data.embedding_store_writer import EmbeddingStoreWriter
 from common.data.patient_split import split_three_ways
-from common.engines.world_model import label_free, organ_spans, positions, slices_of, z_position
+from common.engines.world_model import ORGANS, label_free, organ_spans, positions, slices_of, z_position
 from common.labels import load_labels
 
 Write = Callable[..., Path]
@@ -96,8 +96,6 @@ def test_organs_that_tokens_show_are_found_from_end_to_end(write_paths: Write, w
 
 
 def test_names_of_structures_are_those_of_the_label_list() -> None:
-    from common.engines.world_model import ORGANS
-
     known = {label.name for label in load_labels("totalsegmentator")}
     assert {name for names in ORGANS.values() for name in names} <= known
 
