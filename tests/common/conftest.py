@@ -218,7 +218,7 @@ def write_paths(tmp_path: Path) -> WritePaths:
 
 @pytest.fixture
 def write_spans(tmp_path: Path) -> Callable[[], Path]:
-    """Return ``write() -> labels_dir``: dense labels, one patch a slice, of the volumes of ``write_paths``."""
+    """Return ``write() -> labels_dir``: dense labels, a patch a slice, of the volumes of ``write_paths``."""
 
     def write() -> Path:
         for number in range(21):
