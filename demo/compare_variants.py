@@ -39,7 +39,7 @@ COVERED = 0.25
 
 
 def new_encoder(config: dict, weights: Path | None) -> torch.nn.Module:
-    """Build the encoder of a demo config, with register tokens if its weights have them; else it is random."""
+    """Build the encoder of a demo config, with registers if its weights have them; without weights random."""
     torch.manual_seed(0)
     tensors = {} if weights is None else load_file(weights)
     names = ("img_size", "patch_size")

@@ -1,6 +1,7 @@
-"""Tokens of a cohort and what each of them shows, as far as memory allows; and the rows that training draws."""
+"""Tokens of a cohort and what each of them shows, within bounded memory; and the rows that training draws."""
 
-# N rows of a kind of token: slices (CLS) or patches of all volumes; P patches of a slice, D embedding, C classes
+# N rows of a kind of token: slices (CLS) or patches of all volumes; P patches of a slice, D embedding,
+# C classes
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,8 +69,8 @@ def labelled_and_embedded(embeddings_dir: str | Path, labels_dir: str | Path) ->
 class DenseCohort:
     """Labels of every slice and patch of some volumes in memory, their tokens on disk.
 
-    Rows are counted over volumes, slices from the feet and patches row-major: CLS row s is slice s of all, and
-    patch row s * P + p its patch p. Columns are the classes of ``TASKS``, one task after the other.
+    Rows are counted over volumes, slices from the feet and patches row-major: CLS row s is slice s of all,
+    and patch row s * P + p its patch p. Columns are the classes of ``TASKS``, one task after the other.
 
     Attributes:
         volumes: names.
@@ -143,7 +144,7 @@ class DenseCohort:
         return np.repeat(places, np.array(self._lengths) * per_slice)
 
     def soft_targets(self, kind: str, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Return what probes are trained on: presence of findings and shares of organs, ``(len(rows), C)``."""
+        """Return what probes learn: presence of findings and shares of organs, ``(len(rows), C)``."""
         soft = np.empty((len(rows), sum(TASKS.values())), np.float16)
         for first in range(0, len(rows), ROWS_PER_CHUNK):
             chunk = rows[first : first + ROWS_PER_CHUNK]

@@ -1,4 +1,4 @@
-"""The choice among learning rates, and among the steps at which they were validated, for each linear probe."""
+"""The choice among learning rates, and among the steps they were validated at, for each linear probe."""
 
 # L learning rates, C classes of a task
 

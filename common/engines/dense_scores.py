@@ -59,8 +59,8 @@ def validation_auprc(cohort: DenseCohort, kind: str, weight: torch.Tensor, bias:
         bias: of the same.
 
     Shape:
-        ``weight (L, C, D)``, ``bias (L, C)``. Output: ``(L, C)``, nan where a class has no positive, and for a
-        probe that has diverged.
+        ``weight (L, C, D)``, ``bias (L, C)``. Output: ``(L, C)``, nan where a class has no positive, and for
+        a probe that has diverged.
     """
     rates, classes = bias.shape
     # class by class, so that the targets of one serve all learning rates
@@ -98,12 +98,14 @@ def report_on_test(
         seed: of the resamples, which are the same for all probes on the same patients.
 
     Returns:
-        ``per_class[name]``: ``auroc``, ``auprc``, ``positives`` and ``prevalence``; ``macro[metric]``: mean over
-        the averaged classes where it is defined, and ``(low, high)``; ``left_out``: names of the other classes.
+        ``per_class[name]``: ``auroc``, ``auprc``, ``positives`` and ``prevalence``; ``macro[metric]``: mean
+        over the averaged classes where it is defined, and ``(low, high)``; ``left_out``: names of the others.
     """
     weights = resample_weights(cohort.patients, num_resamples, seed)
     patient_of_row = cohort.patient_of_row(kind)
-    per_class, resampled, left_out = {}, {"auroc": [], "auprc": []}, []
+    per_class: dict[str, Any] = {}
+    resampled: dict[str, list[Any]] = {"auroc": [], "auprc": []}
+    left_out: list[str] = []
     scored = each_column(cohort, kind, layer.weight.detach(), layer.bias.detach())
     for column, (name, scores) in enumerate(zip(class_names, scored, strict=True)):
         target = cohort.targets(kind, first_column + column)

@@ -44,7 +44,8 @@ def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, Embedding
     for store, name in zip(stores, names, strict=True):
         if store.identity["token_kind"] != "slice":
             raise ValueError(
-                f"embeddings must be of slices, got tokens of kind '{store.identity['token_kind']}' for '{name}'."
+                f"embeddings must be of slices, got tokens of kind '{store.identity['token_kind']}' for "
+                f"'{name}'."
             )
     return dict(zip(names, stores, strict=True))
 
@@ -70,7 +71,7 @@ def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[s
     volumes = [volume for volume in shared if lengths[0][volume] >= min_slices]
     if not volumes:
         raise ValueError(
-            f"encoders must share volumes of at least {min_slices} slices, got none of {len(shared)} they share."
+            f"encoders must share volumes of at least {min_slices} slices, got none of {len(shared)} shared."
         )
     left_out = len(set().union(*lengths)) - len(volumes)
     if left_out:
@@ -84,8 +85,8 @@ class LatentGeometryEvaluator(Engine):
     """Measure two encoders on the same volumes, one volume an iteration, and compare them at the end.
 
     ``engine.state.continuity``: encoder, sampling and distance to ``(N,)``. When completed,
-    ``engine.state.table``: rows of ``encoder, measure, value, error, low, high, n`` in the order of Table V and
-    then the world-model probes; ``engine.state.comparisons``: ``measure`` to
+    ``engine.state.table``: rows of ``encoder, measure, value, error, low, high, n`` in the order of Table V
+    and then the world-model probes; ``engine.state.comparisons``: ``measure`` to
     :class:`~common.metrics.paired_samples.Comparison` of the first encoder with the second;
     ``engine.state.world``: encoder to the probes' results, for pictures. ``engine.state.metrics`` holds the
     table's values as ``<encoder>/<measure>``.
@@ -107,6 +108,8 @@ class LatentGeometryEvaluator(Engine):
         strides: every how many slices.
         handlers: Ignite handlers.
     """
+
+    state: Any  # Ignite's, with what is listed above
 
     def __init__(
         self,
@@ -195,25 +198,26 @@ class LatentGeometryEvaluator(Engine):
         for gap, mean in zip(self.gaps_mm, world["gap_curve"], strict=True):
             self._add(encoder, f"distance_at_{gap:g}_mm", mean)
         if self.dense_labels_dir is not None:
-            world["organ_spans"] = organ_spans(
-                store, self.split, self.dense_labels_dir, self.num_resamples, self.seed
-            )
-            for organ, means in world["organ_spans"].items():
-                for name, mean in means.items():
-                    self._add(encoder, f"organ_span_{name}/{organ}", mean)
+            world["organ_spans"] = self._organ_spans(encoder, store, self.dense_labels_dir)
         if self.probe_dirs is not None:
-            world["strides"] = stride_scores(
-                store,
-                self.probe_dirs[place],
-                str(self.labels_csv),
-                self.strides,
-                self.num_resamples,
-                self.seed,
-            )
-            for stride, means in world["strides"].items():
-                for name, mean in means.items():
-                    self._add(encoder, f"stride_{stride}_{name}", mean)
+            world["strides"] = self._strides(encoder, store, self.probe_dirs[place])
         self.state.world[encoder] = world
+
+    def _organ_spans(self, encoder: str, store: EmbeddingStore, labels_dir: str | Path) -> dict[str, Any]:
+        spans = organ_spans(store, self.split, labels_dir, self.num_resamples, self.seed)
+        for organ, means in spans.items():
+            for name, mean in means.items():
+                self._add(encoder, f"organ_span_{name}/{organ}", mean)
+        return spans
+
+    def _strides(self, encoder: str, store: EmbeddingStore, probe_dir: str | Path) -> dict[int, Any]:
+        scores = stride_scores(
+            store, probe_dir, str(self.labels_csv), self.strides, self.num_resamples, self.seed
+        )
+        for stride, means in scores.items():
+            for name, mean in means.items():
+                self._add(encoder, f"stride_{stride}_{name}", mean)
+        return scores
 
     def _add(self, encoder: str, measure: str, mean: Any) -> None:  # noqa: ANN401 (a Mean)
         self.state.table.append({"encoder": encoder, "measure": measure, **mean._asdict()})

@@ -52,7 +52,8 @@ def stride_scores(
     probe, card = load_probe(probe_dir)
     if card["encoder"] != store.identity["encoder"]:
         raise ValueError(
-            f"probe must be of encoder '{store.identity['encoder']}', got '{card['encoder']}' in '{probe_dir}'."
+            f"probe must be of encoder '{store.identity['encoder']}', got '{card['encoder']}' in "
+            f"'{probe_dir}'."
         )
     if min(strides) < 1:
         raise ValueError(f"strides must be positive, got {list(strides)}.")

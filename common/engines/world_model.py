@@ -81,7 +81,7 @@ def slices_of(store: EmbeddingStore, volumes: Sequence[str]) -> Iterator[Slices]
 
 
 def positions(z_mm: FloatArray) -> FloatArray:
-    """Return the two targets of the position probe: fraction of the scan, and mm from its middle, ``(S, 2)``."""
+    """Return the position probe's two targets: fraction of the scan, and mm from its middle, ``(S, 2)``."""
     return np.stack([z_mm / z_mm[-1], z_mm - z_mm[-1] / 2], axis=1)
 
 
@@ -210,7 +210,10 @@ def organ_spans(
     fits = ridge(of_train)
     ious = np.array(
         [
-            [[_scan_scores(curves, true, volume.z_mm, cut)[:, 0] for cut in SHARES_OF_PEAK] for curves in predicted]
+            [
+                [_scan_scores(curves, true, volume.z_mm, cut)[:, 0] for cut in SHARES_OF_PEAK]
+                for curves in predicted
+            ]
             for volume, predicted, true in _predicted(store, split["validation"], labels_dir, fits)
         ]
     )  # fmt: skip

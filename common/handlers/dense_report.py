@@ -1,4 +1,4 @@
-"""What the dense evaluation leaves behind: the chosen probes, Table I's rows, every class as table and picture."""
+"""What the dense evaluation leaves: chosen probes, Table I's rows, all classes as table and picture."""
 
 import csv
 import math
@@ -21,8 +21,8 @@ class DenseReport:
     """Write results when a ``DenseProbeTrainer`` has completed.
 
     Files, for both kinds of token and both tasks: ``<kind>_<task>.safetensors`` and ``.json`` (see
-    :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class. Rows in
-    the results CSV: protocol ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with 95 % intervals.
+    :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class. Rows
+    in the results CSV: protocol ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with intervals.
 
     Args:
         output_dir: folder of the files.

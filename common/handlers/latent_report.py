@@ -30,8 +30,8 @@ class LatentReport:
     """Write results when a ``LatentGeometryEvaluator`` has completed, and print Table V.
 
     Files: ``table_v.csv``; ``latent_geometry.csv``, every measure with its interval; ``comparisons.csv``, the
-    paired tests; ``figure_2.png``, ``continuity.png`` and ``world_model.png``. Rows in the results CSV: protocol
-    ``latent_geometry``, and for the differences encoder ``<first> - <second>``.
+    paired tests; ``figure_2.png``, ``continuity.png`` and ``world_model.png``. Rows in the results CSV:
+    protocol ``latent_geometry``, and for the differences encoder ``<first> - <second>``.
 
     Args:
         output_dir: folder of the files.
@@ -92,7 +92,7 @@ class LatentReport:
         draw_paths(
             self.output_dir / "figure_2.png",
             chosen_paths(list(engine.stores.values()), chosen),
-            f"{self.dataset}: each point a slice, in the plane of its volume's first two principal components",
+            f"{self.dataset}: each point a slice, in the plane of its volume's first principal components",
         )
         draw_continuity(self.output_dir / "continuity.png", engine.state.continuity, engine.state.comparisons)
         draw_world_model(self.output_dir / "world_model.png", engine.state.world, engine.gaps_mm)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 PENALTIES = tuple(float(value) for value in np.logspace(-7, 1, 17))
-"""Ridge penalties tried, relative to the mean variance of the features. Our choice; upstream's 13 span six decades."""
+"""Ridge penalties tried, relative to the features' mean variance. Ours; upstream: 13 over six decades."""
 
 
 class Moments(NamedTuple):
@@ -24,7 +24,7 @@ class Moments(NamedTuple):
     features: FloatArray
     targets: FloatArray
 
-    def __add__(self, other: object) -> "Moments":  # type: ignore[override]  # sums, not a longer tuple
+    def __add__(self, other: object) -> "Moments":
         """Return the moments of both sets of slices."""
         assert isinstance(other, Moments)
         return Moments(self.features + other.features, self.targets + other.targets)
@@ -46,7 +46,8 @@ def moments(embeddings: ArrayLike, targets: ArrayLike) -> Moments:
     tokens, target = np.asarray(embeddings, np.float64), np.asarray(targets, np.float64)
     if tokens.ndim != 2 or target.ndim != 2 or len(tokens) != len(target):
         raise ValueError(
-            f"embeddings and targets must have shapes (S, D) and (S, T), got {tokens.shape} and {target.shape}."
+            f"embeddings and targets must have shapes (S, D) and (S, T), got {tokens.shape} and "
+            f"{target.shape}."
         )
     tokens = np.concatenate([np.ones((len(tokens), 1)), tokens], axis=1)
     return Moments(tokens.T @ tokens, tokens.T @ target)

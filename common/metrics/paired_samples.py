@@ -56,8 +56,8 @@ class Comparison(NamedTuple):
 def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: int, seed: int) -> Mean:
     """Return a mean over volumes with its error and interval; volumes where it is undefined are left out.
 
-    Scans of a patient are not independent: the standard error is that of a mean of clusters, and resamples draw
-    patients. They are the same for all encoders on the same volumes.
+    Scans of a patient are not independent: the standard error is that of a mean of clusters, and resamples
+    draw patients. They are the same for all encoders on the same volumes.
 
     Args:
         values: one a volume, nan where undefined.
@@ -97,8 +97,8 @@ def compare_pairs(
 ) -> Comparison:
     """Compare a measure of two encoders on the same volumes.
 
-    Tests are of one number a patient, the mean of its volumes' differences. Source: DALE-CT Table V has no test;
-    these are ours.
+    Tests are of one number a patient, the mean of its volumes' differences. Source: DALE-CT Table V has no
+    test; these are ours.
 
     Args:
         values: of the one encoder.
@@ -133,4 +133,4 @@ def compare_pairs(
 
 def _by_patient(values: FloatArray, patients: Sequence[str]) -> FloatArray:
     _, place = np.unique(patients, return_inverse=True)
-    return np.bincount(place, weights=values)
+    return np.bincount(place, weights=values).astype(np.float64)

@@ -52,10 +52,10 @@ def spectral_effective_rank(covariance: ArrayLike) -> float:
 
 
 def covariance_of(sums: Sequence[FloatArray]) -> FloatArray:
-    """Return the covariance from sums over embeddings with a column of ones before them, ``(1 + D, 1 + D)`` each.
+    """Return the covariance from sums over embeddings with ones before them, ``(1 + D, 1 + D)`` each.
 
     Args:
-        sums: of parts of the embeddings, as the ``features`` of :class:`common.metrics.linear_readout.Moments`.
+        sums: of parts of the embeddings, the ``features`` of :class:`common.metrics.linear_readout.Moments`.
     """
     total = np.sum(sums, axis=0)
     mean = total[0, 1:] / total[0, 0]
@@ -66,7 +66,7 @@ def covariance_of(sums: Sequence[FloatArray]) -> FloatArray:
 def jackknife(
     sums: Sequence[FloatArray], measure: Callable[[FloatArray], float]
 ) -> tuple[float, float, float, float]:
-    """Return a measure of the covariance, its standard error, and a 95 % interval, leaving out group by group.
+    """Return a measure of the covariance, its standard error and 95 % interval, leaving out group by group.
 
     A bootstrap would repeat embeddings, which lowers ranks; leaving out a group of patients does not.
 

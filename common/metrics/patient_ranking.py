@@ -99,7 +99,7 @@ def resampled_areas(ranking: PatientRanking, weights: ArrayLike) -> tuple[FloatA
         weights: how often each resample holds each patient.
 
     Shape:
-        ``weights (R, G)``. Output: two ``(R,)``, nan where a resample lacks positives, or for AUROC negatives.
+        ``weights (R, G)``. Output: two ``(R,)``, nan where a resample lacks positives, for AUROC negatives.
 
     Example:
         >>> ranking = rank_by_patient([0.9, 0.8, 0.8, 0.1], [1, 0, 1, 0], [0, 0, 1, 1], num_patients=2)

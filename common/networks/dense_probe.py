@@ -135,7 +135,7 @@ def load_dense_probe(folder: str | Path, kind: str, task: str) -> tuple[nn.Linea
     for suffix in (".safetensors", ".json"):
         if not path.with_name(path.name + suffix).is_file():
             raise FileNotFoundError(
-                f"probes must be a folder with '{path.name}{suffix}', got '{folder}'. Run eval_dense_2d first."
+                f"probes must be a folder with '{path.name}{suffix}', got '{folder}'. Run eval_dense_2d."
             )
     tensors = load_file(path.with_name(path.name + ".safetensors"))
     num_classes, dim = tensors["weight"].shape

@@ -1,6 +1,6 @@
 """What lies under each patch of a cropped slice, counted from full-resolution masks by their runs."""
 
-# S slices, H side of the padded slice, G patches along a side, P = G * G patches of a slice in row-major order
+# S slices, H side of the padded slice, G patches along a side, P = G * G patches of a slice, row-major
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ def patch_shares(ids: np.ndarray, box: tuple[int, int, int], grid: int, num_clas
         num_classes: ids are below it.
 
     Shape:
-        ``ids (S, H, H)`` of an integer type. Output: float32, sparse, ``(S * P, num_classes)``; rows add to 1.
+        ``ids (S, H, H)`` of whole numbers. Output: float32, sparse, ``(S * P, num_classes)``; rows add to 1.
 
     Raises:
         ValueError: if the shape or the box does not fit, or an id is not a class.
@@ -110,7 +110,7 @@ def patch_bits(bits: np.ndarray, box: tuple[int, int, int], grid: int) -> NDArra
 
 
 def slice_shares(shares: csr_matrix, patches: int) -> NDArray[np.float32]:
-    """Return the share of every slice that each class covers: the mean of its patches, which are equally large.
+    """Return the share of every slice that each class covers: the mean of its equally large patches.
 
     Args:
         shares: of ``patch_shares``.

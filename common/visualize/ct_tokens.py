@@ -66,7 +66,7 @@ class CTImages(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of slices: ``cls (S, D)`` and ``patches (S, G, G, D)``, rows to the back and columns to the left."""
+    """Tokens of slices: ``cls (S, D)``, ``patches (S, G, G, D)``, rows to the back, columns to the left."""
 
     cls: torch.Tensor
     patches: torch.Tensor

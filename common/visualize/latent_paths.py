@@ -60,7 +60,7 @@ def draw_paths(
 
     Args:
         path: PNG to write.
-        paths: encoder to volume to embeddings ``(S, D)`` and positions ``z_mm (S,)``; volumes the same for all.
+        paths: encoder to volume to embeddings ``(S, D)`` and positions ``z_mm (S,)``; of the same volumes.
         title: above the picture.
     """
     encoders = list(paths)
@@ -84,7 +84,7 @@ def _draw_path(axes: Axes, tokens: FloatArray, z_mm: FloatArray) -> None:
     places, share = principal_plane(tokens)
     height = (z_mm - z_mm[0]) / max(z_mm[-1] - z_mm[0], 1e-9)
     axes.plot(*places.T, color="0.75", linewidth=0.8, zorder=1)
-    axes.scatter(*places.T, c=height, cmap=COLOURS, vmin=0, vmax=1, s=14, zorder=2)
+    axes.scatter(places[:, 0], places[:, 1], c=height, cmap=COLOURS, vmin=0, vmax=1, s=14, zorder=2)
     for place, name in ((places[0], "feet"), (places[-1], "head")):
         axes.annotate(name, place, xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.set_aspect("equal", adjustable="datalim")

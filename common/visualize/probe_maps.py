@@ -1,7 +1,7 @@
 """Maps of a finding's or an organ's probability over a CT, by a linear probe of patch tokens.
 
-``python -m common.visualize.probe_maps CT.nii.gz --bundle bundles/dale_ct_2s --probes runs/dale_ct_2s --name liver
---out liver.png``
+``python -m common.visualize.probe_maps CT.nii.gz --bundle bundles/dale_ct_2s --probes runs/dale_ct_2s
+--name liver --out liver.png``
 """
 
 # S slices, G patches along a side, D embedding, C classes

@@ -1,6 +1,7 @@
 """Find the level of a slice in other scans by its CLS token, without any training.
 
-``python -m common.visualize.same_level QUERY.nii.gz OTHER.nii.gz ... --bundle bundles/dale_ct_2s --out level.png``
+``python -m common.visualize.same_level QUERY.nii.gz OTHER.nii.gz ... --bundle bundles/dale_ct_2s --out
+level.png``
 """
 
 # S slices of the query, R slices of another scan, D embedding
@@ -121,7 +122,8 @@ def main(
 ) -> None:
     """Find the levels of a scan's slices in other scans, which are listed the most alike first.
 
-    Example: python -m common.visualize.same_level a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s --out level.png
+    Example: python -m common.visualize.same_level a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s
+    --out level.png
     """
     encoder = open_encoder(bundle, weights, overrides or (), size_px)
     asked = read_images(query, encoder.size_px)

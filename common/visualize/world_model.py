@@ -145,7 +145,13 @@ def _draw_spans(axes: Axes, world: Mapping[str, dict[str, Any]]) -> None:
         places = np.arange(len(organs)) + (number - (len(spans) - 1) / 2) * height
         axes.barh(places, [mean.value for mean in means], height * 0.92, color=colour, label=encoder)
         axes.errorbar(
-            [m.value for m in means], places, xerr=_arms(means), fmt="none", color="black", capsize=1.5, linewidth=0.8
+            [m.value for m in means],
+            places,
+            xerr=_arms(means),
+            fmt="none",
+            color="black",
+            capsize=1.5,
+            linewidth=0.8,
         )  # fmt: skip
         for place, organ in zip(places, organs, strict=True):
             axes.text(

@@ -1,4 +1,4 @@
-"""``dense-overlay``: a picture that shows whether the labels of patches lie where the image shows the organs."""
+"""``dense-overlay``: a picture that shows whether patch labels lie where the image shows the organs."""
 
 from pathlib import Path
 from typing import Annotated

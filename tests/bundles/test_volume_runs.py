@@ -1,8 +1,5 @@
 """The 3D baselines as users run them, small and with random weights: from a CT to a trained probe."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from common.short_errors import first_cause
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SMALL = {
-    "ct_fm": {"network_def::init_filters": 2, "size_vox": [8, 32, 32]},
+    "ct_fm": {"network_def::init_filters": 2, "size_vox": [24, 96, 96]},
     "ct_clip": {
         "size_vox": [40, 60, 80],
         "network_def::grid_size": [3, 4],
@@ -183,26 +180,16 @@ def test_a_probe_is_trained_and_tested_on_the_bags(embedding, tmp_path):
     assert {row["n"] for row in rows if row["metric"] == "macro_auprc"} == {"6"}
 
 
-def test_without_weights_the_last_line_says_which_file_to_place_where(tmp_path):
-    words = ["--bundle_root", str(BUNDLES / "merlin"), "--encoder_weights", str(tmp_path / "weights.pt")]
-    words += [
-        "--dataset_dir",
-        str(random_ct(tmp_path / "a.nii.gz", 0)),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run"]
-        + ["--config_file", str(BUNDLES / "merlin" / "configs" / "inference.json"), *words],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # and HF_HUB_OFFLINE, as in all tests
-        capture_output=True,
-        text=True,
-    )
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode != 0
-    assert "get 'i3_resnet_clinical_longformer_best_clip_04-02-2024_23-21-36_epoch_99.pt'" in last
-    assert f"place it at '{tmp_path / 'weights.pt'}'" in last
+@each_bundle
+def test_without_weights_the_first_cause_says_which_file_to_place_where(bundle, embedding, tmp_path):
+    """The first cause is the one line that users see; tests run with HF_HUB_OFFLINE."""
+    where = str(tmp_path / "weights.pt")
+    run = embedding(bundle, random_ct(tmp_path / "a.nii.gz", 0), tmp_path / "out", encoder_weights=where)
+    with pytest.raises(RuntimeError) as caught:
+        run.run()
+    cause = first_cause(caught.value)
+    assert isinstance(cause, FileNotFoundError)
+    assert f"get '{run.parser['weights_name']}' at revision 'main' and place it at '{where}'" in str(cause)
 
 
 @each_bundle
