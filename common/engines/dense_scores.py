@@ -9,14 +9,9 @@ import numpy as np
 import torch
 
 from common.data.dense_cohort import DenseCohort
-from common.metrics.bootstrap import resample_weights
-from common.metrics.multilabel import auroc, average_precision
-from common.metrics.patient_ranking import (
-    mean_of_defined,
-    percentile_interval,
-    rank_by_patient,
-    resampled_areas,
-)
+from common.metrics.bootstrap import interval, macro_means, resample_weights
+from common.metrics.multilabel import auroc_and_average_precision, average_precision
+from common.metrics.patient_ranking import rank_by_patient, resampled_areas
 
 SCORE_BYTES = 2**30
 """Memory for scores; our choice. More classes than fit are scored in passes over the tokens."""
@@ -110,23 +105,21 @@ def report_on_test(
     for column, (name, scores) in enumerate(zip(class_names, scored, strict=True)):
         target = cohort.targets(kind, first_column + column)
         positives = int(target.sum())
-        values = {
-            "auroc": float(auroc(scores[:, None], target[:, None])[0]),
-            "auprc": float(average_precision(scores[:, None], target[:, None])[0]),
-        }
+        areas = auroc_and_average_precision(scores[:, None], target[:, None])
+        values = {metric: float(area[0]) for metric, area in zip(("auroc", "auprc"), areas, strict=True)}
         per_class[name] = values | {"positives": positives, "prevalence": positives / len(target)}
         if not averaged(name, positives):
             left_out.append(name)
             continue
         ranking = rank_by_patient(scores, target, patient_of_row, len(cohort.patients))
-        for metric, areas in zip(("auroc", "auprc"), resampled_areas(ranking, weights), strict=True):
-            resampled[metric].append(areas)
+        for metric, drawn in zip(("auroc", "auprc"), resampled_areas(ranking, weights), strict=True):
+            resampled[metric].append(drawn)
     counted = [name for name in class_names if name not in left_out]
     macro = {
         metric: (
-            float(mean_of_defined([per_class[name][metric] for name in counted])),
-            percentile_interval(mean_of_defined(np.array(areas).reshape(len(counted), -1))),
+            float(macro_means([per_class[name][metric] for name in counted])),
+            interval(macro_means(np.reshape(drawn, (len(counted), num_resamples)).T)),
         )
-        for metric, areas in resampled.items()
+        for metric, drawn in resampled.items()
     }
     return {"per_class": per_class, "macro": macro, "left_out": left_out}

@@ -11,15 +11,10 @@ import torch
 from common.data.embedding_store import EmbeddingStore
 from common.data.embeddings import EmbeddingBags
 from common.data.patient_split import natural_order, patient_of
-from common.metrics.bootstrap import resample_weights
+from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.multilabel import auroc, average_precision, macro
 from common.metrics.paired_samples import Mean
-from common.metrics.patient_ranking import (
-    mean_of_defined,
-    percentile_interval,
-    rank_by_patient,
-    resampled_areas,
-)
+from common.metrics.patient_ranking import rank_by_patient, resampled_areas
 from common.networks.mil_probe import load_probe
 
 
@@ -90,6 +85,6 @@ def _scores(
         counted = [
             of_class[which] for of_class, c in zip(areas, bags.class_names, strict=True) if c not in undefined
         ]
-        interval = percentile_interval(mean_of_defined(counted) if counted else [])
-        found[name] = Mean(value, float("nan"), *interval, len(bags))
+        low, high = interval(macro_means(np.reshape(counted, (len(counted), len(weights))).T))
+        found[name] = Mean(value, float("nan"), low, high, len(bags))
     return found

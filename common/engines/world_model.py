@@ -13,13 +13,12 @@ from common.data.dense_labels import read_dense_labels
 from common.data.embedding_store import EmbeddingStore
 from common.data.patient_split import patient_of
 from common.labels import load_labels
-from common.metrics.bootstrap import resample_weights
+from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.gap_curve import gap_curve
 from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
 from common.metrics.participation_ratio import jackknife, participation_ratio, spectral_effective_rank
-from common.metrics.patient_ranking import mean_of_defined, percentile_interval
 from common.metrics.slice_order import agreement, order_by_nearest_neighbours, order_by_principal_axis
 
 FloatArray = NDArray[np.float64]
@@ -123,7 +122,7 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
              for e, t in zip(errors_of, true, strict=True)]
         )  # fmt: skip
         count, squared, total, squares = (weights @ sums).T
-        low, high = percentile_interval(1 - squared / (squares - total**2 / count))
+        low, high = interval(1 - squared / (squares - total**2 / count))
         value = float(r_squared(np.concatenate(predicted), np.concatenate(true))[place])
         found[f"r2_{unit}"] = Mean(value, float("nan"), low, high, len(names))
     found["predicted_mm"], found["true_mm"] = (np.concatenate(part)[:, 1] for part in (predicted, true))
@@ -217,7 +216,7 @@ def organ_spans(
             for volume, predicted, true in _predicted(store, split["validation"], labels_dir, fits)
         ]
     )  # fmt: skip
-    means = mean_of_defined(ious.transpose(0, 3, 1, 2).reshape(-1, *ious.shape[1:3]))
+    means = macro_means(ious.transpose(1, 2, 0, 3).reshape(*ious.shape[1:3], -1))
     if np.isnan(means).all():
         raise ValueError(f"validation must show some of {list(ORGANS)}, got none in {len(ious)} volumes.")
     penalty, cut = np.unravel_index(int(means.argmax()), means.shape)
@@ -234,9 +233,7 @@ def organ_spans(
         if seen[place]:
             found[organ] = _span_means(scores[:, place], names, num_resamples, seed)
     if seen.any():
-        found["mean"] = _span_means(
-            mean_of_defined(scores[:, seen].swapaxes(0, 1)), names, num_resamples, seed
-        )
+        found["mean"] = _span_means(macro_means(scores[:, seen].swapaxes(1, 2)), names, num_resamples, seed)
     return found
 
 

@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import wilcoxon
 
 from common.data.patient_split import patient_of
-from common.metrics.bootstrap import resample_weights
-from common.metrics.patient_ranking import percentile_interval
+from common.metrics.bootstrap import interval, resample_weights
 
 FloatArray = NDArray[np.float64]
 
@@ -88,7 +87,7 @@ def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: 
     groups = len(sums)
     error = np.sqrt(groups / (groups - 1) * (sums**2).sum()) / len(array) if groups > 1 else np.nan
     weights = resample_weights(patients, num_resamples, seed).astype(np.float64)
-    low, high = percentile_interval(weights @ array / weights.sum(1))
+    low, high = interval(weights @ array / weights.sum(1))
     return Mean(float(array.mean()), float(error), low, high, len(array))
 
 

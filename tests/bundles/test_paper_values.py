@@ -116,6 +116,18 @@ PAPER = [  # bundle, config, knob, value, where it is stated
     ("eval_ct_rate", "train", "val_interval", 2_500, "release"),
     ("eval_ct_rate", "train", "num_val_patients", 1_000, "release"),
     ("eval_ct_rate", "train", "seed", 42, "release"),
+    ("eval_dense_2d", "train", "learning_rates", [0.1, 0.03, 0.01, 0.003], "numbers of the release"),
+    ("eval_dense_2d", "train", "max_steps", 15_000, "IV-A3"),
+    ("eval_dense_2d", "train", "batch_size", 256, "IV-A3"),
+    ("eval_dense_2d", "train", "momentum", 0.95, "IV-A3"),
+    ("eval_dense_2d", "train", "weight_decay", 0.0, "release"),
+    ("eval_dense_2d", "train", "val_interval", 2_500, "release"),
+    ("eval_dense_2d", "train", "split_percent", [70, 10, 20], "IV-A1"),
+    ("eval_dense_2d", "train", "split_seed", 42, "release"),
+    ("eval_dense_2d", "train", "min_positives", 5, "IV-A3"),
+    ("eval_slab_depth", "evaluate", "min_slices", 16, "release"),
+    ("eval_slab_depth", "evaluate", "num_resamples", 2_000, "release"),
+    ("eval_slab_depth", "evaluate", "strides", [1, 2, 4, 8], "release"),
 ]
 
 

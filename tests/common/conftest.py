@@ -172,3 +172,69 @@ def write_dense(tmp_path: Path) -> DenseCohortDirs:
         return tmp_path / "tokens", tmp_path / "labels"
 
     return write
+
+
+WritePaths = Callable[..., Path]
+
+# heart and liver of the slices of write_paths: id, and where they begin and end as shares of the scan
+ORGANS_SHOWN = {51: (0.3, 0.6), 5: (0.05, 0.4)}
+
+
+@pytest.fixture
+def write_paths(tmp_path: Path) -> WritePaths:
+    """Return ``write(shape, ...) -> embeddings_dir``: slices along a known path, an encoder a shape.
+
+    ``line``: straight, by the share of the scan below. ``circle``: nine tenths of one. ``tangle``: no order.
+    ``organs``: which of ``ORGANS_SHOWN`` a slice shows. Volumes, their slices and spacings are the same for
+    all; 20 patients, one of them with two scans.
+    """
+
+    def write(shape: str, dim: int = 6) -> Path:
+        identity = {"encoder": shape, "encoder_id": "sha256:0", "preprocessing": "cropped_256"}
+        identity |= {"slice_order": "feet_to_head", "token_kind": "slice"}
+        noise = np.random.default_rng(1)
+        with EmbeddingStoreWriter(tmp_path / shape, identity, "float32") as writer:
+            for number in range(21):
+                volume = f"valid_{number + 1}_a_1" if number < 20 else "valid_20_b_1"
+                rng = np.random.default_rng(number)
+                slices, spacing = int(rng.integers(20, 31)), float(rng.uniform(2, 4))
+                share = np.linspace(0, 1, slices)
+                tokens = np.zeros((slices, dim))
+                if shape == "line":
+                    tokens[:, 0], tokens[:, 1] = 3, 4 * share - 1
+                elif shape == "circle":
+                    tokens[:, 0], tokens[:, 1] = (f(1.8 * np.pi * share) for f in (np.cos, np.sin))
+                elif shape == "tangle":
+                    tokens = noise.standard_normal((slices, dim))
+                else:
+                    tokens[:, :2] = np.array([span_of(share, *span) for span in ORGANS_SHOWN.values()]).T
+                    tokens[:, 2] = 1
+                z_mm = torch.arange(slices) * spacing
+                writer.add(volume, torch.from_numpy(tokens), (0.7, 0.7, spacing), z_mm=z_mm)
+        return tmp_path / shape
+
+    return write
+
+
+@pytest.fixture
+def write_spans(tmp_path: Path) -> Callable[[], Path]:
+    """Return ``write() -> labels_dir``: dense labels, a patch a slice, of the volumes of ``write_paths``."""
+
+    def write() -> Path:
+        for number in range(21):
+            volume = f"valid_{number + 1}_a_1" if number < 20 else "valid_20_b_1"
+            slices = int(np.random.default_rng(number).integers(20, 31))
+            shares = np.zeros((slices, 118), np.float32)
+            for organ, span in ORGANS_SHOWN.items():
+                shares[:, organ] = 0.2 * span_of(np.linspace(0, 1, slices), *span)
+            shares[:, 0] = 1 - shares.sum(1)
+            findings = np.zeros((slices, 1), np.uint16)
+            labels = DenseLabels(volume, (0, 0, 8), csr_matrix(shares), findings)
+            write_dense_labels(tmp_path / "spans", labels)
+        return tmp_path / "spans"
+
+    return write
+
+
+def span_of(share: np.ndarray, first: float, last: float) -> np.ndarray:
+    return (share >= first) & (share <= last)

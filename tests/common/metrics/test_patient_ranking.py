@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common.metrics.patient_ranking import percentile_interval, rank_by_patient, resampled_areas
+from common.metrics.patient_ranking import rank_by_patient, resampled_areas
 
 
 def draw(seed: int, samples: int, patients: int, ties: bool):
@@ -50,11 +50,6 @@ def test_a_resample_without_a_positive_is_undefined() -> None:
     assert np.isnan(auprc).tolist() == [True, False, False]
     none = rank_by_patient([0.3, 0.2], [0, 0], [0, 1], num_patients=2)
     assert np.isnan(resampled_areas(none, [[1, 1]])).all()
-
-
-def test_interval_leaves_undefined_resamples_out() -> None:
-    assert percentile_interval([*range(41), np.nan], level=0.95) == pytest.approx((1, 39))
-    assert np.isnan(percentile_interval([np.nan])).all()
 
 
 def test_bad_input_is_refused() -> None:

@@ -1,0 +1,164 @@
+"""The dense and the geometric evaluation as users run them, on random tokens with planted labels."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from monai.bundle import ConfigWorkflow
+from scipy.sparse import csr_matrix
+
+from common.data.dense_labels import DenseLabels, write_dense_labels
+from common.data.embedding_store_writer import EmbeddingStoreWriter
+from common.handlers.results_table import read_rows
+from common.labels import load_labels
+from common.networks.dense_probe import load_dense_probe
+
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+SCHEDULE = {"max_steps": 40, "val_interval": 20, "checkpoint_every": 20, "log_every": 20}
+Make = Callable[..., ConfigWorkflow]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of two encoders, the first of which knows an organ and a finding, and their labels."""
+    root = tmp_path_factory.mktemp("dense")
+    rng = np.random.default_rng(0)
+    shown = {}
+    for number in range(20):
+        shares = np.zeros((20 * 4, 118), np.float32)
+        shares[:, 51] = 0.5 * (rng.random(80) < 0.3)
+        shares[:, 0] = 1 - shares.sum(1)
+        findings = (rng.random((20, 4)) < 0.3).astype(np.uint16)
+        volume = f"valid_{number + 1}_a_1"
+        shown[volume] = shares[:, 51].reshape(20, 4), findings
+        write_dense_labels(root / "labels", DenseLabels(volume, (0, 0, 8), csr_matrix(shares), findings))
+    for encoder, signal in (("slab", 4.0), ("flat", 0.0)):
+        identity = {"encoder": encoder, "encoder_id": "sha256:0", "preprocessing": "cropped_256"}
+        identity |= {"slice_order": "feet_to_head", "token_kind": "slice"}
+        with EmbeddingStoreWriter(root / encoder, identity, "float16") as writer:
+            for volume, (heart, findings) in shown.items():
+                patches = rng.standard_normal((20, 4, 8))
+                patches[..., 0] += signal * heart
+                patches[..., 1] += signal * findings
+                cls = patches.mean(1)
+                cls[:, 2] += signal * np.linspace(0, 1, 20)
+                writer.add(
+                    *(volume, torch.from_numpy(cls), (0.7, 0.7, 5.0)),
+                    **{"z_mm": torch.arange(20) * 5.0, "patches": torch.from_numpy(patches)},
+                    **{"patch_grid": [2, 2], "box": [0, 0, 8], "side_px": 8},
+                )
+    return root
+
+
+@pytest.fixture
+def workflow(cohort: Path, tmp_path: Path) -> Make:
+    def make(bundle: str, config: str, kind: str, **knobs: Any) -> ConfigWorkflow:
+        paths = {"bundle_root": BUNDLES / bundle, "output_dir": tmp_path / "out"}
+        paths |= {"results_csv": tmp_path / "results.csv"}
+        settings = {name: str(path) for name, path in (paths | knobs).items() if isinstance(path, Path)}
+        settings |= {name: value for name, value in knobs.items() if not isinstance(value, Path)}
+        settings |= {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "num_resamples": 50}
+        return ConfigWorkflow(str(BUNDLES / bundle / "configs" / config), workflow_type=kind, **settings)
+
+    return make
+
+
+@pytest.fixture
+def dense(workflow: Make, cohort: Path) -> Make:
+    def make(**knobs: Any) -> ConfigWorkflow:
+        places = {"embeddings_dir": cohort / "slab", "labels_dir": cohort / "labels"}
+        return workflow("eval_dense_2d", "train.json", "train", **places | SCHEDULE | knobs)
+
+    return make
+
+
+@pytest.fixture
+def geometry(workflow: Make, cohort: Path) -> Make:
+    def make(**knobs: Any) -> ConfigWorkflow:
+        places = {"slab_embeddings_dir": cohort / "slab", "flat_embeddings_dir": cohort / "flat"}
+        return workflow("eval_slab_depth", "evaluate.json", "infer", **places | knobs)
+
+    return make
+
+
+def run_in_mlflow(tmp_path: Path, experiment: str) -> tuple[Any, set[str]]:
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = [one for one in client.search_experiments() if one.name == experiment]
+    (record,) = client.search_runs([found.experiment_id])
+    return record, {file.path for file in client.list_artifacts(record.info.run_id)}
+
+
+def test_dense_bundle_fulfils_monais_contract(dense: Make) -> None:
+    evaluation = dense()
+    evaluation.initialize()
+    assert evaluation.check_properties() == []
+
+
+def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
+    evaluation = dense(learning_rates=[3.0, 0.1])
+    evaluation.initialize()
+    evaluation.run()
+    rows = {
+        (row["protocol"], row["dataset"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")
+    }
+    assert len(rows) == 8
+    found = rows["dense_patch", "rexgroundingct", "macro_auroc"]
+    assert float(found["value"]) > 0.9
+    assert float(found["low"]) < float(found["value"]) < float(found["high"])
+    assert found["n"] == "4"
+    _, card = load_dense_probe(tmp_path / "out", "patch", "totalsegmentator")
+    assert card["encoder"] == "slab"
+    record, files = run_in_mlflow(tmp_path, "eval_dense_2d")
+    assert record.info.status == "FINISHED"
+    assert record.data.metrics["test_macro_auroc/patch/rexgroundingct"] == pytest.approx(
+        float(found["value"]), abs=1e-6
+    )
+    assert {"patch_rexgroundingct.png", "cls_totalsegmentator.csv", "executed_config.json"} <= files
+
+
+def test_patients_are_split_in_three(dense: Make) -> None:
+    evaluation = dense()
+    evaluation.initialize()
+    trainer = evaluation.trainer
+    cohorts = trainer.drawn.cohort, trainer.val_cohort, trainer.test_cohort
+    assert [len(cohort.volumes) for cohort in cohorts] == [14, 2, 4]
+
+
+def test_dense_checkpoint_of_other_patients_is_refused(dense: Make) -> None:
+    first = dense(max_steps=20)
+    first.initialize()
+    first.run()
+    second = dense(max_steps=20, split_percent=[60, 20, 20])
+    second.initialize()
+    with pytest.raises(RuntimeError, match="Failed to evaluate") as failure:
+        second.run()
+    assert "'num_volumes': ([14, 2, 4], [12, 4, 4])" in str(failure.value.__cause__)
+
+
+def test_table_v_in_one_command(geometry: Make, cohort: Path, tmp_path: Path) -> None:
+    evaluation = geometry(dense_labels_dir=cohort / "labels", gaps_mm=[10, 20], split_percent=[50, 20, 30])
+    evaluation.initialize()
+    evaluation.run()
+    rows = {(row["encoder"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
+    assert float(rows["slab", "z_position_r2_mm"]["value"]) > 0.8
+    assert float(rows["flat", "z_position_r2_mm"]["value"]) < 0.3
+    assert float(rows["slab - flat", "continuity_geodesic"]["low"]) > 0
+    assert ("slab", "organ_span_iou/heart") in rows
+    assert (tmp_path / "out" / "table_v.csv").read_text().startswith("metric,slab,flat\nMacro AUROC,not run")
+    record, files = run_in_mlflow(tmp_path, "eval_slab_depth")
+    assert record.info.status == "FINISHED"
+    assert record.data.metrics["slab/z_position_r2_mm"] == pytest.approx(
+        float(rows["slab", "z_position_r2_mm"]["value"]), rel=1e-5
+    )
+    assert {"figure_2.png", "world_model.png", "comparisons.csv"} <= files
+
+
+def test_class_names_of_the_metadata_are_those_of_the_label_lists() -> None:
+    metadata = json.loads((BUNDLES / "eval_dense_2d" / "configs" / "metadata.json").read_text())
+    names = [label.name for task in ("rexgroundingct", "totalsegmentator") for label in load_labels(task)]
+    assert list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()) == names

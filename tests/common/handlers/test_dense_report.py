@@ -1,0 +1,86 @@
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from common.data.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
+from common.engines.best_layers import BestLayers
+from common.engines.dense_probe import DenseProbeTrainer
+from common.handlers.dense_report import DenseReport, draw_classes
+from common.handlers.results_table import read_rows
+from common.networks.dense_probe import DenseProbes, load_dense_probe
+from common.optimizers.warmup_cosine import warmup_cosine
+
+
+@pytest.fixture
+def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
+    dirs = write_dense(num_volumes=20)
+    sides = [
+        DenseCohort(*dirs, [f"valid_{n}_a_1" for n in range(*ends)]) for ends in ((1, 11), (11, 15), (15, 21))
+    ]
+    network = DenseProbes(tasks(), [1.0, 0.1], dim=9, seed=0)
+    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
+    return DenseProbeTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        epoch_length=6,
+        train_data_loader=DataLoader(
+            DrawnRows(sides[0], 6, 16, seed=0), batch_size=None, sampler=RemainingSteps(6)
+        ),
+        val_cohort=sides[1],
+        test_cohort=sides[2],
+        network=network,
+        optimizer=optimizer,
+        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=6, final_lr=0.0),
+        loss_function=nn.BCEWithLogitsLoss(reduction="none"),
+        best=BestLayers(),
+        val_interval=3,
+        min_positives=5,
+        num_resamples=30,
+        seed=0,
+        train_handlers=[DenseReport(tmp_path / "out", tmp_path / "results.csv", 7, {"seed": 7})],
+    )
+
+
+def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_path: Path) -> None:
+    trainer.run()
+    rows = {(r["protocol"], r["dataset"], r["metric"]): r for r in read_rows(tmp_path / "results.csv")}
+    assert len(rows) == 8
+    for (kind, task), report in trainer.state.reports.items():
+        layer, card = load_dense_probe(tmp_path / "out", kind, task)
+        assert torch.equal(layer.weight, trainer.best.layer((kind, task)).weight)
+        assert (card["encoder"], card["seed"], card["kind"]) == ("dale_ct_2s", 7, kind)
+        row = rows[f"dense_{kind}", task, "macro_auprc"]
+        mean, (low, high) = report["macro"]["auprc"]
+        assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx(
+            [mean, low, high], abs=1e-6
+        )
+        assert row["n"] == "6"
+        with (tmp_path / "out" / f"{kind}_{task}.csv").open(newline="") as file:
+            classes = {line["class"]: line for line in csv.DictReader(file)}
+        assert list(classes) == card["class_names"]
+        left_out = {name for name, line in classes.items() if line["averaged"] == "0"}
+        assert left_out == set(card["left_out"]) == set(report["left_out"])
+        assert Image.open(tmp_path / "out" / f"{kind}_{task}.png").width > 500
+
+
+def test_a_run_that_was_stopped_writes_nothing(trainer: DenseProbeTrainer, tmp_path: Path) -> None:
+    trainer.state.stopped_early = True
+    trainer.run()
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_a_picture_of_no_class_is_empty_but_there(tmp_path: Path) -> None:
+    nothing = float("nan")
+    report = {
+        "per_class": {"heart": {"auroc": nothing, "auprc": nothing, "positives": 0, "prevalence": 0.0}},
+        "macro": {"auroc": (nothing, (nothing, nothing))},
+        "left_out": ["heart"],
+    }
+    draw_classes(tmp_path / "a.png", report, "title")
+    assert (tmp_path / "a.png").stat().st_size > 1000
