@@ -10,7 +10,7 @@ from torch import nn
 from common.data.atomic_file import atomic_file
 from common.networks.encoder import load_encoder
 from common.short_errors import short_errors
-from common.weights import bundle_encoder
+from common.weights import bundle_encoder, image_side_px
 
 
 def export_onnx(encoder: nn.Module, out: str | Path, size_px: int) -> Path:
@@ -60,7 +60,7 @@ def main(
     encoder, identity, config = bundle_encoder(bundle)
     path = None if weights == "random" else weights or bundle / "models" / "model.safetensors"
     load_encoder(encoder, path, identity)
-    typer.echo(export_onnx(encoder, out, size_px or config["size_px"]))
+    typer.echo(export_onnx(encoder, out, size_px or image_side_px(config)))
 
 
 if __name__ == "__main__":

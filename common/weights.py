@@ -18,6 +18,7 @@ from common.handlers.results_table import COLUMNS, read_rows
 from common.networks.encoder import load_encoder, save_encoder
 from common.networks.timm_keys import to_timm_keys
 from common.short_errors import short_errors
+from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 
 app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")
 HUB_FILE = "model.safetensors"
@@ -46,6 +47,16 @@ def bundle_encoder(bundle: str | Path) -> tuple[nn.Module, dict[str, Any], dict[
     parser["bundle_root"] = str(bundle)
     encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
     return encoder, identity, parser.get()
+
+
+def image_side_px(config: dict[str, Any]) -> int:
+    """Side of the images that an encoder bundle embeds; for whole sides, of slices of 512 px.
+
+    Args:
+        config: of ``configs/inference.json``.
+    """
+    strategy = SliceStrategy(config["strategies"][0], config["patch_size_px"])
+    return strategy.side_px(FULL_PX)
 
 
 def read_weights(source: str) -> dict[str, torch.Tensor]:
@@ -165,7 +176,7 @@ def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, A
         "num_features": config["embed_dim"],
         "model_args": {name: value for name, value in values.items() if name != "pretrained"},
         "pretrained_cfg": {
-            "input_size": [1, config["size_px"], config["size_px"]],
+            "input_size": [1, *[image_side_px(config)] * 2],
             "fixed_input_size": False,
             "num_classes": 0,
             "mean": [(mean - low) / (high - low)],

@@ -50,6 +50,8 @@ done
 
 step "Table III at demo scale, on held-out SYNTHETIC volumes"
 "$PYTHON" -m common.handlers.results_table "$OUT/results/eval_ct_rate.csv"
+"$PYTHON" -m common.handlers.paired_differences "$OUT/eval_ct_rate/random_weights/test_predictions.csv" \
+    "$OUT/eval_ct_rate/dale_ct_2s/test_predictions.csv"
 printf '\n%d min %02d s. To look further:\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
 cat <<TEXT
   .venv/bin/mlflow ui --backend-store-uri sqlite:///$OUT/mlflow.db     every run, its knobs, curves and files

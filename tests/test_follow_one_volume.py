@@ -75,7 +75,7 @@ def walk(tmp_path_factory) -> Path:
             "inference.json",
             dataset_dir=f"cohort/dataset/{split}_fixed",
             split=split,
-            size_px=32,
+            strategies="['cropped_32']",
             output_dir=f"embeddings/{split}",
             encoder_weights="run/model.safetensors",
             **TINY,

@@ -149,7 +149,7 @@ def test_metadata_and_inference_config_agree(bundle: Path) -> None:
     assert config["hu_window"] == metadata["hu_window"]["name"]
     assert config["slice_axes"] == metadata["slice_axes"]
     assert config["patch_size_px"] == metadata["patch_size_px"]
-    assert config["size_px"] == metadata["image_size_px"]
+    assert config["strategies"] == [f"cropped_{metadata['image_size_px']}"]
     assert config["embed_dim"] == metadata["network_data_format"]["outputs"]["pred"]["num_channels"]
 
 

@@ -179,7 +179,14 @@ def test_a_ct_is_embedded_from_the_downloaded_folder(downloaded: Path, tmp_path:
     hu = np.random.default_rng(0).integers(-1000, 400, (40, 40, 6)).astype(np.int16)
     nib.save(nib.Nifti1Image(hu, np.diag([-0.8, -0.8, 3.0, 1.0])), tmp_path / "ct.nii.gz")
     words = ("run", "--config_file", "configs/inference.json", "--dataset_dir", str(tmp_path / "ct.nii.gz"))
-    out = ("--output_dir", str(tmp_path / "embeddings"), "--encoder_weights", "$None", "--size_px", "32")
+    out = (
+        "--output_dir",
+        str(tmp_path / "embeddings"),
+        "--encoder_weights",
+        "$None",
+        "--strategies",
+        "['cropped_32']",
+    )
     monai(*words, *out, *TINY, cwd=downloaded)
     assert list((tmp_path / "embeddings").glob("*.safetensors"))
 

@@ -65,7 +65,7 @@ PATCH_14 = {"patch_size_px", "img_size_px"}
             {"name"} | SIZES | (AUXILIARY - {"aux_weight"}) | PATCH_14,
         ),
         ("inference", "dale_ct_0", "dale_ct_2s", {"name"}),
-        ("inference", "dale_ct_0", "dale_ct_1s", {"name", "preprocessing_name", "size_px"} | PATCH_14),
+        ("inference", "dale_ct_0", "dale_ct_1s", {"name", "strategies"} | PATCH_14),
     ],
 )
 def test_variants_differ_in_exactly_what_the_paper_says_of_them(config, one, other, expected):

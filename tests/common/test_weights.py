@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from common.networks.encoder import load_encoder
-from common.weights import app, bundle_encoder, export_weights, import_weights, read_weights
+from common.weights import app, bundle_encoder, export_weights, image_side_px, import_weights, read_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size_px": 32, "patch_size_px": 8, "size_px": 32}
-SMALL |= {"layer_scale_init": 1.0}
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size_px": 32, "patch_size_px": 8}
+SMALL |= {"layer_scale_init": 1.0, "strategies": ["cropped_32"]}
 
 
 @pytest.fixture
@@ -131,3 +131,10 @@ def test_the_commands_do_the_same(bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "patch", "side"), [("cropped_252", 14, 252), ("raw_full", 14, 504), ("tiled_5cut", 16, 256)]
+)
+def test_the_side_of_images_is_that_of_the_first_strategy(strategy: str, patch: int, side: int) -> None:
+    assert image_side_px({"strategies": [strategy, "raw_112"], "patch_size_px": patch}) == side

@@ -137,7 +137,7 @@ def test_a_mask_is_no_ct(tmp_path: Path, save_nifti: Callable[..., Path]) -> Non
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(FileNotFoundError, match="must hold .nii.gz, .nii or .npz volumes, DICOM "):
+    with pytest.raises(FileNotFoundError, match="must hold .nii.gz, .nii or .npz volumes, DICOM"):
         ct_sources(tmp_path)
     with pytest.raises(FileNotFoundError, match="must be a file or a folder, got '.*none', which does not"):
         ct_sources(tmp_path / "none")
