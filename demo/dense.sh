@@ -66,4 +66,7 @@ if [ -d "$DATA" ]; then
     run "$PYTHON" -m common.visualize.similar_patches "$lidc" "${finer[@]}" --out "$PICTURES/similar_patches_real.png"
     run "$PYTHON" -m common.visualize.same_level "$lidc" "$DATA/totalseg_example_ct_3mm.nii.gz" \
         "$DATA/crlm_ct_1004_ct_1p59x1p59x5mm.nii.gz" "${like_trained[@]}" --out "$PICTURES/same_level_real.png"
+    run "$PYTHON" -m common.visualize.z_positions "$lidc" "$DATA/lidc_idri_0314_ct_native_slices130_162.nii.gz" \
+        "$DATA/crlm_ct_1004_ct_1p59x1p59x5mm.nii.gz" "$DATA/totalseg_example_ct_3mm.nii.gz" "${like_trained[@]}" \
+        --out "$PICTURES/z_positions_real.png"
 fi

@@ -4,7 +4,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-MODULES = ("latent_paths", "pca_patches", "probe_maps", "same_level", "similar_patches")
+MODULES = ("latent_paths", "pca_patches", "probe_maps", "same_level", "similar_patches", "z_positions")
 
 
 @pytest.mark.parametrize("name", MODULES)
