@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.data.ct_files import listed_volumes
 from common.data.labels_csv import read_labels, volume_name
 from common.data.nifti_ct import Rescale
 from common.data.nifti_file import find_nifti, only_file
 from common.data.rejection import EXCLUDED, RejectedError
 from common.data.shard_index import RejectedVolume
+from common.data.skip_list import listed_volumes
 from common.labels import load_labels
 from data_prep.rexgroundingct import Annotation
 from data_prep.source_volume import NIFTI_FORMS, SourceVolume

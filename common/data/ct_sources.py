@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from common.data import dicom_ct, nifti_ct, npz_ct
-from common.data.ct_files import listed_volumes
 from common.data.dicom_files import AXIAL_CT, DAMAGED, NO_IMAGE, FoundFile, look_at, series_volume
 from common.data.nifti_ct import AIR_HU
 from common.data.nifti_file import SUFFIXES as NIFTI_SUFFIXES
 from common.data.rejection import NOT_AXIAL_CT, RejectedError
 from common.data.shard_index import RejectedVolume
 from common.data.shards import SHARD_NAME, ShardSet
+from common.data.skip_list import listed_volumes
 from common.data.slice_codec import STORED_HU_RANGE
 from common.data.stored_ct import StoredCT
 

@@ -113,13 +113,15 @@ def assert_same(found: dict[str, torch.Tensor], unbroken: Path, rtol: float, ato
         torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("forgotten", ["teacher", "loss", "ibot_loss"])
-def test_a_run_that_forgets_its_teacher_or_a_centre_ends_elsewhere(runs, unbroken, tmp_path, forgotten):
-    """The control of the equalities above: they could fail."""
+@pytest.mark.parametrize(("forgotten", "least"), [("teacher", 2e-4), ("loss", 2e-6), ("ibot_loss", 2e-6)])
+def test_a_run_that_forgets_its_teacher_or_a_centre_ends_elsewhere(
+    runs, unbroken, tmp_path, forgotten, least
+):
+    """The control of the equalities above, that of a resumed run being exact: they could fail."""
     checkpoint = unbroken / "checkpoints" / "step_00000004.pt"
     found = resumed(runs, checkpoint, tmp_path / "resumed", forgotten)
     expected = load_file(unbroken / "model.safetensors")
-    assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) > 2e-4
+    assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) > least
 
 
 def resumed(runs, checkpoint: Path, out: Path, forgotten: str = "") -> dict[str, torch.Tensor]:

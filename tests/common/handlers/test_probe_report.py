@@ -140,7 +140,8 @@ def test_folder_of_ct_that_does_not_exist_is_refused(engine: Engine, tmp_path: P
 
 def test_ct_of_another_length_than_its_embedding_is_refused(engine: Engine, tmp_path: Path) -> None:
     volume, length = engine.test_bags.volumes[5], len(engine.test_bags[5]["tokens"])
-    image = nibabel.Nifti1Image(np.zeros((4, 4, length + 1), dtype=np.int16), np.eye(4))
+    air = np.full((4, 4, length + 1), -1000, dtype=np.int16)
+    image = nibabel.Nifti1Image(air, np.diag([-0.7, -0.7, 1.5, 1]))
     nibabel.save(image, tmp_path / f"{volume}.nii.gz")
     ProbeReport(tmp_path / "out", seed=42, attention_volumes=[volume], ct_dir=tmp_path).attach(engine)
     message = f"got {length + 1} slices and {length} embeddings for volume '{volume}'"
