@@ -30,7 +30,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 demo: $(INSTALLED) ## the whole path on a synthetic cohort: at most 10 minutes on 2 cores
 	PYTHON=$(BIN)/python bash demo/run.sh
 
-test: $(INSTALLED) ## all tests, doctests included: at most 10 minutes on 2 cores
+test: $(INSTALLED) ## all tests, doctests included: about 9 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
 test-fast: $(INSTALLED) ## the tests without the slow and the two-rank ones
