@@ -153,7 +153,7 @@ def main(
     size = json.loads(config.read_text())
     networks = {"random_weights": new_encoder(size, None)}
     networks |= {name: new_encoder(size, Path(path)) for name, _, path in pairs}
-    rows = compare(ShardSet(shards, split), networks, size["size_px"], size["patch_size_px"])
+    rows = compare(ShardSet(shards, split), networks, size["img_size_px"], size["patch_size_px"])
     with atomic_file(out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
