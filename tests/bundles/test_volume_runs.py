@@ -7,9 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import typer
 from monai.bundle import ConfigWorkflow, verify_net_in_out
+from typer.testing import CliRunner
 
 from common.data.embedding_store import EmbeddingStore
+from common.engines import neighbour_probe
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.short_errors import first_cause
@@ -141,7 +144,7 @@ def test_other_tokens_go_by_another_name_into_another_store(bundle, knob, tokens
     assert "preprocessing must be" in str(first_cause(caught.value))
 
 
-def test_a_probe_is_trained_and_tested_on_the_bags(embedding, tmp_path):
+def test_every_protocol_takes_the_bags_as_they_are(embedding, tmp_path):
     classes = [label.name for label in load_labels("ct_rate")]
     labels_dir = tmp_path / "ct_rate" / "dataset" / "multi_abnormality_labels"
     labels_dir.mkdir(parents=True)
@@ -178,6 +181,47 @@ def test_a_probe_is_trained_and_tested_on_the_bags(embedding, tmp_path):
     rows = [row for row in read_rows(tmp_path / "eval_ct_rate.csv") if row["encoder"] == "merlin"]
     assert {"macro_auroc", "macro_auprc"} <= {row["metric"] for row in rows}
     assert {row["n"] for row in rows if row["metric"] == "macro_auprc"} == {"6"}
+    retrieve_and_transfer(embedding, labels_dir, tmp_path)
+
+
+def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -> None:
+    """Neighbours of the bags, and the probe frozen on volumes of the other data set."""
+    arguments = ["--num-val-patients", "4", "--num-resamples", "20", "--k", "1", "--tracking-uri"]
+    arguments += [f"sqlite:///{folder}/mlflow.db", "--results-csv", str(folder / "neighbours.csv")]
+    for side, split in (("train", "train"), ("test", "valid")):
+        arguments += [f"--{side}-embeddings", str(folder / "embeddings" / split)]
+        arguments += [f"--{side}-labels", str(labels_dir / f"{split}_predicted_labels.csv")]
+    app = typer.Typer()
+    app.command()(neighbour_probe.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "retrieval" in {row["protocol"] for row in read_rows(folder / "neighbours.csv")}
+
+    classes = [label.name for label in load_labels("rad_chestct")]
+    rows = [",".join(["VolumeName", *classes])]
+    for index in range(4):
+        random_ct(folder / "rad" / f"tst{index:05d}.nii.gz", index)
+        rows.append(
+            ",".join([f"tst{index:05d}", *(str((index + place) % 2) for place in range(len(classes)))])
+        )
+    (folder / "rad.csv").write_text("\n".join(rows) + "\n")
+    embedding("merlin", folder / "rad", folder / "embeddings" / "rad").run()
+    paths = {
+        "test_embeddings_dir": "embeddings/rad",
+        "labels_csv": "rad.csv",
+        "results_csv": "rad_results.csv",
+    }
+    paths |= {"frozen_probe": "probe", "retrained_probe": "probe"}
+    settings = {name: str(folder / path) for name, path in paths.items()}
+    settings |= {"bundle_root": str(BUNDLES / "eval_rad_chestct"), "encoder": "merlin", "num_resamples": 20}
+    config = str(BUNDLES / "eval_rad_chestct" / "configs" / "evaluate.json")
+    tracking = {"tracking_uri": f"sqlite:///{folder}/mlflow.db"}
+    evaluation = ConfigWorkflow(config, workflow_type="train", logging_file=False, **settings | tracking)
+    evaluation.initialize()
+    evaluation.run()
+    frozen = [row for row in read_rows(folder / "rad_results.csv") if row["protocol"] == "frozen"]
+    assert {row["encoder"] for row in frozen} == {"merlin"}
+    assert {row["n"] for row in frozen} == {"4"}
 
 
 @each_bundle
