@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
 from common.data.atomic_file import atomic_file
+from common.data.ct_sources import CTSource
 from common.data.embedding_part import IDENTITY_KEYS
 from common.data.embedding_store import EmbeddingStore
 from common.networks.mil_probe import load_probe
+from common.reports.ct_report import Finding, write_ct_report
 
 # T tokens of a volume, C classes
 
@@ -31,11 +34,13 @@ def predict(
     output_dir: str | Path,
     encoder_configs: Sequence[str] = (),
     encoder_knobs: Mapping[str, Any] | None = None,
+    num_pages: int = 0,
 ) -> Predictions:
     """Embed CTs with an encoder bundle and score them with a probe; write, print and return the result.
 
     ``predictions.csv`` has a row a volume and class, ``predictions.json`` the same by volume. The embeddings
-    stay in ``output_dir/embeddings``; a second run embeds only what is new.
+    stay in ``output_dir/embeddings``; a second run embeds only what is new. ``<volume>.html`` is a page of
+    one volume: its slices, the probabilities and how much each slice weighs in the probe's pooling.
 
     Args:
         encoder_bundle: folder of the encoder bundle; its ``inference.json`` is run.
@@ -44,6 +49,7 @@ def predict(
         output_dir: where to write.
         encoder_configs: further config files that change the encoder bundle's, as in training.
         encoder_knobs: its knobs to set, such as ``encoder_weights`` or ``split``.
+        num_pages: volumes that get a page, the first by name; some 3 MB each.
 
     Raises:
         FileNotFoundError: if the bundle or the probe does not exist.
@@ -64,14 +70,16 @@ def predict(
     encoder.get_parsed_content("run")
     store = EmbeddingStore(output / "embeddings")
     _check_identity(card, store.identity)
-    volumes = store.volumes
+    volumes, sources = store.volumes, {}
     if "sources" in encoder:
-        asked = {source.volume for source in encoder.get_parsed_content("sources")[0]}
-        volumes = [volume for volume in volumes if volume in asked]
+        sources = {source.volume: source for source in encoder.get_parsed_content("sources")[0]}
+        volumes = [volume for volume in volumes if volume in sources]
     predictions = {
         volume: _scores(probe, card, store.read_tokens([volume]).to(torch.float32)) for volume in volumes
     }
     _write(output, predictions)
+    for volume in [volume for volume in volumes if volume in sources][:num_pages]:
+        _write_page(output / f"{volume}.html", sources[volume], store, probe, predictions[volume])
     sys.stdout.write(_summary(output, predictions))
     return predictions
 
@@ -108,6 +116,27 @@ def _scores(probe: torch.nn.Module, card: Mapping[str, Any], tokens: torch.Tenso
         {"class": name, "probability": p, "threshold": threshold, "call": int(p >= threshold)}
         for name, p, threshold in zip(card["class_names"], probabilities, card["thresholds"], strict=True)
     ]
+
+
+@torch.no_grad()
+def _write_page(
+    path: Path, source: CTSource, store: EmbeddingStore, probe: torch.nn.Module, rows: list[dict[str, Any]]
+) -> None:
+    """Show one volume; the weights of slices where its tokens are slices."""
+    hu, spacing_mm = source.read()
+    tokens = store.read_tokens([source.volume]).to(torch.float32)
+    pooler: Any = probe.pooler
+    weights = pooler.slice_weights(tokens) if len(tokens) == len(hu) else None
+    write_ct_report(
+        path,
+        title=source.volume,
+        hu=hu,
+        z_mm=(np.arange(len(hu)) * spacing_mm[2]).tolist(),
+        facts=[f"{len(hu)} slices", " x ".join(f"{side:.2f}" for side in spacing_mm) + " mm"],
+        origin=f"Encoder {store.identity['encoder']}, {store.identity['encoder_id']}.",
+        findings=[Finding(row["class"], row["probability"], row["threshold"]) for row in rows],
+        attention=None if weights is None else weights.numpy().clip(0, 1),
+    )
 
 
 def _write(output: Path, predictions: Predictions) -> None:

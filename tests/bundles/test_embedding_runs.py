@@ -202,6 +202,7 @@ def test_predict_is_one_command(embedded, tmp_path):
         (row,) = csv.DictReader(file)
     assert (row["volume"], row["class"], row["call"]) == ("LPS", "Emphysema", "1")
     assert 0 < float(row["probability"]) < 1
+    assert (tmp_path / "out" / "LPS.html").stat().st_size > 10_000
 
 
 @pytest.mark.real_ct

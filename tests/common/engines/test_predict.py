@@ -83,6 +83,20 @@ def test_probabilities_are_the_probes_on_the_stored_embeddings(
     assert "2 volumes in" in shown
 
 
+def test_a_page_shows_slices_probabilities_and_weights(cts: Path, tmp_path: Path) -> None:
+    probe = probe_dir(tmp_path / "probe")
+    predictions = predict(BUNDLE, probe, cts, tmp_path / "out", encoder_knobs=TINY, num_pages=1)
+    assert [path.name for path in (tmp_path / "out").glob("*.html")] == ["p1.html"]
+    page = (tmp_path / "out" / "p1.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
+    assert data["num_slices"] == 3
+    assert data["z_mm"] == [0, 2, 4]
+    assert data["attention"] == pytest.approx([1 / 3] * 3, abs=1e-5)  # the probe averages
+    assert [(finding["name"], finding["called"]) for finding in data["findings"]] == [
+        (row["class"], bool(row["call"])) for row in predictions["p1"]
+    ]
+
+
 def test_one_file_is_scored_alone(cts: Path, tmp_path: Path) -> None:
     everything = run(cts, tmp_path)
     assert run(cts / "p2.nii.gz", tmp_path) == {"p2": everything["p2"]}
