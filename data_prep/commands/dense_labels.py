@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
+from common.data.atomic_file import atomic_file
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars
 from data_prep.commands.options import Scheduler, Workers
@@ -34,6 +35,7 @@ def dense_labels(
     """Count which organs and findings every patch shows, through the body crop of the image.
 
     Scans that ReXGroundingCT annotated and that have a label map count. Labels that are there are kept.
+    ``volumes.csv`` beside them lists what is labelled: --subset_csv of the encoder bundles.
     """
     annotations = read_annotations(rexgroundingct, rexgroundingct_masks)
     sources, rejected = find_ct_rate(root, split, "auto", totalsegmentator, annotations)
@@ -43,6 +45,9 @@ def dense_labels(
     out.mkdir(parents=True, exist_ok=True)
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
         left_out = write_all(client, sources, out.absolute(), grid, progress)
+    labelled = sorted(file.stem for file in out.glob("*.safetensors"))
+    with atomic_file(out / "volumes.csv", "w", encoding="utf-8") as table:
+        table.writelines(f"{line}\n" for line in ("VolumeName", *labelled))
     for item in left_out:
         console.print(f"[red]Left out:[/red] '{escape(item.volume)}': {escape(item.detail)}", soft_wrap=True)
     console.print(f"{len(sources) - len(left_out)} volumes labelled in '{escape(str(out))}'.", soft_wrap=True)

@@ -8,7 +8,6 @@ scale; the paper's tables have bundles of their own.
 
 # S slices, P patches, D embedding, C organs
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -24,10 +23,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.data.atomic_file import atomic_file
 from common.data.patient_split import patient_of
 from common.data.shards import ShardSet
+from common.handlers.results_table import add_rows, code_version, config_hash
 from common.metrics.effective_rank import effective_rank
 from common.metrics.latent_continuity import DISTANCES, latent_continuity
 from common.metrics.multilabel import auroc, average_precision
@@ -138,12 +136,12 @@ def main(
     shards: Annotated[Path, typer.Option(help="Folder of shards with organ masks.")],
     split: Annotated[str, typer.Option(help="Split to use: none the encoders were trained on.")],
     encoder: Annotated[list[str], typer.Option(help="NAME=model.safetensors; once for each encoder.")],
-    out: Annotated[Path, typer.Option(help="Table to write, as CSV.")],
+    results_csv: Annotated[Path, typer.Option(help="CSV of all results, to which rows are added.")],
     config: Annotated[Path, typer.Option(help="The encoders' size.")] = Path("demo/inference.json"),
 ) -> None:
     """Compare encoders, and the same network with random weights.
 
-    Example: python demo/compare_variants.py --shards demo/out/shards --split valid --out variants.csv
+    Example: python -m study.compare_variants --shards demo/out/shards --split valid --results-csv results.csv
     --encoder dale_ct_2s=demo/out/dale_ct_2s/model.safetensors
     """
     pairs = [pair.partition("=") for pair in encoder]
@@ -154,10 +152,22 @@ def main(
     networks = {"random_weights": new_encoder(size, None)}
     networks |= {name: new_encoder(size, Path(path)) for name, _, path in pairs}
     rows = compare(ShardSet(shards, split), networks, size["img_size_px"], size["patch_size_px"])
-    with atomic_file(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    shared = {"protocol": "patch_organs", "dataset": "ct_rate", "low": "", "high": "", "seeds": "0"}
+    shared |= {"commit": code_version(), "config_hash": config_hash(size)}
+    add_rows(
+        results_csv,
+        [
+            {
+                "encoder": row["encoder"],
+                "metric": metric,
+                "value": f"{row[metric]:.6f}",
+                "n": str(row["volumes"]),
+            }
+            | shared
+            for row in rows
+            for metric in row.keys() - {"encoder", "volumes"}
+        ],
+    )
     table = Table(
         *rows[0], title=f"{rows[0]['volumes']} volumes of split {split}, {rows[0]['organs']} organs"
     )

@@ -22,7 +22,7 @@ def main(
 ) -> None:
     """Draw training curves.
 
-    Example: python demo/draw_curves.py --tracking-uri sqlite:///demo/out/mlflow.db --run dale_ct_2s
+    Example: python -m study.draw_curves --tracking-uri sqlite:///demo/out/mlflow.db --run dale_ct_2s
     --out curves.png
     """
     client = MlflowClient(tracking_uri)

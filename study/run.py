@@ -1,0 +1,177 @@
+"""Run the study: every stage once, each with its log; what is done stays done.
+
+``python -m study.run`` or ``make study``. Stopped at any moment, the same command goes on: a stage that was
+cut short is run again, and its bundles go on where they were.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from common.data.atomic_file import atomic_file
+from common.handlers.results_table import code_version
+from study.stages import REPOSITORY, SIZES, Stage, all_stages
+
+SHOWN_CHARACTERS = 60
+SHOWN_LINES = 20
+
+
+def keys_of(stages: list[Stage]) -> dict[str, str]:
+    """Return for each stage a hash of its commands and of those that it builds on."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        text = json.dumps([stage.commands, [keys[name] for name in stage.needs]])
+        keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return keys
+
+
+def run_stage(stage: Stage, log: Path, environment: dict[str, str], progress: Progress) -> None:
+    """Run the commands of a stage one after the other, all they print into its log.
+
+    Args:
+        stage: what to run.
+        log: file to write.
+        environment: of the commands.
+        progress: shows the last line printed.
+
+    Raises:
+        SystemExit: if a command fails; says which, shows the end of the log and names it.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    line = progress.add_task("", total=None, name="", count="")
+    with log.open("ab") as file:
+        for number, command in enumerate(stage.commands, 1):
+            shown = " ".join(["python", *command[1:]])
+            file.write(f"$ {shown}\n".encode())
+            file.flush()
+            started = file.tell()
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+            )
+            try:
+                while process.poll() is None:
+                    time.sleep(0.5)
+                    description = f"  {number}/{len(stage.commands)} {last_line(log, started)}"
+                    progress.update(line, description=description)
+            except KeyboardInterrupt:  # the terminal has told the command as well: it saves its state
+                process.wait()
+                sys.exit("\nStopped. The same command goes on here.")
+            if process.returncode != 0:
+                progress.stop()
+                end = (
+                    log.read_text(encoding="utf-8", errors="replace")
+                    .replace("\r", "\n")
+                    .splitlines()[-SHOWN_LINES:]
+                )
+                sys.exit(
+                    "\n".join(
+                        [*end, f"\nStage '{stage.name}' failed (exit {process.returncode}): {shown}\n{log}"]
+                    )
+                )
+    progress.remove_task(line)
+
+
+def last_line(log: Path, start: int) -> str:
+    """Return the last line of a log from some byte on, shortened; a progress bar's newest state."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(start, size - 2000))
+        lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    return next((text.strip()[:SHOWN_CHARACTERS] for text in reversed(lines) if text.strip()), "")
+
+
+def environment_of(out: Path) -> dict[str, str]:
+    """Return the environment of the commands: one MLflow store, no telemetry, our code importable."""
+    own = {"MLFLOW_TRACKING_URI": f"sqlite:///{out}/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return os.environ | own | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "140"}
+
+
+def amp_dtype() -> str:
+    """Return bfloat16 where the hardware multiplies it, else float32."""
+    if torch.cuda.is_available():
+        return "bfloat16"
+    cpu = Path("/proc/cpuinfo")
+    return "bfloat16" if cpu.is_file() and "avx512_bf16" in cpu.read_text() else "float32"
+
+
+def hardware() -> str:
+    """Return in words what this runs on."""
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+    return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write what is done."""
+    with atomic_file(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(state, indent=1) + "\n")
+
+
+def main(
+    size: Annotated[Literal["small", "gpu"], typer.Option(help="small: CPU. gpu: one large GPU.")] = "small",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of everything made. Default: study/out/<size>.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only stages whose name holds this text.")] = "",
+    show: Annotated[bool, typer.Option("--list", help="List stages and what is done, and stop.")] = False,
+) -> None:
+    """Run every table of the paper on a synthetic cohort."""
+    # relative to the repository, so that results do not depend on where it lies
+    folder = Path("study", "out", size) if out is None else out.absolute()
+    os.chdir(REPOSITORY)
+    stages = all_stages(SIZES[size], folder, amp_dtype())
+    keys = keys_of(stages)
+    record = folder / "study.json"
+    state = json.loads(record.read_text()) if record.is_file() else {"size": size, "stages": {}}
+    done = {name for name, key in keys.items() if state["stages"].get(name, {}).get("key") == key}
+    chosen = [stage for stage in stages if only in stage.name]
+    console = Console(stderr=True)
+    if show:
+        for stage in chosen:
+            took = (
+                f"{state['stages'][stage.name]['seconds'] / 60:5.1f} min" if stage.name in done else "to do"
+            )
+            console.print(f"{took:>10}  {stage.name}", highlight=False)
+        return
+    console.print(f"Study, size {size}: {SIZES[size].takes}. Logs and results in {folder}.", highlight=False)
+    columns = (
+        TextColumn("{task.fields[name]}{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        overall = progress.add_task("", total=len(chosen), name="stages", completed=0)
+        for stage in chosen:
+            if stage.name not in done:
+                began = time.monotonic()
+                progress.update(overall, name=stage.name)
+                run_stage(
+                    stage,
+                    folder / "logs" / f"{stage.name.replace(' ', '_')}.log",
+                    environment_of(folder),
+                    progress,
+                )
+                seconds = time.monotonic() - began
+                entry = {"key": keys[stage.name], "seconds": round(seconds), "commit": code_version()}
+                entry |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware()}
+                state["stages"][stage.name] = entry
+                write_state(record, state)
+                console.print(f"{seconds / 60:6.1f} min  {stage.name}", highlight=False)
+            progress.advance(overall)
+    console.print(f"Done: {len(chosen)} stages. Render the tables: python -m study.render --study {folder}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,457 @@
+"""What the study runs, stage by stage: only commands that the documentation gives to users.
+
+Site A of the synthetic cohort stands in for CT-RATE, site B (other scanners) for RAD-ChestCT. Encoders are
+trained on site A's training split; every number comes from volumes that no encoder has seen.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENCODER = "bundles/dale_ct_2s"
+TURNS = ("transposed", "flipped", "sagittal")
+
+TRAINED: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "dale_ct_2s": ("dale_ct_2s", [], {}),
+    "dale_ct_1s": ("dale_ct_1s", [], {}),
+    "dale_ct_0": ("dale_ct_0", [], {}),
+    "dale_ct_0_single_slice": ("dale_ct_0", ["bundles/_overlays/single_slice.json"], {}),
+    "dinov2_ct": ("dinov2_ct", [], {}),
+}
+"""Encoders of the tables: bundle, overlays after the size's, knobs."""
+
+ABLATIONS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "2s_frozen_heads": ("dale_ct_2s", [], {"train_auxiliary_head": False}),
+    "2s_released_guidance": ("dale_ct_2s", [], {"guidance": "released"}),
+    "2s_fractional_rex": ("dale_ct_2s", [], {"rex_targets": "fraction"}),
+    "2s_wide_knots": ("dale_ct_2s", ["bundles/_overlays/wide_knots.json"], {}),
+    "2s_natural_rex": ("dale_ct_2s", ["bundles/_overlays/natural_rex.json"], {}),
+    "2s_stream_shuffle": ("dale_ct_2s", ["study/stream_shuffle.json"], {}),
+}
+"""DALE-CT-2S with one thing changed each."""
+
+TABLE_ENCODERS = (
+    "random_weights",
+    "dinov2_ct",
+    "dale_ct_0",
+    "dale_ct_0_single_slice",
+    "dale_ct_1s",
+    "dale_ct_2s",
+)
+
+
+class Size(NamedTuple):
+    """How large the study is.
+
+    Args:
+        overlays: folder of the configs that shrink the bundles: train.json, train_dinov2.json, inference.json
+            and eval.json.
+        volumes: of site A and of site B.
+        matrix: slices of matrix x matrix pixels.
+        spacing_mm: range of the distance of slices.
+        views_px: sides of local and global views, as the overlays have them; patches are 16 px wide.
+        takes: how long, for the first line of output.
+    """
+
+    overlays: str
+    volumes: tuple[int, int]
+    matrix: int
+    spacing_mm: tuple[float, float]
+    views_px: tuple[int, int]
+    takes: str
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a global view."""
+        return self.views_px[1] // 16
+
+    @property
+    def strategies(self) -> list[str]:
+        """Table VI's, at the sizes of the views."""
+        sides = [f"{kind}_{side}" for side in (*self.views_px, "full") for kind in ("raw", "cropped")]
+        return [*sides, "tiled_5cut"]
+
+
+SIZES = {
+    "small": Size("demo", (340, 140), 192, (4, 6), (48, 96), "about 100 minutes on 2 CPU cores"),
+    "gpu": Size(
+        "study/gpu",
+        (2000, 700),
+        256,
+        (1.5, 3),
+        (64, 128),
+        "not measured; sized for one H200 and 16 CPU cores",
+    ),
+}
+
+
+class Stage(NamedTuple):
+    """Some commands that belong together, run one after the other.
+
+    Args:
+        name: of its log and in the list of what is done.
+        commands: to run in the repository's root.
+        needs: stages whose results it reads; when one of them changes, this one runs anew.
+    """
+
+    name: str
+    commands: list[list[str]]
+    needs: tuple[str, ...] = ()
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    """Return the command ``python -m name arguments``."""
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def options(knobs: dict[str, Any]) -> list[str]:
+    """Return ``--name value`` for each knob, None as the bundles want it."""
+    return [
+        part
+        for name, value in knobs.items()
+        for part in (f"--{name}", "$None" if value is None else str(value))
+    ]
+
+
+def bundle(root: str, configs: list[str], **knobs: Any) -> list[str]:  # noqa: ANN401 (whatever a knob may be)
+    """Return the command that runs a bundle with configs merged in order and knobs set."""
+    return module(
+        "monai.bundle", "run", "--config_file", str(configs), *options({"bundle_root": root} | knobs)
+    )
+
+
+def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
+    """Return every stage of the study in the order to run.
+
+    Args:
+        size: of the study.
+        out: folder of everything that is made.
+        amp_dtype: precision of training and embedding, ``bfloat16`` or ``float32``.
+    """
+    cohort = out / "cohort"
+    labels = cohort / "dataset" / "multi_abnormality_labels"
+    tables = ("random_weights", *TRAINED)
+    stages = [Stage("cohort", _cohort(size, out)), Stage("shards", _shards(out), ("cohort",))]
+    for name, (root, overlays, knobs) in (TRAINED | ABLATIONS).items():
+        stages.append(
+            Stage(f"train {name}", [_train(name, root, overlays, knobs, size, out, amp_dtype)], ("shards",))
+        )
+    for name in (*tables, *ABLATIONS):
+        needs = ("cohort",) if name == "random_weights" else (f"train {name}",)
+        stages.append(Stage(f"table III {name}", _table_iii(name, size, out, labels, amp_dtype), needs))
+    for name in tables:
+        stages.append(
+            Stage(f"table IV {name}", _table_iv(name, size, out, amp_dtype), (f"table III {name}",))
+        )
+        stages.append(Stage(f"table I {name}", _table_i(name, size, out, amp_dtype), (f"table III {name}",)))
+    pair = ("table I dale_ct_0", "table I dale_ct_0_single_slice")
+    stages.append(Stage("table V", [_table_v(out, labels)], pair))
+    stages.append(Stage("table VI", _table_vi(size, out, labels, amp_dtype), ("train dale_ct_2s",)))
+    stages.append(Stage("beside table III", _beside(size, out, labels), ("table III dale_ct_2s",)))
+    trained = tuple(f"train {name}" for name in TRAINED | ABLATIONS)
+    stages.append(Stage("patches and curves", _compare(size, out), trained))
+    tested = tuple(f"table III {name}" for name in (*tables, *ABLATIONS))
+    stages.append(Stage("differences", [_differences(out)], tested))
+    return stages
+
+
+def weights_of(name: str, out: Path) -> Path | None:
+    """Return the weights of an encoder, None for random ones."""
+    return None if name == "random_weights" else out / "encoders" / name / "model.safetensors"
+
+
+def _cohort(size: Size, out: Path) -> list[list[str]]:
+    site_a, site_b = size.volumes
+    common = ("--matrix", size.matrix, "--spacing-mm", *size.spacing_mm, "--valid-share", 0.35)
+    rad, rex = out / "site_b" / "rad_chestct", out / "cohort" / "rexgroundingct"
+    turned = [
+        module(
+            "data_prep",
+            "turned",
+            "--root",
+            rad,
+            "--npz-spacing-mm",
+            2.5,
+            "--turn",
+            turn,
+            "--out",
+            out / "ct" / turn,
+        )
+        + ([] if turn == "right" else ["--prefix", "tst"])
+        for turn in ("right", *TURNS)
+    ]
+    return [
+        module(
+            "data_prep",
+            "phantom",
+            "--volumes",
+            site_a,
+            "--out",
+            out / "cohort",
+            "--seed",
+            1,
+            *common,
+            "--rex-share",
+            1,
+        ),
+        module(
+            "data_prep",
+            "phantom",
+            "--volumes",
+            site_b,
+            "--out",
+            out / "site_b",
+            "--seed",
+            2,
+            *common,
+            "--rex-share",
+            0,
+        )
+        + ["--site", "b", "--npz-spacing-mm", "2.5"],
+        module("data_prep", "rad-labels", "--root", rad, "--out", out / "rad_chestct_labels.csv"),
+        *turned,
+        module(
+            "data_prep", "dense-labels", "--root", out / "cohort", "--rexgroundingct", rex / "dataset.json"
+        )
+        + [
+            "--rexgroundingct-masks",
+            f"{rex}/segmentations",
+            "--grid",
+            str(size.grid),
+            "--out",
+            f"{out}/dense_labels",
+        ],
+    ]
+
+
+def _shards(out: Path) -> list[list[str]]:
+    rex = out / "cohort" / "rexgroundingct"
+    masks = ("--rexgroundingct", rex / "dataset.json", "--rexgroundingct-masks", rex / "segmentations")
+    return [
+        module(
+            "data_prep",
+            "ct-rate",
+            "--root",
+            out / "cohort",
+            "--split",
+            split,
+            "--out",
+            out / "shards",
+            *masks,
+        )
+        for split in ("train", "valid")
+    ]
+
+
+def _train(
+    name: str, root: str, overlays: list[str], knobs: dict[str, Any], size: Size, out: Path, amp_dtype: str
+) -> list[str]:
+    smaller = "train_dinov2.json" if root == "dinov2_ct" else "train.json"
+    configs = [f"bundles/{root}/configs/train.json", f"{size.overlays}/{smaller}", *overlays]
+    own = {
+        "name": name,
+        "dataset_dir": out / "shards",
+        "output_dir": out / "encoders" / name,
+        "amp_dtype": amp_dtype,
+    }
+    return bundle(f"bundles/{root}", configs, **own, encoder_weights=weights_of(name, out), **knobs)
+
+
+def _embed(
+    name: str, volumes: Path, to: Path, size: Size, out: Path, amp_dtype: str, **knobs: object
+) -> list[str]:
+    root = (TRAINED | ABLATIONS).get(name, ("dale_ct_2s",))[0]
+    configs = [f"bundles/{root}/configs/inference.json", f"{size.overlays}/inference.json"]
+    own = {"name": name, "dataset_dir": volumes, "output_dir": to, "encoder_weights": weights_of(name, out)}
+    return bundle(f"bundles/{root}", configs, **own, amp_dtype=amp_dtype, **knobs)
+
+
+def _table_iii(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[str]]:
+    embeddings = out / "embeddings" / name
+    volumes = {split: out / "cohort" / "dataset" / f"{split}_fixed" for split in ("train", "valid")}
+    commands = [
+        _embed(name, volumes[split], embeddings / split, size, out, amp_dtype, split=split)
+        for split in volumes
+    ]
+    configs = ["bundles/eval_ct_rate/configs/train.json", f"{size.overlays}/eval.json"]
+    own = {"embeddings_dir": embeddings, "labels_dir": labels, "output_dir": out / "eval_ct_rate" / name}
+    if name in ABLATIONS:
+        own["num_seeds"] = 1
+    results = out / "results" / ("ablations.csv" if name in ABLATIONS else "eval_ct_rate.csv")
+    return [
+        *commands,
+        bundle("bundles/eval_ct_rate", configs, **own, results_csv=results, ct_dir=volumes["valid"]),
+    ]
+
+
+def _table_iv(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str]]:
+    root, embeddings = "bundles/eval_rad_chestct", out / "embeddings" / name / "site_b"
+    commands = [
+        _embed(name, out / "ct" / turn, embeddings / turn, size, out, amp_dtype) for turn in ("right", *TURNS)
+    ]
+    shared = {"results_csv": out / "results" / "eval_rad_chestct.csv"}
+    retrained = out / "eval_rad_chestct" / name
+    configs = [f"{root}/configs/train.json", f"{size.overlays}/eval.json"]
+    own = {
+        "max_steps": 600,
+        "val_interval": 100,
+        "labels_dir": out,
+        "train_embeddings_dir": embeddings / "right",
+    }
+    commands.append(bundle(root, configs, **own, output_dir=retrained, ct_dir=None, **shared))
+    tests = {f"{turn}_embeddings_dir": embeddings / turn for turn in TURNS}
+    own = {"labels_csv": out / "rad_chestct_labels.csv", "test_embeddings_dir": embeddings / "right", **tests}
+    probes = {"frozen_probe": out / "eval_ct_rate" / name, "retrained_probe": retrained}
+    return [*commands, bundle(root, [f"{root}/configs/evaluate.json"], **own, **probes, **shared)]
+
+
+def _table_i(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str]]:
+    tokens = out / "patch_tokens" / name
+    own = {
+        "subset_csv": out / "dense_labels" / "volumes.csv",
+        "embedding_dtype": "float16",
+        "patch_tokens": True,
+    }
+    root = "bundles/eval_dense_2d"
+    probe = {
+        "learning_rates": [3.0, 1.0, 0.3, 0.1],
+        "max_steps": 3000,
+        "val_interval": 1000,
+        "checkpoint_every": 1000,
+    }
+    folders = {
+        "embeddings_dir": tokens,
+        "labels_dir": out / "dense_labels",
+        "output_dir": out / "eval_dense_2d" / name,
+    }
+    results = out / "results" / "eval_dense_2d.csv"
+    return [
+        _embed(name, out / "cohort" / "dataset" / "valid_fixed", tokens, size, out, amp_dtype, **own),
+        bundle(root, [f"{root}/configs/train.json"], **folders, results_csv=results, **probe),
+    ]
+
+
+def _table_v(out: Path, labels: Path) -> list[str]:
+    root, pair = "bundles/eval_slab_depth", ("dale_ct_0", "dale_ct_0_single_slice")
+    tokens = {
+        f"{arm}_embeddings_dir": out / "patch_tokens" / name
+        for arm, name in zip(("slab", "flat"), pair, strict=True)
+    }
+    probes = {"probe_dirs": [str(out / "eval_ct_rate" / name) for name in pair]}
+    read = {"dense_labels_dir": out / "dense_labels", "labels_csv": labels / "valid_predicted_labels.csv"}
+    results = {
+        "classification_csv": out / "results/eval_ct_rate.csv",
+        "results_csv": out / "results/eval_slab_depth.csv",
+    }
+    config = [f"{root}/configs/evaluate.json"]
+    return bundle(root, config, **tokens, **probes, **read, **results, output_dir=out / "eval_slab_depth")
+
+
+def _table_vi(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[str]]:
+    root, results = "bundles/eval_preprocessing", out / "results" / "eval_preprocessing.csv"
+    stores = {split: out / "strategies" / split for split in ("train", "valid")}
+    subsets = {split: out / f"subset_{split}.csv" for split in stores}
+    commands = []
+    for split, patients in (("train", 40), ("valid", 30)):
+        listed = (
+            "--labels",
+            labels / f"{split}_predicted_labels.csv",
+            "--patients",
+            patients,
+            "--out",
+            subsets[split],
+        )
+        volumes = out / "cohort" / "dataset" / f"{split}_fixed"
+        own = {"subset_csv": subsets[split], "strategies": size.strategies}
+        commands.append(module("data_prep", "subset", *listed))
+        commands.append(_embed("dale_ct_2s", volumes, stores[split], size, out, amp_dtype, **own))
+    each = [part for strategy in size.strategies for part in ("--strategy", strategy)]
+    own = {
+        "config_file": [f"{root}/configs/train.json", f"{size.overlays}/eval.json"],
+        "train_labels_csv": subsets["train"],
+        "test_labels_csv": subsets["valid"],
+        "num_val_patients": 12,
+        "max_steps": 600,
+        "val_interval": 100,
+        "num_seeds": 1,
+        "ct_dir": None,
+        "output_dir": f"$'{out}/eval_preprocessing/' + @train::dataset.identity['preprocessing']",
+    }
+    folders = (
+        "--train-embeddings-dir",
+        stores["train"] / "{}",
+        "--test-embeddings-dir",
+        stores["valid"] / "{}",
+    )
+    each_one = module(
+        "common.engines.each_preprocessing", *each, *folders, "--results-csv", results, *options(own)
+    )
+    configs = (
+        "--config-file",
+        f"{ENCODER}/configs/inference.json",
+        "--config-file",
+        f"{size.overlays}/inference.json",
+    )
+    volumes = (
+        "--volumes",
+        6,
+        "--dataset-dir",
+        out / "cohort" / "dataset" / "valid_fixed",
+        "--results-csv",
+        results,
+    )
+    cost = module("common.engines.embedding_cost", *each, *configs, *volumes)
+    weights = {"encoder_weights": weights_of("dale_ct_2s", out), "amp_dtype": amp_dtype}
+    return [*commands, each_one, cost + options(weights)]
+
+
+def _beside(size: Size, out: Path, labels: Path) -> list[list[str]]:
+    embeddings, results = out / "embeddings" / "dale_ct_2s", out / "results" / "beside_table_iii.csv"
+    files = [
+        part
+        for split, name in (("train", "train"), ("valid", "test"))
+        for part in (
+            *(f"--{name}-embeddings", embeddings / split),
+            *(f"--{name}-labels", labels / f"{split}_predicted_labels.csv"),
+        )
+    ]
+    commands = [
+        module("common.engines.neighbour_probe", *files, "--num-val-patients", 40, "--results-csv", results)
+    ]
+    for overlay in ("gated_abmil", "transformer", "low_shot_10"):
+        configs = [
+            "bundles/eval_ct_rate/configs/train.json",
+            f"{size.overlays}/eval.json",
+            f"bundles/_overlays/probe/{overlay}.json",
+        ]
+        own = {
+            "embeddings_dir": embeddings,
+            "labels_dir": labels,
+            "output_dir": out / "beside_table_iii" / overlay,
+        }
+        shorter = {"max_steps": 400, "val_interval": 50, "num_seeds": 1, "ct_dir": None}
+        commands.append(bundle("bundles/eval_ct_rate", configs, **own, **shorter, results_csv=results))
+    return commands
+
+
+def _compare(size: Size, out: Path) -> list[list[str]]:
+    named = [("--encoder", f"{name}={weights_of(name, out)}") for name in TRAINED | ABLATIONS]
+    shards = ("--shards", out / "shards", "--split", "valid", "--config", f"{size.overlays}/inference.json")
+    results = ("--results-csv", out / "results" / "patch_organs.csv")
+    curves = [("--run", name) for name in ("dale_ct_0_single_slice", "dale_ct_0", "dale_ct_1s", "dale_ct_2s")]
+    return [
+        module("study.compare_variants", *shards, *results, *(part for pair in named for part in pair)),
+        module(
+            "study.draw_curves", "--tracking-uri", f"sqlite:///{out}/mlflow.db", "--out", out / "curves.png"
+        )
+        + [part for pair in curves for part in pair],
+    ]
+
+
+def _differences(out: Path) -> list[str]:
+    files = [
+        out / "eval_ct_rate" / name / "test_predictions.csv"
+        for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)
+    ]
+    return module("common.handlers.paired_differences", *files, "--out", out / "results" / "differences.csv")
