@@ -151,8 +151,8 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     stages.append(Stage("beside table III", _beside(size, out, labels), ("table III dale_ct_2s",)))
     trained = tuple(f"train {name}" for name in TRAINED | ABLATIONS)
     stages.append(Stage("patches and curves", _compare(size, out), trained))
-    tested = tuple(f"table III {name}" for name in (*tables, *ABLATIONS))
-    stages.append(Stage("differences", [_differences(out)], tested))
+    tested = [f"table III {name}" for name in (*tables, *ABLATIONS)] + [f"table I {name}" for name in tables]
+    stages.append(Stage("differences", _differences(size, out), (*tested, "table VI")))
     return stages
 
 
@@ -449,9 +449,16 @@ def _compare(size: Size, out: Path) -> list[list[str]]:
     ]
 
 
-def _differences(out: Path) -> list[str]:
+def _differences(size: Size, out: Path) -> list[list[str]]:
     files = [
         out / "eval_ct_rate" / name / "test_predictions.csv"
         for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)
     ]
-    return module("common.handlers.paired_differences", *files, "--out", out / "results" / "differences.csv")
+    dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS)]
+    strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
+    paired, folder = "common.handlers.paired_differences", out / "differences"
+    return [
+        module(paired, *files, "--out", folder / "table_iii.csv"),
+        module(paired, *strategies, "--out", folder / "table_vi.csv"),
+        module("common.handlers.dense_differences", *dense, "--out", folder / "table_i.csv"),
+    ]

@@ -94,12 +94,13 @@ def report_on_test(
 
     Returns:
         ``per_class[name]``: ``auroc``, ``auprc``, ``positives`` and ``prevalence``; ``macro[metric]``: mean
-        over the averaged classes where it is defined, and ``(low, high)``; ``left_out``: names of the others.
+        over the averaged classes where it is defined, and ``(low, high)``; ``resampled[metric]``: that mean
+        on each resample, ``(R,)``; ``left_out``: names of the others.
     """
     weights = resample_weights(cohort.patients, num_resamples, seed)
     patient_of_row = cohort.patient_of_row(kind)
     per_class: dict[str, Any] = {}
-    resampled: dict[str, list[Any]] = {"auroc": [], "auprc": []}
+    drawn_classes: dict[str, list[Any]] = {"auroc": [], "auprc": []}
     left_out: list[str] = []
     scored = each_column(cohort, kind, layer.weight.detach(), layer.bias.detach())
     for column, (name, scores) in enumerate(zip(class_names, scored, strict=True)):
@@ -113,13 +114,14 @@ def report_on_test(
             continue
         ranking = rank_by_patient(scores, target, patient_of_row, len(cohort.patients))
         for metric, drawn in zip(("auroc", "auprc"), resampled_areas(ranking, weights), strict=True):
-            resampled[metric].append(drawn)
+            drawn_classes[metric].append(drawn)
     counted = [name for name in class_names if name not in left_out]
-    macro = {
-        metric: (
-            float(macro_means([per_class[name][metric] for name in counted])),
-            interval(macro_means(np.reshape(drawn, (len(counted), num_resamples)).T)),
-        )
-        for metric, drawn in resampled.items()
+    resampled = {
+        metric: macro_means(np.reshape(drawn, (len(counted), num_resamples)).T)
+        for metric, drawn in drawn_classes.items()
     }
-    return {"per_class": per_class, "macro": macro, "left_out": left_out}
+    macro = {
+        metric: (float(macro_means([per_class[name][metric] for name in counted])), interval(means))
+        for metric, means in resampled.items()
+    }
+    return {"per_class": per_class, "macro": macro, "resampled": resampled, "left_out": left_out}

@@ -21,8 +21,9 @@ class DenseReport:
     """Write results when a ``DenseProbeTrainer`` has completed.
 
     Files, for both kinds of token and both tasks: ``<kind>_<task>.safetensors`` and ``.json`` (see
-    :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class. Rows
-    in the results CSV: protocol ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with intervals.
+    :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class;
+    ``resamples.npz`` for :mod:`common.handlers.dense_differences`. Rows in the results CSV: protocol
+    ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with intervals.
 
     Args:
         output_dir: folder of the files.
@@ -84,6 +85,17 @@ class DenseReport:
                 }
                 for metric, (mean, (low, high)) in report["macro"].items()
             ]
+        with atomic_file(self.output_dir / "resamples.npz", "wb") as file:
+            np.savez(
+                file,
+                encoder=cohort.identity["encoder"],
+                volumes=cohort.volumes,
+                **{
+                    f"{kind} {task} {metric}": np.append(report["macro"][metric][0], means)
+                    for (kind, task), report in engine.state.reports.items()
+                    for metric, means in report["resampled"].items()
+                },
+            )
         add_rows(self.results_csv, rows)
 
 

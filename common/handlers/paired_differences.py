@@ -118,6 +118,20 @@ def _aligned(other: Predictions, reference: Predictions) -> Predictions:
     return other._replace(volumes=reference.volumes, probabilities=other.probabilities[order], labels=labels)
 
 
+def _distinct(paths: Sequence[Path]) -> list[Predictions]:
+    """Read predictions; those of one encoder, such as of several preprocessings, are called as their folders."""
+    found = [read_predictions(path) for path in paths]
+    names = [predictions.encoder for predictions in found]
+    if len(set(names)) == len(names):
+        return found
+    return [
+        predictions._replace(
+            encoder=path.parent.name if names.count(predictions.encoder) > 1 else predictions.encoder
+        )
+        for path, predictions in zip(paths, found, strict=True)
+    ]
+
+
 def differences_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay out the macro differences, one row an encoder and metric.
 
@@ -145,8 +159,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="CSV to write, with every class.")] = None,
 ) -> None:
     """Compare encoders on the same test volumes, on the same bootstrap resamples."""
-    first = read_predictions(reference)
-    further = [read_predictions(path) for path in others if path.resolve() != reference.resolve()]
+    first, *further = _distinct(
+        [reference, *(path for path in others if path.resolve() != reference.resolve())]
+    )
     rows = paired_differences(first, further, num_resamples, resampling)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -58,4 +58,5 @@ def test_report_is_sklearns_and_its_interval_that_of_resampled_patients(cohort: 
     for weights in dense_scores.resample_weights(cohort.patients, 40, 3):
         rows = np.repeat(np.arange(len(patients)), weights[patients].astype(int))
         drawn.append(average_precision_score(targets[rows], scores[rows, 1:4], average="macro"))
+    assert report["resampled"]["auprc"] == pytest.approx(np.array(drawn), abs=1e-9)
     assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=1e-9)

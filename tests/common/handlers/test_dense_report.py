@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from common.data.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
+from common.handlers.dense_differences import dense_differences
 from common.handlers.dense_report import DenseReport, draw_classes
 from common.handlers.results_table import read_rows
 from common.networks.dense_probe import DenseProbes, load_dense_probe
@@ -49,6 +50,8 @@ def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
 
 def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_path: Path) -> None:
     trainer.run()
+    difference = dense_differences(tmp_path / "out", [tmp_path / "out"])
+    assert [row["difference"] for row in difference] == [0.0] * 8
     rows = {(r["protocol"], r["dataset"], r["metric"]): r for r in read_rows(tmp_path / "results.csv")}
     assert len(rows) == 8
     for (kind, task), report in trainer.state.reports.items():

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from common.data.predictions import Predictions, write_predictions
-from common.handlers.paired_differences import differences_table, paired_differences
+from common.handlers.paired_differences import differences_table, main, paired_differences
 from common.metrics.bootstrap import resample_weights
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -113,3 +113,15 @@ def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
     assert {(row["encoder"], row["reference"]) for row in rows} == {("strong", "weak")}
+
+
+def test_command_tells_evaluations_of_one_encoder_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = []
+    for seed, (folder, encoder) in enumerate((("raw", "2s"), ("cropped", "2s"), ("other", "0"))):
+        (tmp_path / folder).mkdir()
+        paths.append(tmp_path / folder / "test_predictions.csv")
+        write_predictions(paths[-1], predictions(encoder, 0.4, seed))
+    main(paths[0], paths[1:], num_resamples=R, out=tmp_path / "paired.csv")
+    with (tmp_path / "paired.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["encoder"], row["reference"]) for row in rows} == {("cropped", "raw"), ("0", "raw")}

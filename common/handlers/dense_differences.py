@@ -1,0 +1,99 @@
+"""Differences between encoders in Table I, over the same resamples of patients.
+
+``python -m common.handlers.dense_differences dale_ct_2s */`` compares each further folder with the first one.
+"""
+
+# R resamples
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.table import Table
+
+from common.handlers.probe_tables import write_table
+from common.handlers.results_table import print_whole
+from common.metrics.bootstrap import interval, two_sided_p
+
+MEASURES = tuple(
+    f"{kind} {task} {metric}"
+    for kind in ("cls", "patch")
+    for task in ("rexgroundingct", "totalsegmentator")
+    for metric in ("auroc", "auprc")
+)
+
+
+def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Compare macro means of linear probes on the same test volumes.
+
+    Args:
+        reference: folder of an evaluation by ``eval_dense_2d``, which holds ``resamples.npz``.
+        others: folders to compare with it.
+
+    Returns:
+        One row for each of the others and each kind of token, task and metric: ``encoder``, ``reference``,
+        ``measure``, ``difference`` (encoder less reference) with its 95 % interval ``low`` and ``high``, and
+        ``p``, not corrected for the number of comparisons.
+
+    Raises:
+        FileNotFoundError: if a folder holds no ``resamples.npz``.
+        ValueError: if two evaluations are of other volumes.
+    """
+    first, rows = _read(reference), []
+    for folder in others:
+        other = _read(folder)
+        if other["volumes"].tolist() != first["volumes"].tolist():
+            raise ValueError(
+                f"'{folder}' must be tested on the volumes of '{reference}', got {len(other['volumes'])} and "
+                f"{len(first['volumes'])} volumes. Evaluate both with the same labels and split."
+            )
+        for measure in MEASURES:
+            value, *resampled = other[measure] - first[measure]
+            low, high = interval(np.array(resampled))
+            compared = {
+                "encoder": str(other["encoder"]),
+                "reference": str(first["encoder"]),
+                "measure": measure,
+            }
+            numbers = {"difference": float(value), "low": low, "high": high}
+            rows.append(compared | numbers | {"p": two_sided_p(np.array(resampled))})
+    return rows
+
+
+def _read(folder: str | Path) -> dict[str, np.ndarray]:
+    path = Path(folder) / "resamples.npz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"evaluation must hold resamples.npz, got none in '{folder}'. Run eval_dense_2d."
+        )
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def main(
+    reference: Annotated[Path, typer.Argument(help="Folder of the evaluation to compare with.")],
+    others: Annotated[list[Path], typer.Argument(help="Those of the other encoders.")],
+    out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
+) -> None:
+    """Compare encoders by their dense probes, on the same test volumes and resamples."""
+    rows = dense_differences(reference, [path for path in others if path.resolve() != reference.resolve()])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_table(out, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    table = Table(title="Paired differences of macro means, 95 % intervals", box=box.SIMPLE)
+    for name in ("encoder", "less", "measure"):
+        table.add_column(name, no_wrap=True)
+    for name in ("difference", "interval", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
+        cells = (f"{row['difference']:+.4f}", ends, f"{row['p']:.4f}")
+        table.add_row(row["encoder"], row["reference"], row["measure"], *cells)
+    print_whole(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
