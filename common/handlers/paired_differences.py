@@ -119,7 +119,7 @@ def _aligned(other: Predictions, reference: Predictions) -> Predictions:
 
 
 def _distinct(paths: Sequence[Path]) -> list[Predictions]:
-    """Read predictions; those of one encoder, such as of several preprocessings, are called as their folders."""
+    """Read predictions; those of one encoder, as of several preprocessings, are called as their folders."""
     found = [read_predictions(path) for path in paths]
     names = [predictions.encoder for predictions in found]
     if len(set(names)) == len(names):
