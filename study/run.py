@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -58,14 +59,21 @@ def run_stage(stage: Stage, log: Path, environment: dict[str, str], progress: Pr
             file.flush()
             started = file.tell()
             process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+                command,
+                cwd=REPOSITORY,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # that Ctrl-C reaches it through us alone
             )
             try:
                 while process.poll() is None:
                     time.sleep(0.5)
                     description = f"  {number}/{len(stage.commands)} {last_line(log, started)}"
                     progress.update(line, description=description)
-            except KeyboardInterrupt:  # the terminal has told the command as well: it saves its state
+            except KeyboardInterrupt:
+                process.terminate()  # training saves its state
                 process.wait()
                 sys.exit("\nStopped. The same command goes on here.")
             if process.returncode != 0:
@@ -112,10 +120,26 @@ def hardware() -> str:
     return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write what is done."""
+def record_of(stage: str, out: Path) -> Path:
+    """Return the file that says that a stage is done."""
+    return out / "done" / f"{stage.replace(' ', '_')}.json"
+
+
+def seconds_of(stage: str, key: str, out: Path) -> int | None:
+    """Return how long a stage took, None if it is to be done."""
+    path = record_of(stage, out)
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record["seconds"] if record.get("key") == key else None
+
+
+def write_record(stage: str, key: str, seconds: float, out: Path) -> None:
+    """Say that a stage is done, for this process and for others that work on the same study."""
+    record: dict[str, Any] = {"stage": stage, "key": key, "seconds": round(seconds), "commit": code_version()}
+    record |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware()}
+    path = record_of(stage, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(state, indent=1) + "\n")
+        file.write(json.dumps(record, indent=1) + "\n")
 
 
 def main(
@@ -130,44 +154,28 @@ def main(
     # relative to the repository, so that results do not depend on where it lies
     folder = Path("study", "out", size) if out is None else out.absolute()
     os.chdir(REPOSITORY)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     stages = all_stages(SIZES[size], folder, amp_dtype())
     keys = keys_of(stages)
-    record = folder / "study.json"
-    state = json.loads(record.read_text()) if record.is_file() else {"size": size, "stages": {}}
-    done = {name for name, key in keys.items() if state["stages"].get(name, {}).get("key") == key}
     chosen = [stage for stage in stages if only in stage.name]
-    console = Console(stderr=True)
+    took = {stage.name: seconds_of(stage.name, keys[stage.name], folder) for stage in chosen}
     if show:
-        for stage in chosen:
-            took = (
-                f"{state['stages'][stage.name]['seconds'] / 60:5.1f} min" if stage.name in done else "to do"
-            )
-            console.print(f"{took:>10}  {stage.name}", highlight=False)
+        for name, seconds in took.items():
+            print(f"{'to do' if seconds is None else f'{seconds / 60:.1f} min':>10}  {name}")
         return
+    console = Console(stderr=True)
     console.print(f"Study, size {size}: {SIZES[size].takes}. Logs and results in {folder}.", highlight=False)
-    columns = (
-        TextColumn("{task.fields[name]}{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        overall = progress.add_task("", total=len(chosen), name="stages", completed=0)
+    columns = (TextColumn("{task.fields[name]}{task.description}"), BarColumn(20), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        overall = progress.add_task("", total=len(chosen), name="stages")
         for stage in chosen:
-            if stage.name not in done:
+            if seconds_of(stage.name, keys[stage.name], folder) is None:
                 began = time.monotonic()
                 progress.update(overall, name=stage.name)
-                run_stage(
-                    stage,
-                    folder / "logs" / f"{stage.name.replace(' ', '_')}.log",
-                    environment_of(folder),
-                    progress,
-                )
+                log = folder / "logs" / f"{record_of(stage.name, folder).stem}.log"
+                run_stage(stage, log, environment_of(folder), progress)
                 seconds = time.monotonic() - began
-                entry = {"key": keys[stage.name], "seconds": round(seconds), "commit": code_version()}
-                entry |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware()}
-                state["stages"][stage.name] = entry
-                write_state(record, state)
+                write_record(stage.name, keys[stage.name], seconds, folder)
                 console.print(f"{seconds / 60:6.1f} min  {stage.name}", highlight=False)
             progress.advance(overall)
     console.print(f"Done: {len(chosen)} stages. Render the tables: python -m study.render --study {folder}")

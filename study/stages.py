@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENCODER = "bundles/dale_ct_2s"
+SIDES = {"train": "train", "test": "valid"}
+"""What an evaluation calls a split, and what CT-RATE calls it."""
 TURNS = ("transposed", "flipped", "sagittal")
 
 TRAINED: dict[str, tuple[str, list[str], dict[str, Any]]] = {
@@ -114,6 +116,19 @@ def options(knobs: dict[str, Any]) -> list[str]:
     ]
 
 
+def prep(command: str, **flags: Any) -> list[str]:  # noqa: ANN401 (whatever a flag may be)
+    """Return the command ``python -m data_prep command`` with its flags."""
+    return module("data_prep", command, *_flags(flags))
+
+
+def _flags(flags: dict[str, Any]) -> list[str]:
+    parts: list[str] = []
+    for name, value in flags.items():
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        parts += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return parts
+
+
 def bundle(root: str, configs: list[str], **knobs: Any) -> list[str]:  # noqa: ANN401 (whatever a knob may be)
     """Return the command that runs a bundle with configs merged in order and knobs set."""
     return module(
@@ -133,25 +148,20 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     labels = cohort / "dataset" / "multi_abnormality_labels"
     tables = ("random_weights", *TRAINED)
     stages = [Stage("cohort", _cohort(size, out)), Stage("shards", _shards(out), ("cohort",))]
-    for name, (root, overlays, knobs) in (TRAINED | ABLATIONS).items():
-        stages.append(
-            Stage(f"train {name}", [_train(name, root, overlays, knobs, size, out, amp_dtype)], ("shards",))
-        )
-    for name in (*tables, *ABLATIONS):
-        needs = ("cohort",) if name == "random_weights" else (f"train {name}",)
-        stages.append(Stage(f"table III {name}", _table_iii(name, size, out, labels, amp_dtype), needs))
     for name in tables:
-        stages.append(
-            Stage(f"table IV {name}", _table_iv(name, size, out, amp_dtype), (f"table III {name}",))
-        )
-        stages.append(Stage(f"table I {name}", _table_i(name, size, out, amp_dtype), (f"table III {name}",)))
-    pair = ("table I dale_ct_0", "table I dale_ct_0_single_slice")
-    stages.append(Stage("table V", [_table_v(out, labels)], pair))
+        stages += _encoder(name, size, out, labels, amp_dtype)
+    for name in tables:
+        needs: tuple[str, ...] = (f"table III {name}",)
+        stages.append(Stage(f"table IV {name}", _table_iv(name, size, out, amp_dtype), needs))
+    pair = ("dale_ct_0", "dale_ct_0_single_slice")
+    needs = tuple(f"table {number} {name}" for number in ("I", "III") for name in pair)
+    stages.append(Stage("table V", [_table_v(out, labels)], needs))
     stages.append(Stage("table VI", _table_vi(size, out, labels, amp_dtype), ("train dale_ct_2s",)))
     stages.append(Stage("beside table III", _beside(size, out, labels), ("table III dale_ct_2s",)))
-    trained = tuple(f"train {name}" for name in TRAINED | ABLATIONS)
-    stages.append(Stage("patches and curves", _compare(size, out), trained))
-    tested = [f"table III {name}" for name in (*tables, *ABLATIONS)] + [f"table I {name}" for name in tables]
+    stages.append(Stage("curves", [_curves(out)], tuple(f"train {name}" for name in TRAINED)))
+    for name in ABLATIONS:
+        stages += _encoder(name, size, out, labels, amp_dtype)
+    tested = [f"table {number} {name}" for number in ("I", "III") for name in (*tables, *ABLATIONS)]
     stages.append(Stage("differences", _differences(size, out), (*tested, "table VI")))
     return stages
 
@@ -163,85 +173,42 @@ def weights_of(name: str, out: Path) -> Path | None:
 
 def _cohort(size: Size, out: Path) -> list[list[str]]:
     site_a, site_b = size.volumes
-    common = ("--matrix", size.matrix, "--spacing-mm", *size.spacing_mm, "--valid-share", 0.35)
-    rad, rex = out / "site_b" / "rad_chestct", out / "cohort" / "rexgroundingct"
-    turned = [
-        module(
-            "data_prep",
-            "turned",
-            "--root",
-            rad,
-            "--npz-spacing-mm",
-            2.5,
-            "--turn",
-            turn,
-            "--out",
-            out / "ct" / turn,
-        )
-        + ([] if turn == "right" else ["--prefix", "tst"])
-        for turn in ("right", *TURNS)
-    ]
+    like = {"matrix": size.matrix, "spacing_mm": size.spacing_mm, "valid_share": 0.35}
+    rad, site_b_has = out / "site_b" / "rad_chestct", {"site": "b", "npz_spacing_mm": 2.5}
     return [
-        module(
-            "data_prep",
-            "phantom",
-            "--volumes",
-            site_a,
-            "--out",
-            out / "cohort",
-            "--seed",
-            1,
-            *common,
-            "--rex-share",
-            1,
+        prep("phantom", volumes=site_a, out=out / "cohort", seed=1, **like, rex_share=1),
+        prep("phantom", volumes=site_b, out=out / "site_b", seed=2, **like, rex_share=0, **site_b_has),
+        prep("rad-labels", root=rad, out=out / "rad_chestct_labels.csv"),
+        *(
+            prep("turned", root=rad, npz_spacing_mm=2.5, turn=turn, out=out / "ct" / turn, **only)
+            for turn, only in (("right", {}), *((turn, {"prefix": "tst"}) for turn in TURNS))
         ),
-        module(
-            "data_prep",
-            "phantom",
-            "--volumes",
-            site_b,
-            "--out",
-            out / "site_b",
-            "--seed",
-            2,
-            *common,
-            "--rex-share",
-            0,
-        )
-        + ["--site", "b", "--npz-spacing-mm", "2.5"],
-        module("data_prep", "rad-labels", "--root", rad, "--out", out / "rad_chestct_labels.csv"),
-        *turned,
-        module(
-            "data_prep", "dense-labels", "--root", out / "cohort", "--rexgroundingct", rex / "dataset.json"
-        )
-        + [
-            "--rexgroundingct-masks",
-            f"{rex}/segmentations",
-            "--grid",
-            str(size.grid),
-            "--out",
-            f"{out}/dense_labels",
-        ],
+        prep("dense-labels", root=out / "cohort", **_findings(out), grid=size.grid, out=out / "dense_labels"),
     ]
 
 
 def _shards(out: Path) -> list[list[str]]:
-    rex = out / "cohort" / "rexgroundingct"
-    masks = ("--rexgroundingct", rex / "dataset.json", "--rexgroundingct-masks", rex / "segmentations")
     return [
-        module(
-            "data_prep",
-            "ct-rate",
-            "--root",
-            out / "cohort",
-            "--split",
-            split,
-            "--out",
-            out / "shards",
-            *masks,
-        )
+        prep("ct-rate", root=out / "cohort", split=split, out=out / "shards", **_findings(out))
         for split in ("train", "valid")
     ]
+
+
+def _findings(out: Path) -> dict[str, Path]:
+    folder = out / "cohort" / "rexgroundingct"
+    return {"rexgroundingct": folder / "dataset.json", "rexgroundingct_masks": folder / "segmentations"}
+
+
+def _encoder(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> list[Stage]:
+    """Train an encoder, where it is not random, and read its tokens by MIL and dense probes."""
+    stages, needs = [], ("cohort",)
+    if name in TRAINED | ABLATIONS:
+        root, overlays, knobs = (TRAINED | ABLATIONS)[name]
+        command = _train(name, root, overlays, knobs, size, out, amp_dtype)
+        stages, needs = [Stage(f"train {name}", [command], ("shards",))], (f"train {name}",)
+    stages.append(Stage(f"table III {name}", _table_iii(name, size, out, labels, amp_dtype), needs))
+    stages.append(Stage(f"table I {name}", _table_i(name, size, out, amp_dtype), needs))
+    return stages
 
 
 def _train(
@@ -275,7 +242,8 @@ def _table_iii(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -
         for split in volumes
     ]
     configs = ["bundles/eval_ct_rate/configs/train.json", f"{size.overlays}/eval.json"]
-    own = {"embeddings_dir": embeddings, "labels_dir": labels, "output_dir": out / "eval_ct_rate" / name}
+    own: dict[str, Any] = {"embeddings_dir": embeddings, "labels_dir": labels}
+    own["output_dir"] = out / "eval_ct_rate" / name
     if name in ABLATIONS:
         own["num_seeds"] = 1
     results = out / "results" / ("ablations.csv" if name in ABLATIONS else "eval_ct_rate.csv")
@@ -352,25 +320,18 @@ def _table_vi(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[
     root, results = "bundles/eval_preprocessing", out / "results" / "eval_preprocessing.csv"
     stores = {split: out / "strategies" / split for split in ("train", "valid")}
     subsets = {split: out / f"subset_{split}.csv" for split in stores}
+    volumes = {split: out / "cohort" / "dataset" / f"{split}_fixed" for split in stores}
     commands = []
     for split, patients in (("train", 40), ("valid", 30)):
-        listed = (
-            "--labels",
-            labels / f"{split}_predicted_labels.csv",
-            "--patients",
-            patients,
-            "--out",
-            subsets[split],
-        )
-        volumes = out / "cohort" / "dataset" / f"{split}_fixed"
+        table = labels / f"{split}_predicted_labels.csv"
         own = {"subset_csv": subsets[split], "strategies": size.strategies}
-        commands.append(module("data_prep", "subset", *listed))
-        commands.append(_embed("dale_ct_2s", volumes, stores[split], size, out, amp_dtype, **own))
+        commands.append(prep("subset", labels=table, patients=patients, out=subsets[split]))
+        commands.append(_embed("dale_ct_2s", volumes[split], stores[split], size, out, amp_dtype, **own))
     each = [part for strategy in size.strategies for part in ("--strategy", strategy)]
-    own = {
+    folders = {f"{side}_embeddings_dir": f"{stores[split]}/{{}}" for side, split in SIDES.items()}
+    probes = {
         "config_file": [f"{root}/configs/train.json", f"{size.overlays}/eval.json"],
-        "train_labels_csv": subsets["train"],
-        "test_labels_csv": subsets["valid"],
+        **{f"{side}_labels_csv": subsets[split] for side, split in SIDES.items()},
         "num_val_patients": 12,
         "max_steps": 600,
         "val_interval": 100,
@@ -378,47 +339,21 @@ def _table_vi(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[
         "ct_dir": None,
         "output_dir": f"$'{out}/eval_preprocessing/' + @train::dataset.identity['preprocessing']",
     }
-    folders = (
-        "--train-embeddings-dir",
-        stores["train"] / "{}",
-        "--test-embeddings-dir",
-        stores["valid"] / "{}",
-    )
-    each_one = module(
-        "common.engines.each_preprocessing", *each, *folders, "--results-csv", results, *options(own)
-    )
-    configs = (
-        "--config-file",
-        f"{ENCODER}/configs/inference.json",
-        "--config-file",
-        f"{size.overlays}/inference.json",
-    )
-    volumes = (
-        "--volumes",
-        6,
-        "--dataset-dir",
-        out / "cohort" / "dataset" / "valid_fixed",
-        "--results-csv",
-        results,
-    )
-    cost = module("common.engines.embedding_cost", *each, *configs, *volumes)
+    flags = _flags(folders | {"results_csv": results})
+    commands.append(module("common.engines.each_preprocessing", *each, *flags, *options(probes)))
+    configs = [f"{ENCODER}/configs/inference.json", f"{size.overlays}/inference.json"]
+    flags = [part for config in configs for part in ("--config-file", config)]
+    flags += _flags({"volumes": 6, "dataset_dir": volumes["valid"], "results_csv": results})
     weights = {"encoder_weights": weights_of("dale_ct_2s", out), "amp_dtype": amp_dtype}
-    return [*commands, each_one, cost + options(weights)]
+    return [*commands, module("common.engines.embedding_cost", *each, *flags, *options(weights))]
 
 
 def _beside(size: Size, out: Path, labels: Path) -> list[list[str]]:
     embeddings, results = out / "embeddings" / "dale_ct_2s", out / "results" / "beside_table_iii.csv"
-    files = [
-        part
-        for split, name in (("train", "train"), ("valid", "test"))
-        for part in (
-            *(f"--{name}-embeddings", embeddings / split),
-            *(f"--{name}-labels", labels / f"{split}_predicted_labels.csv"),
-        )
-    ]
-    commands = [
-        module("common.engines.neighbour_probe", *files, "--num-val-patients", 40, "--results-csv", results)
-    ]
+    files = {f"{side}_embeddings": embeddings / split for side, split in SIDES.items()}
+    files |= {f"{side}_labels": labels / f"{split}_predicted_labels.csv" for side, split in SIDES.items()}
+    flags = _flags(files | {"num_val_patients": 40, "results_csv": results})
+    commands = [module("common.engines.neighbour_probe", *flags)]
     for overlay in ("gated_abmil", "transformer", "low_shot_10"):
         configs = [
             "bundles/eval_ct_rate/configs/train.json",
@@ -435,18 +370,11 @@ def _beside(size: Size, out: Path, labels: Path) -> list[list[str]]:
     return commands
 
 
-def _compare(size: Size, out: Path) -> list[list[str]]:
-    named = [("--encoder", f"{name}={weights_of(name, out)}") for name in TRAINED | ABLATIONS]
-    shards = ("--shards", out / "shards", "--split", "valid", "--config", f"{size.overlays}/inference.json")
-    results = ("--results-csv", out / "results" / "patch_organs.csv")
-    curves = [("--run", name) for name in ("dale_ct_0_single_slice", "dale_ct_0", "dale_ct_1s", "dale_ct_2s")]
-    return [
-        module("study.compare_variants", *shards, *results, *(part for pair in named for part in pair)),
-        module(
-            "study.draw_curves", "--tracking-uri", f"sqlite:///{out}/mlflow.db", "--out", out / "curves.png"
-        )
-        + [part for pair in curves for part in pair],
-    ]
+def _curves(out: Path) -> list[str]:
+    shown = ("dale_ct_0_single_slice", "dale_ct_0", "dale_ct_1s", "dale_ct_2s")
+    runs = [part for name in shown for part in ("--run", name)]
+    files = ("--tracking-uri", f"sqlite:///{out}/mlflow.db", "--out", out / "curves.png")
+    return module("study.draw_curves", *files, *runs)
 
 
 def _differences(size: Size, out: Path) -> list[list[str]]:
@@ -454,7 +382,7 @@ def _differences(size: Size, out: Path) -> list[list[str]]:
         out / "eval_ct_rate" / name / "test_predictions.csv"
         for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)
     ]
-    dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS)]
+    dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)]
     strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
     paired, folder = "common.handlers.paired_differences", out / "differences"
     return [

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "data_prep")
+PACKAGES = ("common", "data_prep", "study")
 FIRST_PARTY = {*PACKAGES, "bundles"}
 # An __init__.py holds one docstring; these two also hold what their docstring says.
 SPEAKING_INITS = {"common/__init__.py", "common/labels/__init__.py"}
@@ -36,7 +36,7 @@ def written_files(pattern: str) -> list[Path]:
         for file in found
         if not file.parts[0].startswith(".")
         and file.parts[0] not in {"data", "results", "build", "dist"}
-        and file.parts[:2] != ("demo", "out")
+        and file.parts[:2] not in {("demo", "out"), ("study", "out")}
     )
 
 

@@ -1,0 +1,345 @@
+"""Write docs/results.md from what a study has measured: no number in it is typed.
+
+``python -m study.render --study study/out/small`` keeps the study's rows and pictures in docs/study and
+writes docs/results.md from them and from docs/study/reading.md. ``--check`` only says whether the page is up
+to date.
+"""
+
+import csv
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.data.atomic_file import atomic_file
+from common.handlers.results_table import FIELDS, read_rows
+from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS
+
+KEPT = REPOSITORY / "docs" / "study"
+PAGE = REPOSITORY / "docs" / "results.md"
+PAPER = REPOSITORY / "docs" / "paper_results.csv"
+PICTURES = {"curves.png": "curves.png", "eval_slab_depth/figure_2.png": "figure_2.png"}
+STAGE = ("stage", "seconds", "finished", "hardware", "commit")
+DIFFERENCES = ("encoder", "reference", "measure", "difference", "low", "high", "p")
+REFERENCE = "dale_ct_2s"
+
+Row = dict[str, str]
+Results = dict[tuple[str, str, str], Row]
+"""By encoder, protocol and metric."""
+
+CHANGED = {
+    "2s_frozen_heads": "auxiliary heads never trained, as released",
+    "2s_released_guidance": "guidance as released: global views unguided",
+    "2s_fractional_rex": "finding targets: share of the area, as released, not presence",
+    "2s_wide_knots": "SIGReg: 27 knots on ±5, not 17 on ±3",
+    "2s_natural_rex": "annotated scans at their natural share",
+    "2s_stream_shuffle": "batches from a stream of volumes through a buffer of 100 slabs",
+}
+
+
+def keep(study: Path) -> None:
+    """Copy what the page is made of from a finished study to docs/study.
+
+    Raises:
+        FileNotFoundError: if the study has not been finished.
+    """
+    record = study / "study.json"
+    if not record.is_file():
+        raise FileNotFoundError(
+            f"study must hold study.json, got none in '{study}'. Run python -m study.run."
+        )
+    KEPT.mkdir(parents=True, exist_ok=True)
+    rows = [row for path in sorted((study / "results").glob("*.csv")) for row in read_rows(path)]
+    _write_csv(KEPT / "results.csv", FIELDS, rows)
+    _write_csv(KEPT / "differences.csv", DIFFERENCES, _differences(study / "differences"))
+    _write_csv(KEPT / "stages.csv", STAGE, done)
+    for source, name in PICTURES.items():
+        shutil.copyfile(study / source, KEPT / name)
+
+
+def _differences(folder: Path) -> Iterable[Row]:
+    """Yield the paired differences of macro means, all with the columns of ``DIFFERENCES``."""
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get("class", "macro") == "macro":
+                    measure = row.get("measure") or f"{path.stem} {row['metric']}"
+                    yield {name: row.get(name, "") for name in DIFFERENCES} | {"measure": measure}
+
+
+def _write_csv(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
+    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(fields), lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def number(text: str, digits: int = 3, signed: bool = False) -> str:
+    """Write a number as the paper does, without the leading zero; empty for none."""
+    if text in ("", "nan"):
+        return ""
+    return (
+        f"{float(text):{'+' if signed else ''}.{digits}f}".replace("0.", ".", 1)
+        if abs(float(text)) < 1
+        else (f"{float(text):{'+' if signed else ''}.{digits}f}")
+    )
+
+
+def cell(row: Row | None, digits: int = 3, signed: bool = False) -> str:
+    """Write a value with its interval where it has one; empty for none."""
+    if row is None:
+        return ""
+    value, low, high = (number(row[name], digits, signed) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})" if low and high else value
+
+
+def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """Lay out a table; a line without any number is left out."""
+    heads = list(heads)
+    kept = [list(line) for line in lines]
+    return "\n".join(
+        f"| {' | '.join(line)} |"
+        for line in [heads, ["---"] * len(heads), *(line for line in kept if any(line[1:]))]
+    )
+
+
+class Page:
+    """The rows that docs/study keeps, and each table that is made of them."""
+
+    def __init__(self) -> None:
+        rows = read_rows(KEPT / "results.csv")
+        self.rows: Results = {}
+        for row in rows:
+            protocol = (
+                f"{row['protocol']} {row['dataset']}"
+                if row["protocol"].startswith("dense_")
+                else row["protocol"]
+            )
+            self.rows[row["encoder"], protocol, row["metric"]] = row
+        with (KEPT / "differences.csv").open(newline="", encoding="utf-8") as file:
+            self.differences = {(row["encoder"], row["measure"]): row for row in csv.DictReader(file)}
+        with PAPER.open(newline="", encoding="utf-8") as file:
+            self.paper = {
+                (row["table"], row["encoder"], row["protocol"]): row for row in csv.DictReader(file)
+            }
+        with (KEPT / "stages.csv").open(newline="", encoding="utf-8") as file:
+            self.stages = sorted(csv.DictReader(file), key=lambda stage: stage["finished"])
+        self.commits = sorted({row["commit"] for row in rows})
+
+    def macro(self, encoder: str, protocol: str, signed: bool = False) -> list[str]:
+        """Return the cells of AUROC, AUPRC, F1 and balanced accuracy."""
+        metrics = ("auroc", "auprc", "f1", "balanced_accuracy")
+        return [
+            cell(self.rows.get((encoder, protocol, f"macro_{metric}")), signed=signed) for metric in metrics
+        ]
+
+    def less(self, encoder: str, measure: str) -> str:
+        """Return the paired difference to the reference, with its interval."""
+        row = self.differences.get((encoder, measure))
+        return cell(row | {"value": row["difference"]}, signed=True) if row else ""
+
+    def theirs(self, table: str, encoder: str, protocol: str) -> str:
+        """Return the paper's AUROC and AUPRC."""
+        row = self.paper.get((table, encoder, protocol))
+        return f"{row['auroc']} / {row['auprc']}" if row else ""
+
+    def table_i(self) -> str:
+        """Dense probes: kind of token and labels by encoder."""
+        kinds = {"cls": "CLS", "patch": "patches"}
+        tasks = {"rexgroundingct": "findings", "totalsegmentator": "organs"}
+        lines = []
+        for kind, tokens in kinds.items():
+            for task, labels in tasks.items():
+                for encoder in TABLE_ENCODERS:
+                    protocol = f"dense_{kind} {task}"
+                    own = self.macro(encoder, protocol)[:2]
+                    less = self.less(encoder, f"{kind} {task} auprc")
+                    lines.append(
+                        [
+                            f"{tokens}, {labels}",
+                            f"`{encoder}`",
+                            *own,
+                            less,
+                            self.theirs("I", encoder, protocol),
+                        ]
+                    )
+        heads = ("tokens, labels", "encoder", "AUROC", "AUPRC", "AUPRC less 2S's", "paper: AUROC / AUPRC")
+        return markdown(heads, lines)
+
+    def table_iii(self) -> str:
+        """MIL probes on site A."""
+        lines = []
+        for encoder in ("prevalence", *TABLE_ENCODERS):
+            seeds = self.macro(encoder, "mil_probe_seeds")[1]
+            less = self.less(encoder, "table_iii auprc")
+            theirs = self.theirs("III", encoder, "mil_probe")
+            lines.append([f"`{encoder}`", *self.macro(encoder, "mil_probe"), seeds, less, theirs])
+        heads = ("encoder", "AUROC", "AUPRC", "F1", "BA", "AUPRC, six seeds", "AUPRC less 2S's")
+        return markdown((*heads, "paper: AUROC / AUPRC"), lines)
+
+    def beside(self) -> str:
+        """Other readers of the 2S's embeddings."""
+        known = {protocol for encoder, protocol, _ in self.rows if encoder == REFERENCE}
+        names = sorted(
+            name for name in known if name.startswith(("knn", "mil_probe_", "low_shot", "gated", "transf"))
+        )
+        lines = [[f"`{name}`", *self.macro(REFERENCE, name)] for name in names if not name.endswith("_seeds")]
+        return markdown(("protocol", "AUROC", "AUPRC", "F1", "BA"), lines)
+
+    def table_iv(self) -> str:
+        """Frozen and retrained probes on site B."""
+        lines = [
+            [
+                f"`{encoder}`",
+                protocol,
+                *self.macro(encoder, protocol, "-" in protocol),
+                self.theirs("IV", encoder, protocol),
+            ]
+            for encoder in TABLE_ENCODERS
+            for protocol in ("frozen", "retrained", "retrained-frozen")
+        ]
+        return markdown(("encoder", "probe", "AUROC", "AUPRC", "F1", "BA", "paper: AUROC / AUPRC"), lines)
+
+    def orientation(self) -> str:
+        """What turned slices cost the frozen probe."""
+        lines = [
+            [f"`{encoder}`", turn, *self.macro(encoder, f"frozen_{turn}-frozen", signed=True)[:2]]
+            for encoder in TABLE_ENCODERS
+            for turn in TURNS
+        ]
+        return markdown(("encoder", "slices", "AUROC less right", "AUPRC less right"), lines)
+
+    def table_v(self) -> str:
+        """Slabs against single slices."""
+        slab, flat = "dale_ct_0", "dale_ct_0_single_slice"
+        of_pair = {
+            metric: row for (encoder, _, metric), row in self.rows.items() if encoder == f"{slab} - {flat}"
+        }
+        lines = []
+        for metric in ("auroc", "auprc"):
+            own = [cell(self.rows.get((encoder, "mil_probe", f"macro_{metric}"))) for encoder in (slab, flat)]
+            theirs = " and ".join(self.paper["V", arm, "mil_probe"][metric] for arm in ("slab", "flat"))
+            lines.append([f"macro {metric.upper()}", *own, "", "", theirs])
+        measures = dict.fromkeys(
+            m for encoder, p, m in self.rows if encoder == slab and p == "latent_geometry"
+        )
+        for measure in measures:
+            own = [cell(self.rows.get((encoder, "latent_geometry", measure))) for encoder in (slab, flat)]
+            difference, p = of_pair.get(measure), of_pair.get(f"{measure}_p_permutation")
+            theirs = ""
+            if measure == "latent_continuity_cosine":
+                theirs = " and ".join(
+                    self.paper["V", arm, "mil_probe"]["latent_continuity"] for arm in ("slab", "flat")
+                )
+            shown_p = f"{float(p['value']):.1g}" if p else ""
+            lines.append([f"`{measure}`", *own, cell(difference, signed=True), shown_p, theirs])
+        return markdown(("measure", "12 mm slab", "single slice", "difference", "p", "paper"), lines)
+
+    def table_vi(self) -> str:
+        """Preprocessing strategies, with what they cost."""
+        lines = []
+        prefix = "preprocessing_"
+        known = dict.fromkeys(protocol for _, protocol, _ in self.rows if protocol.startswith(prefix))
+        for strategy in (protocol.removeprefix(prefix) for protocol in known):
+            protocol = f"preprocessing_{strategy}"
+            cost = [
+                self.rows.get((REFERENCE, protocol, name))
+                for name in ("slices_per_second", "tokens_per_slice")
+            ]
+            costs = [f"{float(row['value']):.0f}" if row else "" for row in cost]
+            less = self.less(strategy, "table_vi auprc")
+            lines.append([strategy.replace("_", " "), *self.macro(REFERENCE, protocol)[:2], less, *costs])
+        heads = ("strategy", "AUROC", "AUPRC", f"AUPRC less {lines[0][0]}'s", "slices/s", "tokens a slice")
+        return markdown(heads, lines)
+
+    def paper_vi(self) -> str:
+        """The paper's Table VI."""
+        theirs = [row for (table, _, _), row in self.paper.items() if table == "VI"]
+        return markdown(
+            ("strategy", "AUROC", "AUPRC"), [[row["row"], row["auroc"], row["auprc"]] for row in theirs]
+        )
+
+    def ablations(self) -> str:
+        """One change to DALE-CT-2S each."""
+        dense = ("patch totalsegmentator", "patch rexgroundingct")
+        lines = []
+        for name, change in {REFERENCE: "as in the paper", **CHANGED}.items():
+            auroc, auprc = self.macro(name, "mil_probe")[:2]
+            less = [self.less(name, f"{measure} auprc") for measure in ("table_iii", *dense)]
+            shown = [self.macro(name, f"dense_{protocol}")[1] for protocol in dense]
+            lines.append(
+                [
+                    change,
+                    auroc,
+                    auprc,
+                    less[0],
+                    *(part for pair in zip(shown, less[1:], strict=True) for part in pair),
+                ]
+            )
+        heads = ["change", "AUROC", "AUPRC", "less 2S's", "patches, organs: AUPRC", "less 2S's"]
+        heads += ["patches, findings: AUPRC", "less 2S's"]
+        return markdown(heads, lines)
+
+    def times(self) -> str:
+        """How long the stages took."""
+        groups: dict[str, list[int]] = {}
+        for stage in self.stages:
+            words = stage["stage"].split()
+            head = " ".join(words[:2]) if words[0] == "table" else words[0]
+            groups.setdefault(head, []).append(int(stage["seconds"]))
+        lines = [[name, str(len(seconds)), f"{sum(seconds) / 60:.1f}"] for name, seconds in groups.items()]
+        lines.append(
+            ["all", str(sum(map(len, groups.values()))), f"{sum(map(sum, groups.values())) / 60:.1f}"]
+        )
+        return markdown(("stages", "number", "minutes"), lines)
+
+    def write(self) -> str:
+        """Return the whole page."""
+        facts = {
+            "DATE": self.stages[-1]["finished"][:10],
+            "HARDWARE": "; ".join(sorted({stage["hardware"] for stage in self.stages})),
+            "COMMITS": ", ".join(self.commits),
+        }
+        tables: dict[str, Callable[[], str]] = {
+            "TABLE_I": self.table_i,
+            "TABLE_III": self.table_iii,
+            "BESIDE_TABLE_III": self.beside,
+            "TABLE_IV": self.table_iv,
+            "ORIENTATION": self.orientation,
+            "TABLE_V": self.table_v,
+            "TABLE_VI": self.table_vi,
+            "PAPER_VI": self.paper_vi,
+            "ABLATIONS": self.ablations,
+            "TIMES": self.times,
+        }
+        text = (KEPT / "reading.md").read_text(encoding="utf-8")
+        for name, value in facts.items():
+            text = text.replace(f"@{name}@", value)
+        for name, table in tables.items():
+            text = text.replace(f"@{name}@", table())
+        return text
+
+
+def main(
+    study: Annotated[Path | None, typer.Option(help="Finished study to take the numbers from.")] = None,
+    check: Annotated[bool, typer.Option(help="Only say whether docs/results.md is up to date.")] = False,
+) -> None:
+    """Render docs/results.md from docs/study, first taken from a study if one is given."""
+    if study is not None:
+        keep(study)
+    text = Page().write()
+    if check:
+        if PAGE.read_text(encoding="utf-8") != text:
+            sys.exit(
+                "docs/results.md is out of date. Edit docs/study/reading.md, then run python -m study.render."
+            )
+        return
+    with atomic_file(PAGE, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
