@@ -46,16 +46,18 @@ def keep(study: Path) -> None:
     Raises:
         FileNotFoundError: if the study has not been finished.
     """
-    record = study / "study.json"
-    if not record.is_file():
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((study / "done").glob("*.json"))
+    ]
+    if not records:
         raise FileNotFoundError(
-            f"study must hold study.json, got none in '{study}'. Run python -m study.run."
+            f"study must hold done/*.json, got none in '{study}'. Run python -m study.run."
         )
     KEPT.mkdir(parents=True, exist_ok=True)
     rows = [row for path in sorted((study / "results").glob("*.csv")) for row in read_rows(path)]
     _write_csv(KEPT / "results.csv", FIELDS, rows)
     _write_csv(KEPT / "differences.csv", DIFFERENCES, _differences(study / "differences"))
-    _write_csv(KEPT / "stages.csv", STAGE, done)
+    _write_csv(KEPT / "stages.csv", STAGE, records)
     for source, name in PICTURES.items():
         shutil.copyfile(study / source, KEPT / name)
 

@@ -174,9 +174,9 @@ def main(
                 progress.update(overall, name=stage.name)
                 log = folder / "logs" / f"{record_of(stage.name, folder).stem}.log"
                 run_stage(stage, log, environment_of(folder), progress)
-                seconds = time.monotonic() - began
-                write_record(stage.name, keys[stage.name], seconds, folder)
-                console.print(f"{seconds / 60:6.1f} min  {stage.name}", highlight=False)
+                elapsed = time.monotonic() - began
+                write_record(stage.name, keys[stage.name], elapsed, folder)
+                console.print(f"{elapsed / 60:6.1f} min  {stage.name}", highlight=False)
             progress.advance(overall)
     console.print(f"Done: {len(chosen)} stages. Render the tables: python -m study.render --study {folder}")
 
