@@ -6,6 +6,7 @@ to date.
 """
 
 import csv
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable

@@ -33,7 +33,8 @@ def keys_of(stages: list[Stage]) -> dict[str, str]:
     """Return for each stage a hash of its commands and of those that it builds on."""
     keys: dict[str, str] = {}
     for stage in stages:
-        text = json.dumps([stage.commands, [keys[name] for name in stage.needs]])
+        arguments = [command[1:] for command in stage.commands]  # without the path of Python
+        text = json.dumps([arguments, [keys[name] for name in stage.needs]])
         keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return keys
 
