@@ -3,13 +3,14 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format bundles release
+.PHONY: help install demo study test test-fast check format bundles release
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 WORKERS ?= 2
+SIZE ?= small
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r name text; do \
@@ -29,6 +30,9 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 
 demo: $(INSTALLED) ## the whole path on a synthetic cohort: at most 10 minutes on 2 cores
 	PYTHON=$(BIN)/python bash demo/run.sh
+
+study: $(INSTALLED) ## every table of the paper on a synthetic cohort, resumable: SIZE=small or gpu
+	$(BIN)/python -m study.run --size $(SIZE)
 
 test: $(INSTALLED) ## all tests, doctests included: about 9 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from study.run import keys_of
+from study.stages import (
+    ABLATIONS,
+    REPOSITORY,
+    SIZES,
+    TABLE_ENCODERS,
+    TRAINED,
+    Stage,
+    all_stages,
+    bundle,
+    prep,
+)
+
+
+@pytest.fixture(params=SIZES)
+def stages(request: pytest.FixtureRequest) -> list[Stage]:
+    return all_stages(SIZES[request.param], Path("study/out/test"), "bfloat16")
+
+
+def test_stages_are_named_once_and_need_only_what_comes_before(stages):
+    names = [stage.name for stage in stages]
+    assert len(set(names)) == len(names)
+    for place, stage in enumerate(stages):
+        assert set(stage.needs) <= set(names[:place])
+
+
+def test_every_encoder_goes_through_its_tables(stages):
+    names = {stage.name for stage in stages}
+    assert {f"train {name}" for name in TRAINED | ABLATIONS} <= names
+    for table in ("I", "III"):
+        assert {f"table {table} {name}" for name in (*TABLE_ENCODERS, *ABLATIONS)} <= names
+    assert {f"table IV {name}" for name in TABLE_ENCODERS} <= names
+    assert set(TABLE_ENCODERS) == {"random_weights", *TRAINED}
+
+
+def test_every_config_file_is_there(stages):
+    files = [
+        word.strip("[]'")
+        for stage in stages
+        for command in stage.commands
+        for place, words in enumerate(command)
+        if command[place - 1] in ("--config_file", "--config-file")
+        for word in words.split("', '")
+    ]
+    assert len(files) > 100
+    assert all((REPOSITORY / file).is_file() for file in files)
+
+
+def test_no_results_of_two_stages_share_a_folder(stages):
+    outputs = [
+        words[words.index("--output_dir") + 1]
+        for stage in stages
+        for words in stage.commands
+        if "--output_dir" in words
+    ]
+    # the chosen strategies of Table VI are written into one folder a split, each under its own name
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_a_changed_command_is_run_again_with_all_that_builds_on_it_and_nothing_else():
+    stages = all_stages(SIZES["small"], Path("out"), "float32")
+    changed = [
+        stage._replace(commands=[[*stage.commands[0], "--lr", "1"]])
+        if stage.name == "train dale_ct_0"
+        else stage
+        for stage in stages
+    ]
+    before, after = keys_of(stages), keys_of(changed)
+    assert {name for name in before if before[name] != after[name]} == {
+        "train dale_ct_0",
+        "table I dale_ct_0",
+        "table III dale_ct_0",
+        "table IV dale_ct_0",
+        "table V",
+        "curves",
+        "differences",
+    }
+
+
+def test_where_python_lies_makes_no_difference():
+    stages = all_stages(SIZES["small"], Path("out"), "float32")
+    elsewhere = [
+        stage._replace(commands=[["/elsewhere/python", *command[1:]] for command in stage.commands])
+        for stage in stages
+    ]
+    assert keys_of(stages) == keys_of(elsewhere)
+
+
+def test_knobs_and_flags_are_written_as_their_commands_want_them():
+    assert bundle("bundles/x", ["a.json", "b.json"], lr=0.1, ct_dir=None)[3:] == [
+        *("run", "--config_file", "['a.json', 'b.json']"),
+        *("--bundle_root", "bundles/x", "--lr", "0.1", "--ct_dir", "$None"),
+    ]
+    assert prep("phantom", spacing_mm=(4, 6), out=Path("a"))[1:] == [
+        *("-m", "data_prep", "phantom", "--spacing-mm", "4", "6", "--out", "a"),
+    ]
