@@ -6,6 +6,7 @@ paper's figures stand beside: for data at full scale, never for synthetic data.
 
 import argparse
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -35,17 +36,20 @@ def table_of(row: dict[str, str]) -> str | None:
     return None
 
 
-def cell(row: dict[str, str] | None) -> str:
-    """Write a value as the paper does, without the leading zero, with its interval where it has one."""
-    if row is None:
-        return ""
-    signed = "-" in row["protocol"]
-    numbers = [_number(row[name], signed) for name in ("value", "low", "high") if row[name]]
-    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+def cell(row: dict[str, str] | None, signed: bool = False) -> str:
+    """Write a value as the paper does, without the leading zero, with its interval where it has one.
+
+    Args:
+        row: of a results CSV; None, or one without a value, gives an empty cell.
+        signed: whether it is a difference.
+    """
+    texts = [row[name] for name in ("value", "low", "high")] if row else []
+    numbers = [_number(text, signed) for text in texts if text not in ("", "nan")]
+    return "".join(numbers) if len(numbers) < 3 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
 
 def _number(text: str, signed: bool) -> str:
-    return f"{float(text):{'+' if signed else ''}.3f}".replace("0.", ".", 1)
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{float(text):{'+' if signed else ''}.3f}")
 
 
 def markdown(rows: list[dict[str, str]], with_paper: bool) -> str:
@@ -81,7 +85,12 @@ def _lines(values: Values, table: str, with_paper: bool) -> list[str]:
         if not COLUMNS.keys() & own.keys():
             continue
         counted = next(own[metric]["n"] for metric in COLUMNS if metric in own)
-        cells = [f"`{encoder}`", protocol, *(cell(own.get(metric)) for metric in COLUMNS), counted]
+        cells = [
+            f"`{encoder}`",
+            protocol,
+            *(cell(own.get(metric), "-" in protocol) for metric in COLUMNS),
+            counted,
+        ]
         cells += [f"{float(own[metric]['value']):.0f}" if metric in own else "" for metric in cost]
         if with_paper:
             theirs = paper.get((encoder, protocol))

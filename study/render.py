@@ -17,11 +17,11 @@ import typer
 
 from common.data.atomic_file import atomic_file
 from common.handlers.results_table import FIELDS, read_rows
+from docs.render_results import PAPER, cell
 from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS
 
 KEPT = REPOSITORY / "docs" / "study"
 PAGE = REPOSITORY / "docs" / "results.md"
-PAPER = REPOSITORY / "docs" / "paper_results.csv"
 PICTURES = {"curves.png": "curves.png", "eval_slab_depth/figure_2.png": "figure_2.png"}
 STAGE = ("stage", "seconds", "finished", "hardware", "commit")
 DIFFERENCES = ("encoder", "reference", "measure", "difference", "low", "high", "p")
@@ -78,25 +78,6 @@ def _write_csv(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, list(fields), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def number(text: str, digits: int = 3, signed: bool = False) -> str:
-    """Write a number as the paper does, without the leading zero; empty for none."""
-    if text in ("", "nan"):
-        return ""
-    return (
-        f"{float(text):{'+' if signed else ''}.{digits}f}".replace("0.", ".", 1)
-        if abs(float(text)) < 1
-        else (f"{float(text):{'+' if signed else ''}.{digits}f}")
-    )
-
-
-def cell(row: Row | None, digits: int = 3, signed: bool = False) -> str:
-    """Write a value with its interval where it has one; empty for none."""
-    if row is None:
-        return ""
-    value, low, high = (number(row[name], digits, signed) for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})" if low and high else value
 
 
 def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -180,7 +161,7 @@ class Page:
             less = self.less(encoder, "table_iii auprc")
             theirs = self.theirs("III", encoder, "mil_probe")
             lines.append([f"`{encoder}`", *self.macro(encoder, "mil_probe"), seeds, less, theirs])
-        heads = ("encoder", "AUROC", "AUPRC", "F1", "BA", "AUPRC, six seeds", "AUPRC less 2S's")
+        heads = ("encoder", "AUROC", "AUPRC", "F1", "BA", "AUPRC, five seeds", "AUPRC less 2S's")
         return markdown((*heads, "paper: AUROC / AUPRC"), lines)
 
     def beside(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.handlers.results_table import FIELDS, add_rows
+from docs.render_results import cell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAPER = REPOSITORY / "docs" / "paper_results.csv"
@@ -58,3 +59,17 @@ def test_model_cards_state_the_papers_figures_as_the_table_does(bundle):
     stated = re.findall(r"\| (\.\d{4} / \.\d{4} / \.\d{4} / \.\d{4}) \|", card)
     assert stated
     assert set(stated) <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "signed", "expected"),
+    [
+        ("0.6014", False, ".601"),
+        ("-0.05", True, "-.050"),
+        ("1.5", False, "1.500"),
+        ("10.04", True, "+10.040"),
+        ("nan", False, ""),
+    ],
+)
+def test_numbers_are_written_as_in_the_paper(text, signed, expected):
+    assert cell(row("mil_probe", "macro_f1", text), signed) == expected
