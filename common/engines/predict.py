@@ -11,18 +11,26 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
+from timm.models.vision_transformer import VisionTransformer
 
 from common.data.atomic_file import atomic_file
+from common.data.chest_ct import ChestCTs, chest_cts
 from common.data.ct_sources import CTSource
 from common.data.embedding_part import IDENTITY_KEYS
 from common.data.embedding_store import EmbeddingStore
+from common.data.shard_index import RejectedVolume
+from common.handlers.rejected_volumes import REJECTED, report_rejected
 from common.networks.mil_probe import load_probe
+from common.reports.attended_slices import write_attended_slices
 from common.reports.ct_report import Finding, write_ct_report
+from common.reports.patch_maps import PatchMaps, cls_attention_maps
+from common.short_errors import first_cause
+from common.visualize.ct_tokens import Encoder
 
 # T tokens of a volume, C classes
 
 MAX_SHOWN = 10
-"""Volumes whose table is printed; of more, the files alone are named."""
+"""Volumes whose table or reason is printed; of more, the files alone are named."""
 
 Predictions = dict[str, list[dict[str, Any]]]
 
@@ -34,13 +42,18 @@ def predict(
     output_dir: str | Path,
     encoder_configs: Sequence[str] = (),
     encoder_knobs: Mapping[str, Any] | None = None,
-    num_pages: int = 0,
+    num_pages: int = 10,
+    force: bool = False,
 ) -> Predictions:
     """Embed CTs with an encoder bundle and score them with a probe; write, print and return the result.
 
+    What does not look like a chest CT (:mod:`common.data.chest_ct`) is refused before anything is embedded,
+    and listed with what cannot be read in ``rejected.csv``.
+
     ``predictions.csv`` has a row a volume and class, ``predictions.json`` the same by volume. The embeddings
     stay in ``output_dir/embeddings``; a second run embeds only what is new. ``<volume>.html`` is a page of
-    one volume: its slices, the probabilities and how much each slice weighs in the probe's pooling.
+    one volume: its slices, the probabilities, how much each slice weighs in the probe's pooling, and where in
+    the slice a vision transformer looks; ``<volume>_attended.png`` shows the slices of largest weight.
 
     Args:
         encoder_bundle: folder of the encoder bundle; its ``inference.json`` is run.
@@ -49,11 +62,16 @@ def predict(
         output_dir: where to write.
         encoder_configs: further config files that change the encoder bundle's, as in training.
         encoder_knobs: its knobs to set, such as ``encoder_weights`` or ``split``.
-        num_pages: volumes that get a page, the first by name; some 3 MB each.
+        num_pages: volumes that get a page and a picture, the first by name; some 3 MB each.
+        force: go on with what does not look like a chest CT; the page and the terminal say so.
+
+    Returns:
+        For each volume a dictionary a class, with ``class``, ``probability``, ``threshold`` and ``call``, 1
+        for a probability that reaches the threshold.
 
     Raises:
-        FileNotFoundError: if the bundle or the probe does not exist.
-        ValueError: if a knob does not exist, or the probe was made for other embeddings.
+        FileNotFoundError: if the bundle, the probe or a CT does not exist.
+        ValueError: if a knob does not exist, the probe was made for other embeddings, or no volume is left.
     """
     for name, folder in (("encoder_bundle", encoder_bundle), ("probe_dir", probe_dir)):
         if folder is None:
@@ -66,22 +84,45 @@ def predict(
         encoder["strategies"] = [card["preprocessing"]]
     set_determinism(seed=encoder["seed"])
     if "embedding_identity" in encoder:  # before the CTs are embedded in vain
-        _check_identity(card, encoder.get_parsed_content("embedding_identity"))
-    encoder.get_parsed_content("run")
+        _check_identity(card, _parsed(encoder, "embedding_identity"))
+    found, unusable = _parsed(encoder, "sources")
+    chests = chest_cts(found, _parsed(encoder, "num_workers"), force)
+    rejected = [*chests.refused, *unusable]
+    report_rejected(output, rejected, len(found) + len(unusable), max_rejected=1.0)
+    _check_left(chests, rejected, dataset_dir)
+    encoder["sources"] = (chests.used, [])
+    _parsed(encoder, "run")
     store = EmbeddingStore(output / "embeddings")
     _check_identity(card, store.identity)
-    volumes, sources = store.volumes, {}
-    if "sources" in encoder:
-        sources = {source.volume: source for source in encoder.get_parsed_content("sources")[0]}
-        volumes = [volume for volume in volumes if volume in sources]
+    sources = {source.volume: source for source in chests.used}
     predictions = {
-        volume: _scores(probe, card, store.read_tokens([volume]).to(torch.float32)) for volume in volumes
+        volume: _scores(probe, card, store.read_tokens([volume]).to(torch.float32)) for volume in sources
     }
     _write(output, predictions)
-    for volume in [volume for volume in volumes if volume in sources][:num_pages]:
-        _write_page(output / f"{volume}.html", sources[volume], store, probe, predictions[volume])
-    sys.stdout.write(_summary(output, predictions))
+    for volume in list(sources)[:num_pages]:
+        doubts = chests.doubts.get(volume, [])
+        _write_page(output, sources[volume], encoder, store, probe, predictions[volume], doubts)
+    sys.stdout.write(_summary(output, predictions, chests, rejected))
     return predictions
+
+
+def _parsed(encoder: ConfigParser, name: str) -> Any:  # noqa: ANN401 (whatever the config makes)
+    """Resolve a part of the config; an error is the component's own, not MONAI's of each reference to it."""
+    try:
+        return encoder.get_parsed_content(name)
+    except RuntimeError as error:
+        raise first_cause(error) from None
+
+
+def _check_left(chests: ChestCTs, rejected: Sequence[RejectedVolume], dataset_dir: str | Path) -> None:
+    if chests.used:
+        return
+    volume, reason, detail = rejected[0]
+    others = f" {len(rejected) - 1} more are in '{REJECTED}'." if len(rejected) > 1 else ""
+    raise ValueError(
+        f"dataset_dir must hold a chest CT, got none in '{dataset_dir}': '{volume}' is refused, {reason}: "
+        f"{detail}.{others} Pass --force True to predict nonetheless what can be read."
+    )
 
 
 def _encoder_config(bundle: Path, configs: Sequence[str], knobs: Mapping[str, Any]) -> ConfigParser:
@@ -120,23 +161,56 @@ def _scores(probe: torch.nn.Module, card: Mapping[str, Any], tokens: torch.Tenso
 
 @torch.no_grad()
 def _write_page(
-    path: Path, source: CTSource, store: EmbeddingStore, probe: torch.nn.Module, rows: list[dict[str, Any]]
+    output: Path,
+    source: CTSource,
+    encoder: ConfigParser,
+    store: EmbeddingStore,
+    probe: torch.nn.Module,
+    rows: list[dict[str, Any]],
+    doubts: Sequence[str],
 ) -> None:
     """Show one volume; the weights of slices where its tokens are slices."""
     hu, spacing_mm = source.read()
+    z_mm = (np.arange(len(hu)) * spacing_mm[2]).tolist()
     tokens = store.read_tokens([source.volume]).to(torch.float32)
     pooler: Any = probe.pooler
-    weights = pooler.slice_weights(tokens) if len(tokens) == len(hu) else None
+    weights, maps = None, None
+    if len(tokens) == len(hu) and store.identity["token_kind"] == "slice":
+        weights = pooler.slice_weights(tokens).numpy().clip(0, 1)
+        maps = _patch_maps(encoder, hu, store.read(source.volume).metadata)
+        write_attended_slices(output / f"{source.volume}_attended.png", source.volume, hu, z_mm, weights)
     write_ct_report(
-        path,
+        output / f"{source.volume}.html",
         title=source.volume,
         hu=hu,
-        z_mm=(np.arange(len(hu)) * spacing_mm[2]).tolist(),
+        z_mm=z_mm,
         facts=[f"{len(hu)} slices", " x ".join(f"{side:.2f}" for side in spacing_mm) + " mm"],
         origin=f"Encoder {store.identity['encoder']}, {store.identity['encoder_id']}.",
         findings=[Finding(row["class"], row["probability"], row["threshold"]) for row in rows],
-        attention=None if weights is None else weights.numpy().clip(0, 1),
+        attention=weights,
+        patch_maps=None if maps is None else maps.values,
+        map_box=(0, 0, 1, 1) if maps is None else maps.box,
+        map_note="" if maps is None else maps.note,
+        warnings=[f"This does not look like a chest CT: {doubt}." for doubt in doubts],
     )
+
+
+def _patch_maps(encoder: ConfigParser, hu: np.ndarray, metadata: Mapping[str, Any]) -> PatchMaps | None:
+    """Maps of an encoder that has CLS and patches, of one image a slice."""
+    network, (strategy,) = _parsed(encoder, "network"), _parsed(encoder, "preprocessing")
+    if strategy.is_tiled or not isinstance(network, VisionTransformer):
+        return None
+    viewer = Encoder(
+        name=_parsed(encoder, "name"),
+        network=network.eval(),
+        window=_parsed(encoder, "window"),
+        size_px=0,  # the strategy's own
+        patch_size_px=strategy.patch_size_px,
+        slice_axes=_parsed(encoder, "slice_axes"),
+    )
+    whole = (0, 0, hu.shape[-1])
+    box = tuple(metadata["box"]) if strategy.is_cropped else whole
+    return cls_attention_maps(viewer, strategy, hu, box, _parsed(encoder, "amp_dtype"))
 
 
 def _write(output: Path, predictions: Predictions) -> None:
@@ -152,7 +226,9 @@ def _write(output: Path, predictions: Predictions) -> None:
         file.write(json.dumps(predictions, indent=2) + "\n")
 
 
-def _summary(output: Path, predictions: Predictions) -> str:
+def _summary(
+    output: Path, predictions: Predictions, chests: ChestCTs, rejected: Sequence[RejectedVolume]
+) -> str:
     lines = []
     for volume, rows in list(predictions.items())[:MAX_SHOWN]:
         width = max(len(row["class"]) for row in rows)
@@ -162,5 +238,16 @@ def _summary(output: Path, predictions: Predictions) -> str:
             lines.append(f"{row['class']:{width}}  {row['probability']:11.3f}  {row['threshold']:9.3f}{mark}")
     if len(predictions) > MAX_SHOWN:
         lines.append(f"\nand {len(predictions) - MAX_SHOWN} volumes more")
+    doubts = [f"{volume}: {'; '.join(texts)}" for volume, texts in chests.doubts.items()]
+    lines += _listed("do not look like a chest CT and were used by force", doubts)
+    reasons = [f"{volume}: {reason}: {detail}" for volume, reason, detail in rejected]
+    lines += _listed(f"were refused, see '{output / REJECTED}'", reasons)
     lines.append(f"\n{len(predictions)} volumes in '{output / 'predictions.csv'}'. Not for clinical use.\n")
     return "\n".join(lines)
+
+
+def _listed(what: str, texts: Sequence[str]) -> list[str]:
+    if not texts:
+        return []
+    rest = [f"  and {len(texts) - MAX_SHOWN} more"] if len(texts) > MAX_SHOWN else []
+    return [f"\n{len(texts)} volumes {what}:", *(f"  {text}" for text in texts[:MAX_SHOWN]), *rest]

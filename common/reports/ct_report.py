@@ -46,6 +46,7 @@ def write_ct_report(
     attention: np.ndarray | None = None,
     patch_maps: np.ndarray | None = None,
     map_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+    map_note: str = "",
     warnings: Sequence[str] = (),
 ) -> None:
     """Write the page. Nothing in it is fetched from elsewhere, and what it shows as text is text.
@@ -64,6 +65,7 @@ def write_ct_report(
         attention: share of each slice in the pooling, adding up to 1; None for none.
         patch_maps: a number from 0 to 1 for each patch; None for none.
         map_box: left, top, width and height of the area that the maps cover, in shares of a slice.
+        map_note: what the maps show, in a sentence, with what no colour and full colour mean.
         warnings: what to look at first.
 
     Shape:
@@ -100,6 +102,7 @@ def write_ct_report(
         "maps": None if patch_maps is None else [_bytes_of(patch_map) for patch_map in patch_maps],
         "map_shape": None if patch_maps is None else list(patch_maps.shape[1:]),
         "map_box": list(map_box),
+        "map_note": map_note,
     }
     # a "</script>" in a file's name must not end the script; JSON may escape any character
     text = json.dumps(data).replace("<", "\\u003c")

@@ -177,7 +177,7 @@ def test_a_missing_weights_file_says_what_to_do(embedded, tmp_path):
     assert "Train the bundle first, or download it" in result.stderr.strip().splitlines()[-1]
 
 
-def test_predict_is_one_command(embedded, tmp_path):
+def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(embedded, tmp_path):
     card = {"pooler": "max", "dim": 24, "class_names": ["Emphysema"], "thresholds": [0.0]}
     identity = {
         key: value for key, value in EmbeddingStore(embedded / "out").identity.items() if key != "dtype"
@@ -185,17 +185,19 @@ def test_predict_is_one_command(embedded, tmp_path):
     save_probe(tmp_path / "probe", MILProbe(build_pooler("max", 24), 24, 1), card | identity)
     tiny = {name: value for name, value in TINY.items() if name != "strategies"}
     bundle = REPOSITORY / "bundles" / "eval_ct_rate"
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "monai.bundle", "run"),
-            *("--config_file", str(bundle / "configs" / "predict.json"), "--bundle_root", str(bundle)),
-            *("--encoder_bundle", str(BUNDLE), "--probe_dir", "probe", "--output_dir", "out"),
-            *("--dataset_dir", str(embedded / "ct" / "LPS.nii.gz"), "--encoder_knobs", str(tiny)),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    command = [
+        *(sys.executable, "-m", "monai.bundle", "run"),
+        *("--config_file", str(bundle / "configs" / "predict.json"), "--bundle_root", str(bundle)),
+        *("--encoder_bundle", str(BUNDLE), "--probe_dir", "probe", "--output_dir", "out"),
+        *("--dataset_dir", str(embedded / "ct" / "LPS.nii.gz"), "--encoder_knobs", str(tiny)),
+    ]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert (
+        "'LPS' is refused, not a chest CT: it must have at least 20 slices, got 11"
+        in (refused.stderr.strip().splitlines()[-1])
     )
+    result = subprocess.run([*command, "--force", "True"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Emphysema" in result.stdout
     with (tmp_path / "out" / "predictions.csv").open() as file:
@@ -203,6 +205,7 @@ def test_predict_is_one_command(embedded, tmp_path):
     assert (row["volume"], row["class"], row["call"]) == ("LPS", "Emphysema", "1")
     assert 0 < float(row["probability"]) < 1
     assert (tmp_path / "out" / "LPS.html").stat().st_size > 10_000
+    assert (tmp_path / "out" / "LPS_attended.png").stat().st_size > 10_000
 
 
 @pytest.mark.real_ct

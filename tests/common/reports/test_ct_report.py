@@ -30,6 +30,7 @@ def page_of(folder: Path, **changes: object) -> str:
         "findings": [Finding("Emphysema", 0.75, 0.5), Finding("Lung nodule", 0.25, 0.5)],
         "attention": attention,
         "patch_maps": rng.random((SLICES, 3, 4)),
+        "map_note": "Where it looks.",
     }
     write_ct_report(folder / "page.html", **(given | changes))  # type: ignore[arg-type]
     return (folder / "page.html").read_text(encoding="utf-8")
@@ -59,6 +60,7 @@ def test_without_attention_it_opens_in_the_middle(tmp_path: Path) -> None:
     assert data["start"] == 2
     assert data["attention"] is None
     assert data["maps"] is None
+    assert data["map_note"] == "Where it looks."
 
 
 def test_a_probability_at_its_threshold_is_called() -> None:
@@ -119,3 +121,34 @@ def test_the_viewer_runs_in_a_browser(tmp_path: Path) -> None:
         assert '<h1 id="title">&lt;/script&gt;&lt;b&gt;odd&lt;/b&gt;</h1>' in result.stdout
         assert '<tr class="called"><td>Emphysema</td>' in result.stdout
         assert "Few slices." in result.stdout
+        assert 'id="map-card"><i></i><span id="map-note">Where it looks.</span>' in result.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_map_is_painted_where_its_box_says_in_whole_patches(tmp_path: Path) -> None:
+    maps = np.zeros((SLICES, 2, 4))
+    maps[3, 1, 2] = 1  # of the slice that is shown first
+    black = np.full((SLICES, SIDE, SIDE), -3000, np.int16)
+    page_of(tmp_path, hu=black, patch_maps=maps, map_box=(0.25, 0.5, 0.5, 0.25))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1000"]
+    picture = tmp_path / "page.png"
+    address = (tmp_path / "page.html").as_uri()
+    subprocess.run(
+        [*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    red, green, blue = pixels.transpose(2, 0, 1)
+    view = (green < 12) & (blue < 12)  # black, or black under red
+    columns, rows = (np.flatnonzero(view.sum(axis) > 300) for axis in (0, 1))
+    side = len(columns)
+    assert 300 < side < 600
+    assert abs(len(rows) - side) <= 1
+    lit = view & (red > 60)
+    lit[: rows[0]] = lit[rows[-1] + 1 :] = False  # the legend has these colours, too
+    top, left = (np.flatnonzero(lit.any(axis))[0] for axis in (1, 0))
+    bottom, right = (np.flatnonzero(lit.any(axis))[-1] + 1 for axis in (1, 0))
+    found = [(left - columns[0]) / side, (top - rows[0]) / side, (right - left) / side, (bottom - top) / side]
+    # a patch is 0.5 / 4 wide and 0.25 / 2 high
+    np.testing.assert_allclose(found, [0.5, 0.625, 0.125, 0.125], atol=0.01)
+    assert lit[top:bottom, left:right].mean() > 0.95
