@@ -162,7 +162,7 @@ def main(
     took = {stage.name: seconds_of(stage.name, keys[stage.name], folder) for stage in chosen}
     if show:
         for name, seconds in took.items():
-            print(f"{'to do' if seconds is None else f'{seconds / 60:.1f} min':>10}  {name}")
+            typer.echo(f"{'to do' if seconds is None else f'{seconds / 60:.1f} min':>10}  {name}")
         return
     console = Console(stderr=True)
     console.print(f"Study, size {size}: {SIZES[size].takes}. Logs and results in {folder}.", highlight=False)

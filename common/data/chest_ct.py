@@ -20,7 +20,7 @@ NOT_CHEST_CT = "not a chest CT"
 # lungs (20 to 70 mm) outside, as the tests check. CT-RATE and RAD-ChestCT are gated and were not measured: a
 # scan that is refused wrongly goes through with force.
 MIN_SLICES = 20
-"""A chest of 150 mm in slices of 7.5 mm: thicker than any protocol of today."""
+"""A chest of 150 mm in slices of 7.5 mm."""
 HEIGHT_MM = (150.0, 700.0)
 """From the lungs of a small adult to a trunk from neck to pelvis; slabs and whole bodies lie outside."""
 WIDTH_MM = (200.0, 700.0)
