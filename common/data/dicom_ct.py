@@ -144,7 +144,7 @@ def _is_deflated(file: io.BufferedReader | io.BytesIO) -> bool:
     """Look for the transfer syntax in the elements of group 2, which stand in front of all others."""
     from pydicom.filereader import read_dataset
 
-    for is_implicit in (False, True):  # the second is against the standard; pydicom reads it
+    for is_implicit in (False, True):  # the second is against the standard; pydicom reads it, too
         file.seek(132)
         meta = read_dataset(file, is_implicit, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
         with suppress(NotImplementedError):
