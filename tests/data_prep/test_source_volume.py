@@ -192,11 +192,13 @@ def with_voxel(value: float) -> np.ndarray:
 HEADERS: dict[str, tuple[bytes, str]] = {
     "zero bytes": (
         b"",
-        r"unreadable: '{}' must be a whole NIfTI file, got an end after 0 of 4 bytes\. Copy or download it again\.",
+        r"unreadable: '{}' must be a whole NIfTI file, got an end after 0 of 4 bytes"
+        r"\. Copy or download it again\.",
     ),
     "a web page": (
         b"<html><body>Too many requests</body></html>",
-        r"unreadable: '{}' must be a whole NIfTI file, got Not a gzipped file \(b'<h'\)\. Copy or download it again\.",
+        r"unreadable: '{}' must be a whole NIfTI file, got Not a gzipped file \(b'<h'\)"
+        r"\. Copy or download it again\.",
     ),
     "4-D": (
         gzip.compress(file_of(np.zeros((*SHAPE_XYZ, 2), np.int16))),
@@ -259,7 +261,8 @@ VOXELS: dict[str, tuple[bytes, str]] = {
     ),
     "truncated before it was gzipped": (
         gzip.compress(file_of(hu())[:-1]),
-        r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got an end after 3229 of 3230 bytes\. Copy or download it again\.",
+        r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got an end after 3229 of 3230 bytes"
+        r"\. Copy or download it again\.",
     ),
     "NaN": (
         gzip.compress(file_of(with_voxel(np.nan))),
