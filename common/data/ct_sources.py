@@ -3,29 +3,25 @@
 import csv
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.data import dicom_ct, nifti_ct, npz_ct
-from common.data.dicom_files import AXIAL_CT, DAMAGED, NO_IMAGE, FoundFile, look_at, series_volume
+from common.data.ct_files import SUFFIXES, CTFile, find_cts
 from common.data.nifti_ct import AIR_HU
-from common.data.nifti_file import SUFFIXES as NIFTI_SUFFIXES
-from common.data.rejection import NOT_AXIAL_CT, RejectedError
+from common.data.rejection import RejectedError, is_failure
 from common.data.shard_index import RejectedVolume
 from common.data.shards import SHARD_NAME, ShardSet
 from common.data.skip_list import listed_volumes
 from common.data.slice_codec import STORED_HU_RANGE
-from common.data.stored_ct import StoredCT
+from common.data.stored_ct import StoredCT, check_size
 
 # Z slices, H rows, W columns
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (*NIFTI_SUFFIXES, ".npz")
 
 
 class CTSlices(NamedTuple):
@@ -61,12 +57,13 @@ def ct_sources(
     """List the volumes of a file or folder.
 
     A volume is called as its file without suffix; of a DICOM series by its SeriesInstanceUID with ``_`` for
-    each dot; of shards as they say.
+    each dot; of shards as they say. It is called so in a zip file, too.
 
     Args:
-        dataset_dir: a NIfTI (``.nii``, ``.nii.gz``) or ``.npz`` file; a folder of these and of DICOM series,
-            searched with its sub-folders; or a folder of shards. NIfTI in HU with a header that states its
-            geometry; npz with ``ct`` (I, P, L) at 0.8 mm, as RAD-ChestCT's.
+        dataset_dir: a NIfTI (``.nii``, ``.nii.gz``) or ``.npz`` file; a zip file of at most 8 GiB of these or
+            of DICOM files, as PACS export them; a folder of all these and of DICOM series, searched with its
+            sub-folders; or a folder of shards. NIfTI in HU with a header that states its geometry; npz with
+            ``ct`` (I, P, L) at 0.8 mm, as RAD-ChestCT's.
         split: which shards.
         subset_csv: CSV whose column ``VolumeName`` (or else its first) names the volumes to use, below a line
             of column names; None for all.
@@ -74,11 +71,12 @@ def ct_sources(
             ``no_chest_*.txt``.
 
     Returns:
-        The volumes, sorted by name, and what was left out: two of one name, damaged files, series that are no
-        axial CT.
+        The volumes, sorted by name, and what was left out: two of one name, damaged files and zips, series
+        that are no axial CT.
 
     Raises:
-        FileNotFoundError: if there is no such file, folder or list, no volume, or none of the subset.
+        FileNotFoundError: if there is no such file, folder or list, no volume, none but series that are no
+            axial CT, or none of the subset.
     """
     root = Path(dataset_dir)
     if not root.exists():
@@ -86,15 +84,18 @@ def ct_sources(
             f"dataset_dir must be a file or a folder, got '{root}', which does not exist."
         )
     found, rejected = _shard_volumes(root, split) if _holds_shards(root) else _file_volumes(root)
-    if not found and not rejected:
+    if not found and not any(map(is_failure, rejected)):
+        left_out = f", but {len(rejected)} such as: {rejected[0].detail}" if rejected else ""
         raise FileNotFoundError(
-            "dataset_dir must hold .nii.gz, .nii or .npz volumes, DICOM series or shards, "
-            f"got none in '{root}'."
+            "dataset_dir must hold .nii.gz, .nii or .npz volumes, DICOM series, zips of these, or shards, "
+            f"got none in '{root}'{left_out}."
         )
     sources = [CTSource(volume, reads[0]) for volume, reads in sorted(found.items()) if len(reads) == 1]
     for volume, reads in sorted(found.items()):
         if len(reads) > 1:
-            detail = f"a volume must be one file, got {len(reads)} of this name in '{root}'"
+            detail = (
+                f"a volume must be one file, got {len(reads)} of this name in '{root}'. Keep one, or rename."
+            )
             rejected.append(RejectedError("duplicate", detail).of(volume))
     chosen = found.keys() if subset_csv is None else _subset(subset_csv, found.keys(), root)
     skipped = set() if skip_list is None else listed_volumes(skip_list)
@@ -119,53 +120,31 @@ def _shard_volumes(root: Path, split: str) -> tuple[Found, list[RejectedVolume]]
 
 def _file_volumes(root: Path) -> tuple[Found, list[RejectedVolume]]:
     found: Found = {}
-    rejected: list[RejectedVolume] = []
-    others: dict[str, list[FoundFile]] = {}
-    for path in [root] if root.is_file() else _walk(root):
-        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-        if suffix is not None:
-            read = _read_npz if suffix == ".npz" else _read_nifti
-            found.setdefault(path.name.removesuffix(suffix), []).append(partial(read, path))
-            continue
-        file = look_at(path)
-        if file.kind == DAMAGED:
-            rejected.append(RejectedError("unreadable", file.series).of(path.name))
-        elif file.kind != NO_IMAGE:
-            # files without a series, which some tools for anonymising blank, are one series a folder
-            others.setdefault(file.series or str(path.parent), []).append(file)
-    for series, files in others.items():
-        slices = tuple(file.path for file in files if file.kind == AXIAL_CT)
-        if slices:
-            found.setdefault(series_volume(series), []).append(partial(_read_dicom, slices))
-        else:
-            detail = f"a series must hold axial CT, got {files[0].kind} in '{files[0].path.parent}'"
-            rejected.append(RejectedError(NOT_AXIAL_CT, detail).of(series_volume(series)))
+    cts, rejected = find_cts(root)
+    for ct in cts:
+        found.setdefault(ct.volume, []).append(partial(_read_file, ct))
     return found, rejected
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(root):
-        folders.sort()
-        yield from (Path(place, name) for name in sorted(names))
-
-
-def _read_nifti(path: Path) -> CTSlices:
-    return _in_hu(nifti_ct.read_ct(path))
-
-
-def _read_npz(path: Path) -> CTSlices:
-    return _in_hu(npz_ct.read_ct(path))
-
-
-def _read_dicom(files: tuple[Path, ...]) -> CTSlices:
-    return _in_hu(dicom_ct.read_ct(files))
+def _read_file(file: CTFile) -> CTSlices:
+    """Read a volume in HU; every message names its file."""
+    try:
+        return _in_hu(file.read())
+    except RejectedError as error:
+        if str(file.path) in error.detail or f"'{file.path.name}'" in error.detail:
+            raise
+        raise RejectedError(error.reason, f"'{file.path}': {error.detail}") from error
 
 
 def _in_hu(ct: StoredCT) -> CTSlices:
     if ct.lowest_hu > AIR_HU:
         raise RejectedError(
-            "not in HU", f"a CT in HU must hold air, {AIR_HU} or less, got values from {ct.lowest_hu:g}"
+            "not in HU",
+            f"a CT in HU must hold air, {AIR_HU} or less, got values from {ct.lowest_hu:g}. "
+            "Pass the scan itself, rescaled to HU, and no mask.",
         )
+    padded = len(ct.hu), *2 * [max(ct.hu.shape[1:])]
+    check_size(padded)
     return CTSlices(squared(ct.hu), ct.spacing_mm)
 
 

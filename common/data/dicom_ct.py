@@ -11,18 +11,21 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 
+from common.data.nifti_file import MAX_INFLATION
 from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredCT, StoredGrid, canonical_slices, store_hu
+from common.data.stored_ct import StoredCT, StoredGrid, canonical_slices, check_size, store_hu
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset
@@ -39,7 +42,13 @@ degree shifts by 5 mm."""
 TAGS = (
     *("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "NumberOfFrames", "SamplesPerPixel"),
+    "BitsAllocated",
 )
+PIXEL_TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+)
+DEFLATED = "1.2.840.10008.1.2.1.99"
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -121,11 +130,41 @@ def parse(path: Path, source: Path | io.BytesIO, **options: Any) -> FileDataset:
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    with _rejecting(path):
-        dataset = pydicom.dcmread(source, **options)
+    with _rejecting(path), _SizedFile(path) if isinstance(source, Path) else source as file:
+        if _is_deflated(file):  # pydicom would inflate all of it, a thousandfold at worst
+            raise ValueError("a deflated one, which scanners don't write: convert it to Explicit VR")
+        file.seek(0)
+        dataset = pydicom.dcmread(file, **options)
         for elements in (dataset.file_meta, dataset) if "specific_tags" in options else ():
             list(elements)  # pydicom interprets an element when it is first asked for
     return dataset
+
+
+def _is_deflated(file: io.BufferedReader | io.BytesIO) -> bool:
+    """Look for the transfer syntax in the elements of group 2, which stand in front of all others."""
+    from pydicom.filereader import read_dataset
+
+    for is_implicit in (False, True):  # the second is against the standard; pydicom reads it, too
+        file.seek(132)
+        meta = read_dataset(file, is_implicit, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        with suppress(NotImplementedError):
+            if "TransferSyntaxUID" in meta:
+                return bool(meta.TransferSyntaxUID == DEFLATED)
+    return False
+
+
+class _SizedFile(io.BufferedReader):
+    """A file that gives all it has left if asked for more than its size.
+
+    Python makes room for as much as is asked for, and a damaged header asks for gigabytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size if size is not None and size < self._size else -1)
 
 
 @contextmanager
@@ -138,13 +177,18 @@ def _rejecting(path: Path) -> Iterator[None]:
         yield
     except (*damaged, struct.error, zlib.error, BytesLengthException, InvalidDicomError) as error:
         said = str(error).strip().rsplit("\n", 1)[-1]  # SimpleITK begins with where in its sources
-        raise RejectedError("unreadable", f"'{path}' must be a whole DICOM file, got {said}") from error
+        raise RejectedError(
+            "unreadable", f"'{path}' must be a whole DICOM file, got {said}. Copy or export it again."
+        ) from error
 
 
 def _sorted_headers(files: Sequence[Path]) -> list[SliceHeader]:
     """Read all headers, check that they belong together, and sort them along the normal."""
     if len(files) < 2:
-        raise RejectedError("geometry", f"a series must have at least 2 slices, got {len(files)}")
+        raise RejectedError(
+            "geometry",
+            f"a series must have at least 2 slices, got {len(files)} in '{files[0]}'. Add the others.",
+        )
     headers = [_read_header(path) for path in files]
     shared: dict[str, Callable[[SliceHeader], Any]] = {
         "Rows and Columns": lambda header: header.shape,
@@ -189,7 +233,18 @@ def _read_header(path: Path) -> SliceHeader:
         )
     position = np.array(_numbers(dataset, "ImagePositionPatient", 3, path))
     shape = int(rows), int(columns)
+    _check_file_size(dataset, shape, path)
     return SliceHeader(path, shape, (row_mm, column_mm), orientation, position, slope, intercept)
+
+
+def _check_file_size(dataset: FileDataset, shape: tuple[int, int], path: Path) -> None:
+    """Check that a file is large enough for its pixels, before memory for them is asked for."""
+    (bits,) = _numbers(dataset, "BitsAllocated", 1, path)
+    with _rejecting(path):
+        is_packed = dataset.file_meta.TransferSyntaxUID.is_compressed
+        size = path.stat().st_size
+        if math.prod(shape) * max(bits, 8) / 8 > size * (MAX_INFLATION if is_packed else 1):
+            raise EOFError(f"{size} bytes for {shape[0]} x {shape[1]} pixels")
 
 
 def _rescale(dataset: FileDataset, path: Path) -> tuple[float, float]:
@@ -243,6 +298,7 @@ def _grid(headers: Sequence[SliceHeader]) -> StoredGrid:
     affine[:3, 3] = first.position
     affine[:3] *= LPS_TO_RAS[:, None]
     rows, columns = first.shape
+    check_size((columns, rows, len(headers)))
     axcodes = "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
     return StoredGrid((columns, rows, len(headers)), affine, axcodes)
 
@@ -255,7 +311,8 @@ def _even_step(heights: np.ndarray, headers: Sequence[SliceHeader]) -> float:
         raise RejectedError(
             "duplicate",
             f"slices must lie at different positions, got the same for '{headers[closest].path}' and "
-            f"'{headers[closest + 1].path}': a series of several acquisitions, or a file twice",
+            f"'{headers[closest + 1].path}': a series of several acquisitions, or a file twice. "
+            "Keep one of each position.",
         )
     step = float(heights[-1]) / len(steps)
     usual = float(np.median(steps))
@@ -265,7 +322,7 @@ def _even_step(heights: np.ndarray, headers: Sequence[SliceHeader]) -> float:
         raise RejectedError(
             "missing slices",
             f"slices must be evenly spaced, mostly {usual:g} mm, got {steps[oddest]:g} mm from "
-            f"'{headers[oddest].path}' to '{headers[oddest + 1].path}'",
+            f"'{headers[oddest].path}' to '{headers[oddest + 1].path}'. Copy or export the series again.",
         )
     return step
 
@@ -278,26 +335,42 @@ def _read_slice(header: SliceHeader, out: np.ndarray) -> tuple[float, bytes]:
     dataset = parse(path, io.BytesIO(content))
     with _rejecting(path):
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            values, slope, intercept = _decoded_hu(path), 1.0, 0.0
+            values = _decoded(dataset)
         else:
-            values, slope, intercept = dataset.pixel_array, header.slope, header.intercept
+            values = dataset.pixel_array
         if values.shape != header.shape:
             raise ValueError(f"pixels of shape {values.shape} under a header of {header.shape}")
-        lowest_hu = store_hu(values, slope, intercept, out)
+        lowest_hu = store_hu(values, header.slope, header.intercept, out)
     if not math.isfinite(lowest_hu):
         raise RejectedError("non-finite voxels", f"voxels must be finite, got NaN or infinity in '{path}'")
     return lowest_hu, hashlib.sha256(content).digest()
 
 
-def _decoded_hu(path: Path) -> np.ndarray:
-    """Decode JPEG, JPEG-LS, JPEG 2000 or run lengths; SimpleITK rescales to HU by itself."""
-    import SimpleITK
+def _decoded(dataset: FileDataset) -> np.ndarray:
+    """Decode JPEG, JPEG-LS, JPEG 2000 or run lengths.
 
+    GDCM, which does it, makes gigabytes ready where lengths in a file are wrong. It is given the pixels
+    alone, in a file of our own, whose lengths are right.
+    """
+    import SimpleITK
+    from pydicom import Dataset
+    from pydicom.encaps import encapsulate, get_frame
+
+    image = Dataset()
+    image.file_meta = dataset.file_meta
+    for name in PIXEL_TAGS:
+        if name in dataset:
+            image[name] = dataset[name]
+    image.PixelData = encapsulate([get_frame(dataset.PixelData, 0, number_of_frames=1)])
+    image["PixelData"].is_undefined_length = True
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))[0]
+    with tempfile.NamedTemporaryFile(prefix="dale-ct-", suffix=".dcm") as file:
+        image.save_as(file, enforce_file_format=True)
+        file.flush()
+        reader.SetFileName(file.name)
+        return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))[0]
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401 (tuples and arrays alike)

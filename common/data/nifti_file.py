@@ -207,16 +207,16 @@ def open_nifti(path: Path) -> Iterator[NiftiFile]:
             source = _HashingFile(raw)
             is_gzipped = path.name.endswith(".gz")
             stream = igzip.IGzipFile(fileobj=source) if is_gzipped else source
-            header, dtype, offset = _read_header(stream)
-            num_bytes = offset + math.prod(header.shape) * dtype.itemsize
             size = os.fstat(raw.fileno()).st_size
-            if num_bytes > size * (MAX_INFLATION if is_gzipped else 1):
-                raise EOFError(f"{size} bytes for an array of shape {header.shape} of {dtype}")
+            header, dtype = _read_header(stream, size, size * (MAX_INFLATION if is_gzipped else 1))
             if dtype.kind not in "iuf":
                 raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
             yield NiftiFile(header, dtype, stream, source)
     except DAMAGED as error:
-        raise RejectedError("unreadable", f"'{path.name}' must be a whole NIfTI file, got {error}") from error
+        raise RejectedError(
+            "unreadable",
+            f"'{path.name}' must be a whole NIfTI file, got {error}. Copy or download it again.",
+        ) from error
 
 
 class _HashingFile(io.RawIOBase):
@@ -239,8 +239,8 @@ class _HashingFile(io.RawIOBase):
         return count
 
 
-def _read_header(stream: Stream) -> tuple[NiftiHeader, np.dtype, int]:
-    """Read header, type and number of bytes before the voxels; leaves the stream at the first voxel."""
+def _read_header(stream: Stream, size: int, most_bytes: int) -> tuple[NiftiHeader, np.dtype]:
+    """Read header and type; leaves the stream, which can hold ``most_bytes``, at the first voxel."""
     start = _read(stream, 4)
     sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
@@ -261,6 +261,8 @@ def _read_header(stream: Stream) -> tuple[NiftiHeader, np.dtype, int]:
         )
     if not shape or min(shape) < 1:
         raise ImageFileError(f"an array of shape {shape}")
+    if offset + math.prod(shape) * dtype.itemsize > most_bytes:
+        raise EOFError(f"{size} bytes for an array of shape {shape} of {dtype}")
     for skipped in range(len(block), offset, CHUNK_BYTES):
         _read(stream, min(CHUNK_BYTES, offset - skipped))
     is_unset = not (stated["sform_code"] or stated["qform_code"])
@@ -271,7 +273,7 @@ def _read_header(stream: Stream) -> tuple[NiftiHeader, np.dtype, int]:
         intercept=0.0 if intercept is None else float(intercept),
         is_blank=bool(is_unset or np.array_equal(affine, np.eye(4))),
     )
-    return header, dtype, offset
+    return header, dtype
 
 
 def _read(stream: Stream, num_bytes: int) -> bytes:

@@ -1,7 +1,11 @@
 """Reads a CT of RAD-ChestCT, an npz array without a header, as canonical slices."""
 
 import hashlib
+import io
+import lzma
 import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -11,11 +15,21 @@ from typing import IO
 
 import numpy as np
 
+from common.data.nifti_file import MAX_INFLATION
 from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredCT, StoredGrid, canonical_hu
+from common.data.stored_ct import StoredCT, StoredGrid, canonical_hu, check_size
 
 SPACING_MM = 0.8
 """All volumes were resampled to cubes of this size. Source: the dataset's description."""
+
+MAX_HEADER_BYTES = 2**14
+"""Of an array; NumPy refuses text of more than 10,000 characters."""
+
+DAMAGED = (
+    *(OSError, EOFError, KeyError, ValueError, RuntimeError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+"""What reading a damaged file raises."""
 
 
 def npz_affine(spacing_mm: float = SPACING_MM) -> np.ndarray:
@@ -53,8 +67,8 @@ def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> StoredGrid:
         RejectedError: if the file is damaged, a web page in place of a volume, or its array no CT.
     """
     with _open_array(path) as (member, num_bytes):
-        shape, dtype = _array_header(member)
-        expected = member.tell() + math.prod(shape) * dtype.itemsize
+        shape, dtype, offset = _array_header(member)
+        expected = offset + math.prod(shape) * dtype.itemsize
     if dtype.kind not in "iuf":
         raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
     if num_bytes != expected:
@@ -62,8 +76,9 @@ def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> StoredGrid:
             "unreadable",
             f"'{path.name}' must hold {expected} bytes of 'ct', got {num_bytes}: it is not whole",
         )
-    if len(shape) != 3 or 0 in shape:
+    if len(shape) != 3 or min(shape) < 1:
         raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
+    check_size(shape)
     stored_shape = shape[0], shape[1], shape[2]
     return StoredGrid(stored_shape, npz_affine(spacing_mm), "IPL", has_origin=False)
 
@@ -96,12 +111,17 @@ def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
 def _open_array(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     """Open the array of a volume for reading; yields it and the bytes that it should have."""
     try:
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive, archive.open("ct.npy") as member:
-            yield member, archive.getinfo("ct.npy").file_size
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        got = "a web page: download it again" if _is_web_page(path) else error
+            num_bytes = archive.getinfo("ct.npy").file_size
+            if num_bytes > size * MAX_INFLATION:
+                raise EOFError(f"{size} bytes for an array of {num_bytes}")
+            yield member, num_bytes
+    except DAMAGED as error:
+        got = "a web page" if _is_web_page(path) else error
         raise RejectedError(
-            "unreadable", f"'{path.name}' must be an npz file with an array 'ct', got {got}"
+            "unreadable",
+            f"'{path.name}' must be an npz file with an array 'ct', got {got}. Copy or download it again.",
         ) from error
 
 
@@ -113,9 +133,16 @@ def _is_web_page(path: Path) -> bool:
         return False
 
 
-def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Read shape and type from the first bytes of a npy file."""
-    version = np.lib.format.read_magic(member)
+def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Read shape, type and length of the header of a npy file.
+
+    From a copy of its first bytes: NumPy would believe a header that says it is gigabytes long.
+    """
+    head = io.BytesIO(member.read(MAX_HEADER_BYTES))
+    version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
-    return shape, dtype
+    try:
+        shape, _, dtype = read(head)
+    except (SyntaxError, tokenize.TokenError, TypeError, MemoryError) as error:  # of the text it evaluates
+        raise ValueError(f"a header that cannot be: {error}") from error
+    return shape, dtype, head.tell()

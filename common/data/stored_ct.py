@@ -18,6 +18,9 @@ SHEAR_TOLERANCE_DEG = 0.5
 SPACING_RANGE_MM = (0.1, 20.0)
 """Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
 
+MAX_VOXELS = 2**31
+"""Voxels a CT can have: 4 GiB of HU. Our choice: 2,048 slices of 1024 x 1024, which no scanner exceeds."""
+
 
 class StoredGrid(NamedTuple):
     """The voxel grid of a CT as it is stored.
@@ -148,13 +151,14 @@ def canonical_shape(grid: StoredGrid) -> tuple[int, int, int]:
     """Return the shape of the canonical slices of a grid.
 
     Raises:
-        RejectedError: if the affine is not that of an axial scan, its spacing not a CT's, or there are fewer
-            than two slices.
+        RejectedError: if the affine is not that of an axial scan, its size or spacing not a CT's, or there
+            are fewer than two slices.
 
     Example:
         >>> canonical_shape(StoredGrid((5, 4, 3), np.diag([-0.7, -0.7, 2, 1]), "LPS"))
         (3, 4, 5)
     """
+    check_size(grid.shape)
     check_spacing(tuple(np.linalg.norm(grid.affine[:3, :3], axis=0).tolist()))
     (x, y, z), _, _ = perpendicular_axes(grid.affine)
     shape = grid.shape[z], grid.shape[y], grid.shape[x]
@@ -175,6 +179,19 @@ def check_spacing(spacing_mm: tuple[float, ...]) -> None:
     low, high = SPACING_RANGE_MM
     if not all(math.isfinite(mm) and low <= mm <= high for mm in spacing_mm):
         raise RejectedError("spacing", f"spacing must lie in {low}..{high} mm, got {shown_mm(spacing_mm)}")
+
+
+def check_size(shape: tuple[int, ...]) -> None:
+    """Check that an array is no larger than a CT can be, before memory is asked for.
+
+    Args:
+        shape: of the array, of whole numbers of any size.
+
+    Raises:
+        RejectedError: if it has more than ``MAX_VOXELS`` voxels.
+    """
+    if math.prod(shape) > MAX_VOXELS:
+        raise RejectedError("size", f"a CT must have at most {MAX_VOXELS:,} voxels, got shape {shape}")
 
 
 def shown_mm(spacing_mm: tuple[float, ...]) -> str:

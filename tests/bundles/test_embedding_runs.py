@@ -1,11 +1,13 @@
 """``python -m monai.bundle run`` on the inference config: however a CT is stored, its embeddings agree."""
 
 import csv
+import gzip
 import os
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -169,6 +171,56 @@ def test_two_ranks_finish_a_killed_run_to_what_one_process_gives(embedded, tmp_p
         theirs.read(name).metadata for name in theirs.volumes
     ]
     assert (out / "rejected.csv").read_text() == (embedded / "out" / "rejected.csv").read_text()
+
+
+def zip_with(path: Path, name: str, data: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+
+
+def test_a_folder_of_hostile_files_ends_with_their_list_alone(tmp_path, write_series, monkeypatch):
+    hu = np.random.default_rng(0).integers(-1000, 1000, (5, 17, 19)).astype(np.int16)
+    folder = tmp_path / "ct"
+    write_series(folder / "missing", hu, series="1.2.3")[2].unlink()
+    write_series(folder / "twice", hu, series="1.2.4")
+    write_series(folder / "twice", hu[:2], series="1.2.4")
+    header = nib.Nifti2Image(hu.T, np.diag([-0.8, -0.8, 1.5, 1])).header
+    header.set_data_shape((10**6, 10**6, 10**6))
+    header["vox_offset"] = 544
+    (folder / "terabytes.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(100)))
+    np.savez(folder / "trn1.npz", volume=hu)
+    zip_with(folder / "bomb.zip", "scan.nii", bytes(2**24))
+    zip_with(folder / "outside.zip", "../../x.nii", b"")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    result = run(folder, tmp_path / "out")
+    assert result.returncode != 0
+    assert (
+        "rejected volumes must be at most 1.00%, got 100.00% (6 vol" in result.stderr.strip().splitlines()[-1]
+    )
+    with (tmp_path / "out" / "rejected.csv").open() as file:
+        reasons = {row["volume"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons == {
+        **{"1_2_3": "missing slices", "1_2_4": "duplicate", "terabytes": "unreadable", "trn1": "unreadable"},
+        **{"bomb.zip": "unreadable", "outside.zip": "unreadable"},
+    }
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejected.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ct", "out", "temporary"]
+    assert not list((tmp_path / "temporary").glob("*dale-ct*"))
+
+
+def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(tmp_path, write_series):
+    hu = np.random.default_rng(0).integers(-1000, 1000, (5, 17, 19)).astype(np.int16)
+    with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
+        for path in write_series(tmp_path / "series", hu):
+            archive.write(path, path.name)
+    result = run(tmp_path / "scan.zip", tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert EmbeddingStore(tmp_path / "out").read("1_2_840_99_7").tokens.shape == (5, 24)
+    zip_with(tmp_path / "bomb.zip", "scan.nii", bytes(2**24))
+    result = run(tmp_path / "bomb.zip", tmp_path / "none")
+    assert result.returncode != 0
+    assert "files must be packed at most 200 times, got 16,777,216" in result.stderr.strip().splitlines()[-1]
 
 
 def test_a_missing_weights_file_says_what_to_do(embedded, tmp_path):

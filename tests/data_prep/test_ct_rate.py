@@ -291,12 +291,13 @@ def test_spacing_and_rescale_of_the_tables_are_held_against_the_file(
         ),
         (
             lambda path: path.write_bytes(b""),
-            "unreadable: 'train_1_a_1.nii.gz' must be a whole NIfTI file, got an end after 0 of 4 bytes",
+            "unreadable: 'train_1_a_1.nii.gz' must be a whole NIfTI file, got an end after 0 of 4 bytes. "
+            "Copy or download it again.",
         ),
         (
             lambda path: (path.unlink(), path.symlink_to("nowhere")),
             "unreadable: 'train_1_a_1.nii.gz' must be a whole NIfTI file, "
-            "got [Errno 2] No such file or directory: '{path}'",
+            "got [Errno 2] No such file or directory: '{path}'. Copy or download it again.",
         ),
     ],
     ids=["a folder", "zero bytes", "a link that leads nowhere"],

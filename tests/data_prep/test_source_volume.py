@@ -190,10 +190,15 @@ def with_voxel(value: float) -> np.ndarray:
 
 
 HEADERS: dict[str, tuple[bytes, str]] = {
-    "zero bytes": (b"", r"unreadable: '{}' must be a whole NIfTI file, got an end after 0 of 4 bytes"),
+    "zero bytes": (
+        b"",
+        r"unreadable: '{}' must be a whole NIfTI file, got an end after 0 of 4 bytes"
+        r"\. Copy or download it again\.",
+    ),
     "a web page": (
         b"<html><body>Too many requests</body></html>",
-        r"unreadable: '{}' must be a whole NIfTI file, got Not a gzipped file \(b'<h'\)",
+        r"unreadable: '{}' must be a whole NIfTI file, got Not a gzipped file \(b'<h'\)"
+        r"\. Copy or download it again\.",
     ),
     "4-D": (
         gzip.compress(file_of(np.zeros((*SHAPE_XYZ, 2), np.int16))),
@@ -252,11 +257,12 @@ VOXELS: dict[str, tuple[bytes, str]] = {
     "truncated gzip": (
         gzip.compress(file_of(np.random.default_rng(0).integers(-1024, 3072, (64, 64, 64), np.int16)))[:-9],
         r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got Compressed file ended before the "
-        "end-of-stream marker was reached",
+        r"end-of-stream marker was reached\. Copy or download it again\.",
     ),
     "truncated before it was gzipped": (
         gzip.compress(file_of(hu())[:-1]),
-        r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got an end after 3229 of 3230 bytes",
+        r"unreadable: 'a\.nii\.gz' must be a whole NIfTI file, got an end after 3229 of 3230 bytes"
+        r"\. Copy or download it again\.",
     ),
     "NaN": (
         gzip.compress(file_of(with_voxel(np.nan))),

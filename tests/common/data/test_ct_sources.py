@@ -135,6 +135,24 @@ def test_a_mask_is_no_ct(tmp_path: Path, save_nifti: Callable[..., Path]) -> Non
         source.read()
 
 
+def test_a_folder_of_scouts_alone_is_an_error(
+    tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    """Beside CTs they are left out in silence; alone, a run would end well with nothing done."""
+    write_series(tmp_path / "coronal", hu(), orientation=(1, 0, 0, 0, 0, -1))
+    with pytest.raises(FileNotFoundError, match="got none in .*, but 1 such as: a series must hold axial CT"):
+        ct_sources(tmp_path)
+
+
+def test_every_message_names_its_file(tmp_path: Path, save_nifti: Callable[..., Path]) -> None:
+    path = save_nifti(tmp_path / "two.nii.gz", np.zeros((3, 4, 5, 2), np.int16), LPS)
+    ((source,), _) = ct_sources(path)
+    with pytest.raises(
+        RejectedError, match=f"geometry: '{path}': volume must have 3 axes, got shape .* Save one"
+    ):
+        source.read()
+
+
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(FileNotFoundError, match="must hold .nii.gz, .nii or .npz volumes, DICOM"):

@@ -94,7 +94,7 @@ def test_files_that_are_no_volumes_are_rejected(tmp_path: Path) -> None:
             ):
                 read(tmp_path / f"{name}.npz")
     (tmp_path / "page.npz").write_bytes(b"\n<html><body>Too many requests</body></html>")
-    with pytest.raises(RejectedError, match=r"'page\.npz' .*, got a web page: download it again"):
+    with pytest.raises(RejectedError, match=r"'page\.npz' .*, got a web page. Copy or download it again"):
         read_grid(tmp_path / "page.npz")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.data import safe_unzip
 from common.data.safe_unzip import unzip
 
 
@@ -68,6 +69,33 @@ def test_more_than_fits_is_refused(tmp_path: Path) -> None:
     archive = archive_of(tmp_path, ("a", b"12345"), ("b", b"12345"))
     with pytest.raises(ValueError, match="archive must hold at most 9 bytes, got 10"):
         unzip(archive, tmp_path / "out", max_bytes=9)
+
+
+def test_some_files_alone_come_out_of_a_checked_archive(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path, ("a/one.txt", b"1"), ("a/two.txt", b"2"))
+    assert unzip(archive, tmp_path / "out", only=["a/two.txt"]) == [tmp_path / "out" / "a" / "two.txt"]
+    archive = archive_of(tmp_path, ("a/one.txt", b"1"), ("../two.txt", b"2"))
+    with pytest.raises(ValueError, match="names in an archive must stay inside it"):
+        unzip(archive, tmp_path / "other", only=["a/one.txt"])
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_uncommon_packings_are_refused(method: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w", method) as archive:
+        archive.writestr("a", b"1")
+    with pytest.raises(
+        ValueError, match=f"files must be stored or deflated, got compression method {method} for"
+    ):
+        unzip(tmp_path / "archive.zip", tmp_path / "out")
+
+
+def test_more_files_than_any_archive_of_ours_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safe_unzip, "MAX_FILES", 2)
+    archive = archive_of(tmp_path, *((str(number), b"") for number in range(3)))
+    with pytest.raises(ValueError, match=r"archive must hold at most 2 files, got 3 in '.*archive\.zip'"):
+        unzip(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "lies about its size", "no zip"])

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredGrid, canonical_hu, canonical_indices, canonical_shape, store_hu
+from common.data.stored_ct import (
+    StoredGrid,
+    canonical_hu,
+    canonical_indices,
+    canonical_shape,
+    check_size,
+    store_hu,
+)
 from common.transforms.orientation import axial_slices
 
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
@@ -165,3 +172,14 @@ def test_spacings_no_ct_has_are_rejected_whatever_the_format(spacing_mm: tuple, 
     grid = StoredGrid((5, 4, 3), np.diag([*spacing_mm, 1.0]), "RAS")
     with pytest.raises(RejectedError, match=rf"spacing: spacing must lie in 0\.1\.\.20\.0 mm, got .*{shown}"):
         canonical_shape(grid)
+
+
+def test_no_ct_has_more_than_two_thousand_slices_of_a_thousand_squared() -> None:
+    check_size((2048, 1024, 1024))
+    for shape in ((2049, 1024, 1024), (2**21, 2**21, 2**22)):  # the second has 2**64, which wraps in NumPy
+        with pytest.raises(
+            RejectedError, match=r"size: a CT must have at most 2,147,483,648 voxels, got shape"
+        ):
+            check_size(shape)
+    with pytest.raises(RejectedError, match=r"size: .* got shape \(5000, 5000, 90\)"):
+        canonical_shape(StoredGrid((5000, 5000, 90), AFFINE, "LPS"))
