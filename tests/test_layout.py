@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "data_prep", "study")
-FIRST_PARTY = {*PACKAGES, "bundles"}
+FIRST_PARTY = {*PACKAGES, "bundles", "docs"}
 # An __init__.py holds one docstring; these two also hold what their docstring says.
 SPEAKING_INITS = {"common/__init__.py", "common/labels/__init__.py"}
 # Tests that stand for the whole repository or a folder of it rather than for one module.

@@ -85,17 +85,13 @@ class DenseReport:
                 }
                 for metric, (mean, (low, high)) in report["macro"].items()
             ]
+        drawn: dict[str, Any] = {
+            f"{kind} {task} {metric}": np.append(report["macro"][metric][0], means)
+            for (kind, task), report in engine.state.reports.items()
+            for metric, means in report["resampled"].items()
+        }
         with atomic_file(self.output_dir / "resamples.npz", "wb") as file:
-            np.savez(
-                file,
-                encoder=cohort.identity["encoder"],
-                volumes=cohort.volumes,
-                **{
-                    f"{kind} {task} {metric}": np.append(report["macro"][metric][0], means)
-                    for (kind, task), report in engine.state.reports.items()
-                    for metric, means in report["resampled"].items()
-                },
-            )
+            np.savez(file, encoder=cohort.identity["encoder"], volumes=cohort.volumes, **drawn)
         add_rows(self.results_csv, rows)
 
 
