@@ -1,6 +1,7 @@
 """The repository keeps the shape that the README and CONTRIBUTING promise."""
 
 import ast
+import graphlib
 import json
 import re
 import shutil
@@ -132,6 +133,46 @@ def test_first_party_imports_lead_to_files() -> None:
                 target.with_suffix(".py").is_file() or target.is_dir()
             ):
                 astray.append(f"{relative(file)}: {module}")
+    assert not astray, "\n".join(astray)
+
+
+def first_party_imports() -> dict[str, set[str]]:
+    """Modules of the packages and those of them that each imports, inside functions too."""
+    modules = {module_name(file): file for file in source_files()}
+    return {
+        name: (imported_modules(file) | imported_names(file)) & modules.keys() - {name}
+        for name, file in modules.items()
+    }
+
+
+def imported_names(file: Path) -> set[str]:
+    """What ``from`` imports name, a module or something in one."""
+    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return {
+        f"{node.module}.{alias.name}"
+        for node in tree
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def module_name(file: Path) -> str:
+    return relative(file).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    # static_order raises a CycleError that names the circle
+    list(graphlib.TopologicalSorter(first_party_imports()).static_order())
+
+
+def test_the_method_imports_neither_its_data_preparation_nor_its_bundles() -> None:
+    """Bundles and data_prep import common; no arrow leads back, and none leads into scripts and tests."""
+    allowed = {"common": {"common"}, "data_prep": {"common", "data_prep"}}
+    ours = {folder.name for folder in REPOSITORY.iterdir() if folder.is_dir()} - sys.stdlib_module_names
+    astray = []
+    for file in source_files():
+        tops = {module.split(".")[0] for module in imported_modules(file)} & ours
+        astray += [f"{relative(file)}: {top}" for top in tops - allowed[relative(file).split("/")[0]]]
     assert not astray, "\n".join(astray)
 
 
