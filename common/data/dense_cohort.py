@@ -87,7 +87,8 @@ class DenseCohort:
     Raises:
         FileNotFoundError: if a volume has no labels.
         KeyError: if a volume is not embedded.
-        ValueError: if labels do not fit the tokens in number of slices or patches, or are of another crop.
+        ValueError: if labels do not fit the tokens in number of slices or patches, or are of another crop, or
+            the tokens are of slices that lie otherwise.
     """
 
     def __init__(
@@ -105,6 +106,11 @@ class DenseCohort:
         for volume in self.volumes:
             labels = read_dense_labels(Path(labels_dir) / f"{volume}.safetensors")
             metadata = self.store.read(volume).metadata
+            if metadata.get("slice_axes", slice_axes) != slice_axes:
+                raise ValueError(
+                    f"slice_axes must be '{metadata['slice_axes']}' as of the embedding, got '{slice_axes}' for "
+                    f"volume '{volume}'."
+                )
             grid = metadata["patch_grid"]
             shape = (length_of[volume], grid[0] * grid[1])
             if labels.findings.shape != shape or grid[0] != grid[1]:

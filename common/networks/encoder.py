@@ -168,20 +168,26 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
     return encoder
 
 
-def encoder_id(path: str | Path | None, seed: int) -> str:
-    """Name the weights that made an embedding, so that embeddings of two encoders are never mixed.
+def encoder_id(path: str | Path | None, seed: int, slice_axes: str = "yx") -> str:
+    """Name what made an embedding, so that embeddings of two encoders are never mixed.
+
+    A file in plain timm keys does not say how its slices lie: the same weights on transposed slices are
+    another encoder.
 
     Args:
         path: weights file; None for random initial weights.
         seed: seed of the random initial weights.
+        slice_axes: how slices are shown to it, see :class:`common.data.slice_batches.SliceBatches`.
 
     Returns:
-        ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``.
+        ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``; with
+        ``:xy`` behind where slices are transposed.
 
     Raises:
         FileNotFoundError: if there is no such file.
     """
+    axes = "" if slice_axes == "yx" else f":{slice_axes}"
     if path is None:
-        return f"random:{seed}"
+        return f"random:{seed}{axes}"
     with open(path, "rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16] + axes

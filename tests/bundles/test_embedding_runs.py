@@ -118,6 +118,12 @@ def test_another_picture_plane_gives_other_tokens(embedded, tmp_path):
     assert store.read("LPS").metadata["slice_axes"] == "xy"
 
 
+def test_another_picture_plane_does_not_go_into_the_same_store(embedded):
+    result = run(embedded / "ct" / "LPS.nii.gz", embedded / "out", slice_axes="xy")
+    assert result.returncode != 0
+    assert "encoder_id must be 'random:42' as in" in result.stderr.strip().splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_seven_strategies_share_a_run(embedded, tmp_path):
     names = [

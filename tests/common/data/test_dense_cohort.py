@@ -124,6 +124,19 @@ def test_labels_of_another_grid_or_crop_are_refused(dirs: Any, tmp_path: Path) -
             DenseCohort(tmp_path / name, dirs[1], ["valid_4_a_1"])
 
 
+def test_tokens_of_slices_that_lie_otherwise_are_refused(dirs: Any, tmp_path: Path) -> None:
+    store = EmbeddingStore(dirs[0])
+    with EmbeddingStoreWriter(tmp_path / "xy", store.identity, "float32") as writer:
+        writer.add(
+            *("valid_4_a_1", store.read("valid_4_a_1").tokens, (1, 1, 1)),
+            **{"patches": store.read_patches("valid_4_a_1"), "patch_grid": (2, 2), "box": (0, 0, 8)},
+            slice_axes="xy",
+        )
+    with pytest.raises(ValueError, match="slice_axes must be 'xy' as of the embedding, got 'yx' for volume"):
+        DenseCohort(tmp_path / "xy", dirs[1], ["valid_4_a_1"])
+    DenseCohort(tmp_path / "xy", dirs[1], ["valid_4_a_1"], slice_axes="xy")
+
+
 def test_an_empty_draw_is_refused(dirs: Any) -> None:
     with pytest.raises(ValueError, match="num_steps and batch_size must be at least 1, got 0 and 7"):
         DrawnRows(DenseCohort(*dirs, VOLUMES), 0, 7, 0)

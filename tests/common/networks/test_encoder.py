@@ -95,6 +95,13 @@ def test_encoder_id_follows_the_bytes(tmp_path):
     assert encoder_id(None, seed=7) == "random:7"
 
 
+def test_the_same_weights_on_transposed_slices_are_another_encoder(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert encoder_id(path, seed=0, slice_axes="xy") == "sha256:ba7816bf8f01cfea:xy"
+    assert encoder_id(None, seed=7, slice_axes="xy") == "random:7:xy"
+
+
 def test_an_encoder_that_is_not_timms_cannot_start_from_its_weights(tmp_path):
     published = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28)
     save_file(published.state_dict(), tmp_path / "timm.safetensors")
