@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from common.data.atomic_file import atomic_file
+from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Checkpoint:
 
     Raises:
         ValueError: at the start of a run, if the newest checkpoint was made with other knobs.
-        FloatingPointError: when a checkpoint is due, if a weight is not finite and ``only_finite``.
+        FloatingPointError: when a checkpoint is due, if a weight is not finite and ``only_finite``, or, on
+            every rank, if the last loss of pretraining was not.
     """
 
     def __init__(
@@ -128,6 +130,8 @@ class Checkpoint:
         path = self.folder / f"step_{engine.state.iteration:08d}.pt"
         if path.exists():
             return
+        if getattr(engine, "last_step", None) is not None:
+            stop_if_not_finite(cast(PretrainingEngine, engine))  # now, for the weights it made are next
         # every rank takes part: each may hold a shard of every tensor
         network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
         others = {

@@ -8,6 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from common.engines.pretraining_step import LastStep
 from common.handlers.checkpoint import Checkpoint
 
 
@@ -176,3 +177,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match=r"weights must be finite, got others in bias at '.*1\.pt'"):
         engine.run(range(2))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_weights_are_saved(tmp_path, rank, monkeypatch):
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+    network = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def step(engine, _):
+        loss = torch.tensor(float("nan") if engine.state.iteration == 2 else 1.0)
+        engine.last_step = LastStep(engine.state.iteration, loss, {"volume": ["train_1_a_1"]})
+
+    engine = Engine(step)
+    engine.output_dir = tmp_path
+    Checkpoint(tmp_path, network, optimizer, {}, interval_steps=2, keep=1, knobs={}).attach(engine)
+    with pytest.raises(FloatingPointError, match="loss must be finite, got nan at step 2; its slabs are"):
+        engine.run(range(3))
+    (listed,) = tmp_path.iterdir()
+    assert listed.name == f"not_finite_step_00000002_rank_{rank}.json"
+    assert "train_1_a_1" in listed.read_text()
