@@ -33,7 +33,7 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
 
     Raises:
         ValueError: if an override or a further config file names something the bundle's config does not
-            define, or an override is a bare None, which MONAI ignores.
+            define or gives it another kind of value, or an override is a bare None, which MONAI ignores.
     """
     own = json.loads((Path(bundle_root) / "configs" / name).read_text())
     overrides = _overrides(sys.argv if argv is None else argv)
@@ -87,6 +87,23 @@ def _refuse_unknown(overrides: dict[str, Any], own: dict[str, Any], where: str) 
                 )
                 raise ValueError(f"knob must be one the bundle defines, got '{name}' in {where}.{hint}")
             node = node[part] if isinstance(node, dict) else node[int(part)]
+        _refuse_other_kind(name, overrides[name], node, where)
+
+
+def _refuse_other_kind(name: str, value: Any, own: Any, where: str) -> None:  # noqa: ANN401 (any of JSON's)
+    """Refuse 'abc' for a number before it fails deep inside; null, references and components may change."""
+    if None in (own, value) or any(isinstance(one, str) and one[:1] in ("$", "@") for one in (value, own)):
+        return
+    kinds: dict[type, tuple[tuple[type, ...], str]] = {
+        bool: ((bool,), "True or False"),
+        int: ((int,), "a whole number"),
+        float: ((int, float), "a number"),
+        str: ((str, list, dict), "text"),
+        list: ((list, tuple), "a list"),
+    }
+    allowed, kind = kinds.get(type(own), ((object,), ""))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(own, bool)):
+        raise ValueError(f"{name} must be {kind} such as {own!r}, got {value!r} in {where}.")
 
 
 def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class DenseCohort:
             metadata = self.store.read(volume).metadata
             if metadata.get("slice_axes", slice_axes) != slice_axes:
                 raise ValueError(
-                    f"slice_axes must be '{metadata['slice_axes']}' as of the embedding, got '{slice_axes}' for "
-                    f"volume '{volume}'."
+                    f"slice_axes must be '{metadata['slice_axes']}' as of the embedding, got '{slice_axes}' "
+                    f"for volume '{volume}'."
                 )
             grid = metadata["patch_grid"]
             shape = (length_of[volume], grid[0] * grid[1])

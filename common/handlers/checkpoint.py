@@ -149,6 +149,9 @@ class Checkpoint:
         state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
         with atomic_file(path) as file:
             torch.save(state | others | {"knobs": self.knobs}, file)
+        self._tidy_up()
+
+    def _tidy_up(self) -> None:
         for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
             if not self.keep_every or int(old.stem.removeprefix("step_")) % self.keep_every:
                 old.unlink()

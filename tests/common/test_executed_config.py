@@ -11,6 +11,7 @@ from common.executed_config import executed_config, knobs_that_bind, plain_knobs
 def bundle(tmp_path):
     (tmp_path / "configs").mkdir()
     content = {"slab_mm": 12.0, "train": {"trainer": {"max_epochs": 3}}, "scales": [0.3, 0.6], "net": None}
+    content |= {"compiled": False, "output_dir": "runs"}
     (tmp_path / "configs" / "train.json").write_text(json.dumps(content))
     return tmp_path
 
@@ -35,6 +36,8 @@ def test_further_config_files_are_merged_and_checked(bundle):
     files = f"['{bundle / 'configs' / 'train.json'}', '{overlay}']"
     argv = ["monai.bundle", "run", "--config_file", files]
     assert executed_config(str(bundle), "train.json", argv)["slab_mm"] == 6.0
+    overlay.write_text(json.dumps({"slab_mm": None}))  # a file can say null, the command line cannot
+    assert executed_config(str(bundle), "train.json", argv)["slab_mm"] is None
     overlay.write_text(json.dumps({"slab_mn": 6.0}))
     with pytest.raises(ValueError, match=r"got 'slab_mn' in '.*demo.json'. Did you mean 'slab_mm'"):
         executed_config(str(bundle), "train.json", argv)
@@ -44,6 +47,38 @@ def test_further_config_files_are_merged_and_checked(bundle):
 def test_an_unknown_knob_is_named_with_the_nearest_one(bundle, knob):
     with pytest.raises(ValueError, match=f"got '{knob[2:]}' in the command line"):
         executed_config(str(bundle), "train.json", command(bundle, knob, "1"))
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "message"),
+    [
+        ("slab_mm", "thick", r"slab_mm must be a number such as 12.0, got 'thick' in the command line"),
+        ("slab_mm", "", "slab_mm must be a number such as 12.0, got ''"),
+        ("slab_mm", "True", "slab_mm must be a number such as 12.0, got True"),
+        ("slab_mm", "[12.0]", r"slab_mm must be a number such as 12.0, got \[12.0\]"),
+        ("train::trainer::max_epochs", "2.5", "max_epochs must be a whole number such as 3, got 2.5"),
+        ("scales", "0.3", r"scales must be a list such as \[0.3, 0.6\], got 0.3"),
+        ("compiled", "no", "compiled must be True or False such as False, got 'no'"),
+        ("output_dir", "7", "output_dir must be text such as 'runs', got 7"),
+    ],
+)
+def test_another_kind_of_value_is_refused(bundle, knob, value, message):
+    with pytest.raises(ValueError, match=message):
+        executed_config(str(bundle), "train.json", command(bundle, f"--{knob}", value))
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "expected"),
+    [
+        ("slab_mm", "6", 6),
+        ("slab_mm", "$12 / 2", "$12 / 2"),
+        ("scales", "@other", "@other"),
+        ("net", "3", 3),
+        ("output_dir", "[1, 2]", [1, 2]),  # hu_window is the name of one or its four numbers
+    ],
+)
+def test_a_value_of_the_same_kind_or_an_expression_is_taken(bundle, knob, value, expected):
+    assert executed_config(str(bundle), "train.json", command(bundle, f"--{knob}", value))[knob] == expected
 
 
 @pytest.mark.parametrize("word", ["None", "null"])
