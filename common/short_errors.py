@@ -9,7 +9,7 @@ USER_ERRORS = (ValueError, KeyError, FileNotFoundError, FloatingPointError)
 
 
 def short_errors() -> None:
-    """Show an uncaught error by its first cause alone, if it is one that a user can mend.
+    """Show of an uncaught error and its causes only the first that a user can mend, if there is one.
 
     MONAI wraps an error of a component in one of its own for each reference on the way, the last line of
     which tells how to debug MONAI. With ``DALE_CT_TRACEBACK=1`` in the environment everything is shown.
@@ -18,8 +18,10 @@ def short_errors() -> None:
         sys.excepthook = _show
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """Return the error that others were raised from.
+def first_cause(error: BaseException) -> BaseException | None:
+    """Return the first of an error and its causes that a user can mend; None if there is none.
+
+    What MONAI wraps around it is a RuntimeError; what ours was raised from is a library's words for it.
 
     Args:
         error: any error.
@@ -27,21 +29,25 @@ def first_cause(error: BaseException) -> BaseException:
     Example:
         >>> try:
         ...     try:
-        ...         raise ValueError("slab_mm must be positive, got -12.0.")
-        ...     except ValueError as inner:
-        ...         raise RuntimeError("Failed to instantiate") from inner
+        ...         try:
+        ...             raise EOFError("No data left in file")
+        ...         except EOFError as inner:
+        ...             raise ValueError("'a.npz' must be a readable index.") from inner
+        ...     except ValueError as ours:
+        ...         raise RuntimeError("Failed to instantiate") from ours
         ... except RuntimeError as outer:
-        ...     str(first_cause(outer))
-        'slab_mm must be positive, got -12.0.'
+        ...     first_cause(outer)
+        ValueError("'a.npz' must be a readable index.")
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, USER_ERRORS):
+        cause = cause.__cause__
+    return cause
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     cause = first_cause(error)
-    if not isinstance(cause, USER_ERRORS):
+    if cause is None:
         traceback.print_exception(kind, error, trace)
         return
     message = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause

@@ -42,6 +42,15 @@ def test_other_errors_and_those_asked_for_keep_their_traceback():
     assert "Traceback" in stderr_of("ValueError('mend me')", DALE_CT_TRACEBACK="1")
 
 
-def test_the_first_cause_of_an_unwrapped_error_is_itself():
-    error = ValueError("x")
-    assert first_cause(error) is error
+def test_the_line_is_ours_and_not_the_librarys_that_ours_was_raised_from():
+    ours = ValueError("'a.tar' is damaged at slice 3.")
+    ours.__cause__ = ValueError("Blosc2 frame")
+    wrapped = RuntimeError("Failed to instantiate component")
+    wrapped.__cause__ = ours
+    assert first_cause(wrapped) is ours
+
+
+def test_an_error_that_is_the_users_nowhere_is_none():
+    error = RuntimeError("Failed to instantiate component")
+    error.__cause__ = ZeroDivisionError()
+    assert first_cause(error) is None
