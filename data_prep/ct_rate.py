@@ -1,6 +1,5 @@
 """CT-RATE: finds its volumes, metadata, labels and masks as the hub dataset lays them out."""
 
-import csv
 import json
 import logging
 import math
@@ -8,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.data.csv_table import table_rows
 from common.data.labels_csv import read_labels, volume_name
 from common.data.nifti_ct import Rescale
 from common.data.nifti_file import find_nifti, only_file
@@ -136,16 +136,11 @@ def read_metadata(table: Path) -> dict[str, list[Mapping[str, str]]]:
         Volume to its rows.
 
     Raises:
-        ValueError: if a column that is needed is missing.
+        ValueError: if the file is no CSV in UTF-8, or a column that is needed is missing.
     """
     rows: dict[str, list[Mapping[str, str]]] = {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in METADATA_COLUMNS if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"'{table}' must have the columns {METADATA_COLUMNS}, got none of {missing}.")
-        for row in reader:
-            rows.setdefault(volume_name(row["VolumeName"]), []).append(row)
+    for row in table_rows(table, "metadata", METADATA_COLUMNS):
+        rows.setdefault(volume_name(row["VolumeName"]), []).append(row)
     return rows
 
 

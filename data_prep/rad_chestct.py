@@ -1,9 +1,9 @@
 """RAD-ChestCT: its label tables as the 16 classes of the probes."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.data.csv_table import table_rows
 from common.labels import load_labels
 
 PREFIXES: Mapping[str, tuple[str, ...]] = {
@@ -43,21 +43,22 @@ def read_labels(tables: Sequence[Path]) -> dict[str, dict[str, int]]:
         Volume to class name to 0 or 1, classes in the order of the label list.
 
     Raises:
-        ValueError: if an abnormality has no column, a volume comes twice, or a label is neither 0 nor 1.
+        FileNotFoundError: if a table is not there.
+        ValueError: if a file is no CSV in UTF-8, an abnormality has no column, a volume comes twice, or a
+            label is neither 0 nor 1.
     """
     labels: dict[str, dict[str, int]] = {}
     for table in tables:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = _columns(reader.fieldnames or [], table)
-            for row in reader:
-                volume = row["NoteAcc_DEID"].strip()
-                if volume in labels:
-                    raise ValueError(f"a volume must have one row, got two for '{volume}', one in '{table}'.")
-                labels[volume] = {
-                    name: max(_binary(row[column], column, volume) for column in own)
-                    for name, own in columns.items()
-                }
+        columns: dict[str, list[str]] = {}
+        for row in table_rows(table, "labels", ("NoteAcc_DEID",)):
+            columns = columns or _columns(list(row), table)
+            volume = row["NoteAcc_DEID"].strip()
+            if volume in labels:
+                raise ValueError(f"a volume must have one row, got two for '{volume}', one in '{table}'.")
+            labels[volume] = {
+                name: max(_binary(row[column], column, volume) for column in own)
+                for name, own in columns.items()
+            }
     return labels
 
 
@@ -66,18 +67,16 @@ def _columns(header: Sequence[str], table: Path) -> dict[str, list[str]]:
     for label in load_labels("rad_chestct"):
         prefixes = PREFIXES[label.name]
         missing = set(prefixes) - {column.split("*")[0] for column in header if "*" in column}
-        if missing or "NoteAcc_DEID" not in header:
-            raise ValueError(
-                f"'{table}' must have NoteAcc_DEID and columns of {prefixes}, got none of {sorted(missing)}."
-            )
+        if missing:
+            raise ValueError(f"'{table}' must have columns of {prefixes}, got none of {sorted(missing)}.")
         columns[label.name] = [
             column for column in header if column.split("*")[0] in prefixes and "*" in column
         ]
     return columns
 
 
-def _binary(value: str | None, column: str, volume: str) -> int:
-    text = (value or "").strip()
+def _binary(value: str, column: str, volume: str) -> int:
+    text = value.strip()
     if text not in {"0", "1", "0.0", "1.0"}:
         raise ValueError(f"label must be 0 or 1, got {text!r} of '{column}' for volume '{volume}'.")
     return int(float(text))

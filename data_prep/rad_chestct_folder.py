@@ -1,11 +1,11 @@
 """Finds the volumes, labels and label maps of a RAD-ChestCT download."""
 
-import csv
 import json
 import logging
 import math
 from pathlib import Path
 
+from common.data.csv_table import table_rows
 from common.data.nifti_ct import Rescale
 from common.data.nifti_file import find_nifti, only_file
 from common.data.rejection import RejectedError
@@ -111,12 +111,8 @@ def _spacings(root: Path) -> dict[str, str]:
     table = _table(root, METADATA)
     if table is None:
         return {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = {"VolumeAcc_DEID", "final_spacing"} - set(reader.fieldnames or [])
-        if missing:
-            raise ValueError(f"'{table}' must have the columns {sorted(missing)}, got {reader.fieldnames}.")
-        return {row["VolumeAcc_DEID"].strip().removesuffix(".npz"): row["final_spacing"] for row in reader}
+    rows = table_rows(table, "metadata", ("VolumeAcc_DEID", "final_spacing"))
+    return {row["VolumeAcc_DEID"].strip().removesuffix(".npz"): row["final_spacing"] for row in rows}
 
 
 def _stated_spacing(text: str) -> Rescale | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from common.data.atomic_file import atomic_file
+from common.data.csv_table import table_rows
 from common.data.patient_split import natural_order, patient_of
 
 COLUMNS = ("volume", "patient", "split")
@@ -37,9 +38,9 @@ def read_split(path: Path) -> list[tuple[str, str]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing or there is no row.
+        ValueError: if the file is no CSV in UTF-8, a column is missing or there is no row.
     """
-    rows = [(row["volume"], row["split"]) for row in _read(path, ("volume", "split"))]
+    rows = [(row["volume"], row["split"]) for row in table_rows(path, "split list", ("volume", "split"))]
     if not rows:
         raise ValueError(f"split list must have a row a volume, got none in '{path}'.")
     return rows
@@ -53,20 +54,9 @@ def read_patients(path: Path) -> set[str]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the column is missing.
+        ValueError: if the file is no CSV in UTF-8, or the column is missing.
     """
-    return {row["patient"] for row in _read(path, ("patient",))}
-
-
-def _read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"list must be a CSV, got '{path}', which does not exist.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"'{path}' must have the column '{missing[0]}', got {reader.fieldnames}.")
-        return list(reader)
+    return {row["patient"] for row in table_rows(path, "list", ("patient",))}
 
 
 def split_errors(rows: Sequence[tuple[str, str]], cohort: Collection[str] | None = None) -> list[str]:

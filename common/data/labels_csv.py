@@ -1,10 +1,11 @@
 """Labels of volumes, as CT-RATE publishes them: a CSV with one row a volume and one column a class."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from common.data.csv_table import table_rows
 
 
 def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -19,26 +20,18 @@ def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str,
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, a volume has two rows, or a label is neither 0 nor 1.
+        ValueError: if the file is no CSV in UTF-8, a column is missing, a volume has two rows, or a label is
+            neither 0 nor 1.
     """
     path = Path(labels_csv)
-    if not path.is_file():
-        raise FileNotFoundError(f"labels_csv must be a file, got '{path}', which does not exist.")
     labels: dict[str, np.ndarray] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = [name for name in ("VolumeName", *class_names) if name not in (rows.fieldnames or [])]
-        if missing:
+    for row in table_rows(path, "labels_csv", ("VolumeName", *class_names)):
+        volume = volume_name(row["VolumeName"])
+        if volume in labels:
             raise ValueError(
-                f"labels_csv must have the column '{missing[0]}', got {rows.fieldnames} in '{path}'."
+                f"labels_csv must have one row a volume, got two for volume '{volume}' in '{path}'."
             )
-        for row in rows:
-            volume = volume_name(row["VolumeName"])
-            if volume in labels:
-                raise ValueError(
-                    f"labels_csv must have one row a volume, got two for volume '{volume}' in '{path}'."
-                )
-            labels[volume] = np.array([_binary(row, name, path) for name in class_names], dtype=np.float32)
+        labels[volume] = np.array([_binary(row, name, path) for name in class_names], dtype=np.float32)
     return labels
 
 
@@ -56,7 +49,7 @@ def volume_name(name: str) -> str:
 
 
 def _binary(row: dict[str, str], name: str, path: Path) -> float:
-    value = (row[name] or "").strip()
+    value = row[name].strip()
     if value not in {"0", "1", "0.0", "1.0"}:
         raise ValueError(
             f"label must be 0 or 1, got {value!r} of '{name}' for volume '{row['VolumeName']}' in '{path}'."

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.data.atomic_file import atomic_file
+from common.data.csv_table import table_rows
 
 COLUMNS = ("encoder", "volume", "class", "probability", "threshold", "label")
 
@@ -58,22 +59,13 @@ def read_predictions(path: str | Path) -> Predictions:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has other columns, no row, or not one row for each volume and class.
+        ValueError: if the file is no CSV in UTF-8, lacks a column, has no row or not one for each volume and
+            class, or a number is none.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"predictions must be a CSV file, got '{path}', which does not exist. Run an evaluation first."
-        )
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = tuple(next(reader, ()))
-        rows = list(reader)
-    if header != COLUMNS or not rows:
-        raise ValueError(
-            f"predictions must have rows of {COLUMNS}, got {len(rows)} rows of {header} in '{path}'."
-        )
-    encoders, of_row, class_of_row, *numbers = zip(*rows, strict=True)
+    rows = list(table_rows(path, "predictions", COLUMNS))
+    if not rows:
+        raise ValueError(f"predictions must have rows, got none in '{path}'.")
+    encoders, of_row, class_of_row, *numbers = ([row[column] for row in rows] for column in COLUMNS)
     volumes, class_names = list(dict.fromkeys(of_row)), list(dict.fromkeys(class_of_row))
     expected = [(volume, name) for volume in volumes for name in class_names]
     if list(zip(of_row, class_of_row, strict=True)) != expected:
@@ -82,7 +74,10 @@ def read_predictions(path: str | Path) -> Predictions:
             f"rows of {len(volumes)} volumes and {len(class_names)} classes in '{path}'."
         )
     shape = (len(volumes), len(class_names))
-    probabilities, thresholds, labels = (
-        np.array(cells, dtype=np.float64).reshape(shape) for cells in numbers
-    )
+    try:
+        probabilities, thresholds, labels = (
+            np.array(cells, dtype=np.float64).reshape(shape) for cells in numbers
+        )
+    except ValueError as error:
+        raise ValueError(f"predictions must be numbers, got others in '{path}' ({error}).") from error
     return Predictions(encoders[0], volumes, class_names, probabilities, thresholds[0], labels)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.data.atomic_file import atomic_file
+from common.data.csv_table import table_rows
 
 if TYPE_CHECKING:  # printing a table needs no MONAI, which takes seconds to import
     from common.engines.probe_grid import ProbeGridTrainer
@@ -141,16 +142,17 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has other columns.
+        ValueError: if the file is no CSV in UTF-8, or has other columns or a value that is no number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"results must be a CSV file, got '{path}', which does not exist.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != FIELDS:
-            raise ValueError(f"results must have the columns {FIELDS}, got {rows.fieldnames} in '{path}'.")
-        return list(rows)
+    rows = list(table_rows(path, "results", FIELDS))
+    for row in rows:
+        if set(row) != set(FIELDS):
+            raise ValueError(f"results must have the columns {FIELDS}, got {list(row)} in '{path}'.")
+        try:
+            _numbers(row)
+        except ValueError as error:
+            raise ValueError(f"value, low and high must be numbers, got {row} in '{path}'.") from error
+    return rows
 
 
 def results_table(rows: list[dict[str, str]]) -> Table:
@@ -220,12 +222,15 @@ def _git(*arguments: str) -> str | None:
 
 
 def _cell(row: dict[str, str]) -> str:
-    value = float(row["value"])
+    value, low, high = _numbers(row)
     if math.isnan(value):
         return "undefined"
-    low, high = (float(row[end] or "nan") for end in ("low", "high"))
     # on a line of its own: four intervals side by side are wider than a terminal
     return f"{value:.4f}" if math.isnan(low) or math.isnan(high) else f"{value:.4f}\n{low:.3f}-{high:.3f}"
+
+
+def _numbers(row: dict[str, str]) -> tuple[float, float, float]:
+    return float(row["value"]), float(row["low"] or "nan"), float(row["high"] or "nan")
 
 
 def main(paths: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")]) -> None:

@@ -47,9 +47,7 @@ def test_a_class_is_positive_if_any_abnormality_is_anywhere(tmp_path: Path) -> N
 
 def test_tables_that_lack_something_are_refused(tmp_path: Path) -> None:
     table = write(tmp_path / "a.csv", {"trn00001": set()}, leave_out="stent")
-    with pytest.raises(
-        ValueError, match=r"a\.csv' must have NoteAcc_DEID and columns of .*, got none of \['stent'\]"
-    ):
+    with pytest.raises(ValueError, match=r"a\.csv' must have columns of .*, got none of \['stent'\]"):
         read_labels([table])
     table = write(tmp_path / "b.csv", {"trn00001": set()})
     with pytest.raises(

@@ -81,8 +81,8 @@ def test_the_committed_patients_are_the_draw_among_20000() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("volume,side\ntrain_1_a_1,train\n", r"must have the column 'split', got \['volume', 'side'\]\."),
-        ("", r"must have the column 'volume', got None\."),
+        ("volume,side\ntrain_1_a_1,train\n", r"must have the column 'split', got \['volume', 'side'\] in"),
+        ("", r"must have the column 'volume', got None in"),
         ("volume,split\n", r"must have a row a volume, got none in"),
     ],
 )
@@ -90,5 +90,7 @@ def test_a_file_that_is_no_split_list_is_refused(text: str, message: str, tmp_pa
     (tmp_path / "splits.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_split(tmp_path / "splits.csv")
-    with pytest.raises(FileNotFoundError, match="list must be a CSV, got '.*none.csv', which does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match="list must be a CSV file, got '.*none.csv', which does not exist"
+    ):
         read_patients(tmp_path / "none.csv")

@@ -28,7 +28,7 @@ def test_byte_order_mark_of_a_spreadsheet_is_no_part_of_a_name(tmp_path: Path) -
 
 def test_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"labels_csv must be a file, got '.*none.csv', which does not exist"
+        FileNotFoundError, match=r"labels_csv must be a CSV file, got '.*none.csv', which does not exist"
     ):
         read_labels(tmp_path / "none.csv", ["A"])
 

@@ -40,10 +40,18 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         read_predictions(tmp_path / "none.csv")
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", ",".join(COLUMNS) + "\n", ""])
-def test_foreign_or_empty_file_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", r"predictions must have the column 'encoder', got \['a', 'b'\] in '.*test.csv'"),
+        (",".join(COLUMNS) + "\n", "predictions must have rows, got none in '.*test.csv'"),
+        (",".join(COLUMNS) + "\ne,v,A,0.1.2,0.5,1\n", r"must be numbers, got others in '.*test.csv' \(could"),
+        (",".join(COLUMNS) + "\ne,v,A,0.1\n", "predictions must be numbers, got others in '.*test.csv'"),
+    ],
+)
+def test_foreign_or_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "test.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"predictions must have rows of \('encoder', .*, got [01] rows of"):
+    with pytest.raises(ValueError, match=message):
         read_predictions(tmp_path / "test.csv")
 
 

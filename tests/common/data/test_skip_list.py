@@ -18,3 +18,9 @@ def test_names_are_those_of_paths_of_either_system_without_suffix(tmp_path: Path
 def test_a_list_that_is_not_there_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="skip_list must be a text file, got 'none.txt'"):
         listed_volumes("none.txt")
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "list.xls").write_bytes(b"\xd0\xcf\x11\xe0")
+    with pytest.raises(ValueError, match="skip_list must be text in UTF-8, got '.*list.xls'"):
+        listed_volumes(tmp_path / "list.xls")

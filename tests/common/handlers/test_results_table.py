@@ -160,9 +160,28 @@ def test_row_without_a_column_is_refused(tmp_path: Path) -> None:
 def test_foreign_csv_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"results must have the columns .*, got \['a', 'b'\] in '.*r.csv'"):
+    with pytest.raises(
+        ValueError, match=r"results must have the column 'encoder', got \['a', 'b'\] in '.*r.csv'"
+    ):
         add_rows(path, [row()])
     assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("damage", ["0.5x", ""])
+def test_a_value_that_is_no_number_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "r.csv"
+    add_rows(path, [row(value="0.8333")])
+    path.write_text(path.read_text().replace("0.8333", damage))
+    with pytest.raises(ValueError, match="value, low and high must be numbers, got .* in '.*r.csv'"):
+        read_rows(path)
+
+
+def test_a_row_with_a_cell_too_many_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    add_rows(path, [row()])
+    path.write_text(path.read_text()[:-1] + ",more\n")
+    with pytest.raises(ValueError, match="results must have the columns .*, got .* in '.*r.csv'"):
+        read_rows(path)
 
 
 def test_missing_csv_is_refused(tmp_path: Path) -> None:
