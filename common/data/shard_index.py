@@ -127,7 +127,8 @@ def load_index(shard: Path) -> ShardIndex:
 
     Raises:
         FileNotFoundError: if the shard or its index is missing: an interrupted run leaves such shards.
-        ValueError: if the index is damaged, of another schema version, or states another size of the tar.
+        ValueError: if the index is damaged, of another schema version, holds arrays that do not belong
+            together, or states another size of the tar.
     """
     path = index_path(shard)
     for file in (shard, path):
@@ -149,6 +150,7 @@ def load_index(shard: Path) -> ShardIndex:
             f"schema_version must be {SCHEMA_VERSION}, got {version} for '{path}'. "
             "Write the shards again with data_prep."
         )
+    _check_rows(index, path)
     size = shard.stat().st_size
     if size != index.tar_bytes:
         raise ValueError(
@@ -156,6 +158,21 @@ def load_index(shard: Path) -> ShardIndex:
             "Copy it again, or delete it and run data_prep again."
         )
     return index
+
+
+def _check_rows(index: ShardIndex, path: Path) -> None:
+    """Refuse arrays that do not belong together: a volume would be read at another one's place."""
+    per_slice = {"member_offset", "member_size", "member_crc32", "slice_has_ts", "slice_has_rex"}
+    once = {"schema_version", "split", "plan", "tar_bytes", "label_names"}
+    expected = {"volume": len(index.num_slices), "slice": int(index.num_slices.sum())}
+    for name in ShardIndex._fields:
+        kind = "slice" if name in per_slice else "volume"
+        rows = np.shape(getattr(index, name))[:1]
+        if name not in once and not name.startswith("rejected") and rows != (expected[kind],):
+            raise ValueError(
+                f"{name} must have {expected[kind]} rows, one a {kind}, got {rows} in '{path}'. "
+                "Delete the shard and run data_prep again."
+            )
 
 
 class IndexBuilder:

@@ -112,6 +112,23 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
         load_index(shard)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("volume", 1, r"volume must have 2 rows, one a volume, got \(1,\)"),
+        ("labels", 1, r"labels must have 2 rows, one a volume, got \(1,\)"),
+        ("num_slices", 1, r"member_offset must have 2 rows, one a slice, got \(3,\)"),
+        ("member_crc32", 2, r"member_crc32 must have 3 rows, one a slice, got \(2,\)"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(
+    tmp_path: Path, name: str, rows: int, message: str
+) -> None:
+    shard = stored(tmp_path, **{name: getattr(build(), name)[:rows]})
+    with pytest.raises(ValueError, match=rf"{message} in '.*npz'\. Delete the shard"):
+        load_index(shard)
+
+
 def test_a_shard_of_another_size_is_refused(tmp_path: Path) -> None:
     shard = stored(tmp_path)
     shard.write_bytes(b"ta")
