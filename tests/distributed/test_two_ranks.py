@@ -17,6 +17,8 @@ from torch import nn
 
 from common.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 from common.losses.auxiliary import AuxiliaryBCELoss
+from common.losses.dino import BALANCES, DINOLoss, IBOTLoss
+from common.losses.koleo import koleo_loss
 from common.losses.lejepa import LeJEPALoss
 from common.losses.sigreg import SIGReg
 from common.networks.heads import AuxiliaryHead, ProjectionHead
@@ -106,6 +108,37 @@ def losses_and_gradients(model: nn.Module, data: dict[str, Any]) -> dict[str, to
     return {name: value.detach() for name, value in terms.items()} | gradients
 
 
+def dino_and_koleo(samples: slice) -> dict[str, torch.Tensor]:
+    """Return the losses of the DINOv2 baseline on some samples, their gradients, and the teachers' centres.
+
+    Each global view of a sample has two places for masked patches; of sample 0 one is padding.
+    """
+    generator = torch.Generator().manual_seed(7)
+    draw = {"generator": generator, "dtype": torch.float64}
+    student, teacher = torch.randn(5, 6, 9, **draw)[:, samples], torch.randn(2, 6, 9, **draw)[:, samples]
+    seen, masked = torch.randn(6, 4, 9, **draw)[samples], torch.randn(6, 4, 9, **draw)[samples]
+    weights = torch.full((6, 4), 0.5, dtype=torch.float64)
+    weights[0] = torch.tensor([1.0, 0.0, 0.5, 0.5])
+    cls = torch.randn(6, 2, 7, **draw)[samples]
+    found = {}
+    for balance in BALANCES:
+        dino, ibot = DINOLoss(9, balance).double(), IBOTLoss(9, balance).double()
+        for _ in range(2):  # the second call centres by what the first saw
+            leaves = [leaf.clone().requires_grad_() for leaf in (student, masked)]
+            terms = dino(leaves[0], teacher, teacher_temp=0.07)
+            patches = [leaf.flatten(0, 1) for leaf in (leaves[1], seen, weights[samples])]
+            terms["ibot"] = ibot(*patches, num_views=2 * len(cls), teacher_temp=0.07)["loss"]
+            (terms["loss"] + terms["ibot"]).backward()
+        found |= {f"{balance} {name}": value.detach() for name, value in terms.items()}
+        centres = dino.targets.centre, ibot.targets.centre
+        found |= {f"same {balance} centres": torch.stack(centres)}
+        found |= {f"own {balance} {i}": leaf.grad.movedim(1 - i, 0) for i, leaf in enumerate(leaves)}
+    cls.requires_grad_()
+    loss = koleo_loss(cls)
+    loss.backward()
+    return found | {"same koleo": loss.detach(), "own koleo": cls.grad}
+
+
 def run_rank(rank: int, folder: Path) -> None:
     """Work through all cases as one of two ranks."""
     torch.set_num_threads(1)
@@ -118,6 +151,7 @@ def run_rank(rank: int, folder: Path) -> None:
         # directions that came from the global random state would now differ
         torch.manual_seed(100 + rank)
         results[name] = losses_and_gradients(model, batch(case, share))
+    results["dino and koleo"] = dino_and_koleo(slice(3 * rank, 3 * rank + 3))
     leaf = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
     total = sum_over_ranks(leaf)
     ((2.0 + rank) * total.square()).sum().backward()
@@ -184,6 +218,21 @@ def test_loss_of_a_share_is_another_so_that_equality_means_something() -> None:
     )
     for term in ("sigreg", "aux_rex_cls", "aux_rex_patch"):
         assert not torch.isclose((shares[0][term] + shares[1][term]) / 2, whole[term], rtol=1e-3)
+
+
+def test_losses_of_the_baseline_are_those_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    expected = dino_and_koleo(slice(None))
+    for name, value in expected.items():
+        of_ranks = [rank["dino and koleo"][name] for rank in ranks]
+        if name.startswith("own"):  # of this rank's samples; DistributedDataParallel halves the sum
+            torch.testing.assert_close(torch.cat(of_ranks) / 2, value, rtol=1e-9, atol=1e-12, msg=name)
+            continue
+        torch.testing.assert_close(sum(of_ranks) / 2, value, rtol=1e-10, atol=1e-12, msg=name)
+        if name.startswith("same"):
+            assert torch.equal(*of_ranks)
+    first, second = dino_and_koleo(slice(0, 3)), dino_and_koleo(slice(3, 6))
+    for name in ("sinkhorn_knopp loss", "sinkhorn_knopp ibot", "centring loss", "same koleo"):
+        assert not torch.isclose((first[name] + second[name]) / 2, expected[name], rtol=1e-4)
 
 
 def test_sum_over_ranks_is_the_same_on_both_and_has_the_gradient_of_both_losses(

@@ -35,6 +35,13 @@ def test_honest_probabilities_have_a_small_error_and_shifted_ones_their_shift() 
     assert expected_calibration_error(reliability(shifted, targets, 50)) == pytest.approx(errors, abs=0.02)
 
 
+def test_a_bin_counts_by_its_samples() -> None:
+    # three samples off by 0.1 and two off by 0.4
+    bins = reliability([0.1, 0.1, 0.1, 0.6, 0.6], [0, 0, 0, 1, 1], num_bins=2)
+    assert bins.counts.tolist() == [3, 2]
+    assert expected_calibration_error(bins) == pytest.approx((3 * 0.1 + 2 * 0.4) / 5)
+
+
 def test_few_samples_get_a_bin_each() -> None:
     bins = reliability([0.9, 0.1, 0.5], [1, 0, 0], num_bins=10)
     assert bins.predicted.tolist() == [0.1, 0.5, 0.9]

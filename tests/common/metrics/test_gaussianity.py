@@ -15,6 +15,11 @@ def test_every_dimension_has_scipys_statistic():
     np.testing.assert_allclose(kolmogorov_smirnov(torch.from_numpy(samples)).numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("sample", "expected"), [(-9.0, 1.0), (9.0, 1.0), (0.0, 0.5)])
+def test_one_sample_has_the_statistic_by_hand_on_either_side(sample, expected):
+    assert float(kolmogorov_smirnov(torch.tensor([[sample]]))) == pytest.approx(expected)
+
+
 def test_a_normal_sample_is_close_and_a_collapsed_one_far():
     generator = torch.Generator().manual_seed(0)
     normal = kolmogorov_smirnov(torch.randn(2000, 3, generator=generator))

@@ -31,6 +31,12 @@ def test_the_score_is_that_of_the_definition(distance):
     assert latent_continuity(tokens, distance) == pytest.approx(by_hand(tokens, distance), rel=1e-9)
 
 
+def test_distances_of_a_right_angle_by_hand():
+    one, other = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    apart = {name: float(distance(one, other)[0]) for name, distance in DISTANCES.items()}
+    assert apart == pytest.approx({"cosine": 1.0, "chord": math.sqrt(2), "geodesic": math.pi / 2})
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_lengths_do_not_count(distance):
     rng = np.random.default_rng(0)
