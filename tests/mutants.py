@@ -1,0 +1,179 @@
+"""Deliberate bugs that the tests must notice: ``python tests/mutants.py``, which takes its time.
+
+Each row puts one bug into a copy of the repository and runs the tests that should fail. A bug that none of
+them notices is a gap in the tests: close it there, never here. ``python tests/mutants.py sigreg slabs`` runs
+the rows whose file's path holds one of the words.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COPIED = ("common", "data_prep", "bundles", "tests", "pyproject.toml", "requirements.txt")
+TWO_RANKS = "tests/distributed/test_two_ranks.py"
+
+
+class Mutant(NamedTuple):
+    """One bug.
+
+    Args:
+        file: where, from the root of the repository.
+        right: text that stands in the file once.
+        wrong: what takes its place.
+        test: file that must fail; by default the one that mirrors the module.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    test: str = ""
+
+
+MUTANTS = (
+    Mutant("common/losses/sigreg.py", "weights = 2 * (2 * self", "weights = (2 * self"),
+    Mutant("common/losses/sigreg.py", "weights[-1] /= 2", "weights[-1] /= 1"),
+    Mutant("common/losses/sigreg.py", "value = num_samples * (weights", "value = (weights"),
+    Mutant("common/losses/sigreg.py", "torch.stack([sine, -cosine], 1)", "torch.stack([sine, cosine], 1)"),
+    Mutant("common/losses/sigreg.py", "slopes * sum_over_ranks(gradient)", "slopes * gradient", TWO_RANKS),
+    Mutant("common/losses/lejepa.py", "views[:num_global].mean(0)", "views.mean(0)"),
+    Mutant("common/losses/lejepa.py", "(1 - self.regularizer_weight) * invariance", "invariance"),
+    Mutant("common/losses/lejepa.py", "square().mean((0, 2))", "square().sum(2).mean(0)"),
+    Mutant("common/losses/auxiliary.py", ", pos_weight=pos_weight.to(dtype)\n", "\n"),
+    Mutant("common/losses/auxiliary.py", '{"ts": has_ts, "rex": has_rex}', '{"ts": has_rex, "rex": has_ts}'),
+    Mutant("common/losses/auxiliary.py", "torch.stack(groups).mean(0)", "torch.stack(groups).sum(0)"),
+    Mutant("common/losses/dino.py", "num_global * (num_views - 1)", "num_global * num_views"),
+    Mutant("common/losses/dino.py", "with_itself - with_every", "-with_every"),
+    Mutant("common/losses/dino.py", "mean, 1 - self.centre_momentum", "mean, self.centre_momentum"),
+    Mutant("common/losses/dino.py", "1 / sum_over_ranks(rows @ scores)", "1 / (rows @ scores)", TWO_RANKS),
+    Mutant("common/losses/dino.py", "sum_over_ranks(present @ logits)", "(present @ logits)", TWO_RANKS),
+    Mutant("common/losses/dino.py", "-(weights * by_patch).sum()", "-by_patch.sum()"),
+    Mutant("common/losses/koleo.py", "fill_(-2)", "fill_(2)"),
+    Mutant("common/losses/koleo.py", ".mean(1).sum()", ".mean()"),
+    Mutant("common/losses/visreg.py", ".to(samples) + 0.5)", ".to(samples) + 1e-3)"),
+    Mutant("common/losses/visreg.py", "std.detach()", "std"),
+    Mutant("common/distributed.py", "num_ranks() * included", "included", TWO_RANKS),
+    Mutant("common/metrics/multilabel.py", 'positive[tied], "right")', 'positive[tied], "left")'),
+    Mutant("common/metrics/multilabel.py", "score >= threshold[", "score > threshold["),
+    Mutant("common/metrics/multilabel.py", "scores[::-1][values[::-1].argmax()]", "scores[values.argmax()]"),
+    Mutant("common/metrics/multilabel.py", "array[defined].mean()", "np.nan_to_num(array).mean()"),
+    Mutant("common/metrics/bootstrap.py", "(sums.tied @ weight) / 2", "(sums.tied @ weight)"),
+    Mutant("common/metrics/bootstrap.py", "2 * (1 + smaller)", "2 * smaller"),
+    Mutant("common/metrics/bootstrap.py", "(1 - confidence) / 2, ", "(1 - confidence), "),
+    Mutant("common/metrics/calibration.py", ", weights=bins.counts", ""),
+    Mutant("common/metrics/effective_rank.py", "centred - centred.mean(0)", "centred"),
+    Mutant(
+        "common/metrics/gap_curve.py", "np.diff(gaps, prepend=0).min() / 2", "np.diff(gaps, prepend=0).min()"
+    ),
+    Mutant("common/metrics/gaussianity.py", "ranks[1:] - expected", "ranks[:-1] - expected"),
+    Mutant("common/metrics/latent_continuity.py", "2 * np.arctan2", "np.arctan2"),
+    Mutant("common/metrics/latent_continuity.py", "tokens / lengths", "tokens"),
+    Mutant("common/metrics/linear_readout.py", "penalty * scale", "penalty"),
+    Mutant("common/metrics/neighbours.py", ", k * num_queries)", ", num_queries)"),
+    Mutant("common/metrics/neighbours.py", "num_in_bank * num_queries", "num_in_bank"),
+    Mutant(
+        "common/metrics/organ_span.py", "(predicted[1] - 1, true[1] - 1)", "(predicted[1] - 1, true[1] - 2)"
+    ),
+    Mutant("common/metrics/paired_samples.py", "groups / (groups - 1) * ", ""),
+    Mutant("common/metrics/participation_ratio.py", "(len(sums) - 1) * ((without", "((without"),
+    Mutant("common/metrics/patient_ranking.py", "false + tied / 2", "false + tied"),
+    Mutant("common/metrics/slice_order.py", "near.sum(1).argmin()", "near.sum(1).argmax()"),
+    Mutant("common/data/slabs.py", " + 0.5)", ")"),
+    Mutant("common/data/slabs.py", "np.minimum(starts, max(num_slices - length, 0))", "starts"),
+    Mutant("common/data/slab_dataset.py", "(OTHER_POOL, place - before)", "(OTHER_POOL, place)"),
+    Mutant("common/data/slab_dataset.py", "[self.seed, VIEWS, position]", "[self.seed, VIEWS, place]"),
+    Mutant("common/data/slab_dataset.py", "[self.seed, pool, passes]", "[self.seed, pool]"),
+    Mutant("common/data/slab_dataset.py", "Fraction(str(rex_fraction))", "Fraction(rex_fraction)"),
+    Mutant("common/data/slab_dataset.py", "filled.cumsum() - 1", "filled.cumsum()"),
+    Mutant("common/data/slab_dataset.py", "(batch * self.world_size + self.rank)", "(batch + self.rank)"),
+    Mutant("common/data/slab_dataset.py", "self.start_step // self.draws_per_slab", "self.start_step"),
+    Mutant("common/data/step_loader.py", "            handed_out = 0\n", ""),
+    Mutant(
+        "common/networks/poolers.py",
+        "    return _masked(bags, mask).sum(1) / mask.sum(1, keepdim=True)",
+        "    return _masked(bags, mask).mean(1)",
+    ),
+    Mutant("common/networks/poolers.py", "fill=-math.inf).amax(1)", "fill=0.0).amax(1)"),
+    Mutant("common/networks/poolers.py", " / math.sqrt(slices.shape[-1])", ""),
+    Mutant("common/networks/poolers.py", "bags, mask).mean(1)", "bags, mask).sum(1)"),
+    Mutant(
+        "common/networks/poolers.py", "len(lengths) * longest), -math.inf)", "len(lengths) * longest), 0.0)"
+    ),
+    Mutant("common/engines/probe_grid.py", "losses.sum().backward()", "losses.mean().backward()"),
+    Mutant("common/engines/probe_grid.py", " and step != self.num_steps:", ":"),
+    Mutant(
+        "common/engines/probe_grid.py",
+        "thresholds = self.best.thresholds.numpy()",
+        "thresholds = 0 * self.best.thresholds.numpy() + 0.5",
+    ),
+    Mutant("common/engines/probe_grid.py", "start_step = self.state.iteration", "start_step = 0"),
+    Mutant(
+        "common/engines/probe_grid.py",
+        "thresholds = f1_thresholds(val_scores, self.val_bags",
+        "thresholds = f1_thresholds(val_scores * 0 + 0.5, self.val_bags",
+    ),
+    Mutant("common/engines/best_probe.py", "auprc[index] <= self.auprc", "auprc[index] < self.auprc"),
+)
+
+
+def noticed(mutant: Mutant, copy: Path) -> bool:
+    """Whether a test fails because of the bug; an error that keeps tests from running is none."""
+    file = copy / mutant.file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    try:
+        status = run_tests(mirrored(mutant), copy)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if status not in (0, 1):
+        raise SystemExit(f"the tests must run, got exit status {status} of pytest for {mutant}.")
+    return status == 1
+
+
+def mirrored(mutant: Mutant) -> str:
+    file = Path(mutant.file)
+    return mutant.test or str("tests" / file.with_name(f"test_{file.name}"))
+
+
+def run_tests(test: str, copy: Path) -> int:
+    """Exit status of pytest, stopped at the first failure."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider", test]
+    # no bytecode: a bug of the same length, written within a second, would run as the file before it
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False).returncode
+
+
+def main(words: list[str]) -> None:
+    """Run the rows whose path holds one of the words; exit with 1 if a bug went unnoticed."""
+    chosen = [mutant for mutant in MUTANTS if any(word in mutant.file for word in words)]
+    for mutant in chosen:
+        times = (REPOSITORY / mutant.file).read_text(encoding="utf-8").count(mutant.right)
+        if times != 1:
+            raise SystemExit(f"'{mutant.right}' must stand once in {mutant.file}, got {times} times.")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = REPOSITORY / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        for test in dict.fromkeys(map(mirrored, chosen)):
+            if run_tests(test, copy):
+                raise SystemExit(f"{test} must pass before a bug is put in.")
+        survivors = 0
+        for mutant in chosen:
+            verdict = "noticed" if noticed(mutant, copy) else "SURVIVED"
+            survivors += verdict == "SURVIVED"
+            sys.stdout.write(f"{verdict:9} {mutant.file}: {mutant.right.strip()} -> {mutant.wrong.strip()}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen) - survivors} of {len(chosen)} bugs noticed\n")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [""])
