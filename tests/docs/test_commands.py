@@ -1,0 +1,366 @@
+"""Every command that the documentation shows works: run on tiny stand-ins, or checked word by word.
+
+Bash reads the commands, with every program replaced by one that notes its words: so loops, quotes and variables
+mean what they mean to a user, and a program that is not known here is not found.
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import typer
+from monai.bundle import scripts
+from torch.distributed.run import get_args_parser
+
+from common.executed_config import executed_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = (
+    *("README.md", "data_prep/README.md", "bundles/README.md", "benchmarks/README.md"),
+    *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("docs/*.md")),
+    *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("bundles/*/docs/README.md")),
+)
+PROGRAMS = ("python", "torchrun", "srun", "sbatch", "scontrol", "make", "bash", "mlflow", "dask")
+GIVEN_BY_SLURM = {"SLURM_NNODES": "2"}
+
+# Commands that are not run here, by a pattern of their page and words: why, and the test that runs their like.
+NOT_RUN = {
+    r"^bundles/\w+/docs/": ("as the README's, bundle by bundle", "bundles/test_embedding_runs.py"),
+    r"^data_prep/README.md": ("command by command, on phantoms", "data_prep/commands/test_ct_rate.py"),
+    r"^docs/bring_your_own_encoder.md": ("with the page's own JSON", "bundles/test_bring_your_own.py"),
+    r": python (-m )?benchmarks": ("minutes each", None),
+    r": (make|bash) ": ("minutes each: the same path on a cohort", "test_follow_one_volume.py"),
+    r": python -m data_prep download": ("gated data", "data_prep/commands/test_download.py"),
+    r": python -m data_prep totalsegment": ("its weights", "data_prep/commands/test_totalsegment.py"),
+    r": python -m data_prep \S+$": ("only its name is mentioned", None),
+    r"bundles/merlin": ("weights of the hub", "bundles/test_volume_runs.py"),
+    r"vit_b14_dinov2|table_v_": ("weights of the hub", "bundles/test_overlays.py"),
+    r"dense_labels|patch_tokens": ("on masks of every slice", "bundles/test_dense_runs.py"),
+    r"RAD-ChestCT": ("on RAD-ChestCT's layout", "bundles/test_external_runs.py"),
+    r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
+    r": mlflow ": ("serves until it is stopped", "common/handlers/test_mlflow_run.py"),
+    r": (srun|sbatch|scontrol) ": ("SLURM", None),
+    r"--nnodes": ("several machines", "distributed/test_two_ranks.py"),
+}
+# Networks, views and schedules of every bundle made small, so that the commands themselves stay as they are shown.
+SMALL = {
+    **{"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    **{"layer_scale_init": 0.1, "amp_dtype": "float32", "num_workers": 0, "strategies": ["cropped_32"]},
+    **{"global_size_px": 32, "local_size_px": 16, "num_local": 3, "projector_hidden_dim": 16},
+    **{"projection_dim": 11, "num_directions": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1},
+    **{"val_interval": 2, "log_every": 2, "checkpoint_every": 2, "num_val_patients": 5, "num_seeds": 2},
+    **{"num_resamples": 50, "num_pages": 1},
+}
+# Imports what takes long once; then runs each line of its input in a process of its own, as a shell would.
+RUNNER = """
+import json, os, runpy, sys
+import matplotlib.pyplot, mlflow, monai.bundle, pandas, timm, torch
+for line in sys.stdin:
+    words, log = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.path.insert(0, os.getcwd())
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Command(NamedTuple):
+    """A command as bash understood it.
+
+    Args:
+        page: that shows it.
+        words: program and arguments.
+    """
+
+    page: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.words)}"
+
+
+def scripts_of(page: str) -> list[str]:
+    """Return what a page shows as commands, in order: blocks of bash, and commands of Python within lines."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    # its tables leave the first words out
+    bare = page == "data_prep/README.md"
+    names = {path.stem.replace("_", "-") for path in REPOSITORY.glob("data_prep/commands/*.py")} if bare else {}
+    found = []
+    for block, span in re.findall(r"^```(.*?)^```|`([^`]+)`", text, re.M | re.S):
+        line = " ".join(span.split())
+        if block.startswith("bash\n"):
+            found.append(block.removeprefix("bash\n"))
+        elif re.match(r"python (-m \S+ \S|\S+\.py)", line):
+            found.append(line)
+        elif line.split(" ")[0] in names and " " in line:
+            found.append(f"python -m data_prep {line}")
+    return found
+
+
+def json_files_of(page: str) -> dict[str, str]:
+    """Return the JSON files that a page has its readers write, by the name it gives them."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return dict(re.findall(r"`(\w+\.json)`[^`]*```json\n(.*?)```", text, re.S))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkout looks like to the commands, with every bundle made small."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(
+        REPOSITORY / "bundles",
+        folder / "bundles",
+        ignore=shutil.ignore_patterns("models", "runs", "embeddings", "__pycache__"),
+    )
+    for path in folder.glob("bundles/*/configs/*.json"):
+        config = json.loads(path.read_text())
+        if path.name != "metadata.json":
+            small = {name: value for name, value in SMALL.items() if name in config}
+            path.write_text(json.dumps(config | small))
+    for name in ("common", "data_prep", "benchmarks", "demo", "docs", "Makefile", "requirements.txt"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    for page in PAGES:
+        for name, content in json_files_of(page).items():
+            (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Command]:
+    """All commands of all pages, in order."""
+    programs = tmp_path_factory.mktemp("programs")
+    noted = programs / "noted"
+    for name in PROGRAMS:
+        note = f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {noted}\nprintf '\\n\\0' >> {noted}\n"
+        (programs / name).write_text(note)
+        (programs / name).chmod(0o755)
+    (programs / "head").symlink_to(shutil.which("head"))
+    found = []
+    for page in PAGES:
+        for script in scripts_of(page):
+            noted.write_text("")
+            environment = {"PATH": str(programs), **GIVEN_BY_SLURM}
+            shell = [shutil.which("bash"), "-eu", "-c", script]
+            result = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, f"{page}:\n{script}\n{result.stderr}"
+            calls = noted.read_text().split("\n\0")[:-1]
+            found += [Command(page, tuple(call.split("\0")[:-1])) for call in calls]
+    return found
+
+
+def check(words: list[str]) -> None:
+    """Check every word of a command without running it."""
+    program, *rest = words
+    if program == "srun":
+        check(rest)
+    elif program == "torchrun":
+        launched = get_args_parser().parse_args(rest)
+        check(["python", *["-m"] * launched.module, launched.training_script, *launched.training_script_args])
+    elif program == "python":
+        check_python(rest)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.M)
+        assert {word for word in rest if "=" not in word} <= set(targets), f"no such target: {rest}"
+    elif program == "bash":
+        assert rest[0].endswith(".sh")
+        subprocess.run(["bash", "-n", REPOSITORY / rest[0]], check=True)
+    elif program in ("mlflow", "dask"):
+        check_server(program, rest)
+    else:
+        assert program in ("sbatch", "scontrol"), f"no check for '{program}'"
+
+
+def check_python(words: list[str]) -> None:
+    if words[0] == "-m":
+        module, rest = words[1], words[2:]
+        if module == "monai.bundle":
+            check_bundle(rest)
+            return
+        name = "data_prep.__main__" if module == "data_prep" else module
+        check_typer(importlib.import_module(name), rest)
+        return
+    path = REPOSITORY / words[0]
+    assert path.is_file(), f"no file '{words[0]}'"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    check_typer(module, words[1:])
+
+
+def check_bundle(words: list[str]) -> None:
+    """Check a command of MONAI: config files, and every option a knob or an argument."""
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    if words[0] == "run":
+        first = options["--config_file"].strip("[]'").split("'")[0]
+        name = Path(first).name
+        executed_config(options["--bundle_root"], name, words)
+        assert Path(first).resolve().parents[1] == Path(options["--bundle_root"]).resolve()
+        return
+    known = inspect.signature(getattr(scripts, words[0])).parameters
+    knobs = json.loads(Path(options["--config_file"]).read_text()) if "--config_file" in options else {}
+    for option in options:
+        assert option[2:] in known or option[2:] in knobs, f"no option '{option}'"
+
+
+def check_typer(module: ModuleType, words: list[str]) -> None:
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(module.main)
+    parse(typer.main.get_command(app), words)
+
+
+def check_server(program: str, words: list[str]) -> None:
+    if program == "mlflow":
+        parse(importlib.import_module("mlflow.cli").cli, words)
+    else:
+        parse(importlib.import_module(f"distributed.cli.dask_{words[0]}").main, words[1:])
+
+
+def parse(command: object, words: list[str]) -> None:
+    """Parse words as a command line of click, and of its sub-command, without calling either."""
+    if words in ([], ["--help"]):  # a command that is only named
+        return
+    context = command.make_context("command", list(words))
+    if hasattr(command, "resolve_command"):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(inner, rest)
+
+
+def reason_not_to_run(command: Command) -> str | None:
+    """Return the pattern of NOT_RUN that holds for a command."""
+    return next((pattern for pattern in NOT_RUN if re.search(pattern, str(command))), None)
+
+
+def test_every_command_is_understood_word_by_word(commands, folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")  # one script imports from its neighbour
+    wrong = []
+    for command in dict.fromkeys(commands):
+        try:
+            check(list(command.words))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (all that is wrong, at once)
+            wrong.append(f"{command}\n    {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_command_with_a_mistake_is_noticed(folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    train = "bundles/dale_ct_2s/configs/train.json --bundle_root bundles/dale_ct_2s"
+    for line in (
+        f"python -m monai.bundle run --config_file {train} --slab_m 6.0",
+        f"torchrun --num_ranks 8 -m monai.bundle run --config_file {train}",
+        "python -m monai.bundle run --config_file bundles/dale_ct_3/configs/train.json --bundle_root bundles/dale_ct_3",
+        "python -m data_prep ct-rate --rot /data",
+        "python -m data_prep ct-rat --root /data",
+        "python -m common.weights export --bundle x",
+        "python -m common.weigths",
+        "python benchmarks/sigrek.py",
+        "make dem",
+        "bash demo/none.sh",
+        "mlflow server --prt 5000",
+        "dask scheduler --prt 8786",
+        "curl https://example.org",
+    ):
+        with pytest.raises((Exception, SystemExit)):
+            check(line.split())
+
+
+def test_every_command_is_run_or_says_why_not(commands) -> None:
+    assert len(commands) > 60
+    used = {reason_not_to_run(command) for command in commands}
+    assert set(NOT_RUN) <= used, f"no command for {set(NOT_RUN) - used}"
+    for _, test in NOT_RUN.values():
+        assert test is None or (REPOSITORY / "tests" / test).is_file(), test
+
+
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> Iterator[subprocess.Popen]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNER],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+def run(runner: subprocess.Popen, folder: Path, words: list[str]) -> None:
+    """Run a module with its arguments; fail with what it said."""
+    log = folder / "said.txt"
+    runner.stdin.write(json.dumps([words, str(log)]) + "\n")
+    runner.stdin.flush()
+    code = int(runner.stdout.readline())
+    assert code == 0, f"{' '.join(words)}\n{log.read_text()[-3000:]}"
+
+
+def stand_ins(folder: Path) -> None:
+    """Give the commands the data they name, from a synthetic cohort in data/ct_rate."""
+    data, cohort = folder / "data", folder / "data" / "ct_rate" / "dataset"
+    shutil.copy(next((cohort / "valid_fixed").rglob("*.nii.gz")), folder / "ct.nii.gz")
+    for name in ("my_cts", "my_labels"):
+        (data / name).mkdir()
+    (data / "my_label_maps").symlink_to(cohort / "ts_seg" / "ts_total" / "train_fixed")
+    for split, ours in (("train", "train"), ("valid", "test")):
+        (data / "my_cts" / ours).symlink_to(cohort / f"{split}_fixed")
+        labels = cohort / "multi_abnormality_labels" / f"{split}_predicted_labels.csv"
+        (data / "my_labels" / f"{ours}.csv").symlink_to(labels)
+
+
+def small(words: list[str]) -> list[str]:
+    """The command with the stand-ins' paths and with its sizes, where it states any, made small."""
+    words = [word.removeprefix("/") if word.startswith("/data/") else word for word in words]
+    for option, value in zip(words, words[1:], strict=False):
+        if option.removeprefix("--") in SMALL:
+            words[words.index(option) + 1] = str(SMALL[option.removeprefix("--")])
+            assert value
+    return words
+
+
+@pytest.mark.slow
+def test_the_commands_run_on_tiny_stand_ins(commands, folder, runner, write_series) -> None:
+    phantom = "data_prep phantom --volumes 40 --out data/ct_rate --seed 3 --matrix 48 --spacing 10 12"
+    run(runner, folder, [*phantom.split(), "--valid-share", "0.3", "--processes", "1"])
+    stand_ins(folder)
+    hu = np.random.default_rng(0).integers(-1000, 400, (7, 40, 48)).astype(np.int16)
+    write_series(folder / "data" / "export", hu)
+    todo = [list(command.words) for command in commands if reason_not_to_run(command) is None]
+    # a prediction is shown before the commands that make its probe
+    todo.sort(key=lambda words: "predict.json" in " ".join(words))
+    done = []
+    for words in todo:
+        if words[0] == "torchrun":  # on one process; on several: tests/bundles/test_pretraining_runs.py
+            launched = get_args_parser().parse_args(words[1:])
+            words = ["python", "-m", launched.training_script, *launched.training_script_args]
+        assert words[:2] == ["python", "-m"]
+        words = small(words[2:])
+        if words not in done:
+            run(runner, folder, words)
+            done.append(words)
+    assert len(done) > 8
+    assert (folder / "results" / "eval_ct_rate.csv").is_file()
+    assert (folder / "results" / "mine.csv").is_file()
