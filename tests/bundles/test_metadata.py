@@ -76,6 +76,7 @@ def test_every_channel_is_defined(bundle: Path) -> None:
 def test_version_is_in_the_changelogs(bundle: Path) -> None:
     metadata = metadata_of(bundle)
     assert metadata["version"] in metadata["changelog"]
+    assert metadata["version"] == max(metadata["changelog"])
     # monai.bundle sorts versions as strings, so that 0.10.0 would count as older than 0.9.0
     assert all(re.fullmatch(r"\d\.\d\.\d", version) for version in metadata["changelog"])
     changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -115,16 +116,76 @@ def test_licences_are_there(bundle: Path) -> None:
     assert (bundle / "docs" / "data_license.txt").read_text(encoding="utf-8").strip()
 
 
+def large_files_of(text: str) -> list[dict[str, str]]:
+    """Return the entries of a ``large_files.yml`` that MONAI can download and check; raise if one is not so."""
+    content = yaml.safe_load(text)
+    assert set(content) == {"large_files"}
+    for file in content["large_files"]:
+        assert set(file) == {"path", "url", "hash_type", "hash_val"}, file
+        assert re.fullmatch(r"models/[\w.-]+", file["path"]), file
+        assert file["url"].startswith("https://"), file
+        assert file["hash_type"] == "sha256", file
+        assert re.fullmatch(r"[0-9a-f]{64}", file["hash_val"]), file
+    return content["large_files"]
+
+
 @each_bundle
 def test_large_files_can_be_fetched_and_checked(bundle: Path) -> None:
     listing = bundle / "large_files.yml"
     if not listing.exists():
         assert bundle not in ENCODERS
         return
-    for file in yaml.safe_load(listing.read_text(encoding="utf-8"))["large_files"]:
-        assert file["url"].startswith("https://")
-        assert file["hash_type"] == "sha256"
-        assert re.fullmatch(r"[0-9a-f]{64}", file["hash_val"])
+    text = listing.read_text(encoding="utf-8")
+    # a bundle without weights says in a comment where they come from
+    assert large_files_of(text) or text.startswith("#")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hash_val": ""},
+        {"hash_type": "md5"},
+        {"url": "http://example.org/x"},
+        {"path": "../model.safetensors"},
+        {"sha256": "0"},
+    ],
+)
+def test_a_large_file_that_cannot_be_checked_is_refused(wrong: dict[str, str]) -> None:
+    right = {"path": "models/model.safetensors", "url": "https://example.org/model.safetensors"}
+    right |= {"hash_type": "sha256", "hash_val": "0123456789abcdef" * 4}
+    assert large_files_of(yaml.safe_dump({"large_files": [right]})) == [right]
+    with pytest.raises(AssertionError):
+        large_files_of(yaml.safe_dump({"large_files": [right | wrong]}))
+
+
+@each_bundle
+def test_a_bundle_holds_the_files_of_the_model_zoo_and_nothing_large(bundle: Path) -> None:
+    ignored = {"models", "runs", "embeddings", "predictions"}  # what runs write; git ignores it
+    files = {
+        path.relative_to(bundle).as_posix(): path.stat().st_size
+        for path in bundle.rglob("*")
+        if path.is_file() and path.relative_to(bundle).parts[0] not in ignored
+    }
+    assert {"LICENSE", "configs/metadata.json", "configs/logging.conf", "docs/README.md"} <= files.keys()
+    assert max(files.values()) < 500_000, "weights and volumes belong in large_files.yml"
+    strange = [
+        name for name in files if Path(name).suffix not in {"", ".json", ".conf", ".md", ".txt", ".yml"}
+    ]
+    assert not strange
+
+
+@each_encoder
+def test_inference_config_has_what_the_model_zoo_asks_for(bundle: Path) -> None:
+    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
+    wanted = {"bundle_root", "device", "dataset_dir", "dataset", "evaluator", "network_def", "inferer"}
+    assert wanted | {"output_dir"} <= config.keys()
+
+
+def test_every_bundle_folder_has_metadata() -> None:
+    folders = {
+        path for path in (REPOSITORY / "bundles").iterdir() if path.is_dir() and path.name[0] not in "_."
+    }
+    assert folders == set(BUNDLES)
 
 
 @each_slice_encoder

@@ -31,7 +31,7 @@ PAGES = (
     *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("docs/*.md")),
     *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("bundles/*/docs/README.md")),
 )
-PROGRAMS = ("python", "torchrun", "srun", "sbatch", "scontrol", "make", "bash", "mlflow", "dask")
+PROGRAMS = ("python", "torchrun", "srun", "sbatch", "scontrol", "make", "bash", "mlflow", "dask", "pip")
 GIVEN_BY_SLURM = {"SLURM_NNODES": "2"}
 
 # Commands that are not run here, by a pattern of their page and words: why, and the test that runs their like.
@@ -46,9 +46,12 @@ NOT_RUN = {
     r": python -m data_prep \S+$": ("only its name is mentioned", None),
     r"bundles/merlin": ("weights of the hub", "bundles/test_volume_runs.py"),
     r"vit_b14_dinov2|table_v_": ("weights of the hub", "bundles/test_overlays.py"),
+    r"audit data/shards": ("as that of /data/my_shards", "data_prep/commands/test_audit.py"),
+    r"--rexgroundingct": ("with findings", "data_prep/commands/test_ct_rate.py"),
     r"dense_labels|patch_tokens": ("on masks of every slice", "bundles/test_dense_runs.py"),
     r"RAD-ChestCT": ("on RAD-ChestCT's layout", "bundles/test_external_runs.py"),
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
+    r"^docs/export.md": ("on small networks", "bundles/test_torchscript.py"),
     r": mlflow ": ("serves until it is stopped", "common/handlers/test_mlflow_run.py"),
     r": (srun|sbatch|scontrol) ": ("SLURM", None),
     r"--nnodes": ("several machines", "distributed/test_two_ranks.py"),
@@ -59,8 +62,8 @@ SMALL = {
     **{"layer_scale_init": 0.1, "amp_dtype": "float32", "num_workers": 0, "strategies": ["cropped_32"]},
     **{"global_size_px": 32, "local_size_px": 16, "num_local": 3, "projector_hidden_dim": 16},
     **{"projection_dim": 11, "num_directions": 32, "batch_size": 4, "max_steps": 4, "warmup_steps": 1},
-    **{"val_interval": 2, "log_every": 2, "checkpoint_every": 2, "num_val_patients": 5, "num_seeds": 2},
-    **{"num_resamples": 50, "num_pages": 1},
+    **{"val_interval": 2, "log_every": 2, "checkpoint_every": 2, "num_val_patients": 4, "num_seeds": 2},
+    **{"num_resamples": 50, "num_pages": 1, "patients": 8},
 }
 # Imports what takes long once; then runs each line of its input in a process of its own, as a shell would.
 RUNNER = """
@@ -101,7 +104,9 @@ def scripts_of(page: str) -> list[str]:
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     # its tables leave the first words out
     bare = page == "data_prep/README.md"
-    names = {path.stem.replace("_", "-") for path in REPOSITORY.glob("data_prep/commands/*.py")} if bare else {}
+    names = (
+        {path.stem.replace("_", "-") for path in REPOSITORY.glob("data_prep/commands/*.py")} if bare else {}
+    )
     found = []
     for block, span in re.findall(r"^```(.*?)^```|`([^`]+)`", text, re.M | re.S):
         line = " ".join(span.split())
@@ -183,8 +188,10 @@ def check(words: list[str]) -> None:
     elif program == "bash":
         assert rest[0].endswith(".sh")
         subprocess.run(["bash", "-n", REPOSITORY / rest[0]], check=True)
-    elif program in ("mlflow", "dask"):
+    elif program in ("mlflow", "dask", "pip"):
         check_server(program, rest)
+    elif program == "pip":
+        assert rest[0] == "install"
     else:
         assert program in ("sbatch", "scontrol"), f"no check for '{program}'"
 
@@ -197,6 +204,9 @@ def check_python(words: list[str]) -> None:
             return
         name = "data_prep.__main__" if module == "data_prep" else module
         check_typer(importlib.import_module(name), rest)
+        return
+    if words[0] == "-c":
+        compile(words[1], "-c", "exec")
         return
     path = REPOSITORY / words[0]
     assert path.is_file(), f"no file '{words[0]}'"
@@ -343,7 +353,7 @@ def small(words: list[str]) -> list[str]:
 
 @pytest.mark.slow
 def test_the_commands_run_on_tiny_stand_ins(commands, folder, runner, write_series) -> None:
-    phantom = "data_prep phantom --volumes 40 --out data/ct_rate --seed 3 --matrix 48 --spacing 10 12"
+    phantom = "data_prep phantom --volumes 28 --out data/ct_rate --seed 3 --matrix 48 --spacing 10 12"
     run(runner, folder, [*phantom.split(), "--valid-share", "0.3", "--processes", "1"])
     stand_ins(folder)
     hu = np.random.default_rng(0).integers(-1000, 400, (7, 40, 48)).astype(np.int16)
