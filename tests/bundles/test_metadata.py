@@ -117,7 +117,7 @@ def test_licences_are_there(bundle: Path) -> None:
 
 
 def large_files_of(text: str) -> list[dict[str, str]]:
-    """Return the entries of a ``large_files.yml`` that MONAI can download and check; raise if one is not so."""
+    """Return the entries of a ``large_files.yml``, each of which MONAI can download and check."""
     content = yaml.safe_load(text)
     assert set(content) == {"large_files"}
     for file in content["large_files"]:

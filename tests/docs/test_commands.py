@@ -1,7 +1,7 @@
 """Every command that the documentation shows works: run on tiny stand-ins, or checked word by word.
 
-Bash reads the commands, with every program replaced by one that notes its words: so loops, quotes and variables
-mean what they mean to a user, and a program that is not known here is not found.
+Bash reads the commands, with every program replaced by one that notes its words: so loops, quotes and
+variables mean what they mean to a user, and a program that is not known here is not found.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ PAGES = (
 PROGRAMS = ("python", "torchrun", "srun", "sbatch", "scontrol", "make", "bash", "mlflow", "dask", "pip")
 GIVEN_BY_SLURM = {"SLURM_NNODES": "2"}
 
-# Commands that are not run here, by a pattern of their page and words: why, and the test that runs their like.
+# Commands that are not run here, by a pattern of page and words: why, and the test that runs their like.
 NOT_RUN = {
     r"^bundles/\w+/docs/": ("as the README's, bundle by bundle", "bundles/test_embedding_runs.py"),
     r"^data_prep/README.md": ("command by command, on phantoms", "data_prep/commands/test_ct_rate.py"),
@@ -56,7 +56,7 @@ NOT_RUN = {
     r": (srun|sbatch|scontrol) ": ("SLURM", None),
     r"--nnodes": ("several machines", "distributed/test_two_ranks.py"),
 }
-# Networks, views and schedules of every bundle made small, so that the commands themselves stay as they are shown.
+# Networks, views and schedules of every bundle made small, so that commands stay as they are shown.
 SMALL = {
     **{"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
     **{"layer_scale_init": 0.1, "amp_dtype": "float32", "num_workers": 0, "strategies": ["cropped_32"]},
@@ -279,11 +279,11 @@ def test_a_command_with_a_mistake_is_noticed(folder, monkeypatch) -> None:
     for line in (
         f"python -m monai.bundle run --config_file {train} --slab_m 6.0",
         f"torchrun --num_ranks 8 -m monai.bundle run --config_file {train}",
-        "python -m monai.bundle run --config_file bundles/dale_ct_3/configs/train.json --bundle_root bundles/dale_ct_3",
+        f"python -m monai.bundle run --config_file {train.replace('2s', '3')}",
         "python -m data_prep ct-rate --rot /data",
         "python -m data_prep ct-rat --root /data",
         "python -m common.weights export --bundle x",
-        "python -m common.weigths",
+        "python -m common.weight",
         "python benchmarks/sigrek.py",
         "make dem",
         "bash demo/none.sh",
