@@ -23,6 +23,7 @@ from monai.bundle import scripts
 from torch.distributed.run import get_args_parser
 
 from common.executed_config import executed_config
+from study.stages import SIZES, all_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -139,7 +140,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name != "metadata.json":
             small = {name: value for name, value in SMALL.items() if name in config}
             path.write_text(json.dumps(config | small))
-    for name in ("common", "data_prep", "benchmarks", "demo", "docs", "Makefile", "requirements.txt"):
+    for name in (
+        "common",
+        "data_prep",
+        "benchmarks",
+        "demo",
+        "docs",
+        "Makefile",
+        "requirements.txt",
+        "study",
+    ):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
@@ -271,6 +281,17 @@ def test_every_command_is_understood_word_by_word(commands, folder, monkeypatch)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (all that is wrong, at once)
             wrong.append(f"{command}\n    {type(error).__name__}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_command_of_the_study_is_understood_word_by_word(size, folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    commands = [
+        command for stage in all_stages(SIZES[size], Path("out"), "float32") for command in stage.commands
+    ]
+    assert len(commands) > 100
+    for _, *words in commands:
+        check(["python", *words])
 
 
 def test_a_command_with_a_mistake_is_noticed(folder, monkeypatch) -> None:
