@@ -111,7 +111,10 @@ def _parsed(encoder: ConfigParser, name: str) -> Any:  # noqa: ANN401 (whatever 
     try:
         return encoder.get_parsed_content(name)
     except RuntimeError as error:
-        raise first_cause(error) from None
+        cause = first_cause(error)
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _check_left(chests: ChestCTs, rejected: Sequence[RejectedVolume], dataset_dir: str | Path) -> None:
