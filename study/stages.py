@@ -28,7 +28,6 @@ ABLATIONS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "2s_released_guidance": ("dale_ct_2s", [], {"guidance": "released"}),
     "2s_fractional_rex": ("dale_ct_2s", [], {"rex_targets": "fraction"}),
     "2s_wide_knots": ("dale_ct_2s", ["bundles/_overlays/wide_knots.json"], {}),
-    "2s_natural_rex": ("dale_ct_2s", ["bundles/_overlays/natural_rex.json"], {}),
     "2s_stream_shuffle": ("dale_ct_2s", ["study/stream_shuffle.json"], {}),
 }
 """DALE-CT-2S with one thing changed each."""
@@ -76,10 +75,10 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size("demo", (340, 140), 192, (4, 6), (48, 96), "about 100 minutes on 2 CPU cores"),
+    "small": Size("demo", (340, 300), 192, (4, 6), (48, 96), "about 100 minutes on 2 CPU cores"),
     "gpu": Size(
         "study/gpu",
-        (2000, 700),
+        (2000, 1200),
         256,
         (1.5, 3),
         (64, 128),
@@ -147,11 +146,15 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     cohort = out / "cohort"
     labels = cohort / "dataset" / "multi_abnormality_labels"
     tables = ("random_weights", *TRAINED)
-    stages = [Stage("cohort", _cohort(size, out)), Stage("shards", _shards(out), ("cohort",))]
+    stages = [
+        Stage("site a", _site_a(size, out)),
+        Stage("shards", _shards(out), ("site a",)),
+        Stage("site b", _site_b(size, out)),
+    ]
     for name in tables:
         stages += _encoder(name, size, out, labels, amp_dtype)
     for name in tables:
-        needs: tuple[str, ...] = (f"table III {name}",)
+        needs: tuple[str, ...] = (f"table III {name}", "site b")
         stages.append(Stage(f"table IV {name}", _table_iv(name, size, out, amp_dtype), needs))
     pair = ("dale_ct_0", "dale_ct_0_single_slice")
     needs = tuple(f"table {number} {name}" for number in ("I", "III") for name in pair)
@@ -171,20 +174,28 @@ def weights_of(name: str, out: Path) -> Path | None:
     return None if name == "random_weights" else out / "encoders" / name / "model.safetensors"
 
 
-def _cohort(size: Size, out: Path) -> list[list[str]]:
-    site_a, site_b = size.volumes
-    like = {"matrix": size.matrix, "spacing_mm": size.spacing_mm, "valid_share": 0.35}
-    rad, site_b_has = out / "site_b" / "rad_chestct", {"site": "b", "npz_spacing_mm": 2.5}
+def _site_a(size: Size, out: Path) -> list[list[str]]:
     return [
-        prep("phantom", volumes=site_a, out=out / "cohort", seed=1, **like, rex_share=1),
-        prep("phantom", volumes=site_b, out=out / "site_b", seed=2, **like, rex_share=0, **site_b_has),
+        prep("phantom", volumes=size.volumes[0], out=out / "cohort", seed=1, **_scans(size), rex_share=1),
+        prep("dense-labels", root=out / "cohort", **_findings(out), grid=size.grid, out=out / "dense_labels"),
+    ]
+
+
+def _site_b(size: Size, out: Path) -> list[list[str]]:
+    own = {"rex_share": 0, "site": "b", "npz_spacing_mm": 2.5}
+    rad = out / "site_b" / "rad_chestct"
+    return [
+        prep("phantom", volumes=size.volumes[1], out=out / "site_b", seed=2, **_scans(size), **own),
         prep("rad-labels", root=rad, out=out / "rad_chestct_labels.csv"),
         *(
             prep("turned", root=rad, npz_spacing_mm=2.5, turn=turn, out=out / "ct" / turn, **only)
             for turn, only in (("right", {}), *((turn, {"prefix": "tst"}) for turn in TURNS))
         ),
-        prep("dense-labels", root=out / "cohort", **_findings(out), grid=size.grid, out=out / "dense_labels"),
     ]
+
+
+def _scans(size: Size) -> dict[str, Any]:
+    return {"matrix": size.matrix, "spacing_mm": size.spacing_mm, "valid_share": 0.35}
 
 
 def _shards(out: Path) -> list[list[str]]:
@@ -201,7 +212,7 @@ def _findings(out: Path) -> dict[str, Path]:
 
 def _encoder(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> list[Stage]:
     """Train an encoder, where it is not random, and read its tokens by MIL and dense probes."""
-    stages, needs = [], ("cohort",)
+    stages, needs = [], ("site a",)
     if name in TRAINED | ABLATIONS:
         root, overlays, knobs = (TRAINED | ABLATIONS)[name]
         command = _train(name, root, overlays, knobs, size, out, amp_dtype)
@@ -255,8 +266,9 @@ def _table_iii(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -
 
 def _table_iv(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str]]:
     root, embeddings = "bundles/eval_rad_chestct", out / "embeddings" / name / "site_b"
+    turns = TURNS if name == "dale_ct_2s" else ()
     commands = [
-        _embed(name, out / "ct" / turn, embeddings / turn, size, out, amp_dtype) for turn in ("right", *TURNS)
+        _embed(name, out / "ct" / turn, embeddings / turn, size, out, amp_dtype) for turn in ("right", *turns)
     ]
     shared = {"results_csv": out / "results" / "eval_rad_chestct.csv"}
     retrained = out / "eval_rad_chestct" / name
@@ -268,7 +280,7 @@ def _table_iv(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str
         "train_embeddings_dir": embeddings / "right",
     }
     commands.append(bundle(root, configs, **own, output_dir=retrained, ct_dir=None, **shared))
-    tests = {f"{turn}_embeddings_dir": embeddings / turn for turn in TURNS}
+    tests = {f"{turn}_embeddings_dir": embeddings / turn for turn in turns}
     own = {"labels_csv": out / "rad_chestct_labels.csv", "test_embeddings_dir": embeddings / "right", **tests}
     probes = {"frozen_probe": out / "eval_ct_rate" / name, "retrained_probe": retrained}
     return [*commands, bundle(root, [f"{root}/configs/evaluate.json"], **own, **probes, **shared)]

@@ -25,8 +25,8 @@ DESCRIPTION = "SYNTHETIC phantom, not a patient"
 FORMS = ("v1", "v2", "both")
 RAD_CHESTCT_RANGE_HU = (-1000, 1000)
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-# One patient in this many of the training split is RAD-ChestCT's validation (our choice).
-RAD_VALIDATION_EVERY = 8
+# One patient in this many of the training split is RAD-ChestCT's validation: there 803 of 3,089 volumes.
+RAD_VALIDATION_EVERY = 4
 
 
 def volume_path(out: Path, scan: ScanId, form: str) -> Path:
