@@ -26,6 +26,17 @@ PICTURES = {"curves.png": "curves.png", "eval_slab_depth/figure_2.png": "figure_
 STAGE = ("stage", "seconds", "finished", "hardware", "commit")
 DIFFERENCES = ("encoder", "reference", "measure", "difference", "low", "high", "p")
 REFERENCE = "dale_ct_2s"
+GEOMETRY = (
+    *("continuity_cosine", "continuity_chord", "continuity_geodesic", "continuity_cosine_matched"),
+    *(
+        "z_position_r2_mm",
+        "z_position_mae_mm",
+        "tau_principal_axis",
+        "tau_nearest_neighbours",
+        "effective_rank",
+    ),
+)
+"""What is shown of Table V's measures; docs/study/results.csv has all."""
 
 Row = dict[str, str]
 Results = dict[tuple[str, str, str], Row]
@@ -194,27 +205,21 @@ class Page:
     def table_v(self) -> str:
         """Slabs against single slices."""
         slab, flat = "dale_ct_0", "dale_ct_0_single_slice"
-        of_pair = {
-            metric: row for (encoder, _, metric), row in self.rows.items() if encoder == f"{slab} - {flat}"
-        }
+        paper = [self.paper["V", arm, "mil_probe"] for arm in ("slab", "flat")]
         lines = []
         for metric in ("auroc", "auprc"):
             own = [cell(self.rows.get((encoder, "mil_probe", f"macro_{metric}"))) for encoder in (slab, flat)]
-            theirs = " and ".join(self.paper["V", arm, "mil_probe"][metric] for arm in ("slab", "flat"))
-            lines.append([f"macro {metric.upper()}", *own, "", "", theirs])
-        measures = dict.fromkeys(
-            m for encoder, p, m in self.rows if encoder == slab and p == "latent_geometry"
-        )
-        for measure in measures:
+            row = self.differences.get((slab, f"table_v {metric}"))
+            p = f"{float(row['p']):.2g}" if row else ""
+            theirs = " and ".join(row[metric] for row in paper)
+            lines.append([f"macro {metric.upper()}", *own, self.less(slab, f"table_v {metric}"), p, theirs])
+        for measure in GEOMETRY:
             own = [cell(self.rows.get((encoder, "latent_geometry", measure))) for encoder in (slab, flat)]
-            difference, p = of_pair.get(measure), of_pair.get(f"{measure}_p_permutation")
-            theirs = ""
-            if measure == "latent_continuity_cosine":
-                theirs = " and ".join(
-                    self.paper["V", arm, "mil_probe"]["latent_continuity"] for arm in ("slab", "flat")
-                )
-            shown_p = f"{float(p['value']):.1g}" if p else ""
-            lines.append([f"`{measure}`", *own, cell(difference, signed=True), shown_p, theirs])
+            pair, tests = f"{slab} - {flat}", (measure, f"{measure}_p_wilcoxon", f"{measure}_p_permutation")
+            difference, *ps = (self.rows.get((pair, "latent_geometry", name)) for name in tests)
+            p = ", ".join(f"{float(row['value']):.2g}" for row in ps if row)
+            theirs = " and ".join(row["latent_continuity"] for row in paper) if measure == GEOMETRY[0] else ""
+            lines.append([f"`{measure}`", *own, cell(difference, signed=True), p, theirs])
         return markdown(("measure", "12 mm slab", "single slice", "difference", "p", "paper"), lines)
 
     def table_vi(self) -> str:
