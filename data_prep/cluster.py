@@ -63,7 +63,7 @@ def dask_client(scheduler: str | None = None, workers: int | None = None) -> Ite
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=5)
+            client = Client(scheduler, timeout=20)  # s; one that has just been started takes some
         except (OSError, TimeoutError, ValueError) as error:
             raise ConnectionError(
                 f"scheduler must be the address of a running Dask scheduler, got '{scheduler}' ({error}). "

@@ -1,8 +1,8 @@
 """Write docs/results.md from what a study has measured: no number in it is typed.
 
 ``python -m study.render --study study/out/small`` keeps the study's rows and pictures in docs/study and
-writes docs/results.md from them and from docs/study/reading.md. ``--check`` only says whether the page is up
-to date.
+writes docs/results.md from them and from results.md.template beside them. ``--check`` only says whether the
+page is up to date.
 """
 
 import csv
@@ -299,7 +299,7 @@ class Page:
             "ABLATIONS": self.ablations,
             "TIMES": self.times,
         }
-        text = (KEPT / "reading.md").read_text(encoding="utf-8")
+        text = (KEPT / "results.md.template").read_text(encoding="utf-8")
         for name, value in facts.items():
             text = text.replace(f"@{name}@", value)
         for name, table in tables.items():
@@ -318,7 +318,7 @@ def main(
     if check:
         if PAGE.read_text(encoding="utf-8") != text:
             sys.exit(
-                "docs/results.md is out of date. Edit docs/study/reading.md, then run python -m study.render."
+                "docs/results.md is out of date. Edit its template in docs/study, then run python -m study.render."
             )
         return
     with atomic_file(PAGE, "w", encoding="utf-8") as file:

@@ -66,7 +66,7 @@ def test_the_committed_page_is_what_its_rows_give():
 
 def test_tables_hold_our_values_their_intervals_and_the_papers(study, tmp_path):
     names = ("TABLE_I", "TABLE_III", "TABLE_IV", "TABLE_V", "TABLE_VI", "ABLATIONS", "TIMES", "COMMITS")
-    (tmp_path / "kept" / "reading.md").write_text("\n\n".join(f"@{name}@" for name in names))
+    (tmp_path / "kept" / "results.md.template").write_text("\n\n".join(f"@{name}@" for name in names))
     render.main(study)
     page = (tmp_path / "results.md").read_text()
     assert "| patches, organs | `dale_ct_0` |  | .100 | -.050 (-.100 to +.020) | .9546 / .2938 |" in page
@@ -87,7 +87,7 @@ def test_tables_hold_our_values_their_intervals_and_the_papers(study, tmp_path):
 
 
 def test_check_finds_a_page_that_was_edited(study, tmp_path):
-    (tmp_path / "kept" / "reading.md").write_text("@TABLE_III@")
+    (tmp_path / "kept" / "results.md.template").write_text("@TABLE_III@")
     render.main(study)
     render.main(check=True)
     (tmp_path / "results.md").write_text("by hand")
