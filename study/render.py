@@ -317,9 +317,7 @@ def main(
     text = Page().write()
     if check:
         if PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(
-                "docs/results.md is out of date. Edit its template in docs/study, then run python -m study.render."
-            )
+            sys.exit("docs/results.md is out of date. Edit docs/study, then run python -m study.render.")
         return
     with atomic_file(PAGE, "w", encoding="utf-8") as file:
         file.write(text)
