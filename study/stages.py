@@ -75,7 +75,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size("demo", (340, 300), 192, (4, 6), (48, 96), "about 100 minutes on 2 CPU cores"),
+    "small": Size("demo", (340, 300), 192, (4, 6), (48, 96), "some 3 hours of one CPU core, less on two"),
     "gpu": Size(
         "study/gpu",
         (2000, 1200),
