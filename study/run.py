@@ -117,7 +117,8 @@ def amp_dtype() -> str:
 
 def hardware() -> str:
     """Return in words what this runs on."""
-    cores = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+    number = len(os.sched_getaffinity(0))
+    cores = f"{number} CPU core{'s' * (number > 1)} ({platform.machine()})"
     return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 

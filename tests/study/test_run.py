@@ -59,7 +59,7 @@ def test_a_stage_is_done_while_its_key_stays(tmp_path):
     assert run.seconds_of("table I a", "other", tmp_path) is None
     record = json.loads((tmp_path / "done" / "table_I_a.json").read_text())
     assert record["stage"] == "table I a"
-    assert "CPU cores" in record["hardware"]
+    assert "CPU core" in record["hardware"]
 
 
 STUDY = """
