@@ -15,11 +15,11 @@ SIDES = {"train": "train", "test": "valid"}
 TURNS = ("transposed", "flipped", "sagittal")
 
 TRAINED: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "dale_ct_2s": ("dale_ct_2s", [], {}),
-    "dale_ct_1s": ("dale_ct_1s", [], {}),
+    "dinov2_ct": ("dinov2_ct", [], {}),
     "dale_ct_0": ("dale_ct_0", [], {}),
     "dale_ct_0_single_slice": ("dale_ct_0", ["bundles/_overlays/single_slice.json"], {}),
-    "dinov2_ct": ("dinov2_ct", [], {}),
+    "dale_ct_1s": ("dale_ct_1s", [], {}),
+    "dale_ct_2s": ("dale_ct_2s", [], {}),
 }
 """Encoders of the tables: bundle, overlays after the size's, knobs."""
 
@@ -32,14 +32,7 @@ ABLATIONS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 """DALE-CT-2S with one thing changed each."""
 
-TABLE_ENCODERS = (
-    "random_weights",
-    "dinov2_ct",
-    "dale_ct_0",
-    "dale_ct_0_single_slice",
-    "dale_ct_1s",
-    "dale_ct_2s",
-)
+TABLE_ENCODERS = ("random_weights", *TRAINED)
 
 
 class Size(NamedTuple):
@@ -145,15 +138,14 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     """
     cohort = out / "cohort"
     labels = cohort / "dataset" / "multi_abnormality_labels"
-    tables = ("random_weights", *TRAINED)
     stages = [
         Stage("site a", _site_a(size, out)),
         Stage("shards", _shards(out), ("site a",)),
         Stage("site b", _site_b(size, out)),
     ]
-    for name in tables:
+    for name in TABLE_ENCODERS:
         stages += _encoder(name, size, out, labels, amp_dtype)
-    for name in tables:
+    for name in TABLE_ENCODERS:
         needs: tuple[str, ...] = (f"table III {name}", "site b")
         stages.append(Stage(f"table IV {name}", _table_iv(name, size, out, amp_dtype), needs))
     pair = ("dale_ct_0", "dale_ct_0_single_slice")
@@ -164,7 +156,7 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     stages.append(Stage("curves", [_curves(out)], tuple(f"train {name}" for name in TRAINED)))
     for name in ABLATIONS:
         stages += _encoder(name, size, out, labels, amp_dtype)
-    tested = [f"table {number} {name}" for number in ("I", "III") for name in (*tables, *ABLATIONS)]
+    tested = [f"table {number} {name}" for number in ("I", "III") for name in (*TABLE_ENCODERS, *ABLATIONS)]
     stages.append(Stage("differences", _differences(size, out), (*tested, "table VI")))
     return stages
 

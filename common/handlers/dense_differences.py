@@ -11,10 +11,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
-from rich.table import Table
 
-from common.handlers.probe_tables import write_table
+from common.handlers.paired_differences import lay_out_differences, write_differences
 from common.handlers.results_table import print_whole
 from common.metrics.bootstrap import interval, two_sided_p
 
@@ -81,18 +79,8 @@ def main(
     """Compare encoders by their dense probes, on the same test volumes and resamples."""
     rows = dense_differences(reference, [path for path in others if path.resolve() != reference.resolve()])
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_table(out, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
-    table = Table(title="Paired differences of macro means, 95 % intervals", box=box.SIMPLE)
-    for name in ("encoder", "less", "measure"):
-        table.add_column(name, no_wrap=True)
-    for name in ("difference", "interval", "p"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
-        cells = (f"{row['difference']:+.4f}", ends, f"{row['p']:.4f}")
-        table.add_row(row["encoder"], row["reference"], row["measure"], *cells)
-    print_whole(table)
+        write_differences(out, rows)
+    print_whole(lay_out_differences(rows, "measure", [row["measure"] for row in rows]))
 
 
 if __name__ == "__main__":

@@ -138,17 +138,39 @@ def differences_table(rows: Sequence[dict[str, Any]]) -> Table:
     Args:
         rows: of :func:`paired_differences`.
     """
+    macro = [row for row in rows if row["class"] == MACRO]
+    return lay_out_differences(macro, "metric", [COLUMNS[f"macro_{row['metric']}"] for row in macro])
+
+
+def lay_out_differences(rows: Sequence[dict[str, Any]], column: str, names: Sequence[str]) -> Table:
+    """Lay out differences with their intervals.
+
+    Args:
+        rows: with ``encoder``, ``reference``, ``difference``, ``low``, ``high`` and ``p``.
+        column: head of the column that says what differs.
+        names: what differs, of each row.
+    """
     table = Table(title="Paired differences of macro means, 95 % intervals", box=box.SIMPLE)
-    for name in ("encoder", "less", "metric"):
-        table.add_column(name, no_wrap=True)
-    for name in ("difference", "interval", "p"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        if row["class"] == MACRO:
-            metric, difference = COLUMNS[f"macro_{row['metric']}"], f"{row['difference']:+.4f}"
-            ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
-            table.add_row(row["encoder"], row["reference"], metric, difference, ends, f"{row['p']:.4f}")
+    for head in ("encoder", "less", column):
+        table.add_column(head, no_wrap=True)
+    for head in ("difference", "interval", "p"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row, name in zip(rows, names, strict=True):
+        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
+        cells = (f"{row['difference']:+.4f}", ends, f"{row['p']:.4f}")
+        table.add_row(row["encoder"], row["reference"], name, *cells)
     return table
+
+
+def write_differences(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write all rows as a CSV, numbers with six digits; its folder is made.
+
+    Args:
+        path: file to write or replace.
+        rows: at least one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
 
 
 def main(
@@ -164,8 +186,7 @@ def main(
     )
     rows = paired_differences(first, further, num_resamples, resampling)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_table(out, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+        write_differences(out, rows)
     print_whole(differences_table(rows))
 
 
