@@ -39,7 +39,9 @@ def test_annotated_scans_are_labelled(tiny: Any, write_rex: Any, tmp_path: Path,
     assert answer.exit_code == 1
     assert "Left out: 'valid_3_a_1': 'valid_3_a_1.nii.gz' must" in answer.stderr
     assert "1 volumes labelled" in answer.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["valid_1_a_1.safetensors"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["valid_1_a_1.safetensors", "volumes.csv"]
+    assert (tmp_path / "out" / "volumes.csv").read_text() == "VolumeName\nvalid_1_a_1\n"
     labels = read_dense_labels(tmp_path / "out" / "valid_1_a_1.safetensors")
     assert (labels.findings == 1 << 10).all()
     assert labels.findings.shape == (5, 9)

@@ -1,6 +1,7 @@
 """Cohorts are written by processes of their own here, which are stopped and killed."""
 
 import hashlib
+import importlib
 import os
 import re
 import signal
@@ -117,7 +118,8 @@ def test_workers_that_joined_a_scheduler_share_a_run_and_one_may_be_lost(
             lost.append(done)
 
     with dask_client(address) as client:
-        client.wait_for_workers(2, timeout=30)
+        client.wait_for_workers(2, timeout=60)
+        client.run(importlib.import_module, "data_prep.write_shards")  # that neither is still importing
         summary = write(scans, tmp_path / "out", client, progress=kill_a_nanny)
     assert lost == [12]
     assert summary.num_workers == 2
