@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from common.data.atomic_file import atomic_file
+from common.data.rejection import is_failure
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars
 from data_prep.commands.options import Scheduler, Workers
@@ -44,12 +45,13 @@ def dense_labels(
         raise ValueError(f"split '{split}' must have scans that ReXGroundingCT annotated, got none.")
     out.mkdir(parents=True, exist_ok=True)
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
-        left_out = write_all(client, sources, out.absolute(), grid, progress)
+        failed = write_all(client, sources, out.absolute(), grid, progress)
+    left_out = [item for item in rejected if item.volume in annotations] + failed
     labelled = sorted(file.stem for file in out.glob("*.safetensors"))
     with atomic_file(out / "volumes.csv", "w", encoding="utf-8") as table:
         table.writelines(f"{line}\n" for line in ("VolumeName", *labelled))
     for item in left_out:
         console.print(f"[red]Left out:[/red] '{escape(item.volume)}': {escape(item.detail)}", soft_wrap=True)
-    console.print(f"{len(sources) - len(left_out)} volumes labelled in '{escape(str(out))}'.", soft_wrap=True)
-    if left_out:
+    console.print(f"{len(sources) - len(failed)} volumes labelled in '{escape(str(out))}'.", soft_wrap=True)
+    if any(is_failure(item) for item in left_out):
         raise typer.Exit(1)

@@ -42,3 +42,5 @@ def turned(
     for line in rejected:
         console.print(f"[red]Rejected:[/red] {escape(line)}", soft_wrap=True)
     console.print(f"{len(todo) - len(rejected)} volumes, {turn}, in {escape(str(out))}", soft_wrap=True)
+    if rejected:
+        raise typer.Exit(1)

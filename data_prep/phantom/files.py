@@ -6,7 +6,6 @@ sidecar ``synthetic/<name>.json``, written last, exists.
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from common.data.atomic_file import atomic_file
 from data_prep.phantom.population import CT_RATE_LABELS, ScanId
 from data_prep.phantom.scan import Volume
 from data_prep.phantom.scanner import Protocol
@@ -65,11 +65,10 @@ def sidecar_path(out: Path, scan: ScanId) -> Path:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it exists either complete or not at all."""
+    """Write a file, and its folder, so that it exists either complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(content)
-    aside.replace(path)
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def _gzip(content: bytes, strategy: int) -> bytes:

@@ -31,13 +31,19 @@ def test_annotated_scans_are_labelled(tiny: Any, write_rex: Any, tmp_path: Path,
         path = tiny.ts_path(volume, "valid")
         path.parent.mkdir(parents=True)
         nib.save(nib.Nifti1Image(ids if volume != "valid_3_a_1" else ids[:5], tiny.affine()), path)
+    for volume in ("valid_4_a_1", "valid_5_a_1"):  # without metadata; only the first is annotated
+        tiny.add(volume, "valid")
+        tiny.rows.pop()
+    tiny.write_tables("valid")
     mask = np.ones((19, 17, 5), np.uint8)
-    codes = {"valid_1_a_1": ["2e"], "valid_3_a_1": ["2e"]}
+    codes = {volume: ["2e"] for volume in ("valid_1_a_1", "valid_3_a_1", "valid_4_a_1")}
     listing, folder = write_rex(dict.fromkeys(codes, mask), codes, tiny.affine())
     where = ("--root", tiny.root, "--rexgroundingct", listing, "--rexgroundingct-masks", folder)
     answer = invoke(*where, "--out", tmp_path / "out", "--grid", 3)
     assert answer.exit_code == 1
     assert "Left out: 'valid_3_a_1': 'valid_3_a_1.nii.gz' must" in answer.stderr
+    assert "Left out: 'valid_4_a_1': a volume must have one row in the metadata" in answer.stderr
+    assert "valid_5_a_1" not in answer.stderr
     assert "1 volumes labelled" in answer.stderr
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["valid_1_a_1.safetensors", "volumes.csv"]

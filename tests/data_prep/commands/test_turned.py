@@ -18,7 +18,7 @@ def test_volumes_are_written_once_and_those_that_are_no_ct_are_listed(tmp_path: 
     (root / "tst00003.npz").write_text("<html>")
     np.savez_compressed(root / "trn00001.npz", ct=np.zeros((3, 4, 5), np.int16))
     answer = invoke("--root", root, "--prefix", "tst", "--turn", "flipped", "--out", out)
-    assert answer.exit_code == 0, answer.output
+    assert answer.exit_code == 1, answer.output
     assert sorted(path.name for path in out.iterdir()) == ["tst00001.nii.gz", "tst00002.nii.gz"]
     assert "Rejected: tst00003" in answer.output
     assert "2 volumes, flipped, in" in answer.output
