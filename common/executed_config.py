@@ -46,13 +46,25 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
         if value is None or value == "null":
             raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
     for further in files[1:]:
-        overrides_of_file = json.loads(Path(further).read_text())
+        overrides_of_file = _read_object(further)
         _refuse_unknown(overrides_of_file, own, f"'{further}'")
     _refuse_unknown(overrides, own, "the command line")
     parser = ConfigParser()
     parser.read_config(files)
     parser.update(pairs=overrides)
     return parser.get()
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config_file must be a JSON file, got '{path}', which does not exist.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config_file must be a JSON file, got '{path}' ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config_file must hold a JSON object, got {type(content).__name__} in '{path}'.")
+    return content
 
 
 def _overrides(argv: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +80,7 @@ def _overrides(argv: Sequence[str]) -> dict[str, Any]:
             value = following[0] if following and not following[0].startswith("--") else "True"
         try:
             pairs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pairs[name] = value
     return pairs
 
@@ -77,13 +89,14 @@ def _refuse_unknown(overrides: dict[str, Any], own: dict[str, Any], where: str) 
     for name in overrides:
         node: Any = own
         for part in name.lstrip("+").replace("#", "::").split("::"):
-            known = list(node) if isinstance(node, dict) else [str(index) for index in range(len(node or []))]
+            places = range(len(node)) if isinstance(node, list) else ()
+            known = list(node) if isinstance(node, dict) else [str(place) for place in places]
             if part not in known:
                 near = difflib.get_close_matches(part, known, n=1)
                 hint = (
                     f" Did you mean '{near[0]}'?"
                     if near
-                    else f" Known: {', '.join(k for k in known if k[0] != '_')}."
+                    else f" Known: {', '.join(k for k in known if k[0] != '_') or 'nothing within it'}."
                 )
                 raise ValueError(f"knob must be one the bundle defines, got '{name}' in {where}.{hint}")
             node = node[part] if isinstance(node, dict) else node[int(part)]

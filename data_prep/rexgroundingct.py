@@ -73,7 +73,7 @@ def _items(dataset_json: Path) -> list[tuple[str, tuple[str, ...]]]:
     try:
         listed = [item for split in json.loads(dataset_json.read_text("utf-8")).values() for item in split]
         items = [(Path(item["name"]).name, _codes(item["categories"])) for item in listed]
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"'{dataset_json}' must be {{split: [{{name, findings, categories}}]}}, "
             f"got {type(error).__name__}: {error}."

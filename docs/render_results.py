@@ -1,18 +1,18 @@
 """Print Tables III, IV and VI as Markdown: our results, and the paper's figures beside them.
 
-``python docs/render_results.py results/*.csv`` prints every row that the results hold. With ``--paper``, the
+``python -m docs.render_results results/*.csv`` prints every row that the results hold. With ``--paper``, the
 paper's figures stand beside: for data at full scale, never for synthetic data.
 """
 
-import argparse
 import csv
 import re
-import sys
 from pathlib import Path
+from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import typer
 
-from common.handlers.results_table import COLUMNS, read_rows  # noqa: E402 (the path comes first)
+from common.handlers.results_table import COLUMNS, read_rows
+from common.short_errors import short_errors
 
 PAPER = Path(__file__).with_name("paper_results.csv")
 TITLES = {
@@ -100,15 +100,15 @@ def _lines(values: Values, table: str, with_paper: bool) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Read the command line and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="results CSVs, such as results/*.csv")
-    parser.add_argument("--paper", action="store_true", help="put the paper's figures beside ours")
-    arguments = parser.parse_args()
-    rows = [row for path in arguments.results for row in read_rows(path)]
-    sys.stdout.write(markdown(rows, arguments.paper))
+def main(
+    results: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")],
+    paper: Annotated[bool, typer.Option("--paper", help="Put the paper's figures beside ours.")] = False,
+) -> None:
+    """Print Tables III, IV and VI as Markdown."""
+    short_errors()
+    rows = [row for path in results for row in read_rows(path)]
+    typer.echo(markdown(rows, paper), nl=False)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

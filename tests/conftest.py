@@ -1,7 +1,10 @@
 """Settings and fixtures that all tests share."""
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything is imported that reads them: tests download nothing, report nothing and open no window.
@@ -58,6 +61,39 @@ def pinned() -> Callable[[str], dict[str, str]]:
     return read
 
 
+@pytest.fixture(scope="session")
+def python_m(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Run ``python -m`` and words in a folder and say what came of it; see ``tests/forked_python.py``.
+
+    Nothing but what a user has is on its path; keywords are variables of its environment.
+    """
+    folder = tmp_path_factory.mktemp("said")
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    own |= {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "forked_python.py"],
+        env=own,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+        words = [str(word) for word in words]
+        said = [folder / "out.txt", folder / "err.txt"]
+        request = [words, str(cwd), own | environment, [str(path) for path in said]]
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(path.read_text(errors="replace") for path in said))
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
 @pytest.fixture
 def save_nifti() -> Callable[[Path, np.ndarray, np.ndarray], Path]:
     """Save an array as NIfTI; return its file."""
@@ -70,47 +106,48 @@ def save_nifti() -> Callable[[Path, np.ndarray, np.ndarray], Path]:
     return save
 
 
+def series_of(
+    folder: Path,
+    hu: np.ndarray,
+    orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
+    first_mm: tuple[float, ...] = (-5.0, -7.0, -100.0),
+    series: str = "1.2.840.99.7",
+    edit: Callable[[int, Dataset], None] = lambda z, dataset: None,
+) -> list[Path]:
+    """Write a CT series as DICOM files; return them in the order of their slices along the normal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    normal = np.cross(orientation[:3], orientation[3:])
+    # File names that sort in another order than the slices do.
+    names = [f"IM{number:04d}" for number in np.random.default_rng(len(hu)).permutation(len(hu))]
+    for z, (name, values) in enumerate(zip(names, hu, strict=True)):
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.SOPClassUID = CTImageStorage
+        dataset.SOPInstanceUID = f"{series}.{z + 1}" if series else generate_uid()
+        dataset.SeriesInstanceUID = series
+        dataset.Modality = "CT"
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        dataset.PatientName = "Phantom^Synthetic"
+        dataset.InstanceNumber = 1
+        dataset.ImageOrientationPatient = list(orientation)
+        dataset.ImagePositionPatient = [
+            round(float(mm), 6) for mm in first_mm + DICOM_SPACING_MM[2] * z * normal
+        ]
+        dataset.PixelSpacing = [DICOM_SPACING_MM[1], DICOM_SPACING_MM[0]]  # of rows, of columns
+        dataset.SliceThickness = 5.0  # of the beam, not their distance
+        dataset.Rows, dataset.Columns = values.shape
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated = dataset.BitsStored = 16
+        dataset.HighBit, dataset.PixelRepresentation = 15, 0
+        dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
+        dataset.PixelData = (values + 1024).astype("<u2").tobytes()
+        edit(z, dataset)
+        dataset.save_as(folder / name, enforce_file_format=True)
+    return [folder / name for name in names]
+
+
 @pytest.fixture
 def write_series() -> Callable[..., list[Path]]:
-    """Write a CT series as DICOM files; return them in the order of their slices along the normal."""
-
-    def write(
-        folder: Path,
-        hu: np.ndarray,
-        orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
-        first_mm: tuple[float, ...] = (-5.0, -7.0, -100.0),
-        series: str = "1.2.840.99.7",
-        edit: Callable[[int, Dataset], None] = lambda z, dataset: None,
-    ) -> list[Path]:
-        folder.mkdir(parents=True, exist_ok=True)
-        normal = np.cross(orientation[:3], orientation[3:])
-        # File names that sort in another order than the slices do.
-        names = [f"IM{number:04d}" for number in np.random.default_rng(len(hu)).permutation(len(hu))]
-        for z, (name, values) in enumerate(zip(names, hu, strict=True)):
-            dataset = Dataset()
-            dataset.file_meta = FileMetaDataset()
-            dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-            dataset.SOPClassUID = CTImageStorage
-            dataset.SOPInstanceUID = f"{series}.{z + 1}" if series else generate_uid()
-            dataset.SeriesInstanceUID = series
-            dataset.Modality = "CT"
-            dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-            dataset.PatientName = "Phantom^Synthetic"
-            dataset.InstanceNumber = 1
-            dataset.ImageOrientationPatient = list(orientation)
-            dataset.ImagePositionPatient = [
-                round(float(mm), 6) for mm in first_mm + DICOM_SPACING_MM[2] * z * normal
-            ]
-            dataset.PixelSpacing = [DICOM_SPACING_MM[1], DICOM_SPACING_MM[0]]  # of rows, of columns
-            dataset.SliceThickness = 5.0  # of the beam, not their distance
-            dataset.Rows, dataset.Columns = values.shape
-            dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-            dataset.BitsAllocated = dataset.BitsStored = 16
-            dataset.HighBit, dataset.PixelRepresentation = 15, 0
-            dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, -1024, "HU"
-            dataset.PixelData = (values + 1024).astype("<u2").tobytes()
-            edit(z, dataset)
-            dataset.save_as(folder / name, enforce_file_format=True)
-        return [folder / name for name in names]
-
-    return write
+    """Return :func:`series_of`."""
+    return series_of

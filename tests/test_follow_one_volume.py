@@ -1,9 +1,6 @@
 """The walk of the README on a tiny synthetic cohort: every command as users give it, from NIfTI to a row."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,14 +24,12 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def walk(tmp_path_factory) -> Path:
+def walk(python_m, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("walk")
 
     def python(*words) -> None:
-        command = [sys.executable, "-m", *(str(word) for word in words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{command}\n{result.stderr[-3000:]}"
+        result = python_m(words, folder, PYTHONPATH=str(REPOSITORY))
+        assert result.returncode == 0, f"{words}\n{result.stderr[-3000:]}"
 
     def bundle(root: Path, config: str, **knobs) -> None:
         words = [word for name, value in knobs.items() for word in (f"--{name}", value)]

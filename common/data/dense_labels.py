@@ -3,10 +3,12 @@
 # S slices, P = G * G patches of a slice in row-major order, C classes
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -16,6 +18,7 @@ from common.data.atomic_file import atomic_file
 from common.labels import load_labels
 from common.transforms.dense_labels import slice_shares
 
+TENSORS = ("share", "class", "row_end", "findings")
 NUM_CLASSES = {name: len(load_labels(name)) for name in ("totalsegmentator", "rexgroundingct")}
 
 
@@ -81,9 +84,19 @@ def write_dense_labels(folder: str | Path, labels: DenseLabels) -> None:
         "row_end": labels.shares.indptr[1:].astype(np.int32),
         "findings": labels.findings,
     }
+    metadata = {"volume": labels.volume, "box": json.dumps(labels.box)}
+    metadata["crc32"] = str(_crc32(tensors, metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        file.write(save(tensors, metadata={"volume": labels.volume, "box": json.dumps(labels.box)}))
+        file.write(save(tensors, metadata=metadata))
+
+
+def _crc32(tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, str]) -> int:
+    """Checksum of all that a file holds."""
+    value = isal_zlib.crc32(f"{metadata['volume']} {metadata['box']}".encode())
+    for name in TENSORS:
+        value = isal_zlib.crc32(np.ascontiguousarray(tensors[name]).data.cast("B"), value)
+    return int(value)
 
 
 def read_dense_labels(path: str | Path) -> DenseLabels:
@@ -103,15 +116,16 @@ def read_dense_labels(path: str | Path) -> DenseLabels:
         )
     try:
         with safe_open(path, framework="np") as file:
-            share, classes, row_end, findings = (
-                file.get_tensor(name) for name in ("share", "class", "row_end", "findings")
-            )
-            metadata = file.metadata()
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+            metadata = file.metadata() or {}
+        if metadata["crc32"] != str(_crc32(tensors, metadata)):
+            raise ValueError("it has another checksum than was written")
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"dense labels must be a whole safetensors file of python -m data_prep dense-labels, "
-            f"got '{path}' ({error})."
+            f"dense labels must be a whole file of python -m data_prep dense-labels, got '{path}' ({error}). "
+            "Delete it and make it again."
         ) from error
+    share, classes, row_end, findings = tensors.values()
     indptr = np.concatenate([[0], row_end]).astype(np.int32)
     shape = (findings.size, NUM_CLASSES["totalsegmentator"])
     shares = csr_matrix((share, classes.astype(np.int32), indptr), shape=shape)

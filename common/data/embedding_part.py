@@ -24,7 +24,7 @@ TOKEN_KINDS = ("slice", "grid")
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 OPTIONAL_FIELDS = ("z_mm", "patches", "pooled")
-FORMAT = "dale_ct_embeddings_1"
+FORMAT = "dale_ct_embeddings_2"
 SUFFIX = ".embeddings.safetensors"
 
 
@@ -100,11 +100,16 @@ def write_part(folder: Path, embeddings: Sequence[Embedding], identity: Mapping[
         "fields": json.dumps(first.fields),
         "volumes": json.dumps([_record(embedding) for embedding in embeddings], allow_nan=False),
     }
+    header["crc32"] = str(_header_crc32(header))
     listed = "\n".join(embedding.metadata["volume"] for embedding in embeddings)
     path = folder / f"{hashlib.sha256(listed.encode()).hexdigest()[:16]}{SUFFIX}"
     with atomic_file(path) as file:
         file.write(save(tensors, metadata=header))
     return path
+
+
+def _header_crc32(header: Mapping[str, str]) -> int:
+    return int(isal_zlib.crc32("".join(header[name] for name in ("identity", "fields", "volumes")).encode()))
 
 
 def _record(embedding: Embedding) -> dict[str, Any]:
@@ -141,6 +146,8 @@ def read_header(path: Path) -> PartHeader:
             rows = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118 (no dict)
         if stated.get("format") != FORMAT:
             raise ValueError(f"format {stated.get('format')!r}")
+        if stated["crc32"] != str(_header_crc32(stated)):
+            raise ValueError("its header has another checksum")
         header = PartHeader(
             json.loads(stated["identity"]), tuple(json.loads(stated["fields"])), json.loads(stated["volumes"])
         )

@@ -2,12 +2,9 @@
 
 import hashlib
 import io
-import lzma
 import math
-import struct
 import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 
 from common.data.nifti_file import MAX_INFLATION
 from common.data.rejection import RejectedError
+from common.data.safe_unzip import DAMAGED_ZIP
 from common.data.stored_ct import StoredCT, StoredGrid, canonical_hu, check_size
 
 SPACING_MM = 0.8
@@ -24,12 +22,6 @@ SPACING_MM = 0.8
 
 MAX_HEADER_BYTES = 2**14
 """Of an array; NumPy refuses text of more than 10,000 characters."""
-
-DAMAGED = (
-    *(OSError, EOFError, KeyError, ValueError, RuntimeError, struct.error),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
-"""What reading a damaged file raises."""
 
 
 def npz_affine(spacing_mm: float = SPACING_MM) -> np.ndarray:
@@ -117,7 +109,7 @@ def _open_array(path: Path) -> Iterator[tuple[IO[bytes], int]]:
             if num_bytes > size * MAX_INFLATION:
                 raise EOFError(f"{size} bytes for an array of {num_bytes}")
             yield member, num_bytes
-    except DAMAGED as error:
+    except (OSError, KeyError, ValueError, *DAMAGED_ZIP) as error:
         got = "a web page" if _is_web_page(path) else error
         raise RejectedError(
             "unreadable",

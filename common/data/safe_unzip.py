@@ -1,5 +1,6 @@
 """Unpack archives that somebody else made: nothing leaves the folder, nothing is left behind by a refusal."""
 
+import lzma
 import stat
 import struct
 import tempfile
@@ -13,9 +14,9 @@ MAX_FILES = 100_000
 MAX_RATIO = 200
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
-DAMAGED = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, struct.error, UnicodeDecodeError),
-    *(NotImplementedError, RuntimeError),
+DAMAGED_ZIP = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, UnicodeDecodeError),
+    RuntimeError,  # encrypted, or, as NotImplementedError, of another version or compression
 )
 """What reading a damaged archive raises."""
 
@@ -62,7 +63,7 @@ def unzip(
                     whole,
                     [one for one in members if only is None or str(PurePosixPath(one.filename)) in only],
                 )
-        except DAMAGED as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"archive must be a whole zip file, got '{archive}' ({error}).") from error
         whole.mkdir(exist_ok=True)
         whole.rename(folder)

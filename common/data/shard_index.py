@@ -3,14 +3,13 @@
 Shapes: N volumes and S slices of one shard, F members of one sample, C labels, R rejected volumes.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.data.atomic_file import atomic_file
+from common.data.safe_unzip import DAMAGED_ZIP
 
 SCHEMA_VERSION = 2
 FIELDS = ("ct.blosc2", "ts.png", "rex.png", "json")
@@ -141,7 +140,7 @@ def load_index(shard: Path) -> ShardIndex:
             version = int(arrays["schema_version"])
             if version == SCHEMA_VERSION:
                 index = ShardIndex(**{name: arrays[name] for name in ShardIndex._fields})
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, KeyError, ValueError, TypeError, SyntaxError, MemoryError, *DAMAGED_ZIP) as error:
         raise ValueError(
             f"'{path}' must be a readable index, got {error}. Delete the shard and run data_prep again."
         ) from error

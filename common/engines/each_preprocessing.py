@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from common.handlers.results_table import print_whole, read_rows, results_table
+from common.short_errors import short_errors
 from common.transforms.slice_strategies import STRATEGIES
 
 TABLE_VI = tuple(name for name in STRATEGIES if not name.endswith("_items"))
@@ -62,6 +63,7 @@ def main(
     ),
 ) -> None:
     """Evaluate all preprocessing strategies on the same volumes; other arguments are knobs for each run."""
+    short_errors()
     folders = {"train_embeddings_dir": train_embeddings_dir, "test_embeddings_dir": test_embeddings_dir}
     further = ["--results_csv", str(results_csv), *context.args]
     # all folders are looked for before the first run, which may take an hour

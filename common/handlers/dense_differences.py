@@ -15,6 +15,7 @@ import typer
 from common.handlers.paired_differences import lay_out_differences, write_differences
 from common.handlers.results_table import print_whole
 from common.metrics.bootstrap import interval, two_sided_p
+from common.short_errors import short_errors
 
 MEASURES = tuple(
     f"{kind} {task} {metric}"
@@ -77,6 +78,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Compare encoders by their dense probes, on the same test volumes and resamples."""
+    short_errors()
     rows = dense_differences(reference, [path for path in others if path.resolve() != reference.resolve()])
     if out is not None:
         write_differences(out, rows)

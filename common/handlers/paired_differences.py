@@ -28,6 +28,7 @@ from common.metrics.bootstrap import (
     two_sided_p,
 )
 from common.metrics.multilabel import multilabel_report
+from common.short_errors import short_errors
 
 MACRO = "macro"
 
@@ -181,6 +182,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="CSV to write, with every class.")] = None,
 ) -> None:
     """Compare encoders on the same test volumes, on the same bootstrap resamples."""
+    short_errors()
     first, *further = _distinct(
         [reference, *(path for path in others if path.resolve() != reference.resolve())]
     )

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from common.data.atomic_file import atomic_file
 from common.data.csv_table import table_rows
+from common.short_errors import short_errors
 
 if TYPE_CHECKING:  # printing a table needs no MONAI, which takes seconds to import
     from common.engines.probe_grid import ProbeGridTrainer
@@ -235,6 +236,7 @@ def _numbers(row: dict[str, str]) -> tuple[float, float, float]:
 
 def main(paths: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")]) -> None:
     """Print the results of the given CSVs as one table."""
+    short_errors()
     print_whole(results_table([row for path in paths for row in read_rows(path)]))
 
 

@@ -169,6 +169,23 @@ def spread_slices(num_slices: int, count: int) -> list[int]:
     return [int((2 * place + 1) * num_slices / (2 * count)) for place in range(count)]
 
 
+def slices_to_show(asked_for: Sequence[int] | None, num_slices: int, count: int) -> list[int]:
+    """Return the slices that were asked for; where none were, some spread over the scan.
+
+    Args:
+        asked_for: places from the feet.
+        num_slices: of the scan.
+        count: how many to choose where none were asked for.
+
+    Raises:
+        ValueError: if the scan has no such slice.
+    """
+    for place in asked_for or ():
+        if not 0 <= place < num_slices:
+            raise ValueError(f"slices must be 0 to {num_slices - 1} in this scan, got {place}.")
+    return list(asked_for or spread_slices(num_slices, count))
+
+
 def show_slice(axes: Axes, hu: Any, title: str = "") -> None:  # noqa: ANN401 (array or tensor)
     """Draw a slice in grey, without ticks.
 

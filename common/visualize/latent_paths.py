@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from common.data.atomic_file import atomic_file
 from common.data.embedding_store import EmbeddingStore
 from common.metrics.latent_continuity import latent_continuity
+from common.short_errors import short_errors
 
 FloatArray = NDArray[np.float64]
 COLOURS = "viridis"
@@ -124,8 +125,11 @@ def main(
 
     Example: python -m common.visualize.latent_paths embeddings/slab embeddings/flat --out figure_2.png
     """
+    short_errors()
     stores = [EmbeddingStore(folder) for folder in embeddings]
     shared = sorted(set(stores[0].volumes).intersection(*(store.volumes for store in stores[1:])))
+    if not shared:
+        raise ValueError("embeddings must be of the same volumes, got none that all folders have.")
     draw_paths(out, chosen_paths(stores, volume or shared[:3]))
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.data.atomic_file import atomic_file
+from common.short_errors import short_errors
 from common.visualize.ct_tokens import (
     CTImages,
     encode,
@@ -22,7 +23,7 @@ from common.visualize.ct_tokens import (
     overlay,
     read_images,
     show_slice,
-    spread_slices,
+    slices_to_show,
 )
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Slices, Weights
 
@@ -103,9 +104,10 @@ def main(
 
     Example: python -m common.visualize.pca_patches ct.nii.gz --bundle bundles/dale_ct_2s --out pca.png
     """
+    short_errors()
     encoder = open_encoder(bundle, weights, overrides or (), size_px)
     images = read_images(ct, encoder.size_px)
-    chosen = slices or spread_slices(len(images.hu), 6)
+    chosen = slices_to_show(slices, len(images.hu), 6)
     tokens = encode(encoder, images.hu[chosen])
     title = f"{images.name}: patch tokens of {encoder.name}, first three principal components as colours"
     draw_pca(out, images, chosen, tokens.patches, title)

@@ -20,6 +20,7 @@ from torch import nn
 from common.data.atomic_file import atomic_file
 from common.data.dense_cohort import TASKS
 from common.networks.dense_probe import load_dense_probe
+from common.short_errors import short_errors
 from common.visualize.ct_tokens import (
     CTImages,
     encode,
@@ -27,7 +28,7 @@ from common.visualize.ct_tokens import (
     overlay,
     read_images,
     show_slice,
-    spread_slices,
+    slices_to_show,
 )
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Slices, Weights
 
@@ -134,10 +135,11 @@ def main(
     Example: python -m common.visualize.probe_maps ct.nii.gz --bundle bundles/dale_ct_2s --probes
     bundles/eval_dense_2d/runs/dale_ct_2s --name liver --out liver.png
     """
+    short_errors()
     encoder = open_encoder(bundle, weights, overrides or (), size_px)
     layer, places = probe_of(probes, name, encoder.name)
     images = read_images(ct, encoder.size_px)
-    chosen = slices or spread_slices(len(images.hu), 6)
+    chosen = slices_to_show(slices, len(images.hu), 6)
     maps = probabilities(layer, encode(encoder, images.hu[chosen]).patches, places)
     title = f"{images.name}: linear probe of {encoder.name}'s patch tokens"
     draw_probabilities(out, images, chosen, maps, name, title)

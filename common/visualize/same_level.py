@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from common.data.atomic_file import atomic_file
-from common.visualize.ct_tokens import CTImages, encode, open_encoder, read_images, show_slice, spread_slices
+from common.short_errors import short_errors
+from common.visualize.ct_tokens import CTImages, encode, open_encoder, read_images, show_slice, slices_to_show
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Slices, Weights
 
 FloatArray = NDArray[np.float64]
@@ -125,6 +126,7 @@ def main(
     Example: python -m common.visualize.same_level a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s
     --out level.png
     """
+    short_errors()
     encoder = open_encoder(bundle, weights, overrides or (), size_px)
     asked = read_images(query, encoder.size_px)
     of_query = encode(encoder, asked.hu).cls
@@ -133,7 +135,7 @@ def main(
         images = read_images(path, encoder.size_px)
         found.append((images, match_levels(of_query, encode(encoder, images.hu).cls)))
     found.sort(key=lambda item: -item[1].of_volumes)
-    chosen = slices or spread_slices(len(asked.hu), 5)
+    chosen = slices_to_show(slices, len(asked.hu), 5)
     draw_levels(out, asked, chosen, found, f"Same level by CLS token of {encoder.name}, nothing trained")
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from common.data.atomic_file import atomic_file
+from common.short_errors import short_errors
 from common.transforms.hounsfield import normalize_hu
 from common.visualize.ct_tokens import (
     CTImages,
@@ -24,7 +25,7 @@ from common.visualize.ct_tokens import (
     overlay,
     read_images,
     show_slice,
-    spread_slices,
+    slices_to_show,
 )
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Slices, Weights
 
@@ -142,9 +143,10 @@ def main(
 
     Example: python -m common.visualize.similar_patches ct.nii.gz --bundle bundles/dale_ct_2s --out maps.png
     """
+    short_errors()
     encoder = open_encoder(bundle, weights, overrides or (), size_px)
     images = read_images(ct, encoder.size_px)
-    chosen = slices or spread_slices(len(images.hu), 5)
+    chosen = slices_to_show(slices, len(images.hu), 5)
     hu = images.hu[chosen]
     title = f"{images.name}: {encoder.name}, last block's CLS attention (mean of heads) and patch similarity"
     where = patch or (encoder.grid // 2, encoder.grid // 2)

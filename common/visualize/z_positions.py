@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.data.atomic_file import atomic_file
 from common.metrics.linear_readout import PENALTIES, moments, read_out, ridge
+from common.short_errors import short_errors
 from common.visualize.ct_tokens import encode, open_encoder, read_images
 from common.visualize.latent_paths import COLOURS, principal_plane
 from common.visualize.options import Bundle, Out, Overrides, SizePx, Weights
@@ -135,6 +136,7 @@ def main(
 
     Example: python -m common.visualize.z_positions a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s --out z.png
     """
+    short_errors()
     encoder = open_encoder(bundle, weights, overrides or (), size_px)
     scans = []
     for path in (fitted, *others):

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,14 @@ class TrainingRuns:
     """Runs of a bundle's train.json, each in an output folder of its own.
 
     Args:
+        python_m: runs ``python -m``.
         bundle: name of the bundle.
         shards: to train on.
         knobs: that make the run small.
     """
 
-    def __init__(self, bundle: str, shards: Path, knobs: dict[str, Any]) -> None:
+    def __init__(self, python_m: Callable, bundle: str, shards: Path, knobs: dict[str, Any]) -> None:
+        self.python_m = python_m
         self.bundle = BUNDLES / bundle
         self.shards = shards
         self.knobs = knobs
@@ -64,12 +67,12 @@ class TrainingRuns:
         pairs = {**paths, **self.knobs, **knobs}
         words = [word for name, value in pairs.items() for word in (f"--{name}", str(value))]
         config = str(self.bundle / "configs" / "train.json")
-        return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *words]
+        return [*launcher, "-m", "monai.bundle", "run", "--config_file", config, *words]
 
     def start(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> subprocess.Popen:
         """Start a run from another folder than the repository's: the bundle finds its code by itself."""
         return subprocess.Popen(
-            self.command(out, launcher, **knobs),
+            [sys.executable, *self.command(out, launcher, **knobs)],
             cwd=out.parent,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -78,11 +81,31 @@ class TrainingRuns:
             start_new_session=True,
         )
 
-    def run(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> str:
-        """Run to the end; return what it said."""
+    def start_and_wait_for_a_checkpoint(
+        self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any
+    ) -> subprocess.Popen:
+        """Start a run and return as soon as it has saved its state."""
+        process = self.start(out, launcher, **knobs)
+        deadline = time.monotonic() + 180
+        while not list(out.glob("checkpoints/step_*.pt")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()[-3000:]
+            time.sleep(0.005)
+        return process
+
+    def result(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> tuple[int, str]:
+        """Run to the end; return its exit status and what it said."""
+        if not launcher:
+            result = self.python_m(self.command(out, **knobs)[1:], out.parent)
+            return result.returncode, result.stderr
         process = self.start(out, launcher, **knobs)
         said = process.communicate()[1]
-        assert process.returncode == 0, said[-3000:]
+        return process.returncode, said
+
+    def run(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> str:
+        """Run to the end, which must be a good one; return what it said."""
+        status, said = self.result(out, launcher, **knobs)
+        assert status == 0, said[-3000:]
         return said
 
     def record(self, out: Path) -> tuple[MlflowClient, Run]:
@@ -99,9 +122,9 @@ class TrainingRuns:
 
 
 @pytest.fixture(scope="session")
-def training_runs(noise_shards: Path) -> Callable[[str, dict[str, Any]], TrainingRuns]:
+def training_runs(python_m: Callable, noise_shards: Path) -> Callable[[str, dict[str, Any]], TrainingRuns]:
     """Return ``runs(bundle, knobs) -> TrainingRuns``."""
-    return lambda bundle, knobs: TrainingRuns(bundle, noise_shards, knobs)
+    return lambda bundle, knobs: TrainingRuns(python_m, bundle, noise_shards, knobs)
 
 
 @pytest.fixture(scope="session")

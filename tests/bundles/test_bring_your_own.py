@@ -1,10 +1,7 @@
 """The JSON files of docs/bring_your_own_encoder.md, run as they stand there."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -39,7 +36,7 @@ def configs(bundle: str, written: dict, folder: Path) -> list[str]:
     return [str(REPOSITORY / "bundles" / bundle / "configs" / "inference.json"), "my_encoder.json"]
 
 
-def test_monais_vit_gives_a_bag_of_its_patches(ct, tmp_path):
+def test_monais_vit_gives_a_bag_of_its_patches(python_m, ct, tmp_path):
     torch.manual_seed(0)
     options = {name: value for name, value in THREE_D["network_def"].items() if name != "_target_"}
     vit = ViT(**options | {"img_size": THREE_D["size_vox"]}).eval()
@@ -48,13 +45,7 @@ def test_monais_vit_gives_a_bag_of_its_patches(ct, tmp_path):
     words = ["--bundle_root", str(REPOSITORY / "bundles" / "merlin"), "--dataset_dir", str(ct)]
     words += ["--output_dir", "out", "--num_workers", "0", "--embedding_dtype", "float32"]
     files = str(configs("merlin", THREE_D, tmp_path))
-    result = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *words],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    result = python_m(["monai.bundle", "run", "--config_file", files, *words], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     store = EmbeddingStore(tmp_path / "out")
     bag = store.read("valid_1_a_1")

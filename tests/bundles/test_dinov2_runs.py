@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,12 +71,7 @@ def test_a_run_leaves_the_teachers_encoder_and_a_record(runs, unbroken, publishe
 
 def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weights(runs, unbroken, tmp_path):
     out = tmp_path / "stopped"
-    process = runs.start(out, num_workers=1, checkpoint_every=2)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step_*.pt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
+    process = runs.start_and_wait_for_a_checkpoint(out, num_workers=1, checkpoint_every=2)
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's worker as well, as clusters do
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said[-3000:]

@@ -4,10 +4,10 @@ import csv
 import gzip
 import os
 import signal
-import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -34,20 +34,21 @@ def command(ct: Path, out: Path, **knobs) -> list[str]:
     return ["monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / "inference.json"), *words]
 
 
-def run(ct: Path, out: Path, ranks: int = 1, **knobs) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m"]
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher += ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}", "-m"]
-    return subprocess.run(
-        [*launcher, *command(ct, out, **knobs)],
-        cwd=out.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def run(python_m, torchrun) -> Callable[..., subprocess.CompletedProcess]:
+    def embed(ct: Path, out: Path, ranks: int = 1, **knobs: object) -> subprocess.CompletedProcess:
+        words = command(ct, out, **knobs)
+        if ranks == 1:
+            return python_m(words, out.parent)
+        return subprocess.run(
+            [sys.executable, *torchrun(ranks), "-m", *words],
+            cwd=out.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    return embed
 
 
 def stored_as(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
@@ -58,7 +59,7 @@ def stored_as(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory) -> Path:
+def embedded(run, tmp_path_factory) -> Path:
     """Embeddings of one asymmetric scan, stored in four orientations and as npz, and of no scan."""
     folder = tmp_path_factory.mktemp("embedded")
     rng = np.random.default_rng(0)
@@ -96,7 +97,7 @@ def test_the_orientation_of_storage_does_not_change_a_token(embedded, axcodes):
     np.testing.assert_allclose(stored.z_mm, canonical.z_mm, rtol=1e-6)
 
 
-def test_a_damaged_file_is_listed_and_fails_a_second_run_that_has_nothing_else_to_do(embedded):
+def test_a_damaged_file_is_listed_and_fails_a_second_run_that_has_nothing_else_to_do(run, embedded):
     with (embedded / "out" / "rejected.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["volume"], row["reason"]) == ("damaged", "unreadable")
@@ -108,7 +109,7 @@ def test_a_damaged_file_is_listed_and_fails_a_second_run_that_has_nothing_else_t
     assert after == before
 
 
-def test_another_picture_plane_gives_other_tokens(embedded, tmp_path):
+def test_another_picture_plane_gives_other_tokens(run, embedded, tmp_path):
     result = run(embedded / "ct" / "LPS.nii.gz", tmp_path / "xy", slice_axes="xy", patch_tokens=True)
     assert result.returncode == 0, result.stderr[-3000:]
     store = EmbeddingStore(tmp_path / "xy")
@@ -118,14 +119,14 @@ def test_another_picture_plane_gives_other_tokens(embedded, tmp_path):
     assert store.read("LPS").metadata["slice_axes"] == "xy"
 
 
-def test_another_picture_plane_does_not_go_into_the_same_store(embedded):
+def test_another_picture_plane_does_not_go_into_the_same_store(run, embedded):
     result = run(embedded / "ct" / "LPS.nii.gz", embedded / "out", slice_axes="xy")
     assert result.returncode != 0
     assert "encoder_id must be 'random:42' as in" in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_seven_strategies_share_a_run(embedded, tmp_path):
+def test_seven_strategies_share_a_run(run, embedded, tmp_path):
     names = [
         *("raw_32", "raw_64", "raw_full", "cropped_32", "cropped_64", "cropped_full"),
         *("tiled_5cut", "tiled_5cut_items"),
@@ -157,7 +158,7 @@ runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.two_ranks
-def test_two_ranks_finish_a_killed_run_to_what_one_process_gives(embedded, tmp_path):
+def test_two_ranks_finish_a_killed_run_to_what_one_process_gives(run, embedded, tmp_path):
     out = tmp_path / "out"
     words = command(embedded / "ct", out)
     program = KILLED.format(words=words)
@@ -184,7 +185,7 @@ def zip_with(path: Path, name: str, data: bytes) -> None:
         archive.writestr(name, data)
 
 
-def test_a_folder_of_hostile_files_ends_with_their_list_alone(tmp_path, write_series, monkeypatch):
+def test_a_folder_of_hostile_files_ends_with_their_list_alone(run, tmp_path, write_series, monkeypatch):
     hu = np.random.default_rng(0).integers(-1000, 1000, (5, 17, 19)).astype(np.int16)
     folder = tmp_path / "ct"
     write_series(folder / "missing", hu, series="1.2.3")[2].unlink()
@@ -215,7 +216,7 @@ def test_a_folder_of_hostile_files_ends_with_their_list_alone(tmp_path, write_se
     assert not list((tmp_path / "temporary").glob("*dale-ct*"))
 
 
-def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(tmp_path, write_series):
+def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(run, tmp_path, write_series):
     hu = np.random.default_rng(0).integers(-1000, 1000, (5, 17, 19)).astype(np.int16)
     with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
         for path in write_series(tmp_path / "series", hu):
@@ -229,13 +230,13 @@ def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(tmp_path, write_seri
     assert "files must be packed at most 200 times, got 16,777,216" in result.stderr.strip().splitlines()[-1]
 
 
-def test_a_missing_weights_file_says_what_to_do(embedded, tmp_path):
+def test_a_missing_weights_file_says_what_to_do(run, embedded, tmp_path):
     result = run(embedded / "ct", tmp_path / "out", encoder_weights=str(tmp_path / "none.safetensors"))
     assert result.returncode != 0
     assert "Train the bundle first, or download it" in result.stderr.strip().splitlines()[-1]
 
 
-def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(embedded, tmp_path):
+def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(python_m, embedded, tmp_path):
     card = {"pooler": "max", "dim": 24, "class_names": ["Emphysema"], "thresholds": [0.0]}
     identity = {
         key: value for key, value in EmbeddingStore(embedded / "out").identity.items() if key != "dtype"
@@ -243,19 +244,19 @@ def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(embe
     save_probe(tmp_path / "probe", MILProbe(build_pooler("max", 24), 24, 1), card | identity)
     tiny = {name: value for name, value in TINY.items() if name != "strategies"}
     bundle = REPOSITORY / "bundles" / "eval_ct_rate"
-    command = [
-        *(sys.executable, "-m", "monai.bundle", "run"),
+    words = [
+        *("monai.bundle", "run"),
         *("--config_file", str(bundle / "configs" / "predict.json"), "--bundle_root", str(bundle)),
         *("--encoder_bundle", str(BUNDLE), "--probe_dir", "probe", "--output_dir", "out"),
         *("--dataset_dir", str(embedded / "ct" / "LPS.nii.gz"), "--encoder_knobs", str(tiny)),
     ]
-    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    refused = python_m(words, tmp_path)
     assert refused.returncode != 0
     assert (
         "'LPS' is refused, not a chest CT: it must have at least 20 slices, got 11"
         in (refused.stderr.strip().splitlines()[-1])
     )
-    result = subprocess.run([*command, "--force", "True"], cwd=tmp_path, capture_output=True, text=True)
+    result = python_m([*words, "--force", "True"], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Emphysema" in result.stdout
     with (tmp_path / "out" / "predictions.csv").open() as file:
@@ -267,7 +268,7 @@ def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(embe
 
 
 @pytest.mark.real_ct
-def test_real_cts_of_every_format_are_embedded_in_z_order_with_their_spacing(real_ct_dir, tmp_path):
+def test_real_cts_of_every_format_are_embedded_in_z_order_with_their_spacing(run, real_ct_dir, tmp_path):
     result = run(real_ct_dir, tmp_path / "out", max_rejected=0.4)
     assert result.returncode == 0, result.stderr[-3000:]
     store = EmbeddingStore(tmp_path / "out")

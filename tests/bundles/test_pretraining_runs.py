@@ -1,26 +1,18 @@
 """``python -m monai.bundle run`` on the pretraining bundle: tiny network, everything else as users run it."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-from common.data.shards import VolumeSlices, write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLE = REPOSITORY / "bundles" / "dale_ct_2s"
@@ -40,68 +32,18 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """Seven little volumes of noise with masks, two of them ReX-annotated."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-
-    def volume(index: int, rex: bool) -> VolumeSlices:
-        slices = 6 + index
-        return VolumeSlices(
-            volume=f"train_{index}_a_1",
-            ct=rng.integers(-1000, 1000, (slices, 40, 48)).astype(np.int16),
-            ts=rng.integers(0, 118, (slices, 128, 128)).astype(np.uint8),
-            rex=(rng.random((slices, 128, 128)) < 0.01).astype(np.uint16) * 5 if rex else None,
-            spacing_mm=(0.8, 0.8, 3.0),
-            original_shape=(48, 40, slices),
-            original_axcodes="LPS",
-            labels={"Lung nodule": index % 2},
-            split="train",
-        )
-
-    write_shard(folder / "train-000000.tar", [volume(index, rex=False) for index in range(5)])
-    write_shard(folder / "train-rex-000000.tar", [volume(index, rex=True) for index in range(5, 7)])
-    return folder
-
-
-def command(shards: Path, out: Path, launcher: tuple[str, ...] = (), **knobs) -> list[str]:
-    paths = {"bundle_root": BUNDLE, "dataset_dir": shards, "output_dir": out, "run_name": out.name}
-    paths |= {
-        "encoder_weights": out / "model.safetensors",
-        "tracking_uri": f"sqlite:///{out.parent}/mlflow.db",
-    }
-    words = [word for name, value in {**paths, **TINY, **knobs}.items() for word in (f"--{name}", str(value))]
-    config = str(BUNDLE / "configs" / "train.json")
-    return [sys.executable, *launcher, "-m", "monai.bundle", "run", "--config_file", config, *words]
-
-
-def run(shards: Path, out: Path, launcher: tuple[str, ...] = (), **knobs) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # run from another folder: the bundle finds its code by itself
-    return subprocess.run(
-        command(shards, out, launcher, **knobs),
-        cwd=out.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def runs(training_runs):
+    return training_runs("dale_ct_2s", TINY)
 
 
 @pytest.fixture(scope="module")
-def unbroken(shards, tmp_path_factory) -> Path:
+def unbroken(runs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    result = run(shards, out)
-    assert result.returncode == 0, result.stderr[-3000:]
+    runs.run(out)
     return out
 
 
-def record(out: Path, name: str):
-    client = MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
-    experiment = client.get_experiment_by_name("pretraining")
-    return client, next(r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == name)
-
-
-def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(unbroken):
+def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(runs, unbroken):
     weights = load_file(unbroken / "model.safetensors")
     assert weights["patch_embed.proj.weight"].shape == (24, 1, 8, 8)
     assert (unbroken / "views.png").stat().st_size > 10_000
@@ -109,7 +51,7 @@ def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(unbroken):
         identity = json.loads(file.metadata()["identity"])
     assert identity["hu_window"] == [-997.0, 888.0, -142.39, 360.97]
     assert identity["slice_axes"] == "yx"
-    client, run_record = record(unbroken, "unbroken")
+    client, run_record = runs.record(unbroken)
     assert run_record.info.status == "FINISHED"
     assert run_record.data.params["slab_mm"] == "12.0"
     assert run_record.data.params["embed_dim"] == "24"  # what ran, not what the bundle's file says
@@ -127,47 +69,27 @@ def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(unbroken):
     }
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(shards, unbroken, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(runs, unbroken, tmp_path):
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(shards, out),
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step_*.pt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = runs.start_and_wait_for_a_checkpoint(out)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (out / "model.safetensors").exists()
-    result = run(shards, out)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "Resumed at step" in result.stderr
+    assert "Resumed at step" in runs.run(out)
     resumed, expected = load_file(out / "model.safetensors"), load_file(unbroken / "model.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0, msg=name)
-    assert record(out, "killed")[1].info.status == "FINISHED"
+    assert runs.record(out)[1].info.status == "FINISHED"
 
 
-def test_a_run_of_another_seed_ends_elsewhere(shards, unbroken, tmp_path):
+def test_a_run_of_another_seed_ends_elsewhere(runs, unbroken, tmp_path):
     """The control of the two equalities beside it: they could fail."""
-    assert run(shards, tmp_path / "other", seed=43).returncode == 0
+    runs.run(tmp_path / "other", seed=43)
     other, expected = (
         load_file(tmp_path / "other" / "model.safetensors"),
         load_file(unbroken / "model.safetensors"),
     )
     assert (other["cls_token"] - expected["cls_token"]).abs().max() > 1e-3
-
-
-def torchrun(ranks: int) -> tuple[str, ...]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = ("--master_addr=127.0.0.1", f"--master_port={port}")
-    return ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *where)
 
 
 @pytest.mark.two_ranks
@@ -182,46 +104,33 @@ def torchrun(ranks: int) -> tuple[str, ...]:
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
-def test_however_a_global_batch_is_spread_the_run_is_the_same(shards, unbroken, tmp_path, ranks, knobs):
+def test_however_a_global_batch_is_spread_the_run_is_the_same(
+    runs, unbroken, torchrun, tmp_path, ranks, knobs
+):
     launcher = torchrun(ranks) if ranks > 1 else ()
-    result = run(shards, tmp_path / "spread", launcher, batch_size=4 // ranks, **knobs)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert_same_course(tmp_path / "spread", unbroken)
+    runs.run(tmp_path / "spread", launcher, batch_size=4 // ranks, **knobs)
+    assert_same_course(runs, tmp_path / "spread", unbroken)
 
 
-def assert_same_course(out: Path, unbroken: Path) -> None:
+def assert_same_course(runs, out: Path, unbroken: Path) -> None:
     """Weights and curves equal those of one process; another seed's differ by 1e-3, see the control."""
     found, expected = load_file(out / "model.safetensors"), load_file(unbroken / "model.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
-    (client, run_record), (client_of_one, record_of_one) = record(out, out.name), record(unbroken, "unbroken")
     for term in ("loss", "sigreg", "aux_rex_patch", "grad_norm"):
-        curves = [
-            [metric.value for metric in of.get_metric_history(which.info.run_id, term)]
-            for of, which in ((client, run_record), (client_of_one, record_of_one))
-        ]
-        assert curves[0] == pytest.approx(curves[1], rel=1e-3)
-        assert len(curves[0]) == TINY["max_steps"]
+        curve = runs.curve(out, term)
+        assert curve == pytest.approx(runs.curve(unbroken, term), rel=1e-3)
+        assert len(curve) == TINY["max_steps"]
 
 
 @pytest.mark.two_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "sharding"), [(2, "ddp"), (2, "fsdp2")])
 def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
-    shards, unbroken, tmp_path, ranks, sharding
+    runs, unbroken, torchrun, tmp_path, ranks, sharding
 ):
     out, knobs = tmp_path / "killed", {"batch_size": 4 // ranks, "sharding": sharding}
-    process = subprocess.Popen(
-        command(shards, out, torchrun(ranks), **knobs),
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 180
-    while not list(out.glob("checkpoints/step_*.pt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = runs.start_and_wait_for_a_checkpoint(out, torchrun(ranks), **knobs)
     # torchrun puts the ranks into sessions of their own: they would outlive it
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in everyone:
@@ -229,16 +138,13 @@ def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
     for member in everyone:
         member.kill()
     psutil.wait_procs(everyone)
-    process.wait()
+    process.communicate()
     assert not (out / "model.safetensors").exists()
     shutil.copytree(out, tmp_path / "forgetful")
     # and on another number of ranks, with the other sharding: a checkpoint knows neither
-    result = (
-        run(shards, out, batch_size=4) if sharding == "fsdp2" else run(shards, out, torchrun(ranks), **knobs)
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "Resumed at step" in result.stderr
-    assert_same_course(out, unbroken)
+    said = runs.run(out) if sharding == "fsdp2" else runs.run(out, torchrun(ranks), **knobs)
+    assert "Resumed at step" in said
+    assert_same_course(runs, out, unbroken)
     # the control: a run whose optimizer starts afresh ends elsewhere
     newest = max((tmp_path / "forgetful").glob("checkpoints/step_*.pt"))
     state = torch.load(newest, weights_only=True)
@@ -246,29 +152,17 @@ def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
         memory["exp_avg"].zero_()
         memory["exp_avg_sq"].zero_()
     torch.save(state, newest)
-    result = run(shards, tmp_path / "forgetful", batch_size=4)
-    assert result.returncode == 0, result.stderr[-3000:]
+    runs.run(tmp_path / "forgetful")
     forgetful = load_file(tmp_path / "forgetful" / "model.safetensors")
     expected = load_file(unbroken / "model.safetensors")
     assert max((forgetful[name] - tensor).abs().max() for name, tensor in expected.items()) > 1e-3
 
 
 @pytest.mark.two_ranks
-def test_ranks_asked_to_stop_save_the_same_step_and_end(shards, tmp_path):
+def test_ranks_asked_to_stop_save_the_same_step_and_end(runs, torchrun, tmp_path):
     out = tmp_path / "asked"
     knobs = {"batch_size": 2, "max_steps": 100_000, "warmup_steps": 2, "checkpoint_every": 5}
-    process = subprocess.Popen(
-        command(shards, out, torchrun(2), **knobs),
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 180
-    while not list(out.glob("checkpoints/step_*.pt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = runs.start_and_wait_for_a_checkpoint(out, torchrun(2), **knobs)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on, as srun does
     _, log = process.communicate(timeout=120)
     saved = re.findall(r"Asked to stop: saving step (\d+) and ending", log)
@@ -277,7 +171,7 @@ def test_ranks_asked_to_stop_save_the_same_step_and_end(shards, tmp_path):
     newest = max(out.glob("checkpoints/step_*.pt"))
     assert newest.name == f"step_{int(saved[0]):08d}.pt"
     assert torch.load(newest, weights_only=True)["iteration"] == int(saved[0])
-    assert record(out, "asked")[1].info.status == "KILLED"
+    assert runs.record(out)[1].info.status == "KILLED"
 
 
 @pytest.mark.parametrize(
@@ -293,21 +187,20 @@ def test_ranks_asked_to_stop_save_the_same_step_and_end(shards, tmp_path):
     ],
     ids=["unknown knob", "patch size", "no shards", "another run's folder"],
 )
-def test_a_bad_setting_ends_at_once_with_one_clear_line(shards, unbroken, tmp_path, knobs, message):
-    out = unbroken if "seed" in knobs else tmp_path / "bad"
-    result = run(shards, out, **knobs)
-    assert result.returncode != 0
-    assert message in result.stderr.strip().splitlines()[-1]
+def test_a_bad_setting_ends_at_once_with_one_clear_line(runs, unbroken, tmp_path, knobs, message):
+    status, said = runs.result(unbroken if "seed" in knobs else tmp_path / "bad", **knobs)
+    assert status != 0
+    assert message in said.strip().splitlines()[-1]
 
 
-def test_the_bundle_has_what_monais_training_contract_asks_for(shards, tmp_path, monkeypatch):
+def test_the_bundle_has_what_monais_training_contract_asks_for(noise_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the bundle sets it, and monkeypatch puts it back
     workflow = ConfigWorkflow(
         str(BUNDLE / "configs" / "train.json"),
         workflow_type="train",
         logging_file=False,
         bundle_root=str(BUNDLE),
-        dataset_dir=str(shards),
+        dataset_dir=str(noise_shards),
         output_dir=str(tmp_path),
         **TINY,
     )
@@ -316,7 +209,7 @@ def test_the_bundle_has_what_monais_training_contract_asks_for(shards, tmp_path,
 
 
 @pytest.mark.real_ct
-def test_real_cts_with_their_real_masks_train_a_few_steps(real_ct_dir, tmp_path):
+def test_real_cts_with_their_real_masks_train_a_few_steps(real_ct_dir, runs, python_m, tmp_path):
     pairs = {
         "totalseg_example_ct_sm_3mm": "totalseg_example_sm_seg117_3mm",
         "totalseg_dicom_ct_native": "totalseg_dicom_seg117_native",  # stored LAS, its CT LPS
@@ -326,17 +219,10 @@ def test_real_cts_with_their_real_masks_train_a_few_steps(real_ct_dir, tmp_path)
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / f"{ct}.nii.gz").symlink_to(real_ct_dir / f"{name}.nii.gz")
     prepare = ["data_prep", "nifti", "ct", "--out", "shards", "--masks", "masks"]
-    prepared = subprocess.run(
-        [sys.executable, "-m", *prepare],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
+    prepared = python_m(prepare, tmp_path, PYTHONPATH=str(REPOSITORY))
     assert prepared.returncode == 0, prepared.stderr
-    result = run(tmp_path / "shards", tmp_path / "out", max_steps=3)
-    assert result.returncode == 0, result.stderr[-3000:]
-    values = record(tmp_path / "out", "out")[1].data.metrics
+    runs.run(tmp_path / "out", dataset_dir=tmp_path / "shards", max_steps=3)
+    values = runs.record(tmp_path / "out")[1].data.metrics
     assert values["aux_ts_patch"] > 0
     assert values["aux_rex_patch"] == 0  # none of the scans is annotated
     assert values["loss"] > 0

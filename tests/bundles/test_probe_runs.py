@@ -1,9 +1,6 @@
 """The evaluation bundle as users run it, on random embeddings with planted labels."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,21 +139,19 @@ def test_class_names_of_the_metadata_are_those_of_the_label_set() -> None:
     assert list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()) == CLASSES
 
 
-def test_command_line_runs_from_any_folder_with_a_file_of_overrides(cohort: Path, tmp_path: Path) -> None:
+def test_command_line_runs_from_any_folder_with_a_file_of_overrides(
+    python_m: Callable, cohort: Path, tmp_path: Path
+) -> None:
     (tmp_path / "small.json").write_text(
         json.dumps(SCHEDULE | {"poolers": ["max"], "learning_rates": [0.1], "num_seeds": 2})
     )
-    command = [
-        *(sys.executable, "-m", "monai.bundle", "run"),
+    words = [
+        *("monai.bundle", "run"),
         *("--config_file", f"['{BUNDLE}/configs/train.json','{tmp_path}/small.json']"),
         *("--bundle_root", str(BUNDLE), "--dataset_dir", str(cohort / "ct_rate")),
         *("--encoder_bundle", str(cohort / "dale_ct_2s"), "--output_dir", str(tmp_path / "out")),
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    answer = python_m(words, tmp_path)
     assert answer.returncode == 0, answer.stderr
     rows = read_rows(tmp_path / "results" / "eval_ct_rate.csv")
     assert len(rows) == 12

@@ -3,13 +3,12 @@
 import functools
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -63,21 +62,21 @@ def url(dist: Path) -> Iterator[str]:
     server.server_close()
 
 
-def monai(*words: str, cwd: Path) -> None:
+@pytest.fixture(scope="module")
+def monai(python_m: Callable[..., subprocess.CompletedProcess]) -> Callable[..., None]:
     """Run MONAI's command line without this repository on the path."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", *words],
-        cwd=cwd,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+
+    def run(*words: str, cwd: Path) -> None:
+        result = python_m(["monai.bundle", *words], cwd)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def downloaded(dist: Path, url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def downloaded(
+    monai: Callable[..., None], dist: Path, url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """DALE-CT-2S as MONAI's own command downloads it."""
     folder = tmp_path_factory.mktemp("downloaded")
     name = next(dist.glob("dale_ct_2s_v*.zip")).name
@@ -163,19 +162,23 @@ def test_our_own_download_verifies_what_it_unpacks(dist: Path, url: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_metadata_pass_monais_check_against_a_schema(downloaded: Path, tmp_path: Path) -> None:
+def test_metadata_pass_monais_check_against_a_schema(
+    monai: Callable[..., None], downloaded: Path, tmp_path: Path
+) -> None:
     schema = shutil.copy(Path(__file__).parent / "meta_schema.json", tmp_path)
     monai("verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", schema, cwd=downloaded)
 
 
 @pytest.mark.slow
-def test_the_network_gives_what_the_metadata_say(downloaded: Path) -> None:
+def test_the_network_gives_what_the_metadata_say(monai: Callable[..., None], downloaded: Path) -> None:
     files = ("--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json")
     monai("verify_net_in_out", "--net_id", "network_def", *files, "--device", "cpu", cwd=downloaded)
 
 
 @pytest.mark.slow
-def test_a_ct_is_embedded_from_the_downloaded_folder(downloaded: Path, tmp_path: Path) -> None:
+def test_a_ct_is_embedded_from_the_downloaded_folder(
+    monai: Callable[..., None], downloaded: Path, tmp_path: Path
+) -> None:
     hu = np.random.default_rng(0).integers(-1000, 400, (40, 40, 6)).astype(np.int16)
     nib.save(nib.Nifti1Image(hu, np.diag([-0.8, -0.8, 3.0, 1.0])), tmp_path / "ct.nii.gz")
     words = ("run", "--config_file", "configs/inference.json", "--dataset_dir", str(tmp_path / "ct.nii.gz"))
@@ -192,7 +195,9 @@ def test_a_ct_is_embedded_from_the_downloaded_folder(downloaded: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_two_steps_are_trained_from_the_downloaded_folder(downloaded: Path, tmp_path: Path) -> None:
+def test_two_steps_are_trained_from_the_downloaded_folder(
+    monai: Callable[..., None], downloaded: Path, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     volume = VolumeSlices(
         volume="train_1_a_1",

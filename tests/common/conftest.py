@@ -189,13 +189,13 @@ def write_paths(tmp_path: Path) -> WritePaths:
     all; 20 patients, one of them with two scans.
     """
 
-    def write(shape: str, dim: int = 6) -> Path:
+    def write(shape: str, dim: int = 6, split: str = "valid") -> Path:
         identity = {"encoder": shape, "encoder_id": "sha256:0", "preprocessing": "cropped_256"}
         identity |= {"slice_order": "feet_to_head", "token_kind": "slice"}
         noise = np.random.default_rng(1)
         with EmbeddingStoreWriter(tmp_path / shape, identity, "float32") as writer:
             for number in range(21):
-                volume = f"valid_{number + 1}_a_1" if number < 20 else "valid_20_b_1"
+                volume = f"{split}_{number + 1}_a_1" if number < 20 else f"{split}_20_b_1"
                 rng = np.random.default_rng(number)
                 slices, spacing = int(rng.integers(20, 31)), float(rng.uniform(2, 4))
                 share = np.linspace(0, 1, slices)

@@ -43,7 +43,10 @@ def test_further_config_files_are_merged_and_checked(bundle):
         executed_config(str(bundle), "train.json", argv)
 
 
-@pytest.mark.parametrize("knob", ["--slab_mn", "--train::trainer::max_epoch", "--scales::2"])
+@pytest.mark.parametrize(
+    "knob",
+    ["--slab_mn", "--train::trainer::max_epoch", "--scales::2", "--slab_mm::0", "--output_dir::0", "--"],
+)
 def test_an_unknown_knob_is_named_with_the_nearest_one(bundle, knob):
     with pytest.raises(ValueError, match=f"got '{knob[2:]}' in the command line"):
         executed_config(str(bundle), "train.json", command(bundle, knob, "1"))
@@ -100,3 +103,20 @@ def test_binding_knobs_leave_out_components_and_what_may_change():
 def test_plain_knobs_are_values_not_components():
     config = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
     assert plain_knobs(config) == {"slab_mm": 12.0, "seed": 1}
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+def test_a_further_config_file_that_is_none_is_named(bundle, content):
+    overlay = bundle / "demo.json"
+    overlay.write_bytes(content)
+    argv = command(bundle)[:-1] + [f"['{bundle / 'configs' / 'train.json'}', '{overlay}']"]
+    with pytest.raises(ValueError, match=r"config_file must .* '.*demo.json'"):
+        executed_config(str(bundle), "train.json", argv)
+    overlay.unlink()
+    with pytest.raises(FileNotFoundError, match=r"config_file must be a JSON file, got '.*demo.json'"):
+        executed_config(str(bundle), "train.json", argv)
+
+
+def test_a_value_that_is_no_python_is_text(bundle):
+    config = executed_config(str(bundle), "train.json", command(bundle, "--output_dir", "{[]: 1}"))
+    assert config["output_dir"] == "{[]: 1}"

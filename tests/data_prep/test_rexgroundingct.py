@@ -273,9 +273,11 @@ def test_missing_places_are_named(write_rex: Write, tmp_path: Path) -> None:
         read_annotations(listing, folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"train": [{"name": "a.nii.gz"}]}', '{"train": 3}'])
-def test_a_listing_of_another_form_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[]", b'{"train": [{"name": "a.nii.gz"}]}', b'{"train": 3}']
+)
+def test_a_listing_of_another_form_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(
         ValueError, match=r"x\.json' must be \{split: \[\{name, findings, categories\}\]\}, got"
     ):

@@ -7,12 +7,10 @@ variables mean what they mean to a user, and a program that is not known here is
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -52,6 +50,7 @@ NOT_RUN = {
     r"dense_labels|patch_tokens": ("on masks of every slice", "bundles/test_dense_runs.py"),
     r"RAD-ChestCT": ("on RAD-ChestCT's layout", "bundles/test_external_runs.py"),
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
+    r"docs.render_results": ("the rows of all evaluations", "docs/test_render_results.py"),
     r"^docs/export.md": ("on small networks", "bundles/test_torchscript.py"),
     r": mlflow ": ("serves until it is stopped", "common/handlers/test_mlflow_run.py"),
     r": (srun|sbatch|scontrol) ": ("SLURM", None),
@@ -66,23 +65,6 @@ SMALL = {
     **{"val_interval": 2, "log_every": 2, "checkpoint_every": 2, "num_val_patients": 4, "num_seeds": 2},
     **{"num_resamples": 50, "num_pages": 1, "patients": 8},
 }
-# Imports what takes long once; then runs each line of its input in a process of its own, as a shell would.
-RUNNER = """
-import json, os, runpy, sys
-import dask.distributed, matplotlib.pyplot, mlflow, monai.bundle, nibabel, pandas, scipy.ndimage, timm, torch
-for line in sys.stdin:
-    words, log = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        sys.path.insert(0, os.getcwd())
-        sys.argv = words
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 class Command(NamedTuple):
@@ -325,28 +307,14 @@ def test_every_command_is_run_or_says_why_not(commands) -> None:
 
 
 @pytest.fixture(scope="module")
-def runner(folder: Path) -> Iterator[subprocess.Popen]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUNNER],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.stdin.close()
-    process.wait()
-
-
-def run(runner: subprocess.Popen, folder: Path, words: list[str]) -> None:
+def run(python_m: Callable[..., subprocess.CompletedProcess], folder: Path) -> Callable[[list[str]], None]:
     """Run a module with its arguments; fail with what it said."""
-    log = folder / "said.txt"
-    runner.stdin.write(json.dumps([words, str(log)]) + "\n")
-    runner.stdin.flush()
-    code = int(runner.stdout.readline())
-    assert code == 0, f"{' '.join(words)}\n{log.read_text()[-3000:]}"
+
+    def module(words: list[str]) -> None:
+        result = python_m(words, folder)
+        assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}{result.stderr[-3000:]}"
+
+    return module
 
 
 def stand_ins(folder: Path) -> None:
@@ -373,9 +341,9 @@ def small(words: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_commands_run_on_tiny_stand_ins(commands, folder, runner) -> None:
+def test_the_commands_run_on_tiny_stand_ins(commands, folder, run) -> None:
     phantom = "data_prep phantom --volumes 28 --out data/ct_rate --seed 3 --matrix 48 --spacing 10 12"
-    run(runner, folder, [*phantom.split(), "--valid-share", "0.3", "--processes", "1"])
+    run([*phantom.split(), "--valid-share", "0.3", "--processes", "1"])
     stand_ins(folder)
     todo = [list(command.words) for command in commands if reason_not_to_run(command) is None]
     # a prediction is shown before the commands that make its probe
@@ -388,7 +356,7 @@ def test_the_commands_run_on_tiny_stand_ins(commands, folder, runner) -> None:
         assert words[:2] == ["python", "-m"]
         words = small(words[2:])
         if words not in done:
-            run(runner, folder, words)
+            run(words)
             done.append(words)
     assert len(done) > 8
     assert (folder / "results" / "eval_ct_rate.csv").is_file()

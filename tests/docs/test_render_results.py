@@ -22,8 +22,8 @@ def row(
 
 
 def rendered(path: Path, *further: str) -> str:
-    command = [sys.executable, str(REPOSITORY / "docs" / "render_results.py"), str(path), *further]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "docs.render_results", str(path), *further]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
 
 def test_rows_stand_in_their_tables_with_intervals_costs_and_the_papers_figures(tmp_path):

@@ -44,5 +44,15 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"dense labels must be a file, got '.*none.safetensors'"):
         read_dense_labels(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ValueError, match=r"must be a whole safetensors file of python -m data_prep dense-la"):
+    with pytest.raises(ValueError, match=r"must be a whole file of python -m data_prep dense-la"):
         read_dense_labels(tmp_path / "bad.safetensors")
+
+
+def test_one_changed_byte_anywhere_is_noticed(tmp_path: Path) -> None:
+    write_dense_labels(tmp_path, labels())
+    path = tmp_path / "valid_1_a_1.safetensors"
+    data = path.read_bytes()
+    for place in range(8, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"must be a whole file of .* Delete it and make it again\."):
+            read_dense_labels(path)

@@ -79,6 +79,16 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize("said", [b"spacing_mm", b"crc32", b"dale_ct"])
+def test_a_header_that_was_changed_is_refused(tmp_path: Path, said: bytes) -> None:
+    path = write_part(tmp_path, [embedding()], IDENTITY)
+    data = path.read_bytes()
+    assert said in data
+    path.write_bytes(data.replace(said, said.swapcase(), 1))
+    with pytest.raises(ValueError, match=r"must be whole files .* Delete it and embed its volumes again\."):
+        read_header(path)
+
+
 def test_a_part_with_other_rows_than_it_states_is_refused(tmp_path: Path) -> None:
     path = write_part(tmp_path, [embedding()], IDENTITY)
     with safe_open(path, framework="pt") as file:

@@ -143,6 +143,10 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
         index_path(shard).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"npz' must be a readable index, got .*Delete the shard"):
             load_index(shard)
+    place = whole.index(b"PK\x01\x02") + 6  # the version of zip that it takes to unpack
+    index_path(shard).write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    with pytest.raises(ValueError, match=r"npz' must be a readable index, got zip file version"):
+        load_index(shard)
 
 
 def test_objects_that_need_pickle_are_not_loaded(tmp_path: Path) -> None:

@@ -5,7 +5,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from common.visualize.ct_tokens import encode, open_encoder, overlay, read_images, show_slice, spread_slices
+from common.visualize.ct_tokens import (
+    encode,
+    open_encoder,
+    overlay,
+    read_images,
+    show_slice,
+    slices_to_show,
+    spread_slices,
+)
 
 
 def test_slices_are_cropped_and_shown_the_radiological_way(ct_path: Path) -> None:
@@ -49,6 +57,14 @@ def test_weights_bundle_and_size_are_checked(
 def test_spread_slices_keep_off_the_ends() -> None:
     assert spread_slices(9, 3) == [1, 4, 7]
     assert spread_slices(2, 5) == [0, 1]
+
+
+def test_slices_asked_for_must_be_there() -> None:
+    assert slices_to_show([3, 0], 4, 2) == [3, 0]
+    assert slices_to_show(None, 9, 3) == slices_to_show([], 9, 3) == [1, 4, 7]
+    for place in (-1, 4):
+        with pytest.raises(ValueError, match=rf"slices must be 0 to 3 in this scan, got {place}\."):
+            slices_to_show([0, place], 4, 2)
 
 
 def test_overlay_covers_the_slice() -> None:

@@ -44,3 +44,13 @@ def test_command_draws_encoders_side_by_side(write_paths: Callable[..., Path], t
         answer = CliRunner().invoke(app, [*map(str, folders), "--out", str(out), *volumes])
         assert answer.exit_code == 0, answer.output
         assert Image.open(out).height == pytest.approx(130 * (3.7 * rows + 0.6), abs=2)
+
+
+def test_command_says_when_no_volume_is_in_all_folders(
+    write_paths: Callable[..., Path], tmp_path: Path
+) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    folders = [write_paths("line"), write_paths("tangle", split="train")]
+    answer = CliRunner().invoke(app, [*map(str, folders), "--out", str(tmp_path / "a.png")])
+    assert str(answer.exception) == "embeddings must be of the same volumes, got none that all folders have."
