@@ -35,6 +35,10 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    Mutant("common/data/embedding_part.py", 'if stated["crc32"] != str(_header_crc32(stated))', "if False"),
+    Mutant("common/data/dense_labels.py", "for name in TENSORS:\n", "for name in TENSORS[1:]:\n"),
+    Mutant("common/data/shard_index.py", "MemoryError, *DAMAGED_ZIP)", "MemoryError)"),
+    Mutant("common/executed_config.py", "isinstance(node, list) else ()", "node else ()"),
     Mutant("common/losses/sigreg.py", "weights = 2 * (2 * self", "weights = (2 * self"),
     Mutant("common/losses/sigreg.py", "weights[-1] /= 2", "weights[-1] /= 1"),
     Mutant("common/losses/sigreg.py", "value = num_samples * (weights", "value = (weights"),
