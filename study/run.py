@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import select
 import signal
 import subprocess
 import sys
@@ -39,13 +40,28 @@ def keys_of(stages: list[Stage]) -> dict[str, str]:
     return keys
 
 
-def run_stage(stage: Stage, log: Path, environment: dict[str, str], progress: Progress) -> None:
+def command_server(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start the process whose forks are the commands, each of which then starts at once."""
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "study" / "forked_python.py")],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,  # an answer that were read ahead would not be seen by select
+        start_new_session=True,  # that Ctrl-C reaches it through us alone
+    )
+
+
+def run_stage(
+    stage: Stage, log: Path, environment: dict[str, str], server: subprocess.Popen[bytes], progress: Progress
+) -> None:
     """Run the commands of a stage one after the other, all they print into its log.
 
     Args:
         stage: what to run.
         log: file to write.
         environment: of the commands.
+        server: of :func:`command_server`.
         progress: shows the last line printed.
 
     Raises:
@@ -53,42 +69,31 @@ def run_stage(stage: Stage, log: Path, environment: dict[str, str], progress: Pr
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = progress.add_task("", total=None, name="", count="")
-    with log.open("ab") as file:
-        for number, command in enumerate(stage.commands, 1):
-            shown = " ".join(["python", *command[1:]])
-            file.write(f"$ {shown}\n".encode())
-            file.flush()
-            started = file.tell()
-            process = subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,  # that Ctrl-C reaches it through us alone
-            )
-            try:
-                while process.poll() is None:
-                    time.sleep(0.5)
-                    description = f"  {number}/{len(stage.commands)} {last_line(log, started)}"
-                    progress.update(line, description=description)
-            except KeyboardInterrupt:
-                process.terminate()  # training saves its state
-                process.wait()
-                sys.exit("\nStopped. The same command goes on here.")
-            if process.returncode != 0:
-                progress.stop()
-                end = (
-                    log.read_text(encoding="utf-8", errors="replace")
-                    .replace("\r", "\n")
-                    .splitlines()[-SHOWN_LINES:]
-                )
-                sys.exit(
-                    "\n".join(
-                        [*end, f"\nStage '{stage.name}' failed (exit {process.returncode}): {shown}\n{log}"]
-                    )
-                )
+    for number, (_, option, *words) in enumerate(stage.commands, 1):
+        assert option == "-m"
+        shown = " ".join(["python", "-m", *words])
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {shown}\n")
+        started = log.stat().st_size
+        assert server.stdin is not None
+        assert server.stdout is not None
+        request = [words, str(REPOSITORY), environment, [str(log.absolute())] * 2]
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        process = int(server.stdout.readline())
+        try:
+            while not select.select([server.stdout], [], [], 0.5)[0]:
+                description = f"  {number}/{len(stage.commands)} {last_line(log, started)}"
+                progress.update(line, description=description)
+        except KeyboardInterrupt:
+            os.kill(process, signal.SIGTERM)  # training saves its state
+            server.stdout.readline()
+            sys.exit("\nStopped. The same command goes on here.")
+        status = int(server.stdout.readline())
+        if status != 0:
+            progress.stop()
+            text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+            end = "\n".join(text.splitlines()[-SHOWN_LINES:])
+            sys.exit(f"{end}\n\nStage '{stage.name}' failed (exit {status}): {shown}\n{log}")
     progress.remove_task(line)
 
 
@@ -167,6 +172,7 @@ def main(
         return
     console = Console(stderr=True)
     console.print(f"Study, size {size}: {SIZES[size].takes}. Logs and results in {folder}.", highlight=False)
+    server = None
     columns = (TextColumn("{task.fields[name]}{task.description}"), BarColumn(20), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         overall = progress.add_task("", total=len(chosen), name="stages")
@@ -175,7 +181,8 @@ def main(
                 began = time.monotonic()
                 progress.update(overall, name=stage.name)
                 log = folder / "logs" / f"{record_of(stage.name, folder).stem}.log"
-                run_stage(stage, log, environment_of(folder), progress)
+                server = server or command_server(environment_of(folder))
+                run_stage(stage, log, environment_of(folder), server, progress)
                 elapsed = time.monotonic() - began
                 write_record(stage.name, keys[stage.name], elapsed, folder)
                 console.print(f"{elapsed / 60:6.1f} min  {stage.name}", highlight=False)

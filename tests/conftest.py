@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
 
-collect_ignore = ["forked_python.py", "fuzz.py", "fuzz_kinds.py", "mutants.py"]  # programs
+collect_ignore = ["fuzz.py", "fuzz_kinds.py", "mutants.py"]  # programs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DICOM_SPACING_MM = (0.7, 0.8, 1.5)
@@ -67,7 +67,7 @@ def pinned() -> Callable[[str], dict[str, str]]:
 def python_m(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Run ``python -m`` and words in a folder and say what came of it; see ``tests/forked_python.py``.
+    """Run ``python -m`` and words in a folder and say what came of it; see ``study/forked_python.py``.
 
     Nothing but what a user has is on its path; keywords are variables of its environment.
     """
@@ -75,7 +75,7 @@ def python_m(
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     own |= {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "forked_python.py"],
+        [sys.executable, REPOSITORY / "study" / "forked_python.py"],
         env=own,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -85,10 +85,12 @@ def python_m(
     def run(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
         words = [str(word) for word in words]
         said = [folder / "out.txt", folder / "err.txt"]
+        for path in said:
+            path.write_bytes(b"")
         request = [words, str(cwd), own | environment, [str(path) for path in said]]
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
+        _, code = (int(server.stdout.readline()) for _ in range(2))
         return subprocess.CompletedProcess(words, code, *(path.read_text(errors="replace") for path in said))
 
     yield run

@@ -4,7 +4,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -18,27 +20,43 @@ def progress() -> Progress:
     return Progress(console=Console(stderr=True))
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen]:
+    process = run.command_server(dict(os.environ))
+    yield process
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
 
 
-def test_commands_run_in_order_and_all_they_print_is_in_the_log(tmp_path, progress):
-    stage = Stage("one", [python("print('first')"), python("import sys; print('second', file=sys.stderr)")])
-    run.run_stage(stage, tmp_path / "logs" / "one.log", dict(os.environ), progress)
+@pytest.fixture
+def module(tmp_path) -> Callable[[str, str], list[str]]:
+    """Return ``write(name, code)``, which returns the command that runs the code."""
+
+    def write(name: str, code: str) -> list[str]:
+        (tmp_path / f"{name}.py").write_text(code)
+        return [sys.executable, "-m", name]
+
+    return write
+
+
+def test_commands_run_in_order_and_all_they_print_is_in_the_log(tmp_path, progress, server, module):
+    second = "import sys; print('second', sys.argv[1:], sys.stdin.read(), file=sys.stderr)"
+    stage = Stage("one", [module("first", "print('first')"), [*module("other", second), "word"]])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run.run_stage(stage, tmp_path / "logs" / "one.log", environment, server, progress)
     lines = (tmp_path / "logs" / "one.log").read_text().splitlines()
-    assert [line for line in lines if not line.startswith("$")] == ["first", "second"]
-    assert lines[0] == "$ python -c print('first')"
+    assert lines == ["$ python -m first", "first", "$ python -m other word", "second ['word'] "]
 
 
-def test_a_command_that_fails_ends_the_study_with_the_end_of_its_log(tmp_path, progress):
-    stage = Stage(
-        "broken", [python("print('before'); raise SystemExit('the reason')"), python("print('never')")]
-    )
+def test_a_command_that_fails_ends_the_study_with_the_end_of_its_log(tmp_path, progress, server, module):
+    broken = module("broken", "print('before'); raise SystemExit('the reason')")
+    stage = Stage("broken", [broken, module("never", "print('never')")])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     with pytest.raises(SystemExit) as stopped:
-        run.run_stage(stage, tmp_path / "broken.log", dict(os.environ), progress)
+        run.run_stage(stage, tmp_path / "broken.log", environment, server, progress)
     message = str(stopped.value)
     assert "the reason" in message
-    assert "Stage 'broken' failed (exit 1)" in message
+    assert "Stage 'broken' failed (exit 1): python -m broken" in message
     assert str(tmp_path / "broken.log") in message
     assert "never" not in (tmp_path / "broken.log").read_text()
 
@@ -63,22 +81,28 @@ def test_a_stage_is_done_while_its_key_stays(tmp_path):
 
 
 STUDY = """
-import sys, time
+import sys
 from pathlib import Path
 from study import run, stages
-wait = "import time, pathlib; pathlib.Path('{here}/started').touch(); time.sleep(60)"
-second = "print(2)" if Path("{here}/go").exists() else wait
 run.all_stages = lambda size, out, amp: [
-    stages.Stage("quick", [[sys.executable, "-c", "print(1)"]]),
-    stages.Stage("slow", [[sys.executable, "-c", second]], ("quick",)),
+    stages.Stage("quick", [[sys.executable, "-m", "quick"]]),
+    stages.Stage("slow", [[sys.executable, "-m", "slow"]], ("quick",)),
 ]
 run.keys_of = lambda stages: dict.fromkeys((stage.name for stage in stages), "key")
+run.environment_of = lambda out: {"PYTHONPATH": "{here}"}
 run.main(size="small", out=Path("{here}/out"), only="", show="--list" in sys.argv)
+"""
+SLOW = """
+import os, pathlib, time
+pathlib.Path("{here}/started").write_text(str(os.getpid()))
+time.sleep(0 if pathlib.Path("{here}/go").exists() else 60)
 """
 
 
-def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_path):
-    command = python(STUDY.replace("{here}", str(tmp_path)))
+def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_path, module):
+    command = [sys.executable, "-c", STUDY.replace("{here}", str(tmp_path))]
+    module("quick", "print(1)")
+    module("slow", SLOW.replace("{here}", str(tmp_path)))
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -89,21 +113,15 @@ def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_pat
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "The same command goes on here" in output
-    assert not _running(str(tmp_path / "started"))
+    assert not psutil.pid_exists(int((tmp_path / "started").read_text()))
     listed = subprocess.run(
         [*command, "--list"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
     assert [line.split("  ")[-1] for line in listed.splitlines()] == ["quick", "slow"]
-    assert "0.0 min  quick" in listed
+    assert " min  quick" in listed
     assert "to do  slow" in listed
     (tmp_path / "go").touch()
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "Done: 2 stages" in again.stderr
     log = (tmp_path / "out" / "logs" / "quick.log").read_text()
     assert log.count("$ python") == 1
-
-
-def _running(text: str) -> bool:
-    """Whether a process is left that waits, by what its command line holds."""
-    commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return any(text in line and "time.sleep(60)" in line for line in commands.splitlines())
