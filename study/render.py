@@ -42,6 +42,14 @@ Row = dict[str, str]
 Results = dict[tuple[str, str, str], Row]
 """By encoder, protocol and metric."""
 
+REPEATED = {
+    "III: AUPRC": ("mil_probe", "macro_auprc"),
+    "IV, frozen: AUROC": ("frozen", "macro_auroc"),
+    "IV, retrained: AUROC": ("retrained", "macro_auroc"),
+    "I, organs in patches: AUPRC": ("dense_patch totalsegmentator", "macro_auprc"),
+}
+"""What docs/study/earlier_training.csv has of an earlier run, trained mostly on one core."""
+
 CHANGED = {
     "2s_frozen_heads": "auxiliary heads never trained, as released",
     "2s_released_guidance": "guidance as released: global views unguided",
@@ -90,6 +98,14 @@ def _write_csv(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
+def _results(path: Path) -> Results:
+    results: Results = {}
+    for row in read_rows(path):
+        dataset = f" {row['dataset']}" if row["protocol"].startswith("dense_") else ""
+        results[row["encoder"], row["protocol"] + dataset, row["metric"]] = row
+    return results
+
+
 def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """Lay out a table; a line without any number is left out."""
     heads = list(heads)
@@ -100,19 +116,17 @@ def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     )
 
 
+def _short(text: str) -> str:
+    """Return a cell without its interval."""
+    return text.partition(" ")[0]
+
+
 class Page:
     """The rows that docs/study keeps, and each table that is made of them."""
 
     def __init__(self) -> None:
-        rows = read_rows(KEPT / "results.csv")
-        self.rows: Results = {}
-        for row in rows:
-            protocol = (
-                f"{row['protocol']} {row['dataset']}"
-                if row["protocol"].startswith("dense_")
-                else row["protocol"]
-            )
-            self.rows[row["encoder"], protocol, row["metric"]] = row
+        self.rows = _results(KEPT / "results.csv")
+        self.earlier = _results(KEPT / "earlier_training.csv")
         with (KEPT / "differences.csv").open(newline="", encoding="utf-8") as file:
             self.differences = {(row["encoder"], row["measure"]): row for row in csv.DictReader(file)}
         with PAPER.open(newline="", encoding="utf-8") as file:
@@ -121,7 +135,7 @@ class Page:
             }
         with (KEPT / "stages.csv").open(newline="", encoding="utf-8") as file:
             self.stages = sorted(csv.DictReader(file), key=lambda stage: stage["finished"])
-        self.commits = sorted({row["commit"] for row in rows})
+        self.commits = sorted({row["commit"] for row in self.rows.values()})
 
     def macro(self, encoder: str, protocol: str, signed: bool = False) -> list[str]:
         """Return the cells of AUROC, AUPRC, F1 and balanced accuracy."""
@@ -267,6 +281,17 @@ class Page:
         heads += ["patches, findings: AUPRC", "less 2S's"]
         return markdown(heads, lines)
 
+    def two_trainings(self) -> str:
+        """What the encoders of two runs of the study score; seeds are the same, orders of sums are not."""
+        lines = []
+        for name in (*TABLE_ENCODERS, *CHANGED):
+            pairs = [
+                (self.earlier.get((name, *key)), self.rows.get((name, *key))) for key in REPEATED.values()
+            ]
+            shown = ([_short(cell(row)) for row in pair] for pair in pairs)
+            lines.append([f"`{name}`", *(" / ".join(two) if all(two) else "" for two in shown)])
+        return markdown(("encoder", *(f"{name}, earlier / this" for name in REPEATED)), lines)
+
     def times(self) -> str:
         """How long the stages took."""
         groups: dict[str, list[int]] = {}
@@ -297,6 +322,7 @@ class Page:
             "TABLE_VI": self.table_vi,
             "PAPER_VI": self.paper_vi,
             "ABLATIONS": self.ablations,
+            "TWO_TRAININGS": self.two_trainings,
             "TIMES": self.times,
         }
         text = (KEPT / "results.md.template").read_text(encoding="utf-8")

@@ -57,6 +57,11 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(render, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(render, "PAGE", tmp_path / "results.md")
     (tmp_path / "kept").mkdir()
+    earlier = [
+        row("dale_ct_2s", "mil_probe", "macro_auprc", "0.31"),
+        row("dale_ct_1s", "frozen", "macro_auroc", "0.5"),
+    ]
+    add_rows(tmp_path / "kept" / "earlier_training.csv", earlier)
     return folder
 
 
@@ -66,6 +71,7 @@ def test_the_committed_page_is_what_its_rows_give():
 
 def test_tables_hold_our_values_their_intervals_and_the_papers(study, tmp_path):
     names = ("TABLE_I", "TABLE_III", "TABLE_IV", "TABLE_V", "TABLE_VI", "ABLATIONS", "TIMES", "COMMITS")
+    names += ("TWO_TRAININGS",)
     (tmp_path / "kept" / "results.md.template").write_text("\n\n".join(f"@{name}@" for name in names))
     render.main(study)
     page = (tmp_path / "results.md").read_text()
@@ -77,7 +83,9 @@ def test_tables_hold_our_values_their_intervals_and_the_papers(study, tmp_path):
     assert "| raw 48 | .800 |  |  | 349 |  |" in page
     assert "| SIGReg: 27 knots on ±5, not 17 on ±3 | .500 |" in page
     assert "| all | 2 | 2.0 |" in page
-    assert page.endswith("abc")
+    assert "abc" in page
+    assert "| `dale_ct_2s` | .310 / .250 |  |  |  |" in page
+    assert "`dale_ct_1s`" not in page.partition("earlier / this")[2]  # of one training only
     assert (tmp_path / "kept" / "figure_2.png").read_bytes() == b"picture"
     with (tmp_path / "kept" / "differences.csv").open(newline="") as file:
         assert [line["measure"] for line in csv.DictReader(file)] == [
