@@ -68,7 +68,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size("demo", (340, 300), 192, (4, 6), (48, 96), "at most 2 hours on 2 CPU cores"),
+    "small": Size("demo", (340, 300), 192, (4, 6), (48, 96), "some 2 hours on 2 CPU cores"),
     "gpu": Size(
         "study/gpu",
         (2000, 1200),
