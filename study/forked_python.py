@@ -21,7 +21,6 @@ import monai.bundle  # noqa: F401
 import nibabel  # noqa: F401
 import pandas  # noqa: F401
 import scipy.ndimage  # noqa: F401
-import sklearn.metrics  # noqa: F401
 import timm  # noqa: F401
 import torch  # noqa: F401
 import typer  # noqa: F401

@@ -20,7 +20,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from fuzz_kinds import KINDS, check
+
+from tests.fuzz_kinds import KINDS, check
 
 SECONDS, MEMORY_BYTES = 30, 4 * 2**30
 ODD_CELLS = (

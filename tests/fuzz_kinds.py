@@ -13,7 +13,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from conftest import series_of
 from scipy.sparse import csr_matrix
 
 from common.data.ct_sources import ct_sources
@@ -34,6 +33,7 @@ from data_prep.ct_rate import METADATA_COLUMNS, read_metadata
 from data_prep.rexgroundingct import read_annotations
 from data_prep.splits import read_split
 from data_prep.totalsegmentator import read_label_map
+from tests.conftest import series_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parents[1] for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
