@@ -118,7 +118,7 @@ def read_dense_labels(path: str | Path) -> DenseLabels:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
             metadata = file.metadata() or {}
-        if metadata["crc32"] != str(_crc32(tensors, metadata)):
+        if metadata.get("crc32") != str(_crc32(tensors, metadata)):
             raise ValueError("it has another checksum than was written")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
