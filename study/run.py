@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -65,7 +66,8 @@ def run_stage(
         progress: shows the last line printed.
 
     Raises:
-        SystemExit: if a command fails; says which, shows the end of the log and names it.
+        SystemExit: if a command fails; says which, shows the end of the log and names it. Or if it or the
+            server is told to end.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = progress.add_task("", total=None, name="", count="")
@@ -84,11 +86,15 @@ def run_stage(
             while not select.select([server.stdout], [], [], 0.5)[0]:
                 description = f"  {number}/{len(stage.commands)} {last_line(log, started)}"
                 progress.update(line, description=description)
+            status = int(server.stdout.readline())
+        except ValueError:  # the server was killed: its answer is empty
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+            sys.exit("\nThe process that starts the commands was killed. The same command goes on here.")
         except KeyboardInterrupt:
             os.kill(process, signal.SIGTERM)  # training saves its state
             server.stdout.readline()
             sys.exit("\nStopped. The same command goes on here.")
-        status = int(server.stdout.readline())
         if status != 0:
             progress.stop()
             text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")

@@ -16,6 +16,7 @@ SHEAR_TOLERANCE_DEG = 0.5
 """How far axes may be from perpendicular. Our choice: headers round by less, gantries tilt by degrees."""
 
 SPACING_RANGE_MM = (0.1, 20.0)
+MAX_EXTENT_MM = 2500  # of a whole body with its couch; more is a spacing in other units
 """Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
 
 MAX_VOXELS = 2**31
@@ -151,15 +152,20 @@ def canonical_shape(grid: StoredGrid) -> tuple[int, int, int]:
     """Return the shape of the canonical slices of a grid.
 
     Raises:
-        RejectedError: if the affine is not that of an axial scan, its size or spacing not a CT's, or there
-            are fewer than two slices.
+        RejectedError: if the affine is not that of an axial scan, its size, spacing or extent not a CT's, or
+            there are fewer than two slices.
 
     Example:
         >>> canonical_shape(StoredGrid((5, 4, 3), np.diag([-0.7, -0.7, 2, 1]), "LPS"))
         (3, 4, 5)
     """
     check_size(grid.shape)
-    check_spacing(tuple(np.linalg.norm(grid.affine[:3, :3], axis=0).tolist()))
+    spacing_mm = tuple(np.linalg.norm(grid.affine[:3, :3], axis=0).tolist())
+    check_spacing(spacing_mm)
+    extent_mm = max(voxels * mm for voxels, mm in zip(grid.shape, spacing_mm, strict=True))
+    if extent_mm > MAX_EXTENT_MM:
+        what = f"{extent_mm:.0f} mm: shape {grid.shape} with spacing {shown_mm(spacing_mm)}"
+        raise RejectedError("spacing", f"a CT must be at most {MAX_EXTENT_MM} mm long, got {what}")
     (x, y, z), _, _ = perpendicular_axes(grid.affine)
     shape = grid.shape[z], grid.shape[y], grid.shape[x]
     if shape[0] < 2:

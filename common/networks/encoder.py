@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from common.data.atomic_file import atomic_file
+from common.transforms.hounsfield import HU_WINDOWS, HUWindow
 
 logger = logging.getLogger(__name__)
 
@@ -168,26 +169,30 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
     return encoder
 
 
-def encoder_id(path: str | Path | None, seed: int, slice_axes: str = "yx") -> str:
+def encoder_id(
+    path: str | Path | None, seed: int, slice_axes: str = "yx", window: HUWindow = HU_WINDOWS["ct_rate"]
+) -> str:
     """Name what made an embedding, so that embeddings of two encoders are never mixed.
 
-    A file in plain timm keys does not say how its slices lie: the same weights on transposed slices are
-    another encoder.
+    A file in plain timm keys does not say how its slices lie or are windowed: the same weights on slices of
+    another kind are another encoder.
 
     Args:
         path: weights file; None for random initial weights.
         seed: seed of the random initial weights.
         slice_axes: how slices are shown to it, see :class:`common.data.slice_batches.SliceBatches`.
+        window: how their HU are normalized.
 
     Returns:
         ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``; with
-        ``:xy`` behind where slices are transposed.
+        ``:xy`` behind where slices are transposed, and with the window's numbers where it is not CT-RATE's.
 
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    axes = "" if slice_axes == "yx" else f":{slice_axes}"
+    shown = "" if slice_axes == "yx" else f":{slice_axes}"
+    shown += "" if window == HU_WINDOWS["ct_rate"] else ":" + ",".join(map(str, window))
     if path is None:
-        return f"random:{seed}{axes}"
+        return f"random:{seed}{shown}"
     with open(path, "rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16] + axes
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16] + shown

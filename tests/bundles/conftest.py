@@ -1,5 +1,6 @@
 """What the tests of bundle runs share: little shards, and commands as users type them."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -48,31 +49,32 @@ class TrainingRuns:
     """Runs of a bundle's train.json, each in an output folder of its own.
 
     Args:
-        python_m: runs ``python -m``.
+        python_m_on: runs ``python -m`` on some ranks.
         bundle: name of the bundle.
         shards: to train on.
         knobs: that make the run small.
     """
 
-    def __init__(self, python_m: Callable, bundle: str, shards: Path, knobs: dict[str, Any]) -> None:
-        self.python_m = python_m
+    def __init__(self, python_m_on: Callable, bundle: str, shards: Path, knobs: dict[str, Any]) -> None:
+        self.python_m_on = python_m_on
         self.bundle = BUNDLES / bundle
         self.shards = shards
         self.knobs = knobs
 
-    def command(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> list[str]:
+    def command(self, out: Path, **knobs: Any) -> list[str]:
         paths = {"bundle_root": self.bundle, "dataset_dir": self.shards, "output_dir": out}
         paths |= {"run_name": out.name, "encoder_weights": out / "model.safetensors"}
         paths |= {"tracking_uri": f"sqlite:///{out.parent}/mlflow.db"}
         pairs = {**paths, **self.knobs, **knobs}
         words = [word for name, value in pairs.items() for word in (f"--{name}", str(value))]
         config = str(self.bundle / "configs" / "train.json")
-        return [*launcher, "-m", "monai.bundle", "run", "--config_file", config, *words]
+        return ["monai.bundle", "run", "--config_file", config, *words]
 
-    def start(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> subprocess.Popen:
+    def start(self, out: Path, ranks: int = 1, **knobs: Any) -> subprocess.Popen:
         """Start a run from another folder than the repository's: the bundle finds its code by itself."""
+        launcher = () if ranks == 1 else ("-m", *torchrun(ranks))
         return subprocess.Popen(
-            [sys.executable, *self.command(out, launcher, **knobs)],
+            [sys.executable, *launcher, "-m", *self.command(out, **knobs)],
             cwd=out.parent,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -81,11 +83,9 @@ class TrainingRuns:
             start_new_session=True,
         )
 
-    def start_and_wait_for_a_checkpoint(
-        self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any
-    ) -> subprocess.Popen:
+    def start_and_wait_for_a_checkpoint(self, out: Path, ranks: int = 1, **knobs: Any) -> subprocess.Popen:
         """Start a run and return as soon as it has saved its state."""
-        process = self.start(out, launcher, **knobs)
+        process = self.start(out, ranks, **knobs)
         deadline = time.monotonic() + 180
         while not list(out.glob("checkpoints/step_*.pt")):
             assert time.monotonic() < deadline
@@ -93,18 +93,14 @@ class TrainingRuns:
             time.sleep(0.005)
         return process
 
-    def result(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> tuple[int, str]:
+    def result(self, out: Path, ranks: int = 1, **knobs: Any) -> tuple[int, str]:
         """Run to the end; return its exit status and what it said."""
-        if not launcher:
-            result = self.python_m(self.command(out, **knobs)[1:], out.parent)
-            return result.returncode, result.stderr
-        process = self.start(out, launcher, **knobs)
-        said = process.communicate()[1]
-        return process.returncode, said
+        result = self.python_m_on(ranks, self.command(out, **knobs), out.parent)
+        return result.returncode, result.stderr
 
-    def run(self, out: Path, launcher: tuple[str, ...] = (), **knobs: Any) -> str:
+    def run(self, out: Path, ranks: int = 1, **knobs: Any) -> str:
         """Run to the end, which must be a good one; return what it said."""
-        status, said = self.result(out, launcher, **knobs)
+        status, said = self.result(out, ranks, **knobs)
         assert status == 0, said[-3000:]
         return said
 
@@ -122,20 +118,32 @@ class TrainingRuns:
 
 
 @pytest.fixture(scope="session")
-def training_runs(python_m: Callable, noise_shards: Path) -> Callable[[str, dict[str, Any]], TrainingRuns]:
+def training_runs(python_m_on: Callable, noise_shards: Path) -> Callable[[str, dict[str, Any]], TrainingRuns]:
     """Return ``runs(bundle, knobs) -> TrainingRuns``."""
-    return lambda bundle, knobs: TrainingRuns(python_m, bundle, noise_shards, knobs)
+    return lambda bundle, knobs: TrainingRuns(python_m_on, bundle, noise_shards, knobs)
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[[int], tuple[str, ...]]:
-    """Return ``torchrun(ranks)``, the launcher's words with a free port."""
+def python_m_on(python_m: Callable) -> Callable[..., subprocess.CompletedProcess]:
+    """Return ``run(ranks, words, cwd)``: ``python_m``, under torchrun where the ranks are several.
 
-    def launcher(ranks: int) -> tuple[str, ...]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        where = ("--master_addr=127.0.0.1", f"--master_port={port}")
-        return ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *where)
+    They are forks as well, which torchrun can do by itself, and import nothing anew.
+    """
 
-    return launcher
+    def run(ranks: int, words: list[str], cwd: Path) -> subprocess.CompletedProcess:
+        if ranks == 1:
+            return python_m(words, cwd)
+        program = importlib.util.find_spec(f"{words[0]}.__main__").origin
+        forks = ("--run-path", "--start-method=fork")
+        return python_m([*torchrun(ranks), *forks, program, *words[1:]], cwd)
+
+    return run
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    """Return the module and words of torchrun, with a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--master_addr=127.0.0.1", f"--master_port={port}")
+    return ("torch.distributed.run", f"--nproc_per_node={ranks}", *where)

@@ -87,11 +87,9 @@ def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weig
     [(2, {"sharding": "fsdp2", "checkpoint_activations": True}), (4, {})],
     ids=["2-fsdp2", "4-ddp"],
 )
-def test_however_a_global_batch_is_spread_the_run_is_the_same(
-    runs, unbroken, torchrun, tmp_path, ranks, knobs
-):
+def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, unbroken, tmp_path, ranks, knobs):
     out = tmp_path / "spread"
-    runs.run(out, torchrun(ranks), batch_size=4 // ranks, **knobs)
+    runs.run(out, ranks, batch_size=4 // ranks, **knobs)
     assert_same(load_file(out / "model.safetensors"), unbroken, rtol=1e-3, atol=2e-5)
     for term in TERMS:
         curve = runs.curve(out, term)

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import os
 import signal
 import subprocess
 import sys
@@ -35,18 +34,9 @@ def command(ct: Path, out: Path, **knobs) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(python_m, torchrun) -> Callable[..., subprocess.CompletedProcess]:
+def run(python_m_on) -> Callable[..., subprocess.CompletedProcess]:
     def embed(ct: Path, out: Path, ranks: int = 1, **knobs: object) -> subprocess.CompletedProcess:
-        words = command(ct, out, **knobs)
-        if ranks == 1:
-            return python_m(words, out.parent)
-        return subprocess.run(
-            [sys.executable, *torchrun(ranks), "-m", *words],
-            cwd=out.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        return python_m_on(ranks, command(ct, out, **knobs), out.parent)
 
     return embed
 
@@ -119,8 +109,9 @@ def test_another_picture_plane_gives_other_tokens(run, embedded, tmp_path):
     assert store.read("LPS").metadata["slice_axes"] == "xy"
 
 
-def test_another_picture_plane_does_not_go_into_the_same_store(run, embedded):
-    result = run(embedded / "ct" / "LPS.nii.gz", embedded / "out", slice_axes="xy")
+@pytest.mark.parametrize("knob", [{"slice_axes": "xy"}, {"hu_window": [-1000, 1000, 0, 500]}])
+def test_another_plane_or_window_does_not_go_into_the_same_store(run, embedded, knob):
+    result = run(embedded / "ct" / "LPS.nii.gz", embedded / "out", **knob)
     assert result.returncode != 0
     assert "encoder_id must be 'random:42' as in" in result.stderr.strip().splitlines()[-1]
 

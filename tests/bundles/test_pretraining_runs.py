@@ -104,11 +104,8 @@ def test_a_run_of_another_seed_ends_elsewhere(runs, unbroken, tmp_path):
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
-def test_however_a_global_batch_is_spread_the_run_is_the_same(
-    runs, unbroken, torchrun, tmp_path, ranks, knobs
-):
-    launcher = torchrun(ranks) if ranks > 1 else ()
-    runs.run(tmp_path / "spread", launcher, batch_size=4 // ranks, **knobs)
+def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, unbroken, tmp_path, ranks, knobs):
+    runs.run(tmp_path / "spread", ranks, batch_size=4 // ranks, **knobs)
     assert_same_course(runs, tmp_path / "spread", unbroken)
 
 
@@ -127,10 +124,10 @@ def assert_same_course(runs, out: Path, unbroken: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "sharding"), [(2, "ddp"), (2, "fsdp2")])
 def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
-    runs, unbroken, torchrun, tmp_path, ranks, sharding
+    runs, unbroken, tmp_path, ranks, sharding
 ):
     out, knobs = tmp_path / "killed", {"batch_size": 4 // ranks, "sharding": sharding}
-    process = runs.start_and_wait_for_a_checkpoint(out, torchrun(ranks), **knobs)
+    process = runs.start_and_wait_for_a_checkpoint(out, ranks, **knobs)
     # torchrun puts the ranks into sessions of their own: they would outlive it
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in everyone:
@@ -142,7 +139,7 @@ def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
     assert not (out / "model.safetensors").exists()
     shutil.copytree(out, tmp_path / "forgetful")
     # and on another number of ranks, with the other sharding: a checkpoint knows neither
-    said = runs.run(out) if sharding == "fsdp2" else runs.run(out, torchrun(ranks), **knobs)
+    said = runs.run(out) if sharding == "fsdp2" else runs.run(out, ranks, **knobs)
     assert "Resumed at step" in said
     assert_same_course(runs, out, unbroken)
     # the control: a run whose optimizer starts afresh ends elsewhere
@@ -159,10 +156,10 @@ def test_ranks_killed_at_any_moment_resume_to_the_run_of_one_process(
 
 
 @pytest.mark.two_ranks
-def test_ranks_asked_to_stop_save_the_same_step_and_end(runs, torchrun, tmp_path):
+def test_ranks_asked_to_stop_save_the_same_step_and_end(runs, tmp_path):
     out = tmp_path / "asked"
     knobs = {"batch_size": 2, "max_steps": 100_000, "warmup_steps": 2, "checkpoint_every": 5}
-    process = runs.start_and_wait_for_a_checkpoint(out, torchrun(2), **knobs)
+    process = runs.start_and_wait_for_a_checkpoint(out, 2, **knobs)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on, as srun does
     _, log = process.communicate(timeout=120)
     saved = re.findall(r"Asked to stop: saving step (\d+) and ending", log)

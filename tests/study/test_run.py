@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -125,3 +126,24 @@ def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_pat
     assert "Done: 2 stages" in again.stderr
     log = (tmp_path / "out" / "logs" / "quick.log").read_text()
     assert log.count("$ python") == 1
+
+
+def test_a_study_whose_server_is_killed_stops_its_command_and_says_so(tmp_path, module, progress):
+    module("slow", SLOW.replace("{here}", str(tmp_path)))
+    server = run.command_server(dict(os.environ))
+
+    def kill() -> None:
+        while not (tmp_path / "started").is_file() or not (tmp_path / "started").read_text():
+            time.sleep(0.05)
+        server.kill()
+
+    threading.Thread(target=kill).start()
+    stage = Stage("slow", [[sys.executable, "-m", "slow"]])
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with pytest.raises(SystemExit, match="was killed. The same command goes on here"):
+        run.run_stage(stage, tmp_path / "slow.log", environment, server, progress)
+    command = int((tmp_path / "started").read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(command) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(command)

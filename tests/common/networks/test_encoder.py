@@ -12,6 +12,7 @@ from common.networks.encoder import (
     save_encoder,
     start_from_timm,
 )
+from common.transforms.hounsfield import hu_window
 
 IDENTITY = {"patch_size_px": 8, "slice_axes": "yx"}
 
@@ -100,6 +101,12 @@ def test_the_same_weights_on_transposed_slices_are_another_encoder(tmp_path):
     path.write_bytes(b"abc")
     assert encoder_id(path, seed=0, slice_axes="xy") == "sha256:ba7816bf8f01cfea:xy"
     assert encoder_id(None, seed=7, slice_axes="xy") == "random:7:xy"
+
+
+def test_the_same_weights_on_slices_of_another_window_are_another_encoder():
+    assert encoder_id(None, seed=7, window=hu_window("ct_rate")) == "random:7"
+    wide = hu_window([-1000, 1000, 0, 500.5])
+    assert encoder_id(None, seed=7, slice_axes="xy", window=wide) == "random:7:xy:-1000.0,1000.0,0.0,500.5"
 
 
 def test_an_encoder_that_is_not_timms_cannot_start_from_its_weights(tmp_path):
