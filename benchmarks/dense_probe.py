@@ -165,7 +165,6 @@ def trainer_of(cohorts: list[DenseCohort]) -> DenseProbeTrainer:
         val_interval=VAL_INTERVAL,
         min_positives=MIN_POSITIVES,
         num_resamples=NUM_RESAMPLES,
-        seed=SEED,
     )
 
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ MONAI_ARGUMENTS = (
     *("config_file", "meta_file", "logging_file", "args_file", "tracking", "workflow_type"),
     *("run_id", "init_id", "final_id"),
 )
+
+_FLAG = re.compile(r"--|-(?=[a-zA-Z])")  # Fire's; a negative number is none
 
 
 def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -32,11 +35,14 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
         Unresolved content: references and expressions stand as written.
 
     Raises:
+        FileNotFoundError: if a further config file or ``args_file`` is not there.
         ValueError: if an override or a further config file names something the bundle's config does not
             define or gives it another kind of value, or an override is a bare None, which MONAI ignores.
     """
     own = json.loads((Path(bundle_root) / "configs" / name).read_text())
     overrides = _overrides(sys.argv if argv is None else argv)
+    if "args_file" in overrides:
+        overrides = _read_object("args_file", str(overrides["args_file"])) | overrides
     files = overrides.pop("config_file", None)
     if files is None:
         return own
@@ -46,7 +52,7 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
         if value is None or value == "null":
             raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
     for further in files[1:]:
-        overrides_of_file = _read_object(further)
+        overrides_of_file = _read_object("config_file", further)
         _refuse_unknown(overrides_of_file, own, f"'{further}'")
     _refuse_unknown(overrides, own, "the command line")
     parser = ConfigParser()
@@ -55,29 +61,29 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
     return parser.get()
 
 
-def _read_object(path: str) -> dict[str, Any]:
+def _read_object(name: str, path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"config_file must be a JSON file, got '{path}', which does not exist.")
+        raise FileNotFoundError(f"{name} must be a JSON file, got '{path}', which does not exist.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"config_file must be a JSON file, got '{path}' ({error}).") from error
+        raise ValueError(f"{name} must be a JSON file, got '{path}' ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"config_file must hold a JSON object, got {type(content).__name__} in '{path}'.")
+        raise ValueError(f"{name} must hold a JSON object, got {type(content).__name__} in '{path}'.")
     return content
 
 
 def _overrides(argv: Sequence[str]) -> dict[str, Any]:
-    """Read ``--name value`` and ``--name=value`` pairs the way MONAI's command line does."""
+    """Read ``--name value``, ``--name=value`` and ``-name value`` the way MONAI's command line does."""
     pairs: dict[str, Any] = {}
     words = list(argv)
     for index, word in enumerate(words):
-        if not word.startswith("--"):
+        if not (flag := _FLAG.match(word)):
             continue
-        name, equals, value = word[2:].partition("=")
+        name, equals, value = word[flag.end() :].partition("=")
         if not equals:
             following = words[index + 1 : index + 2]
-            value = following[0] if following and not following[0].startswith("--") else "True"
+            value = following[0] if following and not _FLAG.match(following[0]) else "True"
         try:
             pairs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -66,9 +66,8 @@ def fetch_bundle(url: str, bundle_dir: str | Path, sha256: str | None = None) ->
 
 def _published_digest(url: str, name: str) -> str:
     sums = _get(urljoin(url, "SHA256SUMS")).text
-    digests = {
-        file.lstrip("*"): digest for digest, _, file in (line.partition("  ") for line in sums.splitlines())
-    }
+    pairs = [words for line in sums.splitlines() if len(words := line.split(maxsplit=1)) == 2]
+    digests = {file.removeprefix("*"): digest for digest, file in pairs}  # sha256sum's star for binary files
     if name not in digests:
         raise ValueError(f"SHA256SUMS beside '{url}' must list {name}, got {sorted(digests)}. Pass --sha256.")
     return digests[name]

@@ -10,7 +10,7 @@ from torch import nn
 from common.data.atomic_file import atomic_file
 from common.networks.encoder import load_encoder
 from common.short_errors import short_errors
-from common.weights import bundle_encoder, image_side_px
+from common.weights import SliceAxes, bundle_encoder, image_side_px
 
 
 def export_onnx(encoder: nn.Module, out: str | Path, size_px: int) -> Path:
@@ -51,13 +51,14 @@ def main(
     out: Annotated[Path, typer.Option(help="File to write.")],
     weights: Annotated[str, typer.Option(help="Weights; by default the bundle's. 'random' for none.")] = "",
     size_px: Annotated[int, typer.Option(help="Side of the slices; by default the bundle's.")] = 0,
+    slice_axes: SliceAxes = "",
 ) -> None:
     """Export the CLS embedding of slices; needs `pip install onnx onnxscript`.
 
     Example: python -m common.onnx_export --bundle bundles/dale_ct_2s --out dale_ct_2s.onnx
     """
     short_errors()
-    encoder, identity, config = bundle_encoder(bundle)
+    encoder, identity, config = bundle_encoder(bundle, slice_axes or None)
     path = None if weights == "random" else weights or bundle / "models" / "model.safetensors"
     load_encoder(encoder, path, identity)
     typer.echo(export_onnx(encoder, out, size_px or image_side_px(config)))

@@ -26,11 +26,17 @@ HUB_FILE = "model.safetensors"
 Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
 
 
-def bundle_encoder(bundle: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+SliceAxes = Annotated[str, typer.Option(help="'xy' for weights of the paper's authors.")]
+
+
+def bundle_encoder(
+    bundle: str | Path, slice_axes: str | None = None
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Build the encoder of a bundle, with random weights.
 
     Args:
         bundle: its folder.
+        slice_axes: how its weights expect slices, "yx" or "xy"; None for what the bundle states.
 
     Returns:
         The encoder; what its weights depend on, for ``save_encoder`` and ``load_encoder``; the config's own
@@ -38,13 +44,18 @@ def bundle_encoder(bundle: str | Path) -> tuple[nn.Module, dict[str, Any], dict[
 
     Raises:
         FileNotFoundError: if there is no such bundle, or it embeds nothing.
+        ValueError: if there are no such ``slice_axes``.
     """
+    if slice_axes not in (None, "yx", "xy"):
+        raise ValueError(f"slice_axes must be 'yx' or 'xy', got '{slice_axes}'.")
     path = Path(bundle) / "configs" / "inference.json"
     if not path.is_file():
         raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
     parser = ConfigParser()
     parser.read_config(str(path))
     parser["bundle_root"] = str(bundle)
+    if slice_axes:
+        parser["slice_axes"] = slice_axes
     encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
     return encoder, identity, parser.get()
 
@@ -63,8 +74,8 @@ def read_weights(source: str) -> dict[str, torch.Tensor]:
     """Read encoder weights under timm's names.
 
     Args:
-        source: a ``.safetensors`` file, a checkpoint ``step_*.pt`` of pretraining, or
-            ``hub:<owner>/<name>[@revision]`` for ``model.safetensors`` of a repository on the hub.
+        source: a ``.safetensors`` file, a checkpoint ``step_*.pt`` of pretraining, whose teacher counts if it
+            has one, or ``hub:<owner>/<name>[@revision]`` for ``model.safetensors`` of a repository there.
 
     Raises:
         FileNotFoundError: if there is no such file, or the hub does not give it.
@@ -77,7 +88,8 @@ def read_weights(source: str) -> dict[str, torch.Tensor]:
         )
     try:
         if path.suffix == ".pt":
-            return to_timm_keys(torch.load(path, map_location="cpu", weights_only=True)["network"])
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return to_timm_keys(state["teacher"] if "teacher" in state else state["network"])
         return to_timm_keys(load_file(path))
     except (SafetensorError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"source must be whole weights, got '{source}' ({error}).") from error
@@ -111,10 +123,7 @@ def import_weights(source: str, bundle: str | Path, slice_axes: str | None = Non
         FileNotFoundError: if source or bundle are not there.
         ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape.
     """
-    if slice_axes not in (None, "yx", "xy"):
-        raise ValueError(f"slice_axes must be 'yx' or 'xy', got '{slice_axes}'.")
-    encoder, identity, _ = bundle_encoder(bundle)
-    identity |= {"slice_axes": slice_axes} if slice_axes else {}
+    encoder, identity, _ = bundle_encoder(bundle, slice_axes)
     path = Path(bundle) / "models" / "model.safetensors"
     aside = path.with_name("imported.safetensors")
     try:
@@ -128,7 +137,9 @@ def import_weights(source: str, bundle: str | Path, slice_axes: str | None = Non
     return path
 
 
-def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> Path:
+def export_weights(
+    bundle: str | Path, out: str | Path, results: list[Path], slice_axes: str | None = None
+) -> Path:
     """Write a folder that ``timm.create_model("local-dir:<folder>")`` loads, or from the hub after an upload.
 
     ``model.safetensors`` with plain timm keys, ``config.json``, and the bundle's card with its results.
@@ -137,13 +148,14 @@ def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> 
         bundle: folder of the encoder's bundle, with weights.
         out: folder to write.
         results: results CSVs, whose rows of this encoder go into the card.
+        slice_axes: see ``import_weights``.
 
     Raises:
         FileNotFoundError: if bundle, weights or results are not there.
         ValueError: if the weights are not the bundle's.
     """
     bundle, out = Path(bundle), Path(out)
-    encoder, identity, config = bundle_encoder(bundle)
+    encoder, identity, config = bundle_encoder(bundle, slice_axes)
     load_encoder(encoder, bundle / "models" / "model.safetensors", identity)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +221,7 @@ def _results_section(title: str, encoder: str, results: list[Path]) -> str:
 def import_command(
     source: Annotated[str, typer.Argument(help="File, checkpoint, or hub:<owner>/<name>[@revision].")],
     bundle: Bundle,
-    slice_axes: Annotated[str, typer.Option(help="'xy' for weights of the paper's authors.")] = "",
+    slice_axes: SliceAxes = "",
 ) -> None:
     """Check weights and put them into a bundle's models folder.
 
@@ -225,13 +237,14 @@ def export_command(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     results: Annotated[list[Path] | None, typer.Option(help="Results CSV; once for each.")] = None,
+    slice_axes: SliceAxes = "",
 ) -> None:
     """Write a bundle's encoder as a folder that timm loads.
 
     Example: python -m common.weights export --bundle bundles/dale_ct_2s --out export/dale_ct_2s
     """
     short_errors()
-    typer.echo(export_weights(bundle, out, results or []))
+    typer.echo(export_weights(bundle, out, results or [], slice_axes or None))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,22 @@ def write_labels_of(task: Task) -> None:
     write_dense_labels(task.out, dense_labels_of(task.source, task.grid))
 
 
+def _is_labelled(out: Path, volume: str, grid: int) -> bool:
+    """Tell whether a volume has labels of a grid; those of another are refused: an encoder may need them."""
+    from common.data.dense_labels import read_dense_labels
+
+    path = out / f"{volume}.safetensors"
+    if not path.is_file():
+        return False
+    patches = read_dense_labels(path).findings.shape[1]
+    if patches != grid**2:
+        raise ValueError(
+            f"grid must be that of the labels in '{out}', got {grid} and {patches} patches a slice for "
+            f"volume '{volume}'. Choose another --out."
+        )
+    return True
+
+
 def write_all(
     client: Client,
     sources: Sequence[SourceVolume],
@@ -80,7 +96,7 @@ def write_all(
     grid: int,
     progress: Callable[[str, int, int], None],
 ) -> list[RejectedVolume]:
-    """Write the labels of volumes that have none yet, on a cluster.
+    """Write the labels of volumes that have none yet of this grid, on a cluster.
 
     Args:
         client: of the cluster.
@@ -91,9 +107,12 @@ def write_all(
 
     Returns:
         Volumes that were left out, with the reason.
+
+    Raises:
+        ValueError: if labels that are there are damaged or of another grid.
     """
     todo = [
-        Task(source, grid, out) for source in sources if not (out / f"{source.volume}.safetensors").is_file()
+        Task(source.absolute(), grid, out) for source in sources if not _is_labelled(out, source.volume, grid)
     ]
     rejected, done = [], len(sources) - len(todo)
     for task, result in run_tasks(client, write_labels_of, todo):

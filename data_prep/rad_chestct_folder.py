@@ -141,4 +141,7 @@ def _label_maps(volumes: dict[str, list[Path]], folder: Path | None) -> dict[str
 
 
 def _table(root: Path, name: str) -> Path | None:
-    return next(iter(sorted(root.rglob(name))), None)
+    found = sorted(root.rglob(name))
+    if len(found) > 1:
+        raise ValueError(f"a table must be there once, got '{found[0]}' and '{found[1]}'. Keep one.")
+    return found[0] if found else None

@@ -4,6 +4,7 @@ Shapes: F findings of a scan, X Y Z voxel axes of a mask as stored, Z H W slices
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from common.data.rejection import RejectedError
 from common.data.shard_volume import MASK_SIZE_PX, REX_CODES
 from common.data.stored_ct import StoredGrid
 from data_prep.mask_alignment import Alignment, align
+
+logger = logging.getLogger(__name__)
 
 
 class Annotation(NamedTuple):
@@ -65,6 +68,12 @@ def read_annotations(dataset_json: Path, masks_dir: Path) -> dict[str, Annotatio
     if not annotations:
         raise FileNotFoundError(
             f"rexgroundingct_masks must hold masks of scans in '{dataset_json}', got none in '{masks_dir}'."
+        )
+    if len(annotations) < len(listed):
+        logger.warning(
+            "%d of %d scans listed in '%s' have no mask in '%s' and count as not annotated, such as '%s'.",
+            *(len(listed) - len(annotations), len(listed), dataset_json, masks_dir),
+            min(listed - annotations.keys()),
         )
     return annotations
 

@@ -43,6 +43,12 @@ class SourceVolume(NamedTuple):
     labels: dict[str, int] | None = None
     source: str = ""
 
+    def absolute(self) -> "SourceVolume":
+        """Return the same with absolute paths, for a worker that stands in another folder."""
+        ct = self.ct.absolute() if isinstance(self.ct, Path) else tuple(path.absolute() for path in self.ct)
+        rex = self.rex and self.rex._replace(path=self.rex.path.absolute())
+        return self._replace(ct=ct, ts=self.ts and self.ts.absolute(), rex=rex)
+
 
 def planned_slices(source: SourceVolume) -> int:
     """Return the number of slices a volume will have, from headers and metadata alone.

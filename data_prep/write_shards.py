@@ -101,7 +101,8 @@ def write_shards(
 
     Raises:
         ValueError: if ``slices_per_shard`` is not positive, ``split`` cannot name a shard, or ``out`` holds
-            shards of the split that this plan has no place for, or two volumes have one name.
+            shards of the split that this plan has no place for, or of none of the sources, or two volumes
+            have one name.
         BlockingIOError: if another run writes into ``out``.
         OutputError: if ``out`` cannot be written to, such as on a full disk.
         ConnectionError: if the cluster is lost.
@@ -112,7 +113,7 @@ def write_shards(
     parse_shard_name(f"{split}-000000.tar")
     with _alone_in(out):
         shards, unplanned = plan_shards(sources, out, split, client, slices_per_shard, progress)
-        _refuse_strangers(out, split, shards)
+        _refuse_strangers(out, split, shards, {source.volume for source in sources})
         missing = [shard for shard in shards if not _is_finished(shard)]
         num_before = _num_volumes(shards) - _num_volumes(missing)
         clean_parts(out, split, missing)
@@ -193,16 +194,25 @@ def _num_volumes(shards: Sequence[PlannedShard]) -> int:
     return sum(len(shard.volumes) for shard in shards)
 
 
-def _refuse_strangers(out: Path, split: str, shards: Sequence[PlannedShard]) -> None:
+def _refuse_strangers(out: Path, split: str, shards: Sequence[PlannedShard], volumes: set[str]) -> None:
     planned = {shard.path.name for shard in shards}
     named = {path.name: SHARD_NAME.fullmatch(path.name) for path in out.iterdir()}
     of_split = {name for name, match in named.items() if match and match["split"] == split}
-    strangers = sorted(of_split - planned)
+    strangers = sorted(of_split - planned | {s.path.name for s in shards if _holds_others(s.path, volumes)})
     if strangers:
         raise ValueError(
             f"out must hold only shards of this plan, got {strangers} of another run in '{out}'. "
             "Delete them, or choose another --out."
         )
+
+
+def _holds_others(shard: Path, volumes: set[str]) -> bool:
+    """Tell whether a whole shard holds volumes, but none of a cohort."""
+    try:
+        found = set(load_index(shard).volume.tolist())
+    except (FileNotFoundError, ValueError):  # not whole: it is written again
+        return False
+    return bool(found) and not found & volumes
 
 
 @contextmanager

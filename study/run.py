@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import select
 import signal
 import subprocess
@@ -27,16 +28,19 @@ from common.data.atomic_file import atomic_file
 from common.handlers.results_table import code_version
 from study.stages import REPOSITORY, SIZES, Stage, all_stages
 
+OUR_CONFIG = re.compile(r"(?<![\w/.-])(?:bundles|demo|study)/(?!out/)[\w./-]+\.json")
 SHOWN_CHARACTERS = 60
 SHOWN_LINES = 20
 
 
 def keys_of(stages: list[Stage]) -> dict[str, str]:
-    """Return for each stage a hash of its commands and of those that it builds on."""
+    """Return for each stage a hash of its commands, the configs they name, and the stages it builds on."""
     keys: dict[str, str] = {}
     for stage in stages:
         arguments = [command[1:] for command in stage.commands]  # without the path of Python
-        text = json.dumps([arguments, [keys[name] for name in stage.needs]])
+        named = sorted(set(OUR_CONFIG.findall(json.dumps(arguments))))
+        configs = [(REPOSITORY / name).read_text(encoding="utf-8") for name in named]
+        text = json.dumps([arguments, configs, [keys[name] for name in stage.needs]])
         keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return keys
 

@@ -48,11 +48,13 @@ class ChestCTs(NamedTuple):
         used: those to go on with.
         refused: those not, each with its reason.
         doubts: what is wrong with volumes that are used by force.
+        sha256: of the files of each volume that is used.
     """
 
     used: list[CTSource]
     refused: list[RejectedVolume]
     doubts: dict[str, list[str]]
+    sha256: dict[str, str]
 
 
 def chest_doubts(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> list[str]:
@@ -135,26 +137,27 @@ def chest_cts(sources: Sequence[CTSource], num_workers: int, force: bool) -> Che
         num_workers: threads that read, a volume each.
         force: use what does not look like a chest CT nonetheless; what cannot be read stays refused.
     """
-    sorted_cts = ChestCTs([], [], {})
+    sorted_cts = ChestCTs([], [], {}, {})
     with ThreadPoolExecutor(max(num_workers, 1), "check_ct") as pool:
-        for source, (doubts, failure) in zip(sources, pool.map(_looked_at, sources), strict=True):
+        for source, (doubts, failure, sha256) in zip(sources, pool.map(_looked_at, sources), strict=True):
             if failure is not None:
                 sorted_cts.refused.append(failure)
             elif doubts and not force:
                 sorted_cts.refused.append(RejectedError(NOT_CHEST_CT, "; ".join(doubts)).of(source.volume))
             else:
                 sorted_cts.used.append(source)
+                sorted_cts.sha256[source.volume] = sha256
                 if doubts:
                     sorted_cts.doubts[source.volume] = doubts
     return sorted_cts
 
 
-def _looked_at(source: CTSource) -> tuple[list[str], RejectedVolume | None]:
-    """Doubts about a volume, and why it cannot be read."""
+def _looked_at(source: CTSource) -> tuple[list[str], RejectedVolume | None, str]:
+    """Doubts about a volume, why it cannot be read, and the digest of its files."""
     try:
         ct = source.read()
     except RejectedError as error:
-        return [], error.of(source.volume)
+        return [], error.of(source.volume), ""
     except (OSError, ValueError) as error:
-        return [], RejectedError("unreadable", str(error)).of(source.volume)
-    return chest_doubts(ct.hu, ct.spacing_mm), None
+        return [], RejectedError("unreadable", str(error)).of(source.volume), ""
+    return chest_doubts(ct.hu, ct.spacing_mm), None, ct.sha256

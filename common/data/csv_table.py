@@ -25,7 +25,7 @@ def table_rows(path: str | Path, name: str, columns: Sequence[str]) -> Iterator[
         raise FileNotFoundError(f"{name} must be a CSV file, got '{path}', which does not exist.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, restkey="", restval="")
+            rows = csv.DictReader(file, restkey="", restval="", strict=True)
             header = rows.fieldnames
             missing = [column for column in columns if column not in (header or [])]
             if not missing:

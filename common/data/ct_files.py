@@ -1,5 +1,6 @@
 """Finds the CT volumes in a file, a folder or a zip of any format, by name and content, and reads them."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -15,6 +16,8 @@ from common.data.rejection import NOT_AXIAL_CT, RejectedError
 from common.data.safe_unzip import unzip
 from common.data.shard_index import RejectedVolume
 from common.data.stored_ct import StoredCT
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (*NIFTI_SUFFIXES, ".npz")
 
@@ -59,8 +62,9 @@ def find_cts(root: Path) -> tuple[list[CTFile], list[RejectedVolume]]:
         root: file or folder.
 
     Returns:
-        The volumes, names given twice among them, and what was left out: damaged DICOM files, series that are
-        no axial CT, and zips that ``unzip`` refuses, that hold more than 8 GiB, or another zip.
+        The volumes, names given twice among them, and what was left out: damaged DICOM files, folders that
+        cannot be searched, series that are no axial CT, and zips that ``unzip`` refuses, that hold more than
+        8 GiB, or another zip.
     """
     volumes, zips, rejected = _look_into(root, root)
     cts = [CTFile(one.volume, one.below(root), partial(_read, root, one)) for one in volumes]
@@ -90,11 +94,11 @@ def _look_into(root: Path, shown: Path) -> tuple[list[_Found], list[Path], list[
     zips: list[Path] = []
     rejected: list[RejectedVolume] = []
     others: dict[str, list[FoundFile]] = {}
-    for path in [root] if root.is_file() else _walk(root):
-        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    for path in [root] if root.is_file() else _walk(root, rejected):
+        suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
         if suffix is not None:
             read = _read_npz if suffix == ".npz" else _read_nifti
-            volumes.append(_Found(path.name.removesuffix(suffix), read, (path.relative_to(root),)))
+            volumes.append(_Found(path.name[: -len(suffix)], read, (path.relative_to(root),)))
             continue
         if path.suffix.lower() == ".zip":
             zips.append(path)
@@ -104,7 +108,7 @@ def _look_into(root: Path, shown: Path) -> tuple[list[_Found], list[Path], list[
             rejected.append(RejectedError("unreadable", _moved(file.series, root, shown)).of(path.name))
         elif file.kind != NO_IMAGE:
             # files without a series, which some tools for anonymising blank, are one series a folder
-            others.setdefault(file.series or _moved(str(path.parent), root, shown), []).append(file)
+            others.setdefault(file.series or _moved(str(path.parent), root, shown.resolve()), []).append(file)
     for series, files in others.items():
         slices = tuple(file.path.relative_to(root) for file in files if file.kind == AXIAL_CT)
         if slices:
@@ -116,10 +120,18 @@ def _look_into(root: Path, shown: Path) -> tuple[list[_Found], list[Path], list[
     return volumes, zips, rejected
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(root):
-        folders.sort()
-        yield from (Path(place, name) for name in sorted(names))
+def _walk(root: Path, rejected: list[RejectedVolume]) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        detail = f"a folder must be one that can be searched, got {error.strerror} for '{error.filename}'"
+        rejected.append(RejectedError("unreadable", detail).of(Path(error.filename).name))
+
+    for place, folders, names in os.walk(root, onerror=refuse):
+        # what macOS puts into zips and onto foreign disks beside the files
+        folders[:] = sorted(name for name in folders if name != "__MACOSX")
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                logger.warning("'%s' is a link to a folder and is not searched.", os.path.join(place, name))
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("._"))
 
 
 @contextmanager

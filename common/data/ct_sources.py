@@ -30,10 +30,12 @@ class CTSlices(NamedTuple):
     Args:
         hu: int16 ``(Z, H, H)``, padded with air on both sides to squares.
         spacing_mm: (x, y, z).
+        sha256: of the files it was read from, see :class:`common.data.stored_ct.StoredCT`.
     """
 
     hu: np.ndarray
     spacing_mm: tuple[float, float, float]
+    sha256: str = ""
 
 
 class CTSource(NamedTuple):
@@ -99,6 +101,8 @@ def ct_sources(
             rejected.append(RejectedError("duplicate", detail).of(volume))
     chosen = found.keys() if subset_csv is None else _subset(subset_csv, found.keys(), root)
     skipped = set() if skip_list is None else listed_volumes(skip_list)
+    if skipped and not skipped & found.keys():
+        logger.warning("None of the %d volumes in '%s' is in '%s'.", len(skipped), skip_list, root)
     used = [source for source in sources if source.volume in chosen and source.volume not in skipped]
     logger.info("%d of %d volumes in '%s' are to be embedded.", len(used), len(found), root)
     # a damaged file has no volume's name: it may belong to any
@@ -145,7 +149,7 @@ def _in_hu(ct: StoredCT) -> CTSlices:
         )
     padded = len(ct.hu), *2 * [max(ct.hu.shape[1:])]
     check_size(padded)
-    return CTSlices(squared(ct.hu), ct.spacing_mm)
+    return CTSlices(squared(ct.hu), ct.spacing_mm, ct.sha256)
 
 
 def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
@@ -154,7 +158,7 @@ def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     hu = np.empty((entry.num_slices, *entry.shape), np.int16)
     for z in range(entry.num_slices):
         hu[z] = slab.read_ct(z)
-    return CTSlices(squared(hu), entry.spacing_mm)
+    return CTSlices(squared(hu), entry.spacing_mm, entry.source_sha256)
 
 
 def squared(hu: np.ndarray) -> np.ndarray:

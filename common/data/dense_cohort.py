@@ -3,11 +3,13 @@
 # N rows of a kind of token: slices (CLS) or patches of all volumes; P patches of a slice, D embedding,
 # C classes
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch.utils.data import Dataset, Sampler
@@ -116,7 +118,8 @@ class DenseCohort:
             if labels.findings.shape != shape or grid[0] != grid[1]:
                 raise ValueError(
                     f"labels must be of (slices, patches) = {shape} as the embedding, in a square, got "
-                    f"{labels.findings.shape} for volume '{volume}'. Label with --grid {grid[0]}."
+                    f"{labels.findings.shape} for volume '{volume}'. Label with --grid {grid[0]}, into "
+                    "another --out."
                 )
             # without a box the images are whole slices
             box = tuple(metadata.get("box") or (0, 0, metadata["side_px"]))
@@ -142,6 +145,15 @@ class DenseCohort:
         self.num_rows = {kind: len(findings) for kind, findings in self._findings.items()}
         self.patients = sorted({patient_of(volume) for volume in self.volumes}, key=natural_order)
         self._lengths = [length_of[volume] for volume in self.volumes]
+
+    def checksum(self) -> str:
+        """Return eight hexadecimal digits that tell these volumes, labels and embeddings from others."""
+        total = isal_zlib.crc32(json.dumps([self.volumes, self.store.checksums(self.volumes)]).encode())
+        for kind in TOKEN_KINDS:
+            shares = self._shares[kind]
+            for array in (self._findings[kind], shares.data, shares.indices, shares.indptr):
+                total = isal_zlib.crc32(array.tobytes(), total)
+        return f"{total:08x}"
 
     def patient_of_row(self, kind: str) -> NDArray[np.int64]:
         """Return the place in ``patients`` of each row ``(N,)``."""

@@ -25,7 +25,14 @@ import numpy as np
 
 from common.data.nifti_file import MAX_INFLATION
 from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredCT, StoredGrid, canonical_slices, check_size, store_hu
+from common.data.stored_ct import (
+    StoredCT,
+    StoredGrid,
+    canonical_shape,
+    canonical_slices,
+    check_size,
+    store_hu,
+)
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset
@@ -102,10 +109,12 @@ def read_ct(files: Sequence[Path]) -> StoredCT:
         the grid's slices.
 
     Raises:
-        RejectedError: as ``read_grid``, and if the pixels of a file cannot be decoded.
+        RejectedError: as ``read_grid``, and if the grid is not that of an axial CT or the pixels of a file
+            cannot be decoded.
     """
     headers = _sorted_headers(files)
     grid = _grid(headers)
+    canonical_shape(grid)
     stored = np.empty((len(headers), *headers[0].shape), np.int16)
     digests, lowest_hu = [], math.inf
     for hu_slice, header in zip(stored, headers, strict=True):

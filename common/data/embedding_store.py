@@ -118,6 +118,17 @@ class EmbeddingStore:
             pooled=tensors.get("pooled"),
         )
 
+    def checksums(self, volumes: Sequence[str]) -> list[int]:
+        """Return the CRC32 of each volume's tokens, as it was written.
+
+        Args:
+            volumes: names.
+
+        Raises:
+            KeyError: if there is no such volume.
+        """
+        return [self._place(volume).record["crc32"]["tokens"] for volume in volumes]
+
     def read_tokens(self, volumes: Sequence[str]) -> torch.Tensor:
         """Read the tokens of many volumes into one tensor, one volume after the other.
 

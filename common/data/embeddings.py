@@ -2,6 +2,7 @@
 
 # N volumes, T tokens of all volumes, S tokens of one, D embedding, C classes
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from torch.utils.data import Dataset
 
 from common.data.embedding_arrays import UNKNOWN, EmbeddingArrays
-from common.data.embedding_part import SUFFIX
+from common.data.embedding_part import SUFFIX, crc32
 from common.data.embedding_store import EmbeddingStore
 from common.data.labels_csv import read_labels, volume_name
 
@@ -136,6 +138,11 @@ class EmbeddingBags(Dataset):
         self.identity = store.identity
         self.offsets = torch.tensor([0, *np.cumsum([length_of[volume] for volume in self.volumes])]).long()
         self.tokens = store.read_tokens(self.volumes)
+
+    def checksum(self) -> str:
+        """Return eight hexadecimal digits that tell these volumes, labels and tokens from others."""
+        listed = json.dumps([self.volumes, self.class_names, self.labels.tolist(), self.offsets.tolist()])
+        return f"{isal_zlib.crc32(listed.encode(), crc32(self.tokens) if len(self.tokens) else 0):08x}"
 
     def __len__(self) -> int:
         return len(self.volumes)

@@ -205,7 +205,7 @@ def open_nifti(path: Path) -> Iterator[NiftiFile]:
     try:
         with path.open("rb", buffering=0) as raw:
             source = _HashingFile(raw)
-            is_gzipped = path.name.endswith(".gz")
+            is_gzipped = path.name.lower().endswith(".gz")
             stream = igzip.IGzipFile(fileobj=source) if is_gzipped else source
             size = os.fstat(raw.fileno()).st_size
             header, dtype = _read_header(stream, size, size * (MAX_INFLATION if is_gzipped else 1))

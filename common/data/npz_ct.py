@@ -15,7 +15,7 @@ import numpy as np
 from common.data.nifti_file import MAX_INFLATION
 from common.data.rejection import RejectedError
 from common.data.safe_unzip import DAMAGED_ZIP
-from common.data.stored_ct import StoredCT, StoredGrid, canonical_hu, check_size
+from common.data.stored_ct import StoredCT, StoredGrid, canonical_hu, canonical_shape, check_size
 
 SPACING_MM = 0.8
 """All volumes were resampled to cubes of this size. Source: the dataset's description."""
@@ -86,10 +86,11 @@ def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
         The volume.
 
     Raises:
-        RejectedError: as ``read_grid``, and if the file ends early, its checksum is wrong or a voxel is not
-            finite.
+        RejectedError: as ``read_grid``, and if the grid is not that of a CT, the file ends early, its
+            checksum is wrong or a voxel is not finite.
     """
     grid = read_grid(path, spacing_mm)
+    canonical_shape(grid)
     with _open_array(path) as (member, _):
         stored = np.lib.format.read_array(member, allow_pickle=False)
         member.read()  # to the end, where zipfile compares the checksum

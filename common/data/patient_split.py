@@ -17,17 +17,18 @@ def patient_of(volume: str) -> str:
             such as ``trn00001``.
 
     Raises:
-        ValueError: if the name has another form.
+        ValueError: if the name has another form, such as that of a DICOM series, whose first numbers are
+            those of an organisation.
 
     Example:
         >>> patient_of("train_12_a_1"), patient_of("valid_12_b_2"), patient_of("tst00012")
         ('train_12', 'valid_12', 'tst00012')
     """
     match = re.match(r"([^_]+_[^_]+)_", volume) or re.fullmatch(r"((?:trn|val|tst)[0-9]+)", volume)
-    if match is None:
+    if match is None or re.fullmatch(r"[0-9]+(_[0-9]+){4,}", volume):
         raise ValueError(
             "volume must be named <split>_<patient>_<scan>_<reconstruction>, or trn, val or tst and a "
-            f"number, got '{volume}'."
+            f"number, got '{volume}'. Rename it, so that scans of one patient can be told."
         )
     return match[1]
 

@@ -24,4 +24,4 @@ def listed_volumes(listing: str | Path) -> set[str]:
         raise ValueError(f"skip_list must be text in UTF-8, got '{listing}' ({error}).") from error
     lines = (line.strip() for line in text.splitlines())
     names = (line.replace("\\", "/").rsplit("/", 1)[-1] for line in lines if line)
-    return {name.removesuffix(".gz").removesuffix(".nii") for name in names}
+    return {name.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz") for name in names}

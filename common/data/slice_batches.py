@@ -33,7 +33,7 @@ class VolumeTask(NamedTuple):
         spacing_mm: (x, y, z).
         metadata: JSON values to keep: ``slice_axes``, ``side_px`` of a slice padded to a square, and the
             ``box`` (top, left, side) of the body in it, of canonical slices whatever ``slice_axes``; no box
-            where all strategies show whole slices.
+            where the strategy shows whole slices.
     """
 
     volume: str
@@ -116,7 +116,7 @@ class SliceBatches:
             hu = torch.from_numpy(ct.hu)
             for strategy in item.strategies:
                 metadata = {"slice_axes": self.slice_axes, "side_px": hu.shape[-1]}
-                metadata |= {} if box is None else {"box": list(box)}
+                metadata |= {"box": list(box)} if box is not None and strategy.is_cropped else {}
                 task = VolumeTask(item.source.volume, strategy, len(hu), ct.spacing_mm, metadata)
                 region = strategy.region(hu, box or (0, 0, hu.shape[-1]))
                 batch = waiting.setdefault(strategy.name, _Waiting(self.slices_of[strategy.name]))

@@ -16,8 +16,10 @@ SHEAR_TOLERANCE_DEG = 0.5
 """How far axes may be from perpendicular. Our choice: headers round by less, gantries tilt by degrees."""
 
 SPACING_RANGE_MM = (0.1, 20.0)
-MAX_EXTENT_MM = 2500  # of a whole body with its couch; more is a spacing in other units
 """Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
+
+MAX_EXTENT_MM = 2500
+"""Of a whole body on its couch. Our choice: what is longer has its spacing in other units."""
 
 MAX_VOXELS = 2**31
 """Voxels a CT can have: 4 GiB of HU. Our choice: 2,048 slices of 1024 x 1024, which no scanner exceeds."""

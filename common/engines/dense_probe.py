@@ -20,6 +20,7 @@ from common.data.dense_cohort import DenseCohort, DrawnRows, RemainingSteps
 from common.engines.best_layers import BestLayers
 from common.engines.dense_scores import report_on_test, validation_auprc
 from common.labels import load_labels
+from common.metrics.bootstrap import RESAMPLING_SEED
 from common.networks.dense_probe import TOKEN_KINDS, DenseProbes
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,6 @@ class DenseProbeTrainer(SupervisedTrainer):
         val_interval: steps between two validations.
         min_positives: positive test rows a class must have to be averaged.
         num_resamples: of the test patients, for the intervals.
-        seed: of the resamples.
         inferer: how a batch goes through the network; MONAI's SimpleInferer by default.
         train_handlers: Ignite handlers.
 
@@ -87,7 +87,6 @@ class DenseProbeTrainer(SupervisedTrainer):
         val_interval: int,
         min_positives: int,
         num_resamples: int,
-        seed: int,
         inferer: Inferer | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
@@ -109,7 +108,7 @@ class DenseProbeTrainer(SupervisedTrainer):
         _check_patients({"train": self.drawn.cohort, "validation": val_cohort, "test": test_cohort})
         self.lr_scheduler, self.best = lr_scheduler, best
         self.val_interval, self.min_positives = val_interval, min_positives
-        self.num_resamples, self.seed = num_resamples, seed
+        self.num_resamples = num_resamples
         self.num_steps = max_epochs * epoch_length
         self.class_names = {task: [label.name for label in load_labels(task)] for task in network.columns}
         self.state.reports = {}
@@ -199,11 +198,11 @@ class DenseProbeTrainer(SupervisedTrainer):
                 self.test_cohort,
                 kind,
                 self.probes.columns[task].start,
-                self.best.layer((kind, task)),
+                self.best.layer((kind, task)).to(self.state.device),  # a checkpoint is read on the CPU
                 self.class_names[task],
                 lambda name, positives: name != BACKGROUND and positives >= self.min_positives,
                 self.num_resamples,
-                self.seed,
+                RESAMPLING_SEED,
             )
             self.state.reports[kind, task] = report
             for metric, (mean, _) in report["macro"].items():

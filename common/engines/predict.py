@@ -51,9 +51,10 @@ def predict(
     and listed with what cannot be read in ``rejected.csv``.
 
     ``predictions.csv`` has a row a volume and class, ``predictions.json`` the same by volume. The embeddings
-    stay in ``output_dir/embeddings``; a second run embeds only what is new. ``<volume>.html`` is a page of
-    one volume: its slices, the probabilities, how much each slice weighs in the probe's pooling, and where in
-    the slice a vision transformer looks; ``<volume>_attended.png`` shows the slices of largest weight.
+    stay in ``output_dir/embeddings``; a second run embeds only what is new, and refuses another file of a
+    name that is there. ``<volume>.html`` is a page of one volume: its slices, the probabilities, how much
+    each slice weighs in the probe's pooling, and where in the slice a vision transformer looks;
+    ``<volume>_attended.png`` shows the slices of largest weight.
 
     Args:
         encoder_bundle: folder of the encoder bundle; its ``inference.json`` is run.
@@ -71,7 +72,8 @@ def predict(
 
     Raises:
         FileNotFoundError: if the bundle, the probe or a CT does not exist.
-        ValueError: if a knob does not exist, the probe was made for other embeddings, or no volume is left.
+        ValueError: if a knob does not exist, the probe was made for other embeddings, or no volume is left,
+            or one was embedded from another file before.
     """
     for name, folder in (("encoder_bundle", encoder_bundle), ("probe_dir", probe_dir)):
         if folder is None:
@@ -90,6 +92,7 @@ def predict(
     rejected = [*chests.refused, *unusable]
     report_rejected(output, rejected, len(found) + len(unusable), max_rejected=1.0)
     _check_left(chests, rejected, dataset_dir)
+    _check_files(output / "embeddings", chests.sha256)
     encoder["sources"] = (chests.used, [])
     _parsed(encoder, "run")
     store = EmbeddingStore(output / "embeddings")
@@ -126,6 +129,21 @@ def _check_left(chests: ChestCTs, rejected: Sequence[RejectedVolume], dataset_di
         f"dataset_dir must hold a chest CT, got none in '{dataset_dir}': '{volume}' is refused, {reason}: "
         f"{detail}.{others} Pass --force True to predict nonetheless what can be read."
     )
+
+
+def _check_files(folder: Path, sha256: Mapping[str, str]) -> None:
+    """Refuse a volume that was embedded from another file, and remember of which each will be."""
+    memory = folder / "sources.json"
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
+    other = [volume for volume, digest in sha256.items() if known.get(volume, digest) != digest]
+    if other:
+        raise ValueError(
+            f"a volume must be the file that was embedded in '{folder}', got another '{other[0]}' "
+            f"({len(other)} in all). Choose another --output_dir, rename the file, or delete the folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(memory, "w", encoding="utf-8") as file:
+        json.dump({**known, **sha256}, file, indent=1)
 
 
 def _encoder_config(bundle: Path, configs: Sequence[str], knobs: Mapping[str, Any]) -> ConfigParser:
@@ -173,7 +191,7 @@ def _write_page(
     doubts: Sequence[str],
 ) -> None:
     """Show one volume; the weights of slices where its tokens are slices."""
-    hu, spacing_mm = source.read()
+    hu, spacing_mm, _ = source.read()
     z_mm = (np.arange(len(hu)) * spacing_mm[2]).tolist()
     tokens = store.read_tokens([source.volume]).to(torch.float32)
     pooler: Any = probe.pooler

@@ -7,18 +7,21 @@ import torch
 
 from common.data.embedding_part import IDENTITY_KEYS
 from common.data.embeddings import EmbeddingBags
+from common.metrics.bootstrap import groups_of
 
 logger = logging.getLogger(__name__)
 
 
-def check_cohorts(cohorts: dict[str, EmbeddingBags]) -> None:
+def check_cohorts(cohorts: dict[str, EmbeddingBags], resampling: str = "patients") -> None:
     """Refuse cohorts that do not belong together; name classes that cannot be learned or measured.
 
     Args:
         cohorts: by the name that a message uses; the others are compared with ``train``.
+        resampling: "patients" or "volumes": what no two cohorts may share.
 
     Raises:
-        ValueError: if embeddings differ in origin or width, cohorts share a volume, or a volume has no slice.
+        ValueError: if embeddings differ in origin or width, cohorts share a patient, or a volume has no
+            slice.
     """
     train = cohorts["train"].identity
     seen: dict[str, str] = {}
@@ -29,12 +32,14 @@ def check_cohorts(cohorts: dict[str, EmbeddingBags]) -> None:
                     f"{key} must be the same in every cohort, got {train[key]!r} in train and "
                     f"{bags.identity[key]!r} in {cohort}. Embed them with one encoder."
                 )
-        for volume in bags.volumes:
-            if volume in seen:
+        groups = groups_of(bags.volumes, resampling)
+        for volume, group in zip(bags.volumes, groups, strict=True):
+            if group in seen:
                 raise ValueError(
-                    f"cohorts must not share a volume, got '{volume}' in {seen[volume]} and {cohort}."
+                    f"cohorts must not share {resampling}, got '{volume}' of {cohort}: '{group}' is in "
+                    f"{seen[group]}, too."
                 )
-            seen[volume] = cohort
+        seen |= dict.fromkeys(groups, cohort)
         lengths = bags.offsets.diff()
         if not bool((lengths > 0).all()):
             volume = bags.volumes[int(lengths.argmin())]

@@ -122,8 +122,13 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.train_bags = cast(EmbeddingBags, train_data_loader.dataset)
         self.val_bags, self.test_bags = val_bags, test_bags
         self.cohorts = {"train": self.train_bags, "validation": val_bags, "test": test_bags}
-        check_cohorts(self.cohorts)
+        check_cohorts(self.cohorts, resampling)
         self.further_seeds = list(further_seeds)
+        if self.further_seeds and not isinstance(network, ProbeGrid):
+            raise ValueError(
+                f"num_seeds must be 1 for a {type(network).__name__}, got {1 + len(self.further_seeds)}. "
+                "Run it again with another --seed and --output_dir."
+            )
         self.readers: dict[str, BagReader] = {}
         self.fixed: dict[str, torch.Tensor] = {}
         groups = groups_of(test_bags.volumes, resampling)

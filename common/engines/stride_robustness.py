@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.data.embedding_part import IDENTITY_KEYS
 from common.data.embedding_store import EmbeddingStore
 from common.data.embeddings import EmbeddingBags
 from common.data.patient_split import natural_order, patient_of
@@ -42,14 +43,15 @@ def stride_scores(
         Stride to ``macro_auroc`` and ``macro_auprc``.
 
     Raises:
-        ValueError: if the probe is of another encoder, or a stride is not positive.
+        ValueError: if the probe is of other embeddings, or a stride is not positive.
     """
     probe, card = load_probe(probe_dir)
-    if card["encoder"] != store.identity["encoder"]:
-        raise ValueError(
-            f"probe must be of encoder '{store.identity['encoder']}', got '{card['encoder']}' in "
-            f"'{probe_dir}'."
-        )
+    for name in (*IDENTITY_KEYS, "dim"):
+        if card[name] != store.identity[name]:
+            raise ValueError(
+                f"probe must be of {name} '{store.identity[name]}' as the embeddings, got '{card[name]}' in "
+                f"'{probe_dir}'."
+            )
     if min(strides) < 1:
         raise ValueError(f"strides must be positive, got {list(strides)}.")
     bags = EmbeddingBags(store.folder, labels_csv, card["class_names"])

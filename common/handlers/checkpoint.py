@@ -56,8 +56,8 @@ class Checkpoint:
 
     Raises:
         ValueError: at the start of a run, if the newest checkpoint was made with other knobs.
-        FloatingPointError: when a checkpoint is due, if a weight is not finite and ``only_finite``, or, on
-            every rank, if the last loss of pretraining was not.
+        FloatingPointError: when a checkpoint is due, on every rank, if a weight is not finite and
+            ``only_finite``, or if the last loss of pretraining was not.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Checkpoint:
         self.keep_every = keep_every
         self.only_finite = only_finite
         self.asked_to_stop = False
+        self.saved_step = -1  # known to every rank, when the file of rank 0 may not be there yet
 
     def attach(self, engine: Engine) -> None:
         """Register with an Ignite engine."""
@@ -122,14 +123,14 @@ class Checkpoint:
                 set_model_state_dict(item, state[name], options=StateDictOptions(full_state_dict=True))
             else:
                 item.load_state_dict(state[name])
-        engine.state.iteration = state["iteration"]
+        engine.state.iteration = self.saved_step = state["iteration"]
         engine.state.epoch = state["iteration"] // engine.state.epoch_length
         logger.info("Resumed at step %d from '%s'.", state["iteration"], path)
 
     def _save(self, engine: Engine) -> None:
-        path = self.folder / f"step_{engine.state.iteration:08d}.pt"
-        if path.exists():
+        if self.saved_step == engine.state.iteration:
             return
+        path = self.folder / f"step_{engine.state.iteration:08d}.pt"
         if getattr(engine, "last_step", None) is not None:
             stop_if_not_finite(cast(PretrainingEngine, engine))  # now, for the weights it made are next
         # every rank takes part: each may hold a shard of every tensor
@@ -140,11 +141,13 @@ class Checkpoint:
             else item.state_dict()
             for name, item in self.others.items()
         }
+        tensors = cast(dict[str, torch.Tensor], network).items()  # none but on rank 0, which tells the others
+        bad = [name for name, weight in tensors if self.only_finite and not torch.isfinite(weight).all()]
+        if idist.all_reduce(len(bad), op="MAX"):
+            raise FloatingPointError(f"weights must be finite, got others in {bad[:3]} at '{path}'.")
+        self.saved_step = engine.state.iteration
         if idist.get_rank() != 0:
             return
-        for name, weight in cast(dict[str, torch.Tensor], network).items():
-            if self.only_finite and not torch.isfinite(weight).all():
-                raise FloatingPointError(f"weights must be finite, got others in {name} at '{path}'.")
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
         with atomic_file(path) as file:

@@ -23,6 +23,7 @@ MEASURES = tuple(
     for task in ("rexgroundingct", "totalsegmentator")
     for metric in ("auroc", "auprc")
 )
+HINT = "Evaluate both with the same labels, split, min_positives and num_resamples."
 
 
 def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -39,7 +40,7 @@ def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> li
 
     Raises:
         FileNotFoundError: if a folder holds no ``resamples.npz``.
-        ValueError: if two evaluations are of other volumes.
+        ValueError: if two evaluations are of other volumes, average other classes or resample otherwise.
     """
     first, rows = _read(reference), []
     for folder in others:
@@ -47,8 +48,13 @@ def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> li
         if other["volumes"].tolist() != first["volumes"].tolist():
             raise ValueError(
                 f"'{folder}' must be tested on the volumes of '{reference}', got {len(other['volumes'])} and "
-                f"{len(first['volumes'])} volumes. Evaluate both with the same labels and split."
+                f"{len(first['volumes'])} volumes. {HINT}"
             )
+        for name in sorted(first.keys() - {"encoder", *MEASURES}):
+            if other.get(name, np.array(None)).tolist() != first[name].tolist():
+                raise ValueError(f"'{folder}' must have the {name} of '{reference}', got others. {HINT}")
+        if len(other[MEASURES[0]]) != len(first[MEASURES[0]]):
+            raise ValueError(f"'{folder}' must have as many resamples as '{reference}', got others. {HINT}")
         for measure in MEASURES:
             value, *resampled = other[measure] - first[measure]
             low, high = interval(np.array(resampled))

@@ -90,6 +90,10 @@ class DenseReport:
             for (kind, task), report in engine.state.reports.items()
             for metric, means in report["resampled"].items()
         }
+        drawn |= {
+            f"{kind} {task} classes": [name for name in report["per_class"] if name not in report["left_out"]]
+            for (kind, task), report in engine.state.reports.items()
+        }
         with atomic_file(self.output_dir / "resamples.npz", "wb") as file:
             np.savez(file, encoder=cohort.identity["encoder"], volumes=cohort.volumes, **drawn)
         add_rows(self.results_csv, rows)

@@ -15,6 +15,7 @@ import ignite.distributed as idist  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
 from ignite.engine import Engine, Events  # noqa: E402 (see above)
 from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see above)
+from mlflow.exceptions import MlflowException  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 
 from common.data.atomic_file import atomic_file  # noqa: E402 (see above)
@@ -22,6 +23,7 @@ from common.executed_config import plain_knobs  # noqa: E402 (see above)
 
 logger = logging.getLogger(__name__)
 
+MEMORY = "mlflow_run.json"  # of the output folder: which run it is
 MAX_PARAM_CHARS = 6000  # MLflow's own limit on a parameter's value
 MAX_PARAMS_PER_CALL = 100  # MLflow's own limit on a batch
 
@@ -32,7 +34,8 @@ class MLflowRun:
     MONAI's handler adopts whatever run is active and leaves it RUNNING when training fails, so that the next
     run's metrics land in it. Here a run belongs to an output folder: it is created when training starts at
     step 0, found again when training resumes, and ends FINISHED, FAILED (an exception) or KILLED (asked to
-    stop). Attach it after the handlers whose files it uploads. Rank 0 alone records.
+    stop). Attach it after the handlers whose files it uploads. Rank 0 alone records; others say that they
+    failed, for then rank 0 waits for them until it is killed.
 
     Args:
         tracking_uri: MLflow store or server, such as ``sqlite:///mlflow.db`` or ``http://127.0.0.1:5000``.
@@ -42,7 +45,8 @@ class MLflowRun:
         config: executed config: its plain values become parameters and the whole an artifact.
         log_every: iterations between two records of the metrics.
         optimizer: its first learning rate is recorded as ``lr``.
-        artifacts: patterns, relative to ``output_dir``, of files to upload as they appear.
+        artifacts: patterns, relative to ``output_dir``, of files to upload: at the start, after a step and at
+            the end.
     """
 
     def __init__(
@@ -68,32 +72,49 @@ class MLflowRun:
         self.run_id = ""
 
     def attach(self, engine: Engine) -> None:
-        """Register with an Ignite engine; does nothing on ranks other than 0."""
+        """Register with an Ignite engine."""
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
         if idist.get_rank() != 0:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._find)
             return
         self.client = MlflowClient(self.tracking_uri)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._log_if_due)
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._upload)
         engine.add_event_handler(Events.COMPLETED, self._finish)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _start(self, engine: Engine) -> None:
-        memory = self.output_dir / "mlflow_run.json"
-        known = json.loads(memory.read_text()) if memory.is_file() and engine.state.iteration > 0 else {}
         self.last_step = engine.state.iteration
-        if known.get("tracking_uri") == self.tracking_uri:
-            self.run_id = known["run_id"]
-            self.client.update_run(self.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-            # steps that a killed run recorded after its last checkpoint come again, with the same values
-            recorded = self.client.get_metric_history(self.run_id, "loss")
-            self.last_step = max([self.last_step, *(metric.step for metric in recorded)])
-        else:
-            self._create(memory)
+        if self.last_step == 0 or not self._go_on():
+            self._create()
         self._upload(engine)
         logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
 
-    def _create(self, memory: Path) -> None:
+    def _known(self) -> dict[str, str]:
+        memory = self.output_dir / MEMORY
+        return json.loads(memory.read_text()) if memory.is_file() else {}
+
+    def _go_on(self) -> bool:
+        """Take up the run of this folder; tell whether the store has it."""
+        known = self._known()
+        if known.get("tracking_uri") != self.tracking_uri:
+            return False
+        try:
+            self.client.update_run(known["run_id"], status=RunStatus.to_string(RunStatus.RUNNING))
+        except MlflowException as error:  # a relative store of another working directory, or one deleted
+            logger.warning("The run goes on as a new one of MLflow, which lacks the old: %s", error)
+            return False
+        self.run_id = known["run_id"]
+        # steps that a killed run recorded after its last checkpoint come again, with the same values
+        recorded = self.client.get_metric_history(self.run_id, "loss")
+        self.last_step = max([self.last_step, *(metric.step for metric in recorded)])
+        return True
+
+    def _find(self, engine: Engine) -> None:
+        """On another rank: rank 0 has written down its run before any step is done."""
+        self.run_id = self.run_id or self._known().get("run_id", "")
+
+    def _create(self) -> None:
         experiment = experiment_id(self.client, self.tracking_uri, self.experiment)
         self.run_id = self.client.create_run(experiment, run_name=self.run_name).info.run_id
         params = [
@@ -105,7 +126,7 @@ class MLflowRun:
         self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.log_dict(self.run_id, self.config, "executed_config.json")
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_file(memory, "w") as file:
+        with atomic_file(self.output_dir / MEMORY, "w") as file:
             json.dump({"tracking_uri": self.tracking_uri, "run_id": self.run_id}, file)
 
     def _log_if_due(self, engine: Engine) -> None:
@@ -149,10 +170,11 @@ class MLflowRun:
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
         if self.run_id:
-            self.client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:500])
+            client = MlflowClient(self.tracking_uri)
+            client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:500])
             stopped = isinstance(error, KeyboardInterrupt)
             status = RunStatus.KILLED if stopped else RunStatus.FAILED
-            self.client.set_terminated(self.run_id, RunStatus.to_string(status))
+            client.set_terminated(self.run_id, RunStatus.to_string(status))
         raise error  # Ignite holds an exception for handled as soon as there is a handler
 
 

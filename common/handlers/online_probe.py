@@ -82,5 +82,7 @@ class OnlineProbe:
         labels = torch.cat(self.labels).cpu().numpy()
         self.scores, self.labels = [], []
         known = (labels >= 0).all(1)
+        if not known.any():  # no volume whose labels are all known since the last record
+            return
         values = auroc(scores[known], labels[known])
         engine.state.metrics["online_probe_auroc"], _ = macro(values, self.class_names)

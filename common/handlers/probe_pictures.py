@@ -216,14 +216,16 @@ def draw_attention(
     weights: Mapping[str, np.ndarray],
     captions: Mapping[str, str],
     slices: Mapping[str, np.ndarray],
+    unit: str,
 ) -> None:
-    """Draw how much each slice of some volumes contributes to what the probe reads.
+    """Draw how much each token of some volumes contributes to what the probe reads.
 
     Args:
         path: PNG to write.
-        weights: volume to the weights ``(S,)`` of its slices, feet to head, which add up to 1.
+        weights: volume to the weights ``(T,)`` of its tokens, which add up to 1.
         captions: volume to what stands above its panel.
-        slices: volume to its CT ``(S, H, W)`` in HU, of which those of most weight are shown; may be empty.
+        slices: volume to its CT ``(T, H, W)`` in HU, of which those of most weight are shown; may be empty.
+        unit: what a token is of: "slice", feet to head, or "token" for anything else.
     """
     shown = NUM_SHOWN if slices else 0
     figure = Figure(figsize=(8 + 1.7 * shown, 0.8 + 1.9 * len(weights)), layout="constrained")
@@ -241,7 +243,7 @@ def draw_attention(
             picture.imshow(slices[volume][index], cmap="gray", vmin=SHOWN_HU[0], vmax=SHOWN_HU[1])
             picture.set_title(f"slice {index}: {relative[index]:.2f}", fontsize=8)
             picture.axis("off")
-    figure.supxlabel("slice, feet to head", fontsize=9)
+    figure.supxlabel("slice, feet to head" if unit == "slice" else "token, as stored", fontsize=9)
     figure.supylabel("weight / mean weight", fontsize=9)
     figure.savefig(path, dpi=110)
 

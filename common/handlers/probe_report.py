@@ -31,16 +31,16 @@ class ProbeReport:
     ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.data.predictions`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
-    each slice in some volumes. A head that is no ``MILProbe`` (gated ABMIL, transformer) has neither of the
-    last two, and ``load_probe`` does not read it.
+    each slice, or token of another kind, in some volumes. A head that is no ``MILProbe`` (gated ABMIL,
+    transformer) has neither of the last two, and ``load_probe`` does not read it.
 
     Args:
         output_dir: folder of the files.
         seed: seed of the run, remembered in ``probe.json``.
         attention_volumes: test volumes whose slices' weights are shown; if none is named, of each class the
             true positive that the probe is surest of, eight at most.
-        ct_dir: folder with the NIfTI files of the test volumes, to show slices of the most weight; None for
-            the weights alone.
+        ct_dir: folder with the NIfTI files of the test volumes, to show slices of the most weight where
+            tokens are slices; None for the weights alone.
 
     Raises:
         ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT has other slices
@@ -137,7 +137,11 @@ class ProbeReport:
             ]
             found = f", shown for {name}" if name else ""
             captions[volume] = f"{volume}{found} (labels: {', '.join(present) or 'none'})"
-        slices = {} if self.ct_dir is None else read_slices(self.ct_dir, list(chosen))
+        identity = engine.test_bags.identity
+        items = str(identity["preprocessing"]).endswith("_items")  # several tokens a slice
+        unit = "slice" if identity["token_kind"] == "slice" and not items else "token"
+        ct_dir = self.ct_dir if unit == "slice" else None
+        slices = {} if ct_dir is None else read_slices(ct_dir, list(chosen))
         for volume, of_ct in slices.items():
             if len(of_ct) != len(weights[volume]):
                 raise ValueError(
@@ -145,12 +149,12 @@ class ProbeReport:
                     f"{len(weights[volume])} embeddings for volume '{volume}'."
                 )
         rows = [
-            {"volume": volume, "slice": place, "weight": f"{weight:.8f}"}
+            {"volume": volume, unit: place, "weight": f"{weight:.8f}"}
             for volume, of_volume in weights.items()
             for place, weight in enumerate(of_volume)
         ]
         write_table(self.output_dir / "attention.csv", rows)
-        draw_attention(self.output_dir / "attention.png", weights, captions, slices)
+        draw_attention(self.output_dir / "attention.png", weights, captions, slices, unit)
 
 
 def _json_number(value: float) -> float | None:

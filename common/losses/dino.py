@@ -45,7 +45,9 @@ def sinkhorn_knopp(
     for _ in range(SINKHORN_ITERATIONS):
         columns = 1 / sum_over_ranks(rows @ scores)
         rows = present / (scores @ columns)
-    return scores.mul_(columns).mul_(rows[:, None])
+    assigned = scores.mul_(columns).mul_(rows[:, None])
+    # without a sample in the global batch the scales are infinite, and padding would be NaN
+    return assigned if valid is None else assigned.masked_fill_((present == 0)[:, None], 0)
 
 
 class TeacherTargets(nn.Module):

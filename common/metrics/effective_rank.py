@@ -7,7 +7,7 @@ def effective_rank(embeddings: torch.Tensor) -> float:
     """Return exp(entropy) of the normalized singular values of the centred embeddings.
 
     1 when all embeddings lie on one line, min(N - 1, D) when they fill the space evenly; 0 when they all
-    agree.
+    agree; nan when one is not finite.
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
 
@@ -24,6 +24,8 @@ def effective_rank(embeddings: torch.Tensor) -> float:
     with torch.no_grad():
         centred = embeddings.detach().float()
         centred = centred - centred.mean(0)
+        if not torch.isfinite(centred).all():
+            return float("nan")
         singular = torch.linalg.svdvals(centred)
         # below float32 rounding of the largest entry a singular value is noise, not a direction
         singular = singular[

@@ -11,7 +11,8 @@ FloatArray = NDArray[np.float64]
 
 
 def _cosine(one: FloatArray, other: FloatArray) -> FloatArray:
-    return 1 - (one * other).sum(-1)
+    # 1 less the product, of unit vectors: this is 0 where they are equal
+    return ((one - other) ** 2).sum(-1) / 2
 
 
 def _chord(one: FloatArray, other: FloatArray) -> FloatArray:

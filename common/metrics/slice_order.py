@@ -9,6 +9,11 @@ from scipy.stats import kendalltau
 FloatArray = NDArray[np.float64]
 
 
+def _shuffled(num_slices: int) -> NDArray[np.intp]:
+    """Return slices in no order: among equals the first wins, and must not be the right one by its place."""
+    return np.random.default_rng(0).permutation(num_slices)
+
+
 def order_by_principal_axis(embeddings: ArrayLike) -> NDArray[np.intp]:
     """Order slices by their place along the first principal axis of the volume's embeddings.
 
@@ -23,9 +28,11 @@ def order_by_principal_axis(embeddings: ArrayLike) -> NDArray[np.intp]:
         [0, 1]
     """
     tokens = np.asarray(embeddings, np.float64)
+    shuffled = _shuffled(len(tokens))
+    tokens = tokens[shuffled]
     centred = tokens - tokens.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    return np.argsort(centred @ axes[0], kind="stable")
+    return shuffled[np.argsort(centred @ axes[0], kind="stable")]
 
 
 def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
@@ -45,6 +52,8 @@ def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
         [0, 2, 3, 1]
     """
     tokens = np.asarray(embeddings, np.float64)
+    shuffled = _shuffled(len(tokens))
+    tokens = tokens[shuffled]
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-300)
     near = unit @ unit.T
     order = [int(near.sum(1).argmin())]
@@ -53,7 +62,7 @@ def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
     for _ in range(len(tokens) - 1):
         order.append(int(np.where(free, near[order[-1]], -np.inf).argmax()))
         free[order[-1]] = False
-    return np.array(order)
+    return shuffled[order]
 
 
 def agreement(order: ArrayLike) -> float:

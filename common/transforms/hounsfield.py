@@ -1,13 +1,10 @@
 """Hounsfield windows: the only home of the clip ranges and z-scores of every encoder."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
 
 
 class HUWindow(NamedTuple):
@@ -78,33 +75,3 @@ def normalize_hu(hu: torch.Tensor, window: HUWindow) -> torch.Tensor:
         tensor([-3.6667,  0.0000,  3.0000])
     """
     return (hu.float().clamp(window.min_hu, window.max_hu) - window.mean_hu) / window.std_hu
-
-
-class NormalizeHUd(MapTransform):
-    """``normalize_hu`` on the given keys: HU in, float32 without unit out.
-
-    Args:
-        keys: keys of HU tensors or arrays.
-        window: an ``HUWindow``, the name of one, or its four numbers.
-
-    Raises:
-        KeyError: if a key is missing, or no window has that name.
-        ValueError: if the numbers make no window.
-
-    Example:
-        >>> NormalizeHUd("image", [-1000, 1000, 100, 300])({"image": torch.tensor([1000])})["image"]
-        tensor([3.])
-    """
-
-    def __init__(self, keys: KeysCollection, window: HUWindow | str | Sequence[float]) -> None:
-        super().__init__(keys)
-        self.window = hu_window(window)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of ``data`` with the keys normalised."""
-        out = dict(data)
-        for key in self.key_iterator(out):
-            hu = out[key]
-            hu = hu.as_tensor() if isinstance(hu, MetaTensor) else torch.as_tensor(hu)
-            out[key] = normalize_hu(hu, self.window)
-        return out

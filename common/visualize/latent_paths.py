@@ -101,16 +101,18 @@ def chosen_paths(
     """Read what :func:`draw_paths` draws.
 
     Args:
-        stores: one an encoder.
+        stores: one an encoder; those that share a name, as of two trainings, go by their folders.
         volumes: names.
     """
     paths: dict[str, dict[str, tuple[FloatArray, FloatArray]]] = {}
-    for store in stores:
-        of_encoder = paths.setdefault(store.identity["encoder"], {})
+    encoders = [store.identity["encoder"] for store in stores]
+    for store, encoder in zip(stores, encoders, strict=True):
+        name = encoder if encoders.count(encoder) == 1 else str(store.folder)
+        paths[name] = {}
         for volume in volumes:
             embedding = store.read(volume)
             assert embedding.z_mm is not None
-            of_encoder[volume] = (embedding.tokens.double().numpy(), embedding.z_mm.double().numpy())
+            paths[name][volume] = (embedding.tokens.double().numpy(), embedding.z_mm.double().numpy())
     return paths
 
 

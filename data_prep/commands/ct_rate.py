@@ -42,4 +42,8 @@ def ct_rate(
         else None
     )
     sources, rejected = find_ct_rate(root, split, form, totalsegmentator, annotations)
-    prepare(sources[:limit], rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)
+    if limit is not None:
+        sources = sources[:limit]
+        last = sources[-1].volume if sources else ""
+        rejected = [item for item in rejected if item.volume <= last]
+    prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)

@@ -44,7 +44,8 @@ def prepare(
     """
     try:
         with dask_client(scheduler, workers) as client, progress_bars() as progress:
-            summary = write_shards(sources, rejected, out, split, client, slices_per_shard, progress)
+            here = [source.absolute() for source in sources]  # workers may stand in another folder
+            summary = write_shards(here, rejected, out.absolute(), split, client, slices_per_shard, progress)
     except KeyboardInterrupt:
         console.print("Stopped. Run the same command again: it resumes.")
         raise typer.Exit(130) from None

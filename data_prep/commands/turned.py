@@ -1,11 +1,13 @@
 """``turned``: volumes turned on purpose, to measure what orientation costs."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
+from common.data.atomic_file import atomic_file
 from common.data.npz_ct import SPACING_MM
 from common.data.rejection import RejectedError
 from data_prep.commands.console import console, progress_bars
@@ -25,11 +27,9 @@ def turned(
     npz_spacing_mm: Annotated[float, typer.Option(help="Edge of an npz file's voxels.")] = SPACING_MM,
 ) -> None:
     """Write volumes whose headers claim that they are the right way when they are not (Table IV)."""
-    todo = {
-        volume: path
-        for volume, path in find_volumes(root, prefix).items()
-        if not (out / f"{volume}.nii.gz").exists()
-    }
+    volumes = find_volumes(root, prefix)
+    _claim(out, {"turn": turn, "root": str(root.resolve()), "npz_spacing_mm": npz_spacing_mm})
+    todo = {volume: path for volume, path in volumes.items() if not (out / f"{volume}.nii.gz").exists()}
     rejected = []
     with progress_bars() as progress:
         progress("Turning volumes", 0, len(todo))
@@ -44,3 +44,21 @@ def turned(
     console.print(f"{len(todo) - len(rejected)} volumes, {turn}, in {escape(str(out))}", soft_wrap=True)
     if rejected:
         raise typer.Exit(1)
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write down how the volumes of a folder are turned, or compare with what is there."""
+    path = out / "turned.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != settings:
+            raise ValueError(
+                f"out must be empty or hold volumes of these settings, {settings}, got {found} in '{out}'. "
+                "Choose another --out."
+            )
+        return
+    if out.is_dir() and any(out.glob("*.nii.gz")):
+        raise ValueError(f"out must hold a turned.json beside its volumes, got none in '{out}'.")
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "w", encoding="utf-8") as file:
+        json.dump(settings, file)

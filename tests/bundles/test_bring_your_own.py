@@ -52,7 +52,7 @@ def test_monais_vit_gives_a_bag_of_its_patches(python_m, ct, tmp_path):
     assert bag.tokens.shape == (6 * 6 * 4, 48)
     assert store.identity["encoder"] == "my_vit_3d"
     assert store.identity["encoder_id"].startswith("sha256:")
-    assert store.identity["preprocessing"] == "ras_2x2x3mm_96x96x32_patches"
+    assert store.identity["preprocessing"] == "ras_2x2x3mm_96x96x32_-1000..1000HU_0..1_patches"
     # the volume by hand: LPS to RAS; 4 x 4 x 5 mm to 2 x 2 x 3 mm, about the centre
     volume = np.asarray(nib.load(ct).dataobj)[::-1, ::-1].astype(np.float32)
     spaced = torch.nn.functional.interpolate(

@@ -123,20 +123,29 @@ def test_the_orientation_of_storage_changes_no_token_and_done_volumes_are_left(b
 
 
 @pytest.mark.parametrize(
-    ("bundle", "knob", "tokens", "name"),
+    ("bundle", "knob", "value", "name"),
     [
         (
             "ct_clip",
             "network_def::visual_transformer::tokens",
             "before_codes",
-            "slp_1.5x0.75x0.75mm_40x60x80_before_codes",
+            "slp_1.5x0.75x0.75mm_40x60x80_-1000..1000HU_-1..1_before_codes",
         ),
-        ("colipri", "network_def::tokens", "projected", "ras_2x2x2mm_32x40x24_projected"),
+        (
+            "colipri",
+            "network_def::tokens",
+            "projected",
+            "ras_2x2x2mm_32x40x24_-1000..1000HU_-1..1_projected",
+        ),
+        ("colipri", "hu_range", [-500, 500], "ras_2x2x2mm_32x40x24_-500..500HU_-1..1_backbone"),
+        ("ct_fm", "inferer::overlap", 0.5, "spl_3x1x1mm_24x96x96_-1024..2048HU_0..1_windows_0.5"),
     ],
 )
-def test_other_tokens_go_by_another_name_into_another_store(bundle, knob, tokens, name, embedding, tmp_path):
+def test_other_tokens_and_windows_go_by_another_name_into_another_store(
+    bundle, knob, value, name, embedding, tmp_path
+):
     ct = random_ct(tmp_path / "ct" / "a.nii.gz", 0)
-    embedding(bundle, ct, tmp_path / "other", **{knob: tokens}).run()
+    embedding(bundle, ct, tmp_path / "other", **{knob: value}).run()
     assert EmbeddingStore(tmp_path / "other").identity["preprocessing"] == name
     second = random_ct(tmp_path / "ct" / "b.nii.gz", 1)
     with pytest.raises(Exception, match="handlers") as caught:

@@ -30,6 +30,28 @@ def test_overrides_of_the_command_line_are_merged(bundle):
     assert config["scales"] == [0.1, 0.2]
 
 
+@pytest.mark.parametrize("words", [("-slab_mm", "5"), ("-slab_mm=5",), ("-compiled", "-slab_mm", "5")])
+def test_one_dash_is_as_good_as_two_for_fire(bundle, words):
+    assert executed_config(str(bundle), "train.json", command(bundle, *words))["slab_mm"] == 5
+    negative = executed_config(str(bundle), "train.json", command(bundle, "--slab_mm", "-5"))
+    assert negative["slab_mm"] == -5
+    with pytest.raises(ValueError, match="got 'slab_mn' in the command line"):
+        executed_config(str(bundle), "train.json", command(bundle, "-slab_mn", "1"))
+
+
+def test_an_args_file_is_merged_and_checked_and_the_command_line_stronger(bundle):
+    content = {"config_file": str(bundle / "configs" / "train.json"), "slab_mm": 6.0, "output_dir": "there"}
+    (bundle / "args.json").write_text(json.dumps(content))
+    argv = ["monai.bundle", "run", "--args_file", str(bundle / "args.json"), "--slab_mm", "7"]
+    config = executed_config(str(bundle), "train.json", argv)
+    assert (config["slab_mm"], config["output_dir"]) == (7, "there")
+    (bundle / "args.json").write_text(json.dumps(content | {"slab_mn": 6.0}))
+    with pytest.raises(ValueError, match="got 'slab_mn' in the command line"):
+        executed_config(str(bundle), "train.json", argv)
+    with pytest.raises(FileNotFoundError, match="args_file must be a JSON file, got 'nowhere'"):
+        executed_config(str(bundle), "train.json", ["monai.bundle", "run", "--args_file", "nowhere"])
+
+
 def test_further_config_files_are_merged_and_checked(bundle):
     overlay = bundle / "demo.json"
     overlay.write_text(json.dumps({"slab_mm": 6.0}))

@@ -42,7 +42,7 @@ def release(folder: Path, members: dict[str, bytes] | None = None) -> str:
         for name, data in (default if members is None else members).items():
             archive.writestr(name, data)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "SHA256SUMS").write_text(f"{digest}  {path.name}\n")
+    (folder / "SHA256SUMS").write_text(f"\n{digest}  other.zip\n{digest} *{path.name}\n")
     return digest
 
 

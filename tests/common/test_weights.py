@@ -54,6 +54,12 @@ def test_weights_for_transposed_slices_are_refused_by_a_bundle_of_upright_ones(b
     with pytest.raises(ValueError, match="slice_axes of '.*' must be 'yx' as this bundle states, got 'xy'"):
         load_encoder(encoder, path, identity)
     load_encoder(encoder, path, identity | {"slice_axes": "xy"})
+    with pytest.raises(ValueError, match="must be 'yx' as this bundle states, got 'xy'"):
+        export_weights(bundle, tmp_path / "out", [])
+    out = export_weights(bundle, tmp_path / "out", [], slice_axes="xy")
+    assert json.loads((out / "config.json").read_text())["identity"]["slice_axes"] == "xy"
+    with pytest.raises(ValueError, match="slice_axes must be 'yx' or 'xy', got 'zz'"):
+        bundle_encoder(bundle, "zz")
 
 
 def test_the_encoder_of_a_checkpoint_is_imported(bundle: Path, tmp_path: Path) -> None:
@@ -63,6 +69,10 @@ def test_the_encoder_of_a_checkpoint_is_imported(bundle: Path, tmp_path: Path) -
     torch.save(state, tmp_path / "step_00000005.pt")
     path = import_weights(str(tmp_path / "step_00000005.pt"), bundle)
     assert torch.equal(load_file(path)["cls_token"], encoder.state_dict()["cls_token"])
+    teacher = {f"encoder.{name}": weight + 1 for name, weight in encoder.state_dict().items()}
+    torch.save(state | {"teacher": teacher}, tmp_path / "step_00000005.pt")  # of DINOv2: what training saves
+    path = import_weights(str(tmp_path / "step_00000005.pt"), bundle)
+    assert torch.equal(load_file(path)["cls_token"], encoder.state_dict()["cls_token"] + 1)
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,12 @@ def test_a_phantom_download_is_found_whole(tmp_path: Path) -> None:
     for source in found.values():
         assert source.rescale == Rescale(1, 0, (8, 8, 8))
         assert set(source.labels) == set(PREFIXES)
+
+
+def test_a_table_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    root = touch(tmp_path / "rad", "trn00001.npz")
+    (root / "backup").mkdir()
+    for folder in (root, root / "backup"):
+        write_labels(folder, "train", {"trn00001": {"hernia"}})
+    with pytest.raises(ValueError, match="a table must be there once, got '.*' and '.*imgtrain.*'. Keep one"):
+        find_rad_chestct(root, "train")

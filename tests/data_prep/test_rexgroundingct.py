@@ -231,13 +231,17 @@ def test_masks_of_another_scan_are_rejected(affine: np.ndarray, tmp_path: Path) 
         read(masks, tmp_path, affine)
 
 
-def test_annotated_scans_are_those_with_masks_at_hand(write_rex: Write) -> None:
+def test_annotated_scans_are_those_with_masks_at_hand(
+    write_rex: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     """The masks of the hidden test set are listed and not published."""
     listing, folder = write_rex(
         {"train_1_a_1": findings()}, {"train_1_a_1": list(CODES), "train_2_a_1": ["1b"]}, AFFINE
     )
     annotations = read_annotations(listing, folder)
     assert annotations == {"train_1_a_1": Annotation(folder / "train_1_a_1.nii.gz", CODES)}
+    assert "1 of 2 scans listed in" in caplog.text
+    assert "such as 'train_2_a_1'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../../train_1_a_1", "/etc/train_1_a_1", "a/../train_1_a_1"])

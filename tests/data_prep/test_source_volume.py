@@ -409,3 +409,16 @@ def test_real_scans_are_read_with_plausible_hu(real_ct_dir: Path) -> None:
         assert volume.original_axcodes == axcodes
         assert -1024 <= volume.ct.min() < -950
         assert 0.2 < np.mean((volume.ct > -150) & (volume.ct < 150)) < 0.6
+
+
+def test_absolute_paths_are_those_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    annotation = Annotation(Path("rex.nii.gz"), ("1a",))
+    source = SourceVolume("a", "train", Path("a.nii.gz"), "v2", ts=Path("ts.nii.gz"), rex=annotation)
+    found = source.absolute()
+    assert (found.ct, found.ts) == (tmp_path / "a.nii.gz", tmp_path / "ts.nii.gz")
+    assert found.rex == Annotation(tmp_path / "rex.nii.gz", ("1a",))
+    series = SourceVolume("a", "train", (Path("1.dcm"), Path("2.dcm")), "dicom").absolute()
+    assert (series.ct, series.ts, series.rex) == ((tmp_path / "1.dcm", tmp_path / "2.dcm"), None, None)

@@ -279,6 +279,18 @@ def test_shards_of_another_plan_are_not_left_among_ours(cohort: Cohort, tmp_path
     assert checksums(tmp_path / "out") == before
 
 
+def test_shards_of_another_cohort_are_not_written_over(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "out", slices_per_shard=1000)
+    before = checksums(tmp_path / "out")
+    sources, _ = find_ct_rate(cohort.tiny.root, "train")
+    others = [source._replace(volume=f"other_{source.volume}") for source in sources]
+    with pytest.raises(ValueError, match=r"only shards of this plan, got \['train-000000\.tar'\] of another"):
+        write_shards(others, [], tmp_path / "out", "train", cohort.client, 1000)
+    assert checksums(tmp_path / "out") == before
+    some = write_shards([*others, sources[0]], [], tmp_path / "out", "train", cohort.client, 1000)
+    assert some.num_volumes == 7  # the cohort has changed: it is the same one
+
+
 def test_progress_counts_volumes_and_what_was_done_before(cohort: Cohort, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     cohort.run(tmp_path / "out", progress=lambda *step: seen.append(step))

@@ -46,7 +46,6 @@ NOT_RUN = {
     r"vit_b14_dinov2|table_v_": ("weights of the hub", "bundles/test_overlays.py"),
     r": python -m data_prep (dicom|audit)": ("run there", "data_prep/commands/test_audit.py"),
     r"my_cts/train --out /data/my_shards": ("as with --masks", "data_prep/commands/test_nifti.py"),
-    r"--rexgroundingct": ("with findings", "data_prep/commands/test_ct_rate.py"),
     r"dense_labels|patch_tokens": ("on masks of every slice", "bundles/test_dense_runs.py"),
     r"RAD-ChestCT": ("on RAD-ChestCT's layout", "bundles/test_external_runs.py"),
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
@@ -323,6 +322,7 @@ def stand_ins(folder: Path) -> None:
     shutil.copy(next((cohort / "valid_fixed").rglob("*.nii.gz")), folder / "ct.nii.gz")
     for name in ("my_cts", "my_labels"):
         (data / name).mkdir()
+    (data / "ReX").symlink_to(data / "ct_rate" / "rexgroundingct")
     (data / "my_label_maps").symlink_to(cohort / "ts_seg" / "ts_total" / "train_fixed")
     for split, ours in (("train", "train"), ("valid", "test")):
         (data / "my_cts" / ours).symlink_to(cohort / f"{split}_fixed")

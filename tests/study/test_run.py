@@ -62,6 +62,19 @@ def test_a_command_that_fails_ends_the_study_with_the_end_of_its_log(tmp_path, p
     assert "never" not in (tmp_path / "broken.log").read_text()
 
 
+def test_a_stage_is_another_when_a_config_of_ours_or_what_it_builds_on_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "REPOSITORY", tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "train.json").write_text("{}")
+    made = f"['demo/train.json','study/out/small/made.json','{tmp_path}/study/out/made.json']"
+    stages = [Stage("first", [["python", "-m", "x", "--config_file", made]])]
+    stages += [Stage("second", [["python", "-m", "y"]], ("first",)), Stage("other", [["python", "-m", "z"]])]
+    before = run.keys_of(stages)
+    (tmp_path / "demo" / "train.json").write_text('{"lr": 1}')
+    after = run.keys_of(stages)
+    assert [name for name in before if before[name] != after[name]] == ["first", "second"]
+
+
 def test_the_newest_state_of_a_progress_bar_is_the_last_line(tmp_path):
     log = tmp_path / "log"
     log.write_text("old\n 10%|#  |\r 20%|## |\r\n\n")

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,19 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
         file.write(b"whole")
     assert (tmp_path / "a.bin").read_bytes() == b"whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_writers_of_one_file_wait_for_one_another(tmp_path: Path) -> None:
+    def write(letter: str) -> None:
+        with atomic_file(tmp_path / "a.txt", "w") as file:
+            for _ in range(50):
+                file.write(letter * 1000)
+                file.flush()
+        assert set((tmp_path / "a.txt").read_text()) < set("abcdef")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, "abcdef"))
+    text = (tmp_path / "a.txt").read_text()
+    assert len(text) == 50_000
+    assert len(set(text)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

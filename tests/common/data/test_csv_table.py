@@ -20,6 +20,7 @@ def test_cells_come_by_the_name_of_their_column(tmp_path: Path) -> None:
             "a,b\n1,M\xfcller\n".encode("latin-1"),
             "table must be a CSV file in UTF-8, got '.*t.csv' \\('utf-8'",
         ),
+        (b'a,b\n1,"x\n2,3\n', "table must be a CSV file in UTF-8, got '.*t.csv' \\(unexpected end of data"),
         (b'a,b\n1,"' + 40_000 * b"2,3\n", "table must be a CSV file in UTF-8, got '.*t.csv' \\(field larger"),
     ],
 )

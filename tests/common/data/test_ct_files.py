@@ -270,7 +270,7 @@ HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
     ),
     "terabytes.nii.gz": (terabytes, r"bytes for an array of shape \(1000000, 1000000, 1000000\) of int16"),
     "sparse.nii": (sparse, r"a CT must have at most 2,147,483,648 voxels, got shape \(8192, 8192, 8192\)"),
-    "flat.nii.gz": (flat, r"a CT must have at most 2,147,483,648 voxels, got shape \(2, 2000000, 2000000\)"),
+    "flat.nii.gz": (flat, r"a CT must be at most 2500 mm long, got 1400000 mm: shape \(2000000, 1, 2\)"),
     "offset.nii": (far_offset, "must be a whole NIfTI file, got 3.* bytes for an array"),
     "shape.npz": (npz_shape("(8192, 8192, 8192)"), r"must hold 1099511627904 bytes of 'ct', got 152"),
     "sizes.npz": (

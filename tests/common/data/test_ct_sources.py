@@ -1,7 +1,9 @@
 """Whatever the format, the same scan gives the same slices; what is no CT is left out with its reason."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -85,6 +87,73 @@ def test_a_csv_names_a_subset_and_a_list_leaves_out(
     skip.write_text("dataset/train/a/scan.nii.gz\n")
     sources, _ = ct_sources(folder, subset_csv=subset, skip_list=skip)
     assert [source.volume for source in sources] == ["trn1"]
+    skip.write_text("trn1.npz\n")
+    sources, _ = ct_sources(folder, subset_csv=subset, skip_list=skip)
+    assert [source.volume for source in sources] == ["scan"]
+    assert "None of the" not in caplog.text
+    skip.write_text("of_another_split\n")
+    assert len(ct_sources(folder, skip_list=skip)[0]) == 3
+    assert f"None of the 1 volumes in '{skip}' is in '{folder}'." in caplog.text
+
+
+def test_suffixes_may_be_written_large_and_what_macos_adds_is_no_volume(folder: Path) -> None:
+    (folder / "a" / "scan.nii.gz").rename(folder / "a" / "SCAN.NII.GZ")
+    (folder / "trn1.npz").rename(folder / "TRN1.NPZ")
+    (folder / "._SCAN.nii.gz").write_bytes(b"of the finder")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "x.nii.gz").write_bytes(b"of the finder")
+    sources, rejected = ct_sources(folder)
+    assert rejected == []
+    assert [source.volume for source in sources] == ["1_2_840_99_7", "SCAN", "TRN1"]
+    np.testing.assert_array_equal(sources[0].read().hu, sources[1].read().hu)
+
+
+def test_a_link_to_a_folder_and_a_closed_folder_are_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("dicom"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    sources, rejected = ct_sources(folder)
+    assert [source.volume for source in sources] == ["scan", "trn1"]
+    assert [(item.volume, item.reason) for item in rejected] == [("dicom", "unreadable")]
+    assert f"got Permission denied for '{folder / 'dicom'}'" in rejected[0].detail
+    assert f"'{folder / 'linked'}' is a link to a folder and is not searched." in caplog.text
+
+
+@pytest.mark.parametrize("spacing_mm", [700.0, 30.0])
+def test_spacings_no_ct_has_are_rejected_of_dicom_too(
+    tmp_path: Path, write_series: Callable[..., list[Path]], spacing_mm: float
+) -> None:
+    def edit(z: int, dataset: Any) -> None:
+        dataset.PixelSpacing = [spacing_mm, spacing_mm]
+
+    write_series(tmp_path / "wide", hu(), edit=edit)
+    ((source,), _) = ct_sources(tmp_path)
+    with pytest.raises(RejectedError, match=r"spacing: .*spacing must lie in 0\.1\.\.20\.0 mm"):
+        source.read()
+
+
+def test_a_volume_is_no_larger_than_a_ct_once_it_is_padded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.data.stored_ct.MAX_VOXELS", 4 * 17 * 19)
+    ((source,), _) = ct_sources(folder / "a" / "scan.nii.gz")
+    with pytest.raises(RejectedError, match=r"a CT must have at most 1,292 voxels, got shape \(4, 19, 19\)"):
+        source.read()
+
+
+def test_an_npz_of_one_slice_is_rejected(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "trn1.npz", ct=hu()[:1])
+    ((source,), _) = ct_sources(tmp_path)
+    with pytest.raises(RejectedError, match="volume must have at least 2 slices, got 1"):
+        source.read()
 
 
 def test_a_subset_without_a_volume_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:

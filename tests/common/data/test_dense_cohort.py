@@ -47,6 +47,19 @@ def test_rows_of_tokens_and_labels_belong_together(dirs: Any, monkeypatch: pytes
     assert len(cohort.patient_of_row("cls")) * 4 == len(patches) == cohort.num_rows["patch"]
 
 
+def test_other_volumes_labels_or_tokens_have_another_checksum(dirs: Any) -> None:
+    cohort = DenseCohort(*dirs, VOLUMES)
+    assert cohort.checksum() == DenseCohort(*dirs, VOLUMES).checksum()
+    others = [DenseCohort(*dirs, VOLUMES[::-1]).checksum()]
+    others.append(DenseCohort(*dirs, VOLUMES, slice_axes="xy").checksum())
+    cohort._findings["patch"][5] ^= 2
+    others.append(cohort.checksum())
+    cohort = DenseCohort(*dirs, VOLUMES)
+    cohort.store._place(VOLUMES[1]).record["crc32"]["tokens"] += 1
+    others.append(cohort.checksum())
+    assert len({DenseCohort(*dirs, VOLUMES).checksum(), *others}) == 5
+
+
 def test_transposed_slices_have_transposed_labels(dirs: Any) -> None:
     upright, turned = DenseCohort(*dirs, VOLUMES), DenseCohort(*dirs, VOLUMES, slice_axes="xy")
     for column in (0, 15):

@@ -42,6 +42,22 @@ def test_bags_hold_each_volumes_slices_and_labels(write_cohort: Any, dtype: torc
     assert bags.identity["dim"] == 7
 
 
+def test_other_volumes_labels_or_tokens_have_another_checksum(write_cohort: Any) -> None:
+    folder, labels_csv = write_cohort("train", 7)
+    checksum = EmbeddingBags(folder, labels_csv, CLASSES).checksum()
+    assert EmbeddingBags(folder, labels_csv, CLASSES).checksum() == checksum
+    changed = EmbeddingBags(folder, labels_csv, CLASSES)
+    changed.tokens[3, 2] += 1
+    others = [changed.checksum(), EmbeddingBags(folder, labels_csv, CLASSES[::-1]).checksum()]
+    others.append(EmbeddingBags(folder, labels_csv, CLASSES, volumes=changed.volumes[::-1]).checksum())
+    first, *_ = labels_csv.read_text().splitlines()[1:]
+    flipped = first[:-1] + str(1 - int(first[-1]))
+    labels_csv.write_text(labels_csv.read_text().replace(first, flipped))
+    others.append(EmbeddingBags(folder, labels_csv, CLASSES).checksum())
+    assert len({checksum, *others}) == 5
+    assert len(EmbeddingBags(folder, labels_csv, CLASSES, volumes=[]).checksum()) == 8
+
+
 def test_bags_share_one_packed_tensor(write_cohort: Any) -> None:
     bags = EmbeddingBags(*write_cohort("train", 5), CLASSES)
     assert bags.tokens.shape == (int(bags.offsets[-1]), 7)

@@ -95,7 +95,7 @@ def test_names_are_ordered_by_their_numbers_and_never_tie() -> None:
     assert sorted(names, key=natural_order) == sorted(names[::-1], key=natural_order) == ordered
 
 
-@pytest.mark.parametrize("name", ["trn", "trn00123_a", "xtst00001", "train_1", "_1_a_1"])
+@pytest.mark.parametrize("name", ["trn", "trn00123_a", "xtst00001", "train_1", "_1_a_1", "1_2_840_55_7"])
 def test_name_without_a_patient_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"volume must be named <split>_<patient>_.*, got '{name}'"):
         patient_of(name)

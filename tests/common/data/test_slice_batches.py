@@ -105,7 +105,12 @@ def test_strategies_share_one_read_and_one_box(monkeypatch: pytest.MonkeyPatch) 
     work, reads = noted(work_of(strategies, "ab"))
     boxes = []
     monkeypatch.setattr(slice_batches, "body_box", lambda hu: (boxes.append(1), body_box(hu))[1])
-    images = images_of(batches_of(work, slices_per_batch=10))
+    batches = list(batches_of(work, slices_per_batch=10))
+    tasks = {piece.task.strategy.name: piece.task for batch in batches for piece in batch["pieces"]}
+    assert {name: "box" in task.metadata for name, task in tasks.items()} == {
+        name: name != "raw_32" for name in ("raw_32", "cropped_32", "cropped_full", "tiled_5cut")
+    }
+    images = images_of(batches)
     assert reads == ["a", "b"]
     assert len(boxes) == 2
     assert {key: tuple(tensor.shape) for key, tensor in images.items() if key[0] == "b"} == {

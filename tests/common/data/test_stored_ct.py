@@ -177,9 +177,7 @@ def test_spacings_no_ct_has_are_rejected_whatever_the_format(spacing_mm: tuple, 
 def test_no_ct_is_longer_than_a_body() -> None:
     canonical_shape(StoredGrid((512, 512, 500), np.diag([-0.7, -0.7, 5, 1]), "LPS"))
     for shape, spacing_mm in (((512, 512, 501), (-0.7, -0.7, 5)), ((512, 512, 300), (-7, -7, 1))):
-        with pytest.raises(
-            RejectedError, match=r"spacing: a CT must be at most 2500 mm long, got (2505|3584) mm: shape \(512, "
-        ):
+        with pytest.raises(RejectedError, match=r"must be at most 2500 mm long, got (2505|3584) mm: shape"):
             canonical_shape(StoredGrid(shape, np.diag([*spacing_mm, 1.0]), "LPS"))
 
 

@@ -64,7 +64,6 @@ def build(
         val_interval=val_interval,
         min_positives=5,
         num_resamples=20,
-        seed=42,
         train_handlers=checkpoint,
     )
 

@@ -204,6 +204,17 @@ def test_the_python_call_of_the_documentation_runs_as_written(
     assert EmbeddingStore("results/ct/embeddings").volumes == ["ct"]
 
 
+def test_another_file_of_the_same_name_is_refused(cts: Path, tmp_path: Path) -> None:
+    first = run(cts, tmp_path)
+    (cts / "p2.nii.gz").replace(cts / "p1.nii.gz")
+    with pytest.raises(ValueError, match=r"must be the file that was embedded .*, got another 'p1' \(1 in"):
+        run(cts, tmp_path)
+    again = predict(BUNDLE, tmp_path / "probe", cts, tmp_path / "other", encoder_knobs=TINY)
+    np.testing.assert_allclose(
+        [row["probability"] for row in again["p1"]], [row["probability"] for row in first["p2"]], rtol=1e-5
+    )
+
+
 def test_one_file_is_scored_alone(cts: Path, tmp_path: Path) -> None:
     everything = run(cts, tmp_path)
     assert run(cts / "p2.nii.gz", tmp_path) == {"p2": everything["p2"]}

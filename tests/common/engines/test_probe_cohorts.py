@@ -38,8 +38,16 @@ def test_embeddings_of_another_encoder_weights_preprocessing_or_width_are_refuse
 
 
 def test_volume_on_two_sides_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
-    with pytest.raises(ValueError, match="must not share a volume, got 'train_1_a_1' in train and test"):
+    with pytest.raises(ValueError, match="not share patients, got 'train_1_a_1' of test: 'train_1' is in"):
         check_cohorts(cohorts | {"test": cohorts["train"]})
+
+
+def test_patient_on_two_sides_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
+    patient = cohorts["train"].volumes[0].rsplit("_", 2)[0]
+    cohorts["test"].volumes[2] = f"{patient}_z_9"
+    with pytest.raises(ValueError, match=f"got '{patient}_z_9' of test: '{patient}' is in train, too"):
+        check_cohorts(cohorts)
+    check_cohorts(cohorts, "volumes")
 
 
 def test_volume_without_a_slice_is_named(cohorts: dict[str, EmbeddingBags]) -> None:

@@ -20,6 +20,7 @@ from common.handlers.checkpoint import Checkpoint
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import POOLERS, build_pooler
+from common.networks.sequence_heads import SequenceGrid
 from common.optimizers.warmup_cosine import warmup_cosine
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
@@ -86,6 +87,14 @@ def build(
         if checkpoints
         else [],
     )
+
+
+def test_another_head_has_one_seed(
+    cohorts: dict[str, EmbeddingBags], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.ProbeGrid", lambda *a: SequenceGrid(["gated_abmil"], [0.1], 6, *a[3:]))
+    with pytest.raises(ValueError, match="num_seeds must be 1 for a SequenceGrid, got 2. Run it again"):
+        build(cohorts, further_seeds=[43])
 
 
 def train_alone(

@@ -19,7 +19,7 @@ def case(write_paths: Callable[..., Path], tmp_path: Path) -> tuple[EmbeddingSto
     store = EmbeddingStore(write_paths("tangle"))
     torch.manual_seed(0)
     probe = MILProbe(build_pooler("average", 6), 6, 2)
-    card = {"pooler": "average", "dim": 6, "class_names": NAMES, "encoder": "tangle"}
+    card = {"pooler": "average", "class_names": NAMES} | store.identity
     save_probe(tmp_path / "probe", probe, card)
     rows = [f"{volume},{index % 2},{index % 3 % 2}" for index, volume in enumerate(store.volumes)]
     (tmp_path / "labels.csv").write_text("\n".join([f"VolumeName,{','.join(NAMES)}", *rows]) + "\n")
@@ -47,6 +47,8 @@ def test_other_encoders_and_strides_are_refused(case: tuple[EmbeddingStore, Path
     store, probe_dir, labels_csv = case
     with pytest.raises(ValueError, match=r"strides must be positive, got \[0\]"):
         stride_scores(store, probe_dir, labels_csv, [0], 10, seed=0)
-    store.identity["encoder"] = "line"
-    with pytest.raises(ValueError, match="probe must be of encoder 'line', got 'tangle' in"):
-        stride_scores(store, probe_dir, labels_csv, [1], 10, seed=0)
+    for name in ("encoder", "encoder_id", "preprocessing"):
+        own, store.identity[name] = store.identity[name], "other"
+        with pytest.raises(ValueError, match=f"probe must be of {name} 'other' as .*, got '{own}' in"):
+            stride_scores(store, probe_dir, labels_csv, [1], 10, seed=0)
+        store.identity[name] = own

@@ -9,12 +9,17 @@ from common.handlers import dense_differences
 from common.handlers.dense_differences import MEASURES
 from common.metrics.bootstrap import two_sided_p
 
+CLASSES = "patch totalsegmentator classes"
 
-def write(folder: Path, encoder: str, volumes: list[str], seed: int) -> dict[str, np.ndarray]:
+
+def write(
+    folder: Path, encoder: str, volumes: list[str], seed: int, size: int = 201, classes: str = "heart"
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    values = {measure: rng.random(201) for measure in MEASURES}
+    values = {measure: rng.random(size) for measure in MEASURES}
     folder.mkdir()
-    np.savez(folder / "resamples.npz", encoder=encoder, volumes=volumes, **values)
+    further = {"encoder": encoder, "volumes": volumes, CLASSES: [classes, "liver"]}
+    np.savez(folder / "resamples.npz", **further, **values)
     return values
 
 
@@ -50,5 +55,11 @@ def test_other_volumes_and_missing_evaluations_are_refused(tmp_path):
     write(tmp_path / "b", "b", ["v2"], 0)
     with pytest.raises(ValueError, match=r"must be tested on the volumes of .*a'"):
         dense_differences.dense_differences(tmp_path / "a", [tmp_path / "b"])
+    write(tmp_path / "c", "c", ["v1"], 0, classes="lung")
+    with pytest.raises(ValueError, match="must have the patch totalsegmentator classes of '.*a', got others"):
+        dense_differences.dense_differences(tmp_path / "a", [tmp_path / "c"])
+    write(tmp_path / "d", "d", ["v1"], 0, size=101)
+    with pytest.raises(ValueError, match="must have as many resamples as '.*a', got others"):
+        dense_differences.dense_differences(tmp_path / "a", [tmp_path / "d"])
     with pytest.raises(FileNotFoundError, match=r"resamples\.npz, got none in"):
         dense_differences.dense_differences(tmp_path / "a", [tmp_path / "none"])

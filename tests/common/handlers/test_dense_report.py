@@ -43,7 +43,6 @@ def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
         val_interval=3,
         min_positives=5,
         num_resamples=30,
-        seed=0,
         train_handlers=[DenseReport(tmp_path / "out", tmp_path / "results.csv", 7, {"seed": 7})],
     )
 

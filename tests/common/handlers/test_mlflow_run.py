@@ -88,6 +88,32 @@ def test_a_crash_ends_the_run_failed_and_the_next_is_a_run_of_its_own(store, tmp
     assert runs(store)["crashed"].info.run_id != runs(store)["next"].info.run_id
 
 
+def test_a_crash_of_another_rank_ends_the_run_failed(store, tmp_path, monkeypatch):
+    engine = Engine(lambda engine, batch: [{"loss": 1.0}])
+    waiting = MLflowRun(store, "pretraining", "waiting", tmp_path, CONFIG, log_every=2)
+    waiting.attach(engine)
+    waiting._start(engine)  # and then rank 0 waits in a collective
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    with pytest.raises(RuntimeError, match="the loss went away"):
+        run(store, tmp_path, "waiting", fail_at=1)
+    assert runs(store)["waiting"].info.status == "RUNNING"  # the one known may be of before
+    with pytest.raises(RuntimeError, match="the loss went away"):
+        run(store, tmp_path, "waiting", fail_at=3)
+    assert runs(store)["waiting"].info.status == "FAILED"
+    assert "the loss went away" in runs(store)["waiting"].data.tags["error"]
+    assert "loss" not in runs(store)["waiting"].data.metrics
+
+
+def test_a_resumed_run_whose_record_is_gone_gets_another(store, tmp_path, caplog):
+    first = run(store, tmp_path, "lost")
+    memory = tmp_path / "mlflow_run.json"
+    memory.write_text(memory.read_text().replace(first, "0" * 32))
+    second = run(store, tmp_path, "lost", steps=6, start=2)
+    assert second not in (first, "0" * 32)
+    assert "lacks the old" in caplog.text
+    assert runs(store)["lost"].info.status == "FINISHED"
+
+
 def test_a_resumed_run_goes_on_in_its_own_record(store, tmp_path):
     with pytest.raises(RuntimeError, match="the loss went away"):
         run(store, tmp_path, "resumed", fail_at=3)

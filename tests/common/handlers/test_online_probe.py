@@ -56,7 +56,8 @@ def test_volumes_without_labels_teach_nothing():
         ),
     )
     probe.attach(engine)
-    engine.run([None] * 3, max_epochs=1, epoch_length=3)
+    engine.run([None] * 20, max_epochs=1, epoch_length=20)
+    assert "online_probe_auroc" not in engine.state.metrics
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in probe.probe.state_dict().values())
 
 

@@ -128,6 +128,16 @@ def test_weights_of_slices_are_the_chosen_probes_attention(engine: Engine, tmp_p
     assert [int(row["slice"]) for row in rows] == list(range(len(bag)))
 
 
+@pytest.mark.parametrize("other", [{"token_kind": "grid"}, {"preprocessing": "tiled_5cut_items"}])
+def test_tokens_that_are_no_slices_are_not_called_so(engine: Engine, tmp_path: Path, other: dict) -> None:
+    engine.test_bags.identity = engine.test_bags.identity | other
+    volume = engine.test_bags.volumes[5]
+    ProbeReport(tmp_path, seed=42, attention_volumes=[volume], ct_dir=tmp_path).attach(engine)
+    engine.run([0], max_epochs=1)
+    with (tmp_path / "attention.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == ["volume", "token", "weight"]
+
+
 def test_volume_to_show_that_is_not_tested_is_refused(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="attention_volumes must be of the test set, got 'train_1_a_1'"):
         ProbeReport(tmp_path, seed=42, attention_volumes=["train_1_a_1"]).attach(engine)

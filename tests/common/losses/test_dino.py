@@ -79,8 +79,17 @@ def test_the_centre_is_that_of_what_is_no_padding_and_stays_without_any() -> Non
     targets(batch, TEMP, valid)
     torch.testing.assert_close(targets.centre, 0.1 * batch[valid].mean(0))
     before = targets.centre.clone()
-    targets(batch, TEMP, torch.zeros(4, dtype=torch.bool))
+    assert not targets(batch, TEMP, torch.zeros(4, dtype=torch.bool)).any()
     assert torch.equal(targets.centre, before)
+
+
+@pytest.mark.parametrize("balance", ["sinkhorn_knopp", "centring"])
+def test_ibot_is_0_where_no_patch_of_the_batch_is_masked(balance: str) -> None:
+    student = logits(4, K).requires_grad_()
+    loss = IBOTLoss(K, balance).double()(student, logits(4, K, seed=1), torch.zeros(4).double(), 2, TEMP)
+    assert loss["loss"] == 0
+    loss["loss"].backward()
+    assert not student.grad.any()
 
 
 @pytest.mark.parametrize("balance", ["sinkhorn_knopp", "centring"])

@@ -65,8 +65,9 @@ def test_metrics_never_pass_1(distance):
     assert max(latent_continuity(rng.normal(size=(9, 4)), distance) for _ in range(200)) <= 1 + 1e-12
 
 
-def test_slices_that_are_all_alike_have_no_score():
-    assert math.isnan(latent_continuity(np.ones((4, 3)), "chord"))
+@pytest.mark.parametrize("distance", ["cosine", "chord", "geodesic"])
+def test_slices_that_are_all_alike_have_no_score(distance):
+    assert math.isnan(latent_continuity(np.full((4, 3), 0.1), distance))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ def test_a_tangle_has_no_order() -> None:
     assert agreement(order_by_nearest_neighbours(tangle())) < 0.15
 
 
+@pytest.mark.parametrize("order", [order_by_principal_axis, order_by_nearest_neighbours])
+def test_slices_that_are_all_alike_are_in_no_order(order) -> None:
+    assert agreement(order(np.ones((40, 3)))) < 0.3
+
+
 def test_the_path_visits_the_nearest_slice_left() -> None:
     tokens = np.random.default_rng(4).standard_normal((17, 5))
     order = order_by_nearest_neighbours(tokens).tolist()

@@ -37,6 +37,8 @@ def test_command_draws_encoders_side_by_side(write_paths: Callable[..., Path], t
     assert list(paths) == ["line", "tangle"]
     tokens, z_mm = paths["line"]["valid_2_a_1"]
     assert len(tokens) == len(z_mm) > 16
+    twice = chosen_paths([EmbeddingStore(folder) for folder in (folders[0], *folders)], ["valid_2_a_1"])
+    assert list(twice) == [str(folders[0]), "tangle"]  # named alike: here they are even the same folder
     app = typer.Typer()
     app.command()(main)
     for rows, volumes in ((1, ["--volume", "valid_2_a_1"]), (3, [])):

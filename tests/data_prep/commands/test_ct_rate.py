@@ -20,8 +20,10 @@ def test_ct_rate_is_written_with_all_its_masks(
     save_nifti: Callable[..., Path],
     invoke: Invoke,
 ) -> None:
-    for volume in ("train_1_a_1", "train_2_a_1", "train_3_a_1"):
+    for volume in ("train_1_a_1", "train_2_a_1", "train_3_a_1", "train_4_a_1"):
         tiny.add(volume)
+    tiny.rows.pop()  # without metadata, but not among the first two
+    tiny.write_tables("train")
     save_nifti(tiny.ts_path("train_1_a_1", "train"), np.ones(SHAPE_XYZ, np.uint8), tiny.affine())
     masks = np.ones((1, *SHAPE_XYZ), np.uint8)
     listing, folder = write_rex({"train_2_a_1": masks}, {"train_2_a_1": ["2d"]}, tiny.affine())
@@ -30,6 +32,7 @@ def test_ct_rate_is_written_with_all_its_masks(
         *("--rexgroundingct", listing, "--rexgroundingct-masks", folder, "--slices-per-shard", 5),
     )
     assert answer.exit_code == 0, answer.output
+    assert len((tmp_path / "out" / "rejected.csv").read_text().splitlines()) == 1
     entries = {entry.volume: entry for entry in ShardSet(tmp_path / "out", "train").volumes}
     assert list(entries) == ["train_1_a_1", "train_2_a_1"]
     assert entries["train_1_a_1"].has_ts

@@ -51,6 +51,8 @@ def test_annotated_scans_are_labelled(tiny: Any, write_rex: Any, tmp_path: Path,
     labels = read_dense_labels(tmp_path / "out" / "valid_1_a_1.safetensors")
     assert (labels.findings == 1 << 10).all()
     assert labels.findings.shape == (5, 9)
+    again = invoke(*where, "--out", tmp_path / "out", "--grid", 4)
+    assert "got 4 and 9 patches a slice for volume 'valid_1_a_1'. Choose" in str(again.exception)
 
 
 def test_a_split_without_annotated_scans_is_refused(
