@@ -106,9 +106,12 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         table.writerows(rows)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dask() -> Iterator[Client]:
-    """Client of two workers that are threads of this process, so that what a test patches holds."""
+    """Client of two workers that are threads of this process, so that what a test patches holds.
+
+    Each module has its own: one that had lain idle among other tests was once seen without its workers.
+    """
     cluster = LocalCluster(n_workers=2, processes=False, threads_per_worker=1, dashboard_address=LOOPBACK)
     with cluster, Client(cluster) as client:
         yield client
