@@ -26,8 +26,8 @@ from rich.table import Table
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.data.ct_sources import squared
-from common.data.nifti_ct import read_ct
+from common.ct.nifti import read_ct
+from common.embeddings.sources import squared
 from common.transforms.body_crop import body_box
 from common.transforms.slice_strategies import SliceStrategy
 

@@ -32,10 +32,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.data import dense_cohort
-from common.data.dense_cohort import TASKS, DenseCohort, DrawnRows, RemainingSteps
-from common.data.dense_labels import DenseLabels, findings_present, write_dense_labels
-from common.data.embedding_store_writer import EmbeddingStoreWriter
+from common.embeddings import dense_cohort
+from common.embeddings.dense_cohort import TASKS, DenseCohort, DrawnRows, RemainingSteps
+from common.embeddings.dense_labels import DenseLabels, findings_present, write_dense_labels
+from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import BACKGROUND, DenseProbeTrainer
 from common.engines.dense_scores import report_on_test, validation_auprc

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.data.bag_batches import BagReader, ShuffledBatches, collate_bags, pad_bags
+from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags, pad_bags
 from common.metrics.bootstrap import bootstrap, resample_weights
 from common.metrics.multilabel import auroc_and_average_precision
 from common.networks import mil_probe

@@ -26,9 +26,9 @@ from rich.table import Table
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.data.nifti_ct import read_ct
-from common.data.shards import ShardSet, VolumeSlices, write_shard
-from common.data.slab_dataset import VIEWS, SlabViews
+from common.ct.nifti import read_ct
+from common.shards.shards import ShardSet, VolumeSlices, write_shard
+from common.shards.slab_dataset import VIEWS, SlabViews
 from common.transforms.batch_views import count_labels, render_views
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan

@@ -1,6 +1,10 @@
 """Code that the bundles share, laid out like MONAI's own sub-packages.
 
-- ``data``: the shard schema, slabs, training samples, embeddings
+- ``ct``: a CT file becomes HU slices the right way up, or is refused
+- ``shards``: WebDataset shards of slices, and the slabs drawn from them
+- ``embeddings``: embeddings of volumes: making, storing and reading them
+- ``cohort``: who is in a study, with which labels: tables, splits, subsets
+- ``run``: what every run shares: its options, its errors, its processes
 - ``engines``: pretraining and the grid of probes, as MONAI/Ignite engines
 - ``handlers``: checkpoints, MLflow, progress, results
 - ``inferers``: a 2D encoder over the slices of a volume
@@ -9,8 +13,8 @@
 - ``metrics``: multi-label scores, effective rank
 - ``networks``: encoder, heads, poolers, probes
 - ``optimizers``: AdamW and its schedule
-- ``reports``: pages for people
-- ``transforms``: orientation, HU window, body crop, views, soft labels
+- ``reports``: pictures and pages for people
+- ``transforms``: HU window, body crop, views, soft labels
 """
 
 __version__ = "0.1.0"

@@ -15,8 +15,8 @@ import requests
 import typer
 from tqdm import tqdm
 
-from common.data.safe_unzip import unzip
-from common.short_errors import short_errors
+from common.ct.unzip import unzip
+from common.run.short_errors import short_errors
 
 CHUNK_BYTES = 2**20
 TIMEOUT_S = 60

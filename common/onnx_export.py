@@ -7,9 +7,9 @@ import torch
 import typer
 from torch import nn
 
-from common.data.atomic_file import atomic_file
 from common.networks.encoder import load_encoder
-from common.short_errors import short_errors
+from common.run.atomic_file import atomic_file
+from common.run.short_errors import short_errors
 from common.weights import SliceAxes, bundle_encoder, image_side_px
 
 

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common.data.atomic_file import atomic_file
 from common.handlers.results_table import COLUMNS, read_rows
 from common.networks.encoder import load_encoder, save_encoder
 from common.networks.timm_keys import to_timm_keys
-from common.short_errors import short_errors
+from common.run.atomic_file import atomic_file
+from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 
 app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")

@@ -4,9 +4,10 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.data.atomic_file import atomic_file
-from common.data.shard_index import RejectedVolume, ShardIndex, index_path, load_index
-from common.data.shards import SHARD_NAME
+from common.ct.rejection import RejectedVolume
+from common.run.atomic_file import atomic_file
+from common.shards.index import ShardIndex, index_path, load_index
+from common.shards.shards import SHARD_NAME
 
 MANIFEST = "manifest.csv"
 MANIFEST_COLUMNS = (

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.data.csv_table import table_rows
-from common.data.labels_csv import read_labels, volume_name
-from common.data.nifti_ct import Rescale
-from common.data.nifti_file import find_nifti, only_file
-from common.data.rejection import EXCLUDED, RejectedError
-from common.data.shard_index import RejectedVolume
-from common.data.skip_list import listed_volumes
+from common.cohort.csv_table import table_rows
+from common.cohort.labels_csv import read_labels, volume_name
+from common.cohort.skip_list import listed_volumes
+from common.ct.nifti import Rescale
+from common.ct.nifti_file import find_nifti, only_file
+from common.ct.rejection import EXCLUDED, RejectedError, RejectedVolume
 from common.labels import load_labels
 from data_prep.rexgroundingct import Annotation
 from data_prep.source_volume import NIFTI_FORMS, SourceVolume

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.data.rejection import RejectedError
-from common.data.shard_index import RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.cluster import run_tasks
 from data_prep.rexgroundingct import read_full_findings
 from data_prep.source_volume import SourceVolume, read_ct
@@ -18,7 +17,7 @@ from data_prep.totalsegmentator import read_full_label_map
 if TYPE_CHECKING:
     from distributed import Client
 
-    from common.data.dense_labels import DenseLabels
+    from common.embeddings.dense_labels import DenseLabels
 
 
 class Task(NamedTuple):
@@ -47,7 +46,7 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
     """
     import torch  # takes seconds to import; --help must not wait for it
 
-    from common.data.dense_labels import NUM_CLASSES, DenseLabels
+    from common.embeddings.dense_labels import NUM_CLASSES, DenseLabels
     from common.transforms.body_crop import body_box
     from common.transforms.dense_labels import pad_mask_to_square, patch_bits, patch_shares
 
@@ -68,14 +67,14 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
 
 def write_labels_of(task: Task) -> None:
     """Write the labels of one volume; see ``dense_labels_of``."""
-    from common.data.dense_labels import write_dense_labels
+    from common.embeddings.dense_labels import write_dense_labels
 
     write_dense_labels(task.out, dense_labels_of(task.source, task.grid))
 
 
 def _is_labelled(out: Path, volume: str, grid: int) -> bool:
     """Tell whether a volume has labels of a grid; those of another are refused: an encoder may need them."""
-    from common.data.dense_labels import read_dense_labels
+    from common.embeddings.dense_labels import read_dense_labels
 
     path = out / f"{volume}.safetensors"
     if not path.is_file():

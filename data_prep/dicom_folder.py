@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.data.dicom_files import AXIAL_CT, DAMAGED, NO_IMAGE, FoundFile, look_at, series_volume
-from common.data.nifti_file import find_nifti, only_file
-from common.data.rejection import NOT_AXIAL_CT, RejectedError
-from common.data.shard_index import RejectedVolume
+from common.ct.dicom_files import AXIAL_CT, DAMAGED, NO_IMAGE, FoundFile, look_at, series_volume
+from common.ct.nifti_file import find_nifti, only_file
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError, RejectedVolume
 from data_prep.cluster import run_tasks
 from data_prep.source_volume import SourceVolume
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.data.shard_index import load_index
-from common.data.shards import ShardSet
-from common.data.slice_codec import STORED_HU_RANGE
+from common.ct.geometry import STORED_HU_RANGE
+from common.shards.index import load_index
+from common.shards.shards import ShardSet
 from data_prep.cluster import run_tasks
 from data_prep.shard_slices import read_slices
 

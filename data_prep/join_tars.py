@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.atomic_file import atomic_file
-from common.data.shard_index import ABSENT, UNLABELLED, ShardIndex, save_index
+from common.run.atomic_file import atomic_file
+from common.shards.index import ABSENT, UNLABELLED, ShardIndex, save_index
 
 
 def join_tars(tar: Path, parts: Sequence[Path], indices: Sequence[ShardIndex], plan: str) -> ShardIndex:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data.nifti_ct import SPACING_TOLERANCE
-from common.data.rejection import RejectedError
-from common.data.shard_volume import MASK_SIZE_PX
-from common.data.stored_ct import StoredGrid, canonical_indices, canonical_shape, perpendicular_axes
+from common.ct.geometry import StoredGrid, canonical_indices, canonical_shape, perpendicular_axes
+from common.ct.nifti import SPACING_TOLERANCE
+from common.ct.rejection import RejectedError
+from common.shards.volume import MASK_SIZE_PX
 
 HALF_VOXEL = 0.5
 

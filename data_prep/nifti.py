@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from common.data.nifti_file import find_nifti, only_file
-from common.data.rejection import RejectedError
-from common.data.shard_index import RejectedVolume
+from common.ct.nifti_file import find_nifti, only_file
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.source_volume import SourceVolume
 
 

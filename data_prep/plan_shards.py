@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.data.rejection import RejectedError
-from common.data.shard_index import SCHEMA_VERSION, RejectedVolume
-from common.data.shards import PARTS
+from common.ct.rejection import RejectedError, RejectedVolume
+from common.shards.index import SCHEMA_VERSION
+from common.shards.shards import PARTS
 from data_prep.cluster import run_tasks
 from data_prep.source_volume import SourceVolume, planned_slices
 

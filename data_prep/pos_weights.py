@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.data.atomic_file import atomic_file
-from common.data.shard_index import ShardIndex, load_index
-from common.data.shard_volume import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from common.labels import Label, load_labels
+from common.run.atomic_file import atomic_file
+from common.shards.index import ShardIndex, load_index
+from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from data_prep.cluster import run_tasks
 from data_prep.shard_slices import read_slices
 

@@ -5,11 +5,10 @@ import logging
 import math
 from pathlib import Path
 
-from common.data.csv_table import table_rows
-from common.data.nifti_ct import Rescale
-from common.data.nifti_file import find_nifti, only_file
-from common.data.rejection import RejectedError
-from common.data.shard_index import RejectedVolume
+from common.cohort.csv_table import table_rows
+from common.ct.nifti import Rescale
+from common.ct.nifti_file import find_nifti, only_file
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.rad_chestct import read_labels
 from data_prep.source_volume import SourceVolume
 
@@ -31,7 +30,7 @@ def find_rad_chestct(
         root: the downloaded dataset: npz files and tables, in any sub-folders.
         split: ``train``, ``valid`` or ``test``: files that begin with ``trn``, ``val`` or ``tst``.
         totalsegmentator: folder of label maps in NIfTI, named like the volumes, their affine that of
-            ``common.data.npz_ct.npz_affine``.
+            ``common.ct.npz.npz_affine``.
 
     Returns:
         The volumes, and those that names and tables alone are enough to reject.

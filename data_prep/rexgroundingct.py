@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data.nifti_ct import SPACING_TOLERANCE
-from common.data.nifti_file import NiftiFile, NiftiHeader, open_nifti, volume_of
-from common.data.rejection import RejectedError
-from common.data.shard_volume import MASK_SIZE_PX, REX_CODES
-from common.data.stored_ct import StoredGrid
+from common.ct.geometry import StoredGrid
+from common.ct.nifti import SPACING_TOLERANCE
+from common.ct.nifti_file import NiftiFile, NiftiHeader, open_nifti, volume_of
+from common.ct.rejection import RejectedError
+from common.shards.volume import MASK_SIZE_PX, REX_CODES
 from data_prep.mask_alignment import Alignment, align
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.shard_index import FIELDS, ShardIndex
-from common.data.slice_codec import decode_ct, decode_mask
+from common.shards.codec import decode_ct, decode_mask
+from common.shards.index import FIELDS, ShardIndex
 
 
 def read_slices(shard: Path, index: ShardIndex, field: str, samples: Iterable[int]) -> Iterator[np.ndarray]:

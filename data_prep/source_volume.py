@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from common.data import nifti_ct, npz_ct
-from common.data.nifti_ct import AIR_HU, Rescale
-from common.data.rejection import RejectedError
-from common.data.shard_volume import VOLUME_NAME, VolumeSlices
-from common.data.stored_ct import StoredCT, StoredGrid, canonical_shape
+from common.ct import nifti as nifti_ct
+from common.ct import npz as npz_ct
+from common.ct.geometry import StoredCT, StoredGrid, canonical_shape
+from common.ct.nifti import AIR_HU, Rescale
+from common.ct.rejection import RejectedError
+from common.shards.volume import VOLUME_NAME, VolumeSlices
 from data_prep.rexgroundingct import Annotation, read_findings
 from data_prep.totalsegmentator import read_label_map
 
@@ -106,7 +107,7 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
 def read_grid(source: SourceVolume) -> StoredGrid:
     """Read the voxel grid of a volume's CT, whatever its format, from headers alone."""
     if isinstance(source.ct, tuple):
-        from common.data import dicom_ct
+        from common.ct import dicom as dicom_ct
 
         return dicom_ct.read_grid(source.ct)
     if source.form == "rad_chestct":
@@ -117,7 +118,7 @@ def read_grid(source: SourceVolume) -> StoredGrid:
 def read_ct(source: SourceVolume) -> StoredCT:
     """Read a volume's CT, whatever its format."""
     if isinstance(source.ct, tuple):
-        from common.data import dicom_ct
+        from common.ct import dicom as dicom_ct
 
         return dicom_ct.read_ct(source.ct)
     if source.form == "rad_chestct":

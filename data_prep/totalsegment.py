@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from common.data.atomic_file import atomic_file
-from common.data.nifti_ct import AIR_HU
-from common.data.nifti_file import find_nifti, read_header
-from common.data.rejection import RejectedError
-from common.data.shard_index import RejectedVolume
-from common.data.shard_volume import NUM_TS_CLASSES
-from common.data.stored_ct import StoredCT, StoredGrid
-from common.transforms.orientation import axial_slices
+from common.ct.geometry import StoredCT, StoredGrid
+from common.ct.nifti import AIR_HU
+from common.ct.nifti_file import find_nifti, read_header
+from common.ct.orientation import axial_slices
+from common.ct.rejection import RejectedError, RejectedVolume
+from common.run.atomic_file import atomic_file
+from common.shards.volume import NUM_TS_CLASSES
 from data_prep.nifti import find_volumes
 from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct
 from data_prep.source_volume import SourceVolume, planned_slices, read_ct, read_grid

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.nifti_file import NiftiFile, open_nifti
-from common.data.rejection import RejectedError
-from common.data.shard_volume import MASK_SIZE_PX, NUM_TS_CLASSES
-from common.data.stored_ct import StoredGrid
+from common.ct.geometry import StoredGrid
+from common.ct.nifti_file import NiftiFile, open_nifti
+from common.ct.rejection import RejectedError
+from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES
 from data_prep.mask_alignment import Alignment, align, cell_voxels
 
 

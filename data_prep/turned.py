@@ -9,9 +9,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common.data import nifti_ct, npz_ct
-from common.data.atomic_file import atomic_file
-from common.data.stored_ct import StoredCT
+from common.ct import nifti as nifti_ct
+from common.ct import npz as npz_ct
+from common.ct.geometry import StoredCT
+from common.run.atomic_file import atomic_file
 
 TURNS = ("right", "transposed", "flipped", "sagittal")
 SUFFIXES = (".npz", ".nii.gz", ".nii")

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.data.rejection import is_failure
-from common.data.shard_index import RejectedVolume, ShardIndex, load_index
-from common.data.shards import SHARD_NAME, parse_shard_name
+from common.ct.rejection import RejectedVolume, is_failure
+from common.shards.index import ShardIndex, load_index
+from common.shards.shards import SHARD_NAME, parse_shard_name
 from data_prep.cohort_tables import write_manifest, write_rejected
 from data_prep.plan_shards import PlannedShard, Progress, plan_shards
 from data_prep.shard_parts import PartReport, clean_parts, finished, output_errors

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from common.handlers.results_table import COLUMNS, read_rows
-from common.short_errors import short_errors
+from common.run.short_errors import short_errors
 
 PAPER = Path(__file__).with_name("paper_results.csv")
 TITLES = {

@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from common.data.atomic_file import atomic_file
 from common.handlers.results_table import FIELDS, read_rows
+from common.run.atomic_file import atomic_file
 from docs.render_results import PAPER, cell
 from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS
 

@@ -7,7 +7,7 @@ from itertools import count, islice
 import numpy as np
 from webdataset.filters import shuffle
 
-from common.data.slab_dataset import SlabViews, StepBatches
+from common.shards.slab_dataset import SlabViews, StepBatches
 
 
 class StreamBatches(StepBatches):

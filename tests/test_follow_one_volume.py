@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from common.data.embedding_store import EmbeddingStore
+from common.embeddings.store import EmbeddingStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENCODER, PROBE = (REPOSITORY / "bundles" / name for name in ("dale_ct_2s", "eval_ct_rate"))

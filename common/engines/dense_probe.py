@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from common.data.dense_cohort import DenseCohort, DrawnRows, RemainingSteps
+from common.embeddings.dense_cohort import DenseCohort, DrawnRows, RemainingSteps
 from common.engines.best_layers import BestLayers
 from common.engines.dense_scores import report_on_test, validation_auprc
 from common.labels import load_labels

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.data.dense_cohort import DenseCohort
+from common.embeddings.dense_cohort import DenseCohort
 from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.multilabel import auroc_and_average_precision, average_precision
 from common.metrics.patient_ranking import rank_by_patient, resampled_areas

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from common.handlers.results_table import print_whole, read_rows, results_table
-from common.short_errors import short_errors
+from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import STRATEGIES
 
 TABLE_VI = tuple(name for name in STRATEGIES if not name.endswith("_items"))

@@ -16,11 +16,11 @@ import typer
 from monai.bundle import ConfigWorkflow
 from rich.console import Console
 
-from common.data.ct_sources import ct_sources
-from common.data.embedding_store import EmbeddingStore
+from common.embeddings.sources import ct_sources
+from common.embeddings.store import EmbeddingStore
 from common.engines.each_preprocessing import TABLE_VI
 from common.handlers.results_table import add_rows, code_version, config_hash
-from common.short_errors import short_errors
+from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import SliceStrategy
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 
-from common.data.embedding_store import EmbeddingStore
-from common.data.patient_split import natural_order, split_three_ways
+from common.cohort.patient_split import natural_order, split_three_ways
+from common.embeddings.store import EmbeddingStore
 from common.engines.stride_robustness import stride_scores
 from common.engines.world_model import label_free, organ_spans, slices_of, z_position
 from common.metrics.gap_curve import matched_slices

@@ -15,9 +15,9 @@ import torch
 import typer
 from rich.console import Console
 
-from common.data.embeddings import EmbeddingBags, labelled_volumes
-from common.data.labels_csv import read_labels
-from common.data.patient_split import split_by_patient
+from common.cohort.labels_csv import read_labels
+from common.cohort.patient_split import split_by_patient
+from common.embeddings.bags import EmbeddingBags, labelled_volumes
 from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_evaluation import Measured, Prediction, measure
 from common.handlers.mlflow_rows import log_rows
@@ -32,7 +32,7 @@ from common.labels import load_labels
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, interval, resample_weights
 from common.metrics.multilabel import f1_thresholds, macro
 from common.metrics.neighbours import WEIGHTS, Neighbours, cosine_neighbours, knn_scores, retrieval_report
-from common.short_errors import short_errors
+from common.run.short_errors import short_errors
 
 logger = logging.getLogger(__name__)
 

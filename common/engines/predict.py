@@ -13,19 +13,19 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.data.atomic_file import atomic_file
-from common.data.chest_ct import ChestCTs, chest_cts
-from common.data.ct_sources import CTSource
-from common.data.embedding_part import IDENTITY_KEYS
-from common.data.embedding_store import EmbeddingStore
-from common.data.shard_index import RejectedVolume
+from common.ct.checks import ChestCTs, chest_cts
+from common.ct.rejection import RejectedVolume
+from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.sources import CTSource
+from common.embeddings.store import EmbeddingStore
 from common.handlers.rejected_volumes import REJECTED, report_rejected
 from common.networks.mil_probe import load_probe
 from common.reports.attended_slices import write_attended_slices
 from common.reports.ct_report import Finding, write_ct_report
+from common.reports.ct_tokens import Encoder
 from common.reports.patch_maps import PatchMaps, cls_attention_maps
-from common.short_errors import first_cause
-from common.visualize.ct_tokens import Encoder
+from common.run.atomic_file import atomic_file
+from common.run.short_errors import first_cause
 
 # T tokens of a volume, C classes
 
@@ -47,7 +47,7 @@ def predict(
 ) -> Predictions:
     """Embed CTs with an encoder bundle and score them with a probe; write, print and return the result.
 
-    What does not look like a chest CT (:mod:`common.data.chest_ct`) is refused before anything is embedded,
+    What does not look like a chest CT (:mod:`common.ct.checks`) is refused before anything is embedded,
     and listed with what cannot be read in ``rejected.csv``.
 
     ``predictions.csv`` has a row a volume and class, ``predictions.json`` the same by volume. The embeddings

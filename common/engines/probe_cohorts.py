@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from common.data.embedding_part import IDENTITY_KEYS
-from common.data.embeddings import EmbeddingBags
+from common.embeddings.bags import EmbeddingBags
+from common.embeddings.part import IDENTITY_KEYS
 from common.metrics.bootstrap import groups_of
 
 logger = logging.getLogger(__name__)

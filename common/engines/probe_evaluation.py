@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.data.bag_batches import pad_bags
-from common.data.embedding_part import IDENTITY_KEYS
-from common.data.embeddings import EmbeddingBags, labelled_volumes
+from common.embeddings.bag_batches import pad_bags
+from common.embeddings.bags import EmbeddingBags, labelled_volumes
+from common.embeddings.part import IDENTITY_KEYS
 from common.handlers.mlflow_rows import log_rows
 from common.handlers.results_table import add_rows, code_version, config_hash
 from common.labels import load_labels

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from common.data.bag_batches import BagReader, ShuffledBatches, pad_bags
-from common.data.embeddings import EmbeddingBags
-from common.data.predictions import Predictions
+from common.cohort.predictions import Predictions
+from common.embeddings.bag_batches import BagReader, ShuffledBatches, pad_bags
+from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_cohorts import check_cohorts, check_finite
 from common.engines.probe_seeds import train_seeds
@@ -56,7 +56,7 @@ class ProbeGridTrainer(SupervisedTrainer):
     the reports of the chosen probe by seed, the run's own seed first. A further seed trains the chosen pooler
     at the chosen learning rate for the chosen number of steps, with initial weights and batches of its own.
 
-    Bags stay on the device if they fit, see :class:`common.data.bag_batches.BagReader`.
+    Bags stay on the device if they fit, see :class:`common.embeddings.bag_batches.BagReader`.
 
     Source: DALE-CT IV-B.
 

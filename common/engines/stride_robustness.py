@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data.embedding_part import IDENTITY_KEYS
-from common.data.embedding_store import EmbeddingStore
-from common.data.embeddings import EmbeddingBags
-from common.data.patient_split import natural_order, patient_of
+from common.cohort.patient_split import natural_order, patient_of
+from common.embeddings.bags import EmbeddingBags
+from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store import EmbeddingStore
 from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.multilabel import auroc, average_precision, macro
 from common.metrics.paired_samples import Mean

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data.dense_labels import read_dense_labels
-from common.data.embedding_store import EmbeddingStore
-from common.data.patient_split import patient_of
+from common.cohort.patient_split import patient_of
+from common.embeddings.dense_labels import read_dense_labels
+from common.embeddings.store import EmbeddingStore
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.gap_curve import gap_curve

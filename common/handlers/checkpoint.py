@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from common.data.atomic_file import atomic_file
 from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
+from common.run.atomic_file import atomic_file
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import typer
 from common.handlers.paired_differences import lay_out_differences, write_differences
 from common.handlers.results_table import print_whole
 from common.metrics.bootstrap import interval, two_sided_p
-from common.short_errors import short_errors
+from common.run.short_errors import short_errors
 
 MEASURES = tuple(
     f"{kind} {task} {metric}"

@@ -9,10 +9,10 @@ import numpy as np
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 
-from common.data.atomic_file import atomic_file
 from common.engines.dense_probe import DenseProbeTrainer
 from common.handlers.results_table import add_rows, code_version, config_hash
 from common.networks.dense_probe import save_dense_probe
+from common.run.atomic_file import atomic_file
 
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}
 

@@ -14,12 +14,11 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.data.embedding_part import DTYPES, check_finite
-from common.data.embedding_store_writer import EmbeddingStoreWriter
-from common.data.rejection import RejectedError, is_failure
-from common.data.shard_index import RejectedVolume
-from common.data.slice_batches import SliceBatches
-from common.data.volume_outputs import VolumeOutput, VolumeOutputs
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
+from common.embeddings.part import DTYPES, check_finite
+from common.embeddings.slice_batches import SliceBatches
+from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.volume_outputs import VolumeOutput, VolumeOutputs
 from common.handlers.rejected_volumes import report_rejected
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,10 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.data.embedding_part import DTYPES, check_finite
-from common.data.embedding_store_writer import EmbeddingStoreWriter
-from common.data.rejection import RejectedError, is_failure
-from common.data.shard_index import RejectedVolume
-from common.data.volume_batches import VolumeBatches
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
+from common.embeddings.part import DTYPES, check_finite
+from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.volume_batches import VolumeBatches
 from common.handlers.rejected_volumes import report_rejected
 
 

@@ -11,11 +11,11 @@ from ignite.engine import Engine, Events
 from rich.console import Console
 from rich.table import Table
 
-from common.data.atomic_file import atomic_file
 from common.engines.latent_geometry import LatentGeometryEvaluator
 from common.handlers.results_table import add_rows, code_version, config_hash, read_rows
-from common.visualize.latent_paths import chosen_paths, draw_paths
-from common.visualize.world_model import draw_continuity, draw_world_model
+from common.reports.latent_paths import chosen_paths, draw_paths
+from common.reports.world_model import draw_continuity, draw_world_model
+from common.run.atomic_file import atomic_file
 
 CLASSIFICATION = {
     "macro_auroc": "Macro AUROC",

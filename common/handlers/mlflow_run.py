@@ -18,8 +18,8 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see 
 from mlflow.exceptions import MlflowException  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 
-from common.data.atomic_file import atomic_file  # noqa: E402 (see above)
-from common.executed_config import plain_knobs  # noqa: E402 (see above)
+from common.run.atomic_file import atomic_file  # noqa: E402 (see above)
+from common.run.executed_config import plain_knobs  # noqa: E402 (see above)
 
 logger = logging.getLogger(__name__)
 

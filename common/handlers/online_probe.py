@@ -11,8 +11,8 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn import functional
 
-from common.distributed import sum_over_ranks
 from common.metrics.multilabel import auroc, macro
+from common.run.distributed import sum_over_ranks
 
 
 class OnlineProbe:

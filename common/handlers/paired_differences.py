@@ -15,7 +15,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from common.data.predictions import Predictions, read_predictions
+from common.cohort.predictions import Predictions, read_predictions
 from common.handlers.probe_tables import METRICS, write_table
 from common.handlers.results_table import COLUMNS, print_whole
 from common.metrics.bootstrap import (
@@ -28,7 +28,7 @@ from common.metrics.bootstrap import (
     two_sided_p,
 )
 from common.metrics.multilabel import multilabel_report
-from common.short_errors import short_errors
+from common.run.short_errors import short_errors
 
 MACRO = "macro"
 

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.data import nifti_ct
-from common.data.labels_csv import volume_name
-from common.data.predictions import Predictions
+from common.cohort.labels_csv import volume_name
+from common.cohort.predictions import Predictions
+from common.ct import nifti as nifti_ct
 from common.metrics.calibration import expected_calibration_error, reliability, wilson_interval
 from common.metrics.multilabel import auroc, average_precision, operating_points
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from ignite.engine import Events
 
-from common.data.predictions import write_predictions
+from common.cohort.predictions import write_predictions
 from common.engines.probe_grid import ProbeGridTrainer
 from common.handlers.probe_pictures import (
     draw_attention,
@@ -28,7 +28,7 @@ class ProbeReport:
     """Write the chosen probe and its test results when a ``ProbeGridTrainer`` has completed.
 
     Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`);
-    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.data.predictions`);
+    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.predictions`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
     each slice, or token of another kind, in some volumes. A head that is no ``MILProbe`` (gated ABMIL,

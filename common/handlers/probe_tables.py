@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from common.data.atomic_file import atomic_file
-from common.data.predictions import Predictions
+from common.cohort.predictions import Predictions
 from common.metrics.calibration import brier_score, expected_calibration_error, reliability
 from common.metrics.multilabel import balanced_accuracy, f1
+from common.run.atomic_file import atomic_file
 
 METRICS = ("auroc", "auprc", "f1", "balanced_accuracy")
 

@@ -9,9 +9,8 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 
-from common.data.atomic_file import atomic_file
-from common.data.rejection import is_failure
-from common.data.shard_index import RejectedVolume
+from common.ct.rejection import RejectedVolume, is_failure
+from common.run.atomic_file import atomic_file
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from common.data.atomic_file import atomic_file
-from common.data.csv_table import table_rows
-from common.short_errors import short_errors
+from common.cohort.csv_table import table_rows
+from common.run.atomic_file import atomic_file
+from common.run.short_errors import short_errors
 
 if TYPE_CHECKING:  # printing a table needs no MONAI, which takes seconds to import
     from common.engines.probe_grid import ProbeGridTrainer

@@ -6,7 +6,7 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from common.data.contact_sheet import contact_sheet
+from common.reports.contact_sheet import contact_sheet
 from common.transforms.hounsfield import HUWindow
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.distributed import global_mean_weights
+from common.run.distributed import global_mean_weights
 
 LogitTree = Mapping[str, Mapping[str, torch.Tensor]]
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.distributed import sum_over_ranks
+from common.run.distributed import sum_over_ranks
 
 BALANCES = ("sinkhorn_knopp", "centring")
 SINKHORN_ITERATIONS = 3

@@ -5,7 +5,7 @@
 import torch
 from torch.nn import functional
 
-from common.distributed import gather_over_ranks
+from common.run.distributed import gather_over_ranks
 
 EPSILON = 1e-8
 """Keeps the logarithm of two equal embeddings finite. Source: DINOv2."""

@@ -5,7 +5,7 @@
 import torch
 from torch import nn
 
-from common.distributed import global_mean_weights
+from common.run.distributed import global_mean_weights
 
 
 def invariance_loss(projections: torch.Tensor, num_global: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from common.distributed import sum_over_ranks
+from common.run.distributed import sum_over_ranks
 
 
 class SIGReg(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.distributed import gather_over_ranks
+from common.run.distributed import gather_over_ranks
 
 
 class VISReg(nn.Module):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from common.data.atomic_file import atomic_file
+from common.run.atomic_file import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def encoder_id(
     Args:
         path: weights file; None for random initial weights.
         seed: seed of the random initial weights.
-        slice_axes: how slices are shown to it, see :class:`common.data.slice_batches.SliceBatches`.
+        slice_axes: how slices are shown to it, see :class:`common.embeddings.slice_batches.SliceBatches`.
         window: how their HU are normalized.
 
     Returns:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from common.data.atomic_file import atomic_file
-from common.data.bag_batches import pad_bags
+from common.embeddings.bag_batches import pad_bags
 from common.networks.poolers import LearnedQueryAttentionPool, build_pooler, segment_softmax
+from common.run.atomic_file import atomic_file
 
 
 class MILProbe(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.data.bag_batches import pad_bags
+from common.embeddings.bag_batches import pad_bags
 
 WAVELENGTHS_MM = (16.0, 2000.0)
 """Shortest and longest wave of the position code: a few slices, and more than a trunk (our choice)."""

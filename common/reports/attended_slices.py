@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.data.atomic_file import atomic_file
 from common.reports.ct_report import WINDOWS_HU
-from common.visualize.ct_tokens import spread_slices
+from common.reports.ct_tokens import spread_slices
+from common.run.atomic_file import atomic_file
 
 COLUMNS = 3
 APART_MM = 10.0

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.reports.ct_tokens import SLICES_PER_BATCH, Encoder
+from common.reports.similar_patches import cls_attention
 from common.transforms.slice_strategies import SliceStrategy
-from common.visualize.ct_tokens import SLICES_PER_BATCH, Encoder
-from common.visualize.similar_patches import cls_attention
 
 FULL_COLOUR = 0.99
 """Quantile of a volume's patches that gets full colour: a few that draw most must not hide the rest. At least

@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch.nn import functional as F
 
-from common.data.slice_codec import STORED_HU_RANGE
+from common.ct.geometry import STORED_HU_RANGE
 
 SLICES_PER_CHUNK = 32
 """Slices handled at a time, so that temporaries stay small; our choice, results do not depend on it."""

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from common.data.shard_index import FIELDS, ShardIndex, load_index
-from common.data.shard_volume import REX_CODES
-from common.data.slice_codec import decode_ct, decode_mask
 from common.labels import load_labels
+from common.shards.codec import decode_ct, decode_mask
+from common.shards.index import FIELDS, ShardIndex, load_index
+from common.shards.volume import REX_CODES
 
 CT, TS, REX, _ = FIELDS
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.shard_index import FIELDS, SCHEMA_VERSION, UNLABELLED, ShardIndex, load_index
-from common.data.shard_volume import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
-from common.data.slice_codec import STORED_HU_RANGE, decode_ct, decode_mask
+from common.ct.geometry import STORED_HU_RANGE
+from common.shards.codec import decode_ct, decode_mask
+from common.shards.index import FIELDS, SCHEMA_VERSION, UNLABELLED, ShardIndex, load_index
+from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from data_prep.audit.checks import Tally
 from data_prep.audit.tar import Sample, read_samples
 from data_prep.audit.volume import VolumeContent, VolumeDecoder

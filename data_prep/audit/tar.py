@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
-from common.data.shard_index import FIELDS, ShardIndex
+from common.shards.index import FIELDS, ShardIndex
 from data_prep.audit.checks import Tally
 
 _, TS, REX, _ = FIELDS

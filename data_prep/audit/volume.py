@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data.shard_volume import MASK_SIZE_PX, REX_CODES
+from common.shards.volume import MASK_SIZE_PX, REX_CODES
 from data_prep.audit.anatomy import find_anatomy, measure_anatomy
 from data_prep.audit.organs import measure_organs, organ_voxels
 

@@ -24,10 +24,10 @@ def dense_overlay(
     """
     import numpy as np
 
-    from common.data.nifti_ct import read_ct
+    from common.ct.nifti import read_ct
+    from common.reports.ct_tokens import read_images, spread_slices
+    from common.reports.dense_overlay import draw_overlay
     from common.transforms.dense_labels import pad_mask_to_square, patch_shares
-    from common.visualize.ct_tokens import read_images, spread_slices
-    from common.visualize.dense_overlay import draw_overlay
     from data_prep.totalsegmentator import read_full_label_map
 
     names = [label.name for label in load_labels("totalsegmentator")]

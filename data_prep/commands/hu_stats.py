@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.data.atomic_file import atomic_file
-from common.data.shards import ShardSet
+from common.run.atomic_file import atomic_file
+from common.shards.shards import ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars
 from data_prep.commands.options import Scheduler, Shards, Workers

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.data.shards import ShardSet
+from common.shards.shards import ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars
 from data_prep.commands.options import Scheduler, Shards, Workers

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.data.rejection import is_failure
-from common.data.shard_index import RejectedVolume
+from common.ct.rejection import RejectedVolume, is_failure
 from data_prep.cluster import dask_client
 from data_prep.cohort_tables import REJECTED
 from data_prep.commands.console import console, progress_bars

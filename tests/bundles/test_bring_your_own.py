@@ -13,8 +13,8 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ViT
 from safetensors.torch import save_file
 
-from common.data.embedding_store import EmbeddingStore
-from common.executed_config import executed_config
+from common.embeddings.store import EmbeddingStore
+from common.run.executed_config import executed_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "bring_your_own_encoder.md").read_text(encoding="utf-8")

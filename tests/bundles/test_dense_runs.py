@@ -12,8 +12,8 @@ from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 from scipy.sparse import csr_matrix
 
-from common.data.dense_labels import DenseLabels, write_dense_labels
-from common.data.embedding_store_writer import EmbeddingStoreWriter
+from common.embeddings.dense_labels import DenseLabels, write_dense_labels
+from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.networks.dense_probe import load_dense_probe

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from common.data.embedding_store import EmbeddingStore, stored_volumes
+from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler
 
@@ -133,7 +133,7 @@ def test_seven_strategies_share_a_run(run, embedded, tmp_path):
 
 KILLED = """
 import os, runpy, signal, sys
-from common.data.embedding_store_writer import EmbeddingStoreWriter as Writer
+from common.embeddings.store_writer import EmbeddingStoreWriter as Writer
 
 Writer.__init__.__defaults__ = (1, 60.0)  # a part for each volume
 write = Writer.flush

@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from common.data.embedding_store_writer import EmbeddingStoreWriter
+from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.labels.class_map import class_map

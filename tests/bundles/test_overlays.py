@@ -11,9 +11,9 @@ import torch
 from monai.bundle import ConfigWorkflow
 from safetensors.torch import save_file
 
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import write_shard
 from common.losses.visreg import VISReg
+from common.shards.shards import write_shard
+from common.shards.volume import VolumeSlices
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 OVERLAYS = sorted(path.stem for path in (BUNDLES / "_overlays").glob("*.json"))

@@ -11,8 +11,8 @@ import torch
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
-from common.data.embedding_part import IDENTITY_KEYS
-from common.data.embedding_store_writer import EmbeddingStoreWriter
+from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.networks.mil_probe import load_probe

@@ -18,9 +18,9 @@ import pytest
 import requests
 from monai.bundle import scripts
 
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import write_shard
 from common.fetch_bundle import fetch_bundle
+from common.shards.shards import write_shard
+from common.shards.volume import VolumeSlices
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1].name for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))

@@ -11,8 +11,8 @@ import torch
 from monai.bundle import ConfigParser
 from scipy.ndimage import map_coordinates
 
-from common.data.ct_sources import ct_sources
-from common.data.volume_batches import VolumeBatches
+from common.embeddings.sources import ct_sources
+from common.embeddings.volume_batches import VolumeBatches
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 

@@ -11,11 +11,11 @@ import typer
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 from typer.testing import CliRunner
 
-from common.data.embedding_store import EmbeddingStore
+from common.embeddings.store import EmbeddingStore
 from common.engines import neighbour_probe
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
-from common.short_errors import first_cause
+from common.run.short_errors import first_cause
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SMALL = {

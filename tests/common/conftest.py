@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from common.data.dense_labels import DenseLabels, write_dense_labels
-from common.data.embedding_store_writer import EmbeddingStoreWriter
-from common.data.slab_dataset import SlabViews
-from common.data.volume_entry import VolumeEntry
+from common.embeddings.dense_labels import DenseLabels, write_dense_labels
+from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.shards.slab_dataset import SlabViews
+from common.shards.volume_entry import VolumeEntry
 from common.transforms.multi_crop import RandSlabMultiCrop
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]

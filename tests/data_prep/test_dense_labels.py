@@ -5,9 +5,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.data.dense_labels import findings_present, read_dense_labels
-from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredGrid
+from common.ct.geometry import StoredGrid
+from common.ct.rejection import RejectedError
+from common.embeddings.dense_labels import findings_present, read_dense_labels
 from data_prep.dense_labels import dense_labels_of, write_all
 from data_prep.rexgroundingct import Annotation, read_full_findings
 from data_prep.source_volume import SourceVolume

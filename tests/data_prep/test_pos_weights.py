@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from common import labels as labels_module
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import write_shard
-from common.data.slice_codec import encode_mask
 from common.labels import load_labels
+from common.shards.codec import encode_mask
+from common.shards.shards import write_shard
+from common.shards.volume import VolumeSlices
 from data_prep.pos_weights import (
     MaskCounts,
     class_weights,

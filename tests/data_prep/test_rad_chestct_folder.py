@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.nifti_ct import Rescale
+from common.ct.nifti import Rescale
 from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.rad_chestct import PREFIXES
 from data_prep.rad_chestct_folder import METADATA, find_rad_chestct

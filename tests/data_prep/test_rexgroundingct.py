@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_max_pool2d
 
-from common.data import nifti_file
-from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredGrid
+from common.ct import nifti_file
+from common.ct.geometry import StoredGrid
+from common.ct.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation, cell_edges, pool_bits, read_annotations, read_findings
 
 SHAPE_XYZ = (19, 17, 5)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.rejection import RejectedError
-from common.data.shard_index import RejectedVolume, index_path, load_index
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import write_shard
+from common.ct.rejection import RejectedError, RejectedVolume
+from common.shards.index import index_path, load_index
+from common.shards.shards import write_shard
+from common.shards.volume import VolumeSlices
 from data_prep import shard_parts as module
 from data_prep.plan_shards import PlannedShard, PlannedVolume
 from data_prep.shard_parts import OutputError, assemble_shard, clean_parts, finished, put_part, write_part
@@ -220,7 +220,7 @@ def test_a_full_disk_is_named_and_nothing_is_damaged(reads: list[str], small_dis
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from common.data.shard_index import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from tests_of_parts import planned, put_part, slices_of
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from distributed import Client, KilledWorker
 
-from common.data.shard_index import load_index
-from common.data.shard_volume import VolumeSlices
+from common.shards.index import load_index
+from common.shards.volume import VolumeSlices
 from data_prep import shard_parts
 from data_prep import shard_tasks as module
 from data_prep.plan_shards import PlannedShard, PlannedVolume

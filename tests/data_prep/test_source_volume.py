@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.data.nifti_ct import Rescale
-from common.data.npz_ct import npz_affine
-from common.data.rejection import RejectedError
+from common.ct.nifti import Rescale
+from common.ct.npz import npz_affine
+from common.ct.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation
 from data_prep.source_volume import SourceVolume, planned_slices, read_volume
 

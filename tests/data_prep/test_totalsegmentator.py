@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
 
-from common.data import nifti_ct, nifti_file
-from common.data.rejection import RejectedError
-from common.data.stored_ct import StoredGrid
-from common.transforms.orientation import axial_slices
+from common.ct import nifti as nifti_ct
+from common.ct import nifti_file
+from common.ct.geometry import StoredGrid
+from common.ct.orientation import axial_slices
+from common.ct.rejection import RejectedError
 from data_prep.totalsegmentator import read_label_map
 
 SHAPE_XYZ = (19, 17, 5)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from common.data.rejection import EXCLUDED
-from common.data.shard_index import RejectedVolume, index_path, load_index
-from common.data.shards import ShardSet
+from common.ct.rejection import EXCLUDED, RejectedVolume
+from common.shards.index import index_path, load_index
+from common.shards.shards import ShardSet
 from data_prep import shard_parts
 from data_prep.cluster import dask_client
 from data_prep.ct_rate import find_ct_rate

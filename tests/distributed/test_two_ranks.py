@@ -15,13 +15,13 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from common.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.dino import BALANCES, DINOLoss, IBOTLoss
 from common.losses.koleo import koleo_loss
 from common.losses.lejepa import LeJEPALoss
 from common.losses.sigreg import SIGReg
 from common.networks.heads import AuxiliaryHead, ProjectionHead
+from common.run.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 
 pytestmark = pytest.mark.two_ranks
 

@@ -20,7 +20,7 @@ import typer
 from monai.bundle import scripts
 from torch.distributed.run import get_args_parser
 
-from common.executed_config import executed_config
+from common.run.executed_config import executed_config
 from study.stages import SIZES, all_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]

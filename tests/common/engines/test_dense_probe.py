@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.data.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
+from common.embeddings.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
 from common.handlers.checkpoint import Checkpoint

@@ -8,9 +8,6 @@ import timm
 import torch
 from torch.utils.data import Dataset
 
-from common.data.slab_dataset import StepBatches
-from common.data.step_loader import StepLoader
-from common.data.view_batches import collate_views
 from common.engines.dinov2_trainer import DINOv2Trainer
 from common.losses.dino import DINOLoss, IBOTLoss
 from common.losses.koleo import koleo_loss
@@ -18,6 +15,9 @@ from common.networks.dino_model import DINOModel, new_teacher
 from common.networks.heads import DINOHead
 from common.optimizers.dino_schedule import DINOSchedule
 from common.optimizers.layerwise_adamw import layerwise_adamw
+from common.shards.slab_dataset import StepBatches
+from common.shards.step_loader import StepLoader
+from common.shards.view_batches import collate_views
 from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.patch_masks import PatchMasks, masked_places

@@ -9,9 +9,6 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from common.data.slab_dataset import StepBatches
-from common.data.step_loader import StepLoader
-from common.data.view_batches import collate_views
 from common.engines.lejepa_trainer import LeJEPATrainer
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
@@ -20,6 +17,9 @@ from common.networks.heads import AuxiliaryHead, ProjectionHead
 from common.networks.pretraining_model import PretrainingModel
 from common.optimizers.adamw import adamw
 from common.optimizers.warmup_cosine import warmup_cosine
+from common.shards.slab_dataset import StepBatches
+from common.shards.step_loader import StepLoader
+from common.shards.view_batches import collate_views
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
 
 TS_WEIGHT, REX_WEIGHT = torch.linspace(1, 9, 118), torch.linspace(3, 5, 14)

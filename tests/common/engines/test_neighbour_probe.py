@@ -8,9 +8,9 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
-from common.data.embeddings import EmbeddingBags
-from common.data.labels_csv import read_labels
-from common.data.patient_split import split_by_patient
+from common.cohort.labels_csv import read_labels
+from common.cohort.patient_split import split_by_patient
+from common.embeddings.bags import EmbeddingBags
 from common.engines import neighbour_probe as module
 from common.engines.neighbour_probe import average_embeddings
 from common.handlers.results_table import read_rows

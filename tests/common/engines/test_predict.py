@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.embedding_store import EmbeddingStore
+from common.embeddings.store import EmbeddingStore
 from common.engines.predict import predict
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.data.embeddings import EmbeddingBags
+from common.embeddings.bags import EmbeddingBags
 from common.engines.probe_cohorts import check_cohorts, check_finite
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from common.data.bag_batches import pad_bags
-from common.data.embedding_store_writer import EmbeddingStoreWriter
-from common.data.embeddings import EmbeddingBags
+from common.embeddings.bag_batches import pad_bags
+from common.embeddings.bags import EmbeddingBags
+from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.probe_evaluation import Prediction, evaluate_probes, measure, predict
 from common.handlers.results_table import read_rows
 from common.labels import load_labels

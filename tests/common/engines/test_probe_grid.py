@@ -12,8 +12,8 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.data.bag_batches import ShuffledBatches, collate_bags, pad_bags
-from common.data.embeddings import EmbeddingBags
+from common.embeddings.bag_batches import ShuffledBatches, collate_bags, pad_bags
+from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import ProbeGridTrainer, prevalence_report
 from common.handlers.checkpoint import Checkpoint

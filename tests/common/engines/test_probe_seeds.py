@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.data.bag_batches import BagReader, pad_bags
-from common.data.embeddings import EmbeddingBags
+from common.embeddings.bag_batches import BagReader, pad_bags
+from common.embeddings.bags import EmbeddingBags
 from common.engines.probe_seeds import train_seeds
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import POOLERS, build_pooler

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common.data.embedding_store import EmbeddingStore
+from common.embeddings.store import EmbeddingStore
 from common.engines.stride_robustness import stride_scores
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler

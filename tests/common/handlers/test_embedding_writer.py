@@ -12,11 +12,11 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import PrepareBatchExtraInput
 
-from common.data.ct_sources import CTSlices, CTSource
-from common.data.embedding_store import EmbeddingStore, stored_volumes
-from common.data.embedding_work import Work, embedding_work, store_folders
-from common.data.rejection import NOT_AXIAL_CT, RejectedError
-from common.data.slice_batches import SliceBatches
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError
+from common.embeddings.slice_batches import SliceBatches
+from common.embeddings.sources import CTSlices, CTSource
+from common.embeddings.store import EmbeddingStore, stored_volumes
+from common.embeddings.work import Work, embedding_work, store_folders
 from common.handlers import embedding_writer
 from common.handlers.embedding_writer import EmbeddingWriter
 from common.transforms.hounsfield import hu_window

@@ -6,9 +6,9 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from common.data.embedding_store import EmbeddingStore
-from common.data.rejection import RejectedError
-from common.data.volume_batches import VolumeBatches
+from common.ct.rejection import RejectedError
+from common.embeddings.store import EmbeddingStore
+from common.embeddings.volume_batches import VolumeBatches
 from common.handlers.grid_writer import GridWriter
 
 IDENTITY = {"encoder": "colipri", "encoder_id": "random:3", "preprocessing": "ras_2mm"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from common.data.predictions import Predictions, write_predictions
+from common.cohort.predictions import Predictions, write_predictions
 from common.handlers.paired_differences import differences_table, main, paired_differences
 from common.metrics.bootstrap import resample_weights
 

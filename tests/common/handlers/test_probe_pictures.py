@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from common.data.predictions import Predictions
+from common.cohort.predictions import Predictions
 from common.handlers import probe_pictures
 from common.handlers.probe_pictures import (
     draw_attention,

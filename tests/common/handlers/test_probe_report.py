@@ -10,9 +10,9 @@ import torch
 from ignite.engine import Engine
 from PIL import Image
 
-from common.data.bag_batches import pad_bags
-from common.data.embeddings import EmbeddingBags
-from common.data.predictions import Predictions, read_predictions
+from common.cohort.predictions import Predictions, read_predictions
+from common.embeddings.bag_batches import pad_bags
+from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import prevalence_report
 from common.handlers.probe_report import ProbeReport

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from common.data.rejection import EXCLUDED, RejectedError
+from common.ct.rejection import EXCLUDED, RejectedError
 from common.handlers.rejected_volumes import report_rejected
 
 CUT = RejectedError("unreadable", "cut\noff").of("b")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.data.bag_batches import pad_bags
+from common.embeddings.bag_batches import pad_bags
 from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid, load_probe, probe_name, save_probe
 from common.networks.poolers import POOLERS, build_pooler

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.data.bag_batches import pad_bags
+from common.embeddings.bag_batches import pad_bags
 from common.networks.sequence_heads import HEADS, GatedAttentionHead, SequenceGrid, TransformerHead
 
 DIM, CLASSES = 5, 3

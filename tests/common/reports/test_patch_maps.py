@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.reports.ct_tokens import Encoder, open_encoder
 from common.reports.patch_maps import PatchMaps, cls_attention_maps
 from common.transforms.hounsfield import normalize_hu
 from common.transforms.slice_strategies import SliceStrategy
-from common.visualize.ct_tokens import Encoder, open_encoder
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "dale_ct_2s"
 SIDE, BOX = 60, (6, 15, 30)  # top, left, side

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.data.slice_codec import STORED_HU_RANGE
+from common.ct.geometry import STORED_HU_RANGE
 from common.transforms.hounsfield import (
     HU_WINDOWS,
     HUWindow,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.transforms.orientation import axial_slices
+from common.ct.orientation import axial_slices
 from data_prep.audit.anatomy import extent_of, find_anatomy, measure_anatomy
 from data_prep.audit.measures import reasons
 from data_prep.audit.volume import mask_grid

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.transforms.orientation import axial_slices
+from common.ct.orientation import axial_slices
 from data_prep.audit.measures import reasons
 from data_prep.audit.organs import measure_organs, organ_voxels
 from data_prep.audit.volume import mask_grid

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from common.data.shard_index import RejectedVolume
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import write_shard
+from common.ct.rejection import RejectedVolume
+from common.shards.shards import write_shard
+from common.shards.volume import VolumeSlices
 from data_prep.audit.checks import CHECKS, Tally
 from data_prep.audit.run import (
     Audit,

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.shard_index import FIELDS, ShardIndex, save_index
-from common.data.shard_volume import VolumeSlices
-from common.data.shards import write_shard
+from common.shards.index import FIELDS, ShardIndex, save_index
+from common.shards.shards import write_shard
+from common.shards.volume import VolumeSlices
 from data_prep.audit.shard import ShardAudit, ShardTask, audit_shard, draw
 
 NUM_SLICES = 3
@@ -45,7 +45,7 @@ def shard(tmp_path: Path) -> Shard:
 
 def audited(path: Path, **index_changes: object) -> ShardAudit:
     """Audit a shard, its index changed."""
-    from common.data.shard_index import load_index
+    from common.shards.index import load_index
 
     if index_changes:
         save_index(path, load_index(path)._replace(**index_changes))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from common.data.dense_labels import read_dense_labels
+from common.embeddings.dense_labels import read_dense_labels
 from data_prep.__main__ import app
 
 

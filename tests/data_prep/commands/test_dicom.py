@@ -9,8 +9,8 @@ import pytest
 from distributed import Client
 from typer.testing import CliRunner, Result
 
-from common.data.shards import ShardSet
-from common.transforms.orientation import axial_slices
+from common.ct.orientation import axial_slices
+from common.shards.shards import ShardSet
 from data_prep import __main__ as module
 
 Write = Callable[..., list[Path]]

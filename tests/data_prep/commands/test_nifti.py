@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from common.data.shards import ShardSet
+from common.shards.shards import ShardSet
 
 SHAPE_XYZ = (19, 17, 5)
 Invoke = Callable[..., Result]

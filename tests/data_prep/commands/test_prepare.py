@@ -18,9 +18,8 @@ import pytest
 from distributed import Client
 from typer.testing import Result
 
-from common.data.rejection import EXCLUDED
-from common.data.shard_index import RejectedVolume
-from common.data.shards import ShardSet
+from common.ct.rejection import EXCLUDED, RejectedVolume
+from common.shards.shards import ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands import prepare as module
 from data_prep.nifti import find_volumes

@@ -11,8 +11,8 @@ import pytest
 from distributed import Client
 from typer.testing import CliRunner, Result
 
-from common.data.npz_ct import npz_affine
-from common.data.shards import ShardSet
+from common.ct.npz import npz_affine
+from common.shards.shards import ShardSet
 from data_prep import __main__ as module
 from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.phantom.files import npz_bytes, rad_chestct_array

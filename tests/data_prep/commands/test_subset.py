@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from common.data.labels_csv import read_labels
-from common.data.patient_split import patient_of
-from common.data.skip_list import listed_volumes
+from common.cohort.labels_csv import read_labels
+from common.cohort.patient_split import patient_of
+from common.cohort.skip_list import listed_volumes
 from common.labels import load_labels
 from data_prep import __main__ as module
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from common.data.shards import ShardSet
+from common.shards.shards import ShardSet
 from data_prep import __main__ as module
 
 SHAPE_XYZ = (140, 150, 5)

@@ -1,0 +1,1 @@
+"""Who is in a study, with which labels: tables, patient splits, subsets."""

@@ -1,0 +1,250 @@
+"""What every reader of CT files returns, whatever the format, and how stored values become it.
+
+Shapes: X Y Z voxel axes as stored; Z H W canonical axes (slices, rows, columns).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from common.ct.orientation import axial_slices, voxel_axes
+from common.ct.rejection import RejectedError
+
+STORED_HU_RANGE = (-1024, 3071)
+"""What shards keep, in HU: the 12 bits of a scanner without extended range; wider than every HU window."""
+
+SHEAR_TOLERANCE_DEG = 0.5
+"""How far axes may be from perpendicular. Our choice: headers round by less, gantries tilt by degrees."""
+
+SPACING_RANGE_MM = (0.1, 20.0)
+"""Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
+
+MAX_EXTENT_MM = 2500
+"""Of a whole body on its couch. Our choice: what is longer has its spacing in other units."""
+
+MAX_VOXELS = 2**31
+"""Voxels a CT can have: 4 GiB of HU. Our choice: 2,048 slices of 1024 x 1024, which no scanner exceeds."""
+
+
+class StoredGrid(NamedTuple):
+    """The voxel grid of a CT as it is stored.
+
+    Args:
+        shape: ``(X, Y, Z)`` of the stored array.
+        affine: ``(4, 4)`` voxel to RAS+ world in mm.
+        axcodes: where the stored axes point, such as ``LPS``.
+        has_origin: whether the affine says where in the world the grid lies. Nothing does so for CT-RATE's
+            raw volumes; masks are then compared by shape and spacing alone.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    axcodes: str
+    has_origin: bool = True
+
+
+class StoredCT(NamedTuple):
+    """A CT that was read whole.
+
+    Args:
+        hu: ``(Z, H, W)`` int16 canonical slices, rounded and clipped to ``STORED_HU_RANGE``.
+        lowest_hu: before the clip.
+        spacing_mm: as (x, y, z): columns, rows, slices.
+        grid: on which it is stored.
+        sha256: of the file's bytes; of several files, of their digests in order.
+    """
+
+    hu: np.ndarray
+    lowest_hu: float
+    spacing_mm: tuple[float, float, float]
+    grid: StoredGrid
+    sha256: str
+
+
+def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray) -> float:
+    """Turn stored values into HU as shards keep them: rounded to whole HU, clipped, never wrapped.
+
+    Args:
+        values: of any integer or float type.
+        slope: HU = slope * stored + intercept, computed in float64 or in whole numbers, which is the same.
+        intercept: see ``slope``.
+        out: int16 of the same shape, filled with HU in ``STORED_HU_RANGE``.
+
+    Returns:
+        The lowest HU before the clip. It is not finite if a value is not: then ``out`` means nothing.
+
+    Example:
+        >>> out = np.empty(3, np.int16)
+        >>> store_hu(np.array([-200, 24, 32767], np.int16), 10, -1024, out), out.tolist()
+        (-3024.0, [-1024, -784, 3071])
+    """
+    low, high = STORED_HU_RANGE
+    if values.dtype.kind in "iu" and _fits_int32(values.dtype, slope, intercept):
+        if values.dtype != np.int16 or (slope, intercept) != (1, 0):
+            values = values.astype(np.int32)
+            values *= int(slope)
+            values += int(intercept)
+        np.clip(values, low, high, out=out, casting="unsafe")
+        return float(values.min())
+    hu = values * np.float64(slope) + intercept
+    lowest, highest = float(hu.min()), float(hu.max())
+    if not np.isfinite(highest):
+        return highest
+    np.clip(np.rint(hu, out=hu), low, high, out=out, casting="unsafe")
+    return lowest
+
+
+def _fits_int32(dtype: np.dtype, slope: float, intercept: float) -> bool:
+    """Tell whether whole numbers do, and every value and product of the rescale fits 32 bits."""
+    if not (float(slope).is_integer() and float(intercept).is_integer()):
+        return False
+    products = [int(slope) * bound for bound in (np.iinfo(dtype).min, np.iinfo(dtype).max)]
+    reached = [*products, *(product + int(intercept) for product in products), int(slope), int(intercept)]
+    return max(map(abs, reached)) < 2**31
+
+
+def canonical_hu(
+    stored: np.ndarray, affine: np.ndarray, slope: float, intercept: float
+) -> tuple[np.ndarray, tuple[float, float, float], float]:
+    """Turn a stored array into canonical slices in HU as shards keep them.
+
+    Args:
+        stored: array of the file.
+        affine: ``(4, 4)`` voxel to RAS+ world in mm.
+        slope: HU = slope * stored + intercept.
+        intercept: see ``slope``.
+
+    Shape:
+        Input ``(X, Y, Z)``. Output ``(Z, H, W)``.
+
+    Returns:
+        int16 HU rounded and clipped to ``STORED_HU_RANGE``, the spacing in mm as (x, y, z), and the lowest HU
+        before the clip.
+
+    Raises:
+        RejectedError: if a voxel is not finite, or the affine is not that of an axial scan.
+
+    Example:
+        >>> affine = np.diag([-0.7, -0.7, 2, 1])
+        >>> hu, spacing_mm, lowest = canonical_hu(np.full((2, 3, 5), 24), affine, 1, -1024)
+        >>> hu.shape, int(hu[0, 0, 0]), lowest
+        ((5, 3, 2), -1000, -1000.0)
+    """
+    slices, spacing_mm = canonical_slices(stored, affine)
+    hu = np.empty(slices.shape, np.int16)
+    lowest = np.inf
+    for z, plane in enumerate(slices):
+        plane_lowest = store_hu(plane, slope, intercept, out=hu[z])
+        if not np.isfinite(plane_lowest):
+            raise RejectedError(
+                "non-finite voxels", f"voxels must be finite, got NaN or infinity in slice {z}"
+            )
+        lowest = min(lowest, plane_lowest)
+    return hu, spacing_mm, lowest
+
+
+def canonical_slices(stored: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Do as ``axial_slices``, with an array or affine it refuses as a reason to reject the volume."""
+    try:
+        return axial_slices(stored, affine)
+    except ValueError as error:
+        raise RejectedError("geometry", str(error)) from error
+
+
+def canonical_shape(grid: StoredGrid) -> tuple[int, int, int]:
+    """Return the shape of the canonical slices of a grid.
+
+    Raises:
+        RejectedError: if the affine is not that of an axial scan, its size, spacing or extent not a CT's, or
+            there are fewer than two slices.
+
+    Example:
+        >>> canonical_shape(StoredGrid((5, 4, 3), np.diag([-0.7, -0.7, 2, 1]), "LPS"))
+        (3, 4, 5)
+    """
+    check_size(grid.shape)
+    spacing_mm = tuple(np.linalg.norm(grid.affine[:3, :3], axis=0).tolist())
+    check_spacing(spacing_mm)
+    extent_mm = max(voxels * mm for voxels, mm in zip(grid.shape, spacing_mm, strict=True))
+    if extent_mm > MAX_EXTENT_MM:
+        what = f"{extent_mm:.0f} mm: shape {grid.shape} with spacing {shown_mm(spacing_mm)}"
+        raise RejectedError("spacing", f"a CT must be at most {MAX_EXTENT_MM} mm long, got {what}")
+    (x, y, z), _, _ = perpendicular_axes(grid.affine)
+    shape = grid.shape[z], grid.shape[y], grid.shape[x]
+    if shape[0] < 2:
+        raise RejectedError(
+            "geometry",
+            f"volume must have at least 2 slices, got {shape[0]}. Join slices to a volume first.",
+        )
+    return shape
+
+
+def check_spacing(spacing_mm: tuple[float, ...]) -> None:
+    """Check that a spacing is one a CT can have.
+
+    Raises:
+        RejectedError: if it lies outside of ``SPACING_RANGE_MM`` or is no number.
+    """
+    low, high = SPACING_RANGE_MM
+    if not all(math.isfinite(mm) and low <= mm <= high for mm in spacing_mm):
+        raise RejectedError("spacing", f"spacing must lie in {low}..{high} mm, got {shown_mm(spacing_mm)}")
+
+
+def check_size(shape: tuple[int, ...]) -> None:
+    """Check that an array is no larger than a CT can be, before memory is asked for.
+
+    Args:
+        shape: of the array, of whole numbers of any size.
+
+    Raises:
+        RejectedError: if it has more than ``MAX_VOXELS`` voxels.
+    """
+    if math.prod(shape) > MAX_VOXELS:
+        raise RejectedError("size", f"a CT must have at most {MAX_VOXELS:,} voxels, got shape {shape}")
+
+
+def shown_mm(spacing_mm: tuple[float, ...]) -> str:
+    """Write a spacing for a message.
+
+    Example:
+        >>> shown_mm((0.7, 0.7, 2.0))
+        '(0.7, 0.7, 2)'
+    """
+    return "(" + ", ".join(f"{mm:g}" for mm in spacing_mm) + ")"
+
+
+def canonical_indices(grid: StoredGrid) -> np.ndarray:
+    """Return the ``(4, 4)`` matrix from canonical (slice, row, column) to stored (X, Y, Z) indices.
+
+    Example:
+        >>> grid = StoredGrid((5, 4, 3), np.diag([0.7, -0.7, 2, 1]), "RPS")
+        >>> (canonical_indices(grid) @ [2, 1, 0, 1]).tolist()
+        [4.0, 1.0, 2.0, 1.0]
+    """
+    matrix = np.eye(4)
+    for axis, size in enumerate(grid.shape):
+        # 0 at the near and 1 at the far end of the axis: axial_slices alone knows the canonical order.
+        ends, _ = canonical_slices(np.indices((2, 2, 2))[axis], grid.affine)
+        steps = [int(ends[corner]) - int(ends[0, 0, 0]) for corner in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+        matrix[axis] = [*steps, int(ends[0, 0, 0]) * (size - 1)]
+    return matrix
+
+
+def perpendicular_axes(
+    affine: np.ndarray,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, float, float]]:
+    """Do as ``voxel_axes``, with an affine it refuses, or a sheared one, as a reason to reject the volume."""
+    try:
+        axes = voxel_axes(affine)
+    except ValueError as error:
+        raise RejectedError("geometry", str(error)) from error
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    shear_deg = float(np.degrees(np.arcsin(np.abs(np.triu(directions.T @ directions, 1)).max())))
+    if shear_deg > SHEAR_TOLERANCE_DEG:
+        raise RejectedError(
+            "geometry",
+            f"axes must be perpendicular, got {shear_deg:.1f} degrees off, as of a tilted gantry. "
+            "Resample the volume to axial slices first.",
+        )
+    return axes

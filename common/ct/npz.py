@@ -1,0 +1,141 @@
+"""Reads a CT of RAD-ChestCT, an npz array without a header, as canonical slices."""
+
+import hashlib
+import io
+import math
+import tokenize
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from common.ct.geometry import StoredCT, StoredGrid, canonical_hu, canonical_shape, check_size
+from common.ct.nifti_file import MAX_INFLATION
+from common.ct.rejection import RejectedError
+from common.ct.unzip import DAMAGED_ZIP
+
+SPACING_MM = 0.8
+"""All volumes were resampled to cubes of this size. Source: the dataset's description."""
+
+MAX_HEADER_BYTES = 2**14
+"""Of an array; NumPy refuses text of more than 10,000 characters."""
+
+
+def npz_affine(spacing_mm: float = SPACING_MM) -> np.ndarray:
+    """Return the affine of a volume: stored head to feet, anterior to posterior, right to left.
+
+    Args:
+        spacing_mm: edge of a voxel.
+
+    Returns:
+        ``(4, 4)`` voxel to RAS+ world in mm.
+
+    Example:
+        >>> import nibabel
+        >>> nibabel.orientations.aff2axcodes(npz_affine())
+        ('I', 'P', 'L')
+    """
+    affine = np.eye(4)
+    affine[:3, :3] = -spacing_mm * np.eye(3)[::-1]
+    return affine
+
+
+def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> StoredGrid:
+    """Read on which grid a volume is stored, without its voxels.
+
+    The file says nothing of the place in the world: the first voxel is put at the origin.
+
+    Args:
+        path: ``trn*.npz``, ``val*.npz`` or ``tst*.npz``, HU under the key ``ct``.
+        spacing_mm: edge of a voxel.
+
+    Returns:
+        The grid.
+
+    Raises:
+        RejectedError: if the file is damaged, a web page in place of a volume, or its array no CT.
+    """
+    with _open_array(path) as (member, num_bytes):
+        shape, dtype, offset = _array_header(member)
+        expected = offset + math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "iuf":
+        raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
+    if num_bytes != expected:
+        raise RejectedError(
+            "unreadable",
+            f"'{path.name}' must hold {expected} bytes of 'ct', got {num_bytes}: it is not whole",
+        )
+    if len(shape) != 3 or min(shape) < 1:
+        raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
+    check_size(shape)
+    stored_shape = shape[0], shape[1], shape[2]
+    return StoredGrid(stored_shape, npz_affine(spacing_mm), "IPL", has_origin=False)
+
+
+def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
+    """Read a volume as canonical slices, feet to head.
+
+    Args:
+        path: ``trn*.npz``, ``val*.npz`` or ``tst*.npz``, HU under the key ``ct``.
+        spacing_mm: edge of a voxel.
+
+    Returns:
+        The volume.
+
+    Raises:
+        RejectedError: as ``read_grid``, and if the grid is not that of a CT, the file ends early, its
+            checksum is wrong or a voxel is not finite.
+    """
+    grid = read_grid(path, spacing_mm)
+    canonical_shape(grid)
+    with _open_array(path) as (member, _):
+        stored = np.lib.format.read_array(member, allow_pickle=False)
+        member.read()  # to the end, where zipfile compares the checksum
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    hu, voxel_mm, lowest_hu = canonical_hu(stored, grid.affine, slope=1, intercept=0)
+    return StoredCT(hu, lowest_hu, voxel_mm, grid, sha256)
+
+
+@contextmanager
+def _open_array(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """Open the array of a volume for reading; yields it and the bytes that it should have."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive, archive.open("ct.npy") as member:
+            num_bytes = archive.getinfo("ct.npy").file_size
+            if num_bytes > size * MAX_INFLATION:
+                raise EOFError(f"{size} bytes for an array of {num_bytes}")
+            yield member, num_bytes
+    except (OSError, KeyError, ValueError, *DAMAGED_ZIP) as error:
+        got = "a web page" if _is_web_page(path) else error
+        raise RejectedError(
+            "unreadable",
+            f"'{path.name}' must be an npz file with an array 'ct', got {got}. Copy or download it again.",
+        ) from error
+
+
+def _is_web_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(b"<")
+    except OSError:
+        return False
+
+
+def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Read shape, type and length of the header of a npy file.
+
+    From a copy of its first bytes: NumPy would believe a header that says it is gigabytes long.
+    """
+    head = io.BytesIO(member.read(MAX_HEADER_BYTES))
+    version = np.lib.format.read_magic(head)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, _, dtype = read(head)
+    except (SyntaxError, tokenize.TokenError, TypeError, MemoryError) as error:  # of the text it evaluates
+        raise ValueError(f"a header that cannot be: {error}") from error
+    return shape, dtype, head.tell()

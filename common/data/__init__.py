@@ -1,1 +1,0 @@
-"""Shards, slabs and embeddings: how data is stored and sampled."""

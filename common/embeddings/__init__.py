@@ -1,0 +1,1 @@
+"""Embeddings of volumes: making, storing and reading them."""

@@ -1,0 +1,201 @@
+"""Which CT volumes a run works on, in any format, and how each is read."""
+
+import csv
+import logging
+import os
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.cohort.skip_list import listed_volumes
+from common.ct.files import SUFFIXES, CTFile, find_cts
+from common.ct.geometry import STORED_HU_RANGE, StoredCT, check_size
+from common.ct.nifti import AIR_HU
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
+from common.shards.shards import SHARD_NAME, ShardSet
+
+# Z slices, H rows, W columns
+
+logger = logging.getLogger(__name__)
+
+
+class CTSlices(NamedTuple):
+    """A CT as canonical slices: feet to head, rows to the back, columns to the patient's left.
+
+    Args:
+        hu: int16 ``(Z, H, H)``, padded with air on both sides to squares.
+        spacing_mm: (x, y, z).
+        sha256: of the files it was read from, see :class:`common.ct.geometry.StoredCT`.
+    """
+
+    hu: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    sha256: str = ""
+
+
+class CTSource(NamedTuple):
+    """A volume to be read.
+
+    Args:
+        volume: name.
+        read: reads it; raises ``RejectedError`` if it must not be used.
+    """
+
+    volume: str
+    read: Callable[[], CTSlices]
+
+
+def ct_sources(
+    dataset_dir: str | Path,
+    split: str = "",
+    subset_csv: str | Path | None = None,
+    skip_list: str | Path | None = None,
+) -> tuple[list[CTSource], list[RejectedVolume]]:
+    """List the volumes of a file or folder.
+
+    A volume is called as its file without suffix; of a DICOM series by its SeriesInstanceUID with ``_`` for
+    each dot; of shards as they say. It is called so in a zip file, too.
+
+    Args:
+        dataset_dir: a NIfTI (``.nii``, ``.nii.gz``) or ``.npz`` file; a zip file of at most 8 GiB of these or
+            of DICOM files, as PACS export them; a folder of all these and of DICOM series, searched with its
+            sub-folders; or a folder of shards. NIfTI in HU with a header that states its geometry; npz with
+            ``ct`` (I, P, L) at 0.8 mm, as RAD-ChestCT's.
+        split: which shards.
+        subset_csv: CSV whose column ``VolumeName`` (or else its first) names the volumes to use, below a line
+            of column names; None for all.
+        skip_list: text file of volumes to leave out, one path or name a line, as CT-RATE's
+            ``no_chest_*.txt``.
+
+    Returns:
+        The volumes, sorted by name, and what was left out: two of one name, damaged files and zips, series
+        that are no axial CT.
+
+    Raises:
+        FileNotFoundError: if there is no such file, folder or list, no volume, none but series that are no
+            axial CT, or none of the subset.
+    """
+    root = Path(dataset_dir)
+    if not root.exists():
+        raise FileNotFoundError(
+            f"dataset_dir must be a file or a folder, got '{root}', which does not exist."
+        )
+    found, rejected = _shard_volumes(root, split) if _holds_shards(root) else _file_volumes(root)
+    if not found and not any(map(is_failure, rejected)):
+        left_out = f", but {len(rejected)} such as: {rejected[0].detail}" if rejected else ""
+        raise FileNotFoundError(
+            "dataset_dir must hold .nii.gz, .nii or .npz volumes, DICOM series, zips of these, or shards, "
+            f"got none in '{root}'{left_out}."
+        )
+    sources = [CTSource(volume, reads[0]) for volume, reads in sorted(found.items()) if len(reads) == 1]
+    for volume, reads in sorted(found.items()):
+        if len(reads) > 1:
+            detail = (
+                f"a volume must be one file, got {len(reads)} of this name in '{root}'. Keep one, or rename."
+            )
+            rejected.append(RejectedError("duplicate", detail).of(volume))
+    chosen = found.keys() if subset_csv is None else _subset(subset_csv, found.keys(), root)
+    skipped = set() if skip_list is None else listed_volumes(skip_list)
+    if skipped and not skipped & found.keys():
+        logger.warning("None of the %d volumes in '%s' is in '%s'.", len(skipped), skip_list, root)
+    used = [source for source in sources if source.volume in chosen and source.volume not in skipped]
+    logger.info("%d of %d volumes in '%s' are to be embedded.", len(used), len(found), root)
+    # a damaged file has no volume's name: it may belong to any
+    others = found.keys() - (set(chosen) - skipped)
+    return used, [item for item in rejected if item.volume not in others]
+
+
+Found = dict[str, list[Callable[[], CTSlices]]]
+
+
+def _holds_shards(root: Path) -> bool:
+    return root.is_dir() and any(SHARD_NAME.fullmatch(name) for name in os.listdir(root))
+
+
+def _shard_volumes(root: Path, split: str) -> tuple[Found, list[RejectedVolume]]:
+    shards = ShardSet(root, split)
+    return {entry.volume: [partial(_read_shard, shards, i)] for i, entry in enumerate(shards.volumes)}, []
+
+
+def _file_volumes(root: Path) -> tuple[Found, list[RejectedVolume]]:
+    found: Found = {}
+    cts, rejected = find_cts(root)
+    for ct in cts:
+        found.setdefault(ct.volume, []).append(partial(_read_file, ct))
+    return found, rejected
+
+
+def _read_file(file: CTFile) -> CTSlices:
+    """Read a volume in HU; every message names its file."""
+    try:
+        return _in_hu(file.read())
+    except RejectedError as error:
+        if str(file.path) in error.detail or f"'{file.path.name}'" in error.detail:
+            raise
+        raise RejectedError(error.reason, f"'{file.path}': {error.detail}") from error
+
+
+def _in_hu(ct: StoredCT) -> CTSlices:
+    if ct.lowest_hu > AIR_HU:
+        raise RejectedError(
+            "not in HU",
+            f"a CT in HU must hold air, {AIR_HU} or less, got values from {ct.lowest_hu:g}. "
+            "Pass the scan itself, rescaled to HU, and no mask.",
+        )
+    padded = len(ct.hu), *2 * [max(ct.hu.shape[1:])]
+    check_size(padded)
+    return CTSlices(squared(ct.hu), ct.spacing_mm, ct.sha256)
+
+
+def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
+    entry = shards.volumes[volume_id]
+    slab = shards.read_slab(volume_id, 0, entry.num_slices)
+    hu = np.empty((entry.num_slices, *entry.shape), np.int16)
+    for z in range(entry.num_slices):
+        hu[z] = slab.read_ct(z)
+    return CTSlices(squared(hu), entry.spacing_mm, entry.source_sha256)
+
+
+def squared(hu: np.ndarray) -> np.ndarray:
+    """Pad slices to squares with air on both sides, in one contiguous block of memory.
+
+    Args:
+        hu: ``(Z, H, W)``.
+
+    Example:
+        >>> squared(np.zeros((1, 1, 3), np.int16)).tolist()
+        [[[-1024, -1024, -1024], [0, 0, 0], [-1024, -1024, -1024]]]
+    """
+    height, width = hu.shape[1:]
+    if height == width:
+        return np.ascontiguousarray(hu)
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    margins = ((0, 0), (top, side - height - top), (left, side - width - left))
+    return np.pad(hu, margins, constant_values=STORED_HU_RANGE[0])
+
+
+def _subset(subset_csv: str | Path, found: Collection[str], root: Path) -> set[str]:
+    """Names of a CSV's volumes, without suffixes; those that were not found are counted in a warning."""
+    path = Path(subset_csv)
+    if not path.is_file():
+        raise FileNotFoundError(f"subset_csv must be a file, got '{path}', which does not exist.")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file) if row]
+    column = rows[0].index("VolumeName") if rows and "VolumeName" in rows[0] else 0
+    names = (row[column].strip() for row in rows[1:] if len(row) > column)
+    wanted = {next((n.removesuffix(s) for s in SUFFIXES if n.endswith(s)), n) for n in names if n}
+    absent = sorted(wanted.difference(found))
+    if len(absent) == len(wanted):
+        raise FileNotFoundError(
+            f"subset_csv must name volumes of '{root}', got none of its {len(wanted)} in '{path}'."
+        )
+    if absent:
+        logger.warning(
+            "%d of %d volumes of '%s' are not in '%s', such as '%s'.",
+            *(len(absent), len(wanted), path, root, absent[0]),
+        )
+    return wanted

@@ -1,0 +1,1 @@
+"""What every run shares: its options, its errors, its processes."""

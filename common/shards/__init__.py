@@ -1,0 +1,1 @@
+"""WebDataset shards of CT slices, and the slabs drawn from them."""

@@ -1,0 +1,241 @@
+"""The index beside a shard: where every member lies, and what every volume is.
+
+Shapes: N volumes and S slices of one shard, F members of one sample, C labels, R rejected volumes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.ct.rejection import RejectedVolume
+from common.ct.unzip import DAMAGED_ZIP
+from common.run.atomic_file import atomic_file
+
+SCHEMA_VERSION = 2
+FIELDS = ("ct.blosc2", "ts.png", "rex.png", "json")
+ABSENT = -1
+ABSENT_MEMBER = (ABSENT, ABSENT, 0)
+UNLABELLED = -1
+
+
+class ShardIndex(NamedTuple):
+    """Arrays of ``<shard>.index.npz``; none of them needs pickle.
+
+    Args:
+        schema_version: of the shard; ``SCHEMA_VERSION`` is what this code reads and writes.
+        split: of every volume in the shard.
+        plan: fingerprint of what the shard was to hold; empty where the writer gave none.
+        tar_bytes: size of the tar, so that a truncated or exchanged one is noticed.
+        member_offset: ``(S, F)`` int64, first byte of a member's data in the tar; -1 where absent.
+        member_size: ``(S, F)`` int32, its bytes; -1 where absent.
+        member_crc32: ``(S, F)`` uint32, ``zlib.crc32`` of its bytes; 0 where absent.
+        volume: ``(N,)`` names, in the order of their slices.
+        num_slices: ``(N,)``.
+        spacing_mm: ``(N, 3)`` as (x, y, z).
+        shape: ``(N, 2)`` slice height and width.
+        original_shape: ``(N, 3)`` as stored in the source.
+        original_axcodes: ``(N,)`` such as ``LPS``, as stored in the source.
+        source: ``(N,)`` path of the CT, of a DICOM series its folder, relative to the input folder.
+        source_sha256: ``(N,)`` of the CT's bytes; of several files, of their digests in order.
+        has_ts: ``(N,)`` whether the volume has a TotalSegmentator label map.
+        has_rex: ``(N,)`` whether the volume is annotated by ReXGroundingCT.
+        slice_has_ts: ``(S,)`` whether any organ is in the slice.
+        slice_has_rex: ``(S,)`` whether any finding is in the slice.
+        label_names: ``(C,)``; empty where no volume has labels.
+        labels: ``(N, C)`` int8, 0 or 1; -1 in the row of a volume without labels.
+        rejected_volume: ``(R,)`` volumes the plan names that could not be read.
+        rejected_reason: ``(R,)`` why.
+        rejected_detail: ``(R,)`` one line for a person.
+    """
+
+    schema_version: np.integer | np.ndarray
+    split: np.ndarray
+    plan: np.ndarray
+    tar_bytes: np.integer | np.ndarray
+    member_offset: np.ndarray
+    member_size: np.ndarray
+    member_crc32: np.ndarray
+    volume: np.ndarray
+    num_slices: np.ndarray
+    spacing_mm: np.ndarray
+    shape: np.ndarray
+    original_shape: np.ndarray
+    original_axcodes: np.ndarray
+    source: np.ndarray
+    source_sha256: np.ndarray
+    has_ts: np.ndarray
+    has_rex: np.ndarray
+    slice_has_ts: np.ndarray
+    slice_has_rex: np.ndarray
+    label_names: np.ndarray
+    labels: np.ndarray
+    rejected_volume: np.ndarray
+    rejected_reason: np.ndarray
+    rejected_detail: np.ndarray
+
+    @property
+    def rejections(self) -> list[RejectedVolume]:
+        """Volumes that the plan names and the shard does without."""
+        rows = zip(self.rejected_volume, self.rejected_reason, self.rejected_detail, strict=True)
+        return [RejectedVolume(str(volume), str(reason), str(detail)) for volume, reason, detail in rows]
+
+    @property
+    def first_sample(self) -> np.ndarray:
+        """``(N,)`` row of each volume's first slice in the per-slice arrays."""
+        return np.cumsum(self.num_slices) - self.num_slices
+
+
+def index_path(shard: Path) -> Path:
+    """Path of the index that belongs to ``<name>.tar``.
+
+    Example:
+        >>> index_path(Path("shards/train-000000.tar")).name
+        'train-000000.index.npz'
+    """
+    return shard.with_suffix(".index.npz")
+
+
+def save_index(shard: Path, index: ShardIndex) -> None:
+    """Write the index of a finished shard, so that it is there in full or not at all."""
+    with atomic_file(index_path(shard)) as file:
+        np.savez_compressed(file, **index._asdict())
+
+
+def load_index(shard: Path) -> ShardIndex:
+    """Read the index of a shard and check that it belongs to it.
+
+    Args:
+        shard: path of the tar.
+
+    Returns:
+        The arrays.
+
+    Raises:
+        FileNotFoundError: if the shard or its index is missing: an interrupted run leaves such shards.
+        ValueError: if the index is damaged, of another schema version, holds arrays that do not belong
+            together, or states another size of the tar.
+    """
+    path = index_path(shard)
+    for file in (shard, path):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"'{file}' must exist. Run the same python -m data_prep command again: it resumes."
+            )
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            version = int(arrays["schema_version"])
+            if version == SCHEMA_VERSION:
+                index = ShardIndex(**{name: arrays[name] for name in ShardIndex._fields})
+    except (OSError, KeyError, ValueError, TypeError, SyntaxError, MemoryError, *DAMAGED_ZIP) as error:
+        raise ValueError(
+            f"'{path}' must be a readable index, got {error}. Delete the shard and run data_prep again."
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"schema_version must be {SCHEMA_VERSION}, got {version} for '{path}'. "
+            "Write the shards again with data_prep."
+        )
+    _check_rows(index, path)
+    size = shard.stat().st_size
+    if size != index.tar_bytes:
+        raise ValueError(
+            f"'{shard}' must have {index.tar_bytes} bytes as its index says, got {size}. "
+            "Copy it again, or delete it and run data_prep again."
+        )
+    return index
+
+
+def _check_rows(index: ShardIndex, path: Path) -> None:
+    """Refuse arrays that do not belong together: a volume would be read at another one's place."""
+    per_slice = {"member_offset", "member_size", "member_crc32", "slice_has_ts", "slice_has_rex"}
+    once = {"schema_version", "split", "plan", "tar_bytes", "label_names"}
+    expected = {"volume": len(index.num_slices), "slice": int(index.num_slices.sum())}
+    for name in ShardIndex._fields:
+        kind = "slice" if name in per_slice else "volume"
+        rows = np.shape(getattr(index, name))[:1]
+        if name not in once and not name.startswith("rejected") and rows != (expected[kind],):
+            raise ValueError(
+                f"{name} must have {expected[kind]} rows, one a {kind}, got {rows} in '{path}'. "
+                "Delete the shard and run data_prep again."
+            )
+
+
+class IndexBuilder:
+    """Collects what a shard holds while it is written.
+
+    Args:
+        split: of every volume.
+    """
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self.volumes: dict[str, dict[str, object]] = {}
+        self.labels: list[dict[str, int] | None] = []
+        self.rejected: list[RejectedVolume] = []
+        self.members: list[list[tuple[int, int, int]]] = []
+        self.slice_flags: list[tuple[bool, bool]] = []
+
+    def add_slice(self, members: list[tuple[int, int, int]], has_ts: bool, has_rex: bool) -> None:
+        """Note a sample: first byte, size and CRC of each field's member or ``ABSENT_MEMBER``, two flags."""
+        self.members.append(members)
+        self.slice_flags.append((has_ts, has_rex))
+
+    def add_volume(self, volume: str, labels: dict[str, int] | None, **columns: object) -> None:
+        """Note a volume after its slices.
+
+        Args:
+            volume: name.
+            labels: class name to 0 or 1, or None.
+            columns: the other per-volume fields of ``ShardIndex``.
+
+        Raises:
+            ValueError: if the name is there already, or the labels name other classes than an earlier one's.
+        """
+        if volume in self.volumes:
+            raise ValueError(f"volume must come once in a shard, got '{volume}' twice.")
+        if labels is not None and list(labels) != (self._label_names() or list(labels)):
+            raise ValueError(
+                f"labels must name the same classes in a shard, got {list(labels)} for volume '{volume}'."
+            )
+        self.volumes[volume] = columns
+        self.labels.append(labels)
+
+    def build(self, plan: str, tar_bytes: int) -> ShardIndex:
+        """Return the index of the finished tar."""
+        names = self._label_names()
+        labels = [[UNLABELLED] * len(names) if row is None else list(row.values()) for row in self.labels]
+        members = np.array(self.members, np.int64).reshape(len(self.members), len(FIELDS), 3)
+        flags = np.array(self.slice_flags, bool).reshape(-1, 2)
+        return ShardIndex(
+            schema_version=np.int64(SCHEMA_VERSION),
+            split=np.array(self.split),
+            plan=np.array(plan),
+            tar_bytes=np.int64(tar_bytes),
+            member_offset=members[..., 0],
+            member_size=members[..., 1].astype(np.int32),
+            member_crc32=members[..., 2].astype(np.uint32),
+            volume=np.array(list(self.volumes), np.str_),
+            num_slices=self._column("num_slices", np.int64),
+            spacing_mm=self._column("spacing_mm", np.float64, 3),
+            shape=self._column("shape", np.int64, 2),
+            original_shape=self._column("original_shape", np.int64, 3),
+            original_axcodes=self._column("original_axcodes", np.str_),
+            source=self._column("source", np.str_),
+            source_sha256=self._column("source_sha256", np.str_),
+            has_ts=self._column("has_ts", np.bool_),
+            has_rex=self._column("has_rex", np.bool_),
+            slice_has_ts=flags[:, 0],
+            slice_has_rex=flags[:, 1],
+            label_names=np.array(names, np.str_),
+            labels=np.array(labels, np.int8).reshape(len(labels), len(names)),
+            rejected_volume=np.array([row.volume for row in self.rejected], np.str_),
+            rejected_reason=np.array([row.reason for row in self.rejected], np.str_),
+            rejected_detail=np.array([row.detail for row in self.rejected], np.str_),
+        )
+
+    def _label_names(self) -> list[str]:
+        return next((list(labels) for labels in self.labels if labels is not None), [])
+
+    def _column(self, name: str, dtype: type, *width: int) -> np.ndarray:
+        return np.array([columns[name] for columns in self.volumes.values()], dtype).reshape(-1, *width)

@@ -1,0 +1,257 @@
+"""Training samples: the views of the slab that belongs to a position of the run, and batches of positions."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from common.shards.index import UNLABELLED
+from common.shards.shards import ShardSet
+from common.shards.slabs import slab_num_slices, slab_starts
+from common.shards.view_batches import collate_views
+from common.shards.volume import MASK_SIZE_PX
+from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan, cut_crops
+from common.transforms.patch_masks import PatchMasks, masked_places
+
+logger = logging.getLogger(__name__)
+
+# Second word of every random stream, after the seed.
+OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
+
+
+class SlabViews(Dataset[list[dict[str, Any]]]):
+    """Views of slabs, addressed by the place of the slab in the run.
+
+    A step of the run takes the next slabs, one a sample of the global batch; with ``draws_per_slab`` k > 1,
+    k steps in a row take the same slabs and draw other views of them. Item i is the i-th slab of the run, its
+    k samples numbered by position k i to k i + k - 1. The slab is a function of (seed, i) alone and the views
+    of (seed, position): ranks and workers share no randomness whatever their number, and a run resumes at any
+    step at no cost.
+
+    Slabs come from two pools, those of scans with ReX annotation and all others. Slab i is drawn from the
+    first iff floor((i + 1) f) > floor(i f), f the fraction, so that any stretch of slabs has its exact share.
+    The k-th draw of a pool of n slabs is element k mod n of its permutation number k // n: every slab comes
+    once a pass, and a batch is spread over the cohort. If a pool is empty, all draws are from the other.
+
+    Of a slab only the slices that its views use are decoded, and only their crops leave: resize, augmentation
+    and normalisation are for the device (``render_views``), as is counting labels (``coverage_fractions``).
+
+    Source: DALE-CT III-A and III-C. Random access to slabs is our choice: SIGReg assumes independent samples,
+    and a shuffle buffer behind a stream of volumes fills a batch from a handful of scans.
+
+    Args:
+        shards: the scans to train on.
+        slab_mm: thickness of a slab in mm; 0 for single slices. Paper: 12.
+        rex_fraction: share of slabs drawn from the ReX-annotated ones; None for one pool of all slabs, their
+            natural share. Paper: 0.2.
+        seed: of everything random.
+        multi_crop: draws the views.
+        with_masks: whether samples hold masks. Guidance reads the slab's masks either way.
+        draws_per_slab: samples from each slab that was read, for slow storage: they share its slices and lie
+            in consecutive steps. 1 as in the paper.
+        patch_masks: draws the masks of the global views; None for none.
+
+    Attributes:
+        label_names: labels of the volumes, in the order of ``labels``.
+
+    Shape:
+        An item is a list of ``draws_per_slab`` samples; a sample a dictionary for ``collate``, V = Vg + Vl
+        views, global first: ``global_pixels``, ``local_pixels`` int16 HU, the crops one after the other
+        (``cut_crops``); ``boxes``, ``guide``, ``points``, ``flips``, ``gamma``, ``blur_sigma`` of
+        ``ViewPlan``; ``shape`` int32 (2,) of the slices; with masks ``ts_planes`` uint8 ids, ``rex_planes``
+        int16 bits (planes, M, M), those used that are not empty, and ``ts_plane``, ``rex_plane`` int64 (V,):
+        the plane under each view, -1 for an empty one; with ``patch_masks`` ``masks`` bool (Vg, P), and in
+        a batch also what ``masked_places`` returns; ``has_ts``, ``has_rex`` bool, of the volume;
+        ``labels`` int8 (C,), 1, 0 or -1 where not labelled; ``position``, ``first_slice`` int; ``volume``
+        str; ``spacing_mm`` float32 (3,), x y z.
+
+    Raises:
+        ValueError: if there is no volume, ``rex_fraction`` is not in [0, 1], ``slab_mm`` negative,
+            ``draws_per_slab`` or the spacing of a volume not positive.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        slab_mm: float,
+        rex_fraction: float | None,
+        seed: int,
+        multi_crop: RandSlabMultiCrop,
+        with_masks: bool,
+        draws_per_slab: int = 1,
+        patch_masks: PatchMasks | None = None,
+    ) -> None:
+        if rex_fraction is not None and not 0 <= rex_fraction <= 1:
+            raise ValueError(
+                f"rex_fraction must be between 0 and 1, or None for the natural share, got {rex_fraction}."
+            )
+        if not shards.volumes:
+            raise ValueError("shards must hold at least one volume, got none.")
+        if draws_per_slab < 1:
+            raise ValueError(f"draws_per_slab must be positive, got {draws_per_slab}.")
+        self.shards = shards
+        self.seed = seed
+        self.multi_crop = multi_crop
+        self.with_masks = with_masks
+        self.draws_per_slab = draws_per_slab
+        self.patch_masks = patch_masks
+        self.label_names = list(
+            dict.fromkeys(name for volume in shards.volumes if volume.labels for name in volume.labels)
+        )
+        self.slab_lengths = np.array(
+            [min(v.num_slices, slab_num_slices(v.spacing_mm[2], slab_mm, v.volume)) for v in shards.volumes]
+        )
+        starts = [
+            slab_starts(v.num_slices, int(n)) for v, n in zip(shards.volumes, self.slab_lengths, strict=True)
+        ]
+        self.slab_volumes = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
+        self.slab_starts = np.concatenate(starts)
+        self.pools, self.rex_share = self._make_pools(rex_fraction)
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+
+    def slab_of(self, place: int) -> tuple[int, int, int]:
+        """Return a slab of the run, any place from 0: index of its volume, first slice, number of slices."""
+        before, after = (int(i * self.rex_share) for i in (place, place + 1))
+        pool, draw = (REX_POOL, before) if after > before else (OTHER_POOL, place - before)
+        passes, element = divmod(draw, len(self.pools[pool]))
+        slab = self.pools[pool][self._permutation(pool, passes)[element]]
+        volume = int(self.slab_volumes[slab])
+        return volume, int(self.slab_starts[slab]), int(self.slab_lengths[volume])
+
+    def __getitem__(self, place: int) -> list[dict[str, Any]]:
+        """Return the samples of a slab of the run, any place from 0."""
+        volume, first, length = self.slab_of(place)
+        entry = self.shards.volumes[volume]
+        slab = self.shards.read_slab(volume, first, length)
+        ts, rex, read_slice = slab.read_ts(), slab.read_rex(), cache(slab.read_ct)
+        facts = {
+            "shape": np.array(entry.shape, np.int32),
+            "has_ts": bool(entry.has_ts),
+            "has_rex": bool(entry.has_rex),
+            "labels": self._labels(entry.labels),
+            "volume": entry.volume,
+            "first_slice": first,
+            "spacing_mm": np.asarray(entry.spacing_mm, np.float32),
+        }
+        num_global = self.multi_crop.num_views[0]
+        samples = []
+        for draw in range(self.draws_per_slab):
+            position = place * self.draws_per_slab + draw
+            rng = np.random.default_rng([self.seed, VIEWS, position])
+            plan = self.multi_crop.draw(rng, length, entry.shape, ts, rex)
+            samples.append(
+                {
+                    "global_pixels": cut_crops(plan.boxes[:num_global], read_slice),
+                    "local_pixels": cut_crops(plan.boxes[num_global:], read_slice),
+                    **plan._asdict(),
+                    **(_planes_under(plan, ts, rex) if self.with_masks else {}),
+                    **({"masks": self.patch_masks.draw(place, draw)} if self.patch_masks else {}),
+                    **facts,
+                    "position": position,
+                }
+            )
+        return samples
+
+    def collate(self, items: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Put items together to the batches of ``draws_per_slab`` steps; see ``collate_views``."""
+        crop = self.multi_crop
+        batches = [
+            collate_views(samples, crop.num_views[0], crop.sizes_px, crop.patch_size_px)
+            for samples in zip(*items, strict=True)
+        ]
+        if self.patch_masks:
+            bound = self.patch_masks.most_masked(len(items))
+            return [batch | masked_places(batch["masks"], bound) for batch in batches]
+        return batches
+
+    def _labels(self, labels: dict[str, int] | None) -> np.ndarray:
+        known = labels or {}
+        return np.array([known.get(name, UNLABELLED) for name in self.label_names], np.int8)
+
+    def _make_pools(self, rex_fraction: float | None) -> tuple[tuple[np.ndarray, np.ndarray], Fraction]:
+        """Slabs of the other and of the ReX pool, and the exact share of the latter."""
+        every = np.arange(len(self.slab_volumes))
+        if rex_fraction is None:
+            return (every, every[:0]), Fraction(0)
+        in_rex = np.array([bool(v.has_rex) for v in self.shards.volumes])[self.slab_volumes]
+        share = Fraction(str(rex_fraction))  # 0.2 is one in five, not its binary neighbour
+        if share > 0 and not in_rex.any():
+            logger.warning("No volume has ReX annotation: rex_fraction %s has no effect.", rex_fraction)
+            share = Fraction(0)
+        elif share < 1 and in_rex.all():
+            logger.warning("All volumes have ReX annotation: rex_fraction %s has no effect.", rex_fraction)
+            share = Fraction(1)
+        return (every[~in_rex], every[in_rex]), share
+
+    def _permutation(self, pool: int, passes: int) -> np.ndarray:
+        """Order of a pool in one of its passes; the latest of each pool is kept."""
+        cached = self._permutations.get(pool)
+        if cached is None or cached[0] != passes:
+            order = np.random.default_rng([self.seed, pool, passes]).permutation(len(self.pools[pool]))
+            cached = self._permutations[pool] = (passes, order)
+        return cached[1]
+
+
+def _planes_under(plan: ViewPlan, ts: np.ndarray | None, rex: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Take the masks of the slices that views use, each once and empty ones not at all."""
+    used, slices = np.unique(plan.boxes[:, 0], return_inverse=True)
+    planes: dict[str, np.ndarray] = {}
+    for name, masks, dtype in (("ts", ts, np.uint8), ("rex", rex, np.int16)):
+        empty = np.zeros((len(used), MASK_SIZE_PX, MASK_SIZE_PX), dtype)
+        shown = empty if masks is None else masks[used].astype(dtype, copy=False)
+        filled = shown.any((1, 2))
+        planes[f"{name}_planes"] = shown[filled]
+        planes[f"{name}_plane"] = np.where(filled, filled.cumsum() - 1, -1)[slices]
+    return planes
+
+
+class StepBatches(Sampler[list[int]]):
+    """Endless batches of slabs: at each step this rank's share of the global batch.
+
+    Step t covers the places t * world * B to (t + 1) * world * B of ``SlabViews``; rank r takes the r-th run
+    of B of them. With ``draws_per_slab`` k > 1, each of these batches is for k steps, step t in batch t // k.
+    Use as the ``batch_sampler`` of ``StepLoader``.
+
+    Args:
+        batch_size: samples per rank and step, B.
+        rank: of this process.
+        world_size: number of processes.
+        start_step: first step. Set the attribute before iterating to resume.
+        draws_per_slab: steps that use the same slabs, k.
+
+    Raises:
+        ValueError: if ``batch_size`` or ``draws_per_slab`` is not positive, ``rank`` not in [0, world_size)
+            or ``start_step`` negative.
+
+    Example:
+        >>> batches = iter(StepBatches(batch_size=2, rank=1, world_size=3, start_step=1))
+        >>> next(batches), next(batches)
+        ([8, 9], [14, 15])
+    """
+
+    def __init__(
+        self, batch_size: int, rank: int, world_size: int, start_step: int = 0, draws_per_slab: int = 1
+    ) -> None:
+        for name, number in (("batch_size", batch_size), ("draws_per_slab", draws_per_slab)):
+            if number < 1:
+                raise ValueError(f"{name} must be positive, got {number}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size), got {rank} and {world_size}.")
+        if start_step < 0:
+            raise ValueError(f"start_step must not be negative, got {start_step}.")
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = start_step
+        self.draws_per_slab = draws_per_slab
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.start_step // self.draws_per_slab
+        while True:
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+            batch += 1

@@ -1,0 +1,320 @@
+import hashlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pydicom import Dataset
+from pydicom.uid import ExplicitVRBigEndian, RLELossless
+
+from common.ct.dicom import read_ct, read_grid
+from common.ct.orientation import axial_slices
+from common.ct.rejection import RejectedError
+
+SHAPE_ZYX = (5, 17, 19)
+SPACING_MM = (0.7, 0.8, 1.5)
+Write = Callable[..., list[Path]]
+Edit = Callable[[int, Dataset], None]
+
+
+def canonical() -> np.ndarray:
+    """HU that all differ, as (Z, H, W)."""
+    voxels = np.random.default_rng(0).permutation(np.prod(SHAPE_ZYX))
+    return voxels.reshape(SHAPE_ZYX).astype(np.int16) - 1000
+
+
+def dataset_edit(**changes: Any) -> Edit:
+    """Change tags of the third slice; None deletes them."""
+
+    def edit(z: int, dataset: Dataset) -> None:
+        for name, value in changes.items() if z == 2 else ():
+            if value is None:
+                delattr(dataset, name)
+            else:
+                setattr(dataset, name, value)
+
+    return edit
+
+
+def test_a_series_is_sorted_by_position_and_shown_from_the_feet(tmp_path: Path, write_series: Write) -> None:
+    files = write_series(tmp_path, canonical())
+    assert files != sorted(files)
+    for order in (files, sorted(files), files[::-1]):
+        ct = read_ct(order)
+        np.testing.assert_array_equal(ct.hu, canonical())
+        assert ct.hu.dtype == np.int16
+        assert ct.spacing_mm == pytest.approx(SPACING_MM)
+        assert ct.lowest_hu == -1000
+        assert ct.grid.shape == SHAPE_ZYX[::-1]
+        assert ct.grid.axcodes == "LPS"
+
+
+@pytest.mark.parametrize("axcodes", ["LPS", "RAS", "LAI", "RPI", "LIP", "PIR"])
+def test_a_scan_gives_the_same_slices_and_place_in_every_orientation(
+    axcodes: str, tmp_path: Path, write_series: Write
+) -> None:
+    """Supine and prone, head or feet first, and slices of other planes; all turned by nibabel."""
+    affine = np.diag([-0.7, -0.7, 0.7, 1])
+    affine[:3, 3] = (11, 23, -130)
+    image = nib.Nifti1Image(canonical().T, affine)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(axcodes))
+    )
+    turned = image.as_reoriented(turn)
+    lps = np.diag([-1, -1, 1, 1]) @ turned.affine
+    columns, rows, _ = (lps[:3, :3] / 0.7).T
+
+    def place(z: int, dataset: Dataset) -> None:
+        dataset.PixelSpacing = [0.7, 0.7]
+        dataset.ImagePositionPatient = [round(float(mm), 6) for mm in lps[:3, 3] + z * lps[:3, 2]]
+
+    stored = np.asarray(turned.dataobj).T
+    files = write_series(tmp_path, stored, orientation=(*columns, *rows), edit=place)
+    ct = read_ct(files)
+    np.testing.assert_array_equal(ct.hu, canonical())
+    assert ct.spacing_mm == pytest.approx((0.7, 0.7, 0.7))
+    # Right-handed axes are stored as they are; the normal turns those of a left-handed stack.
+    if np.linalg.det(lps[:3, :3]) > 0:
+        assert ct.grid.axcodes == axcodes
+        np.testing.assert_allclose(ct.grid.affine, turned.affine, atol=1e-5)
+
+
+def test_the_affine_is_the_standards_formula(tmp_path: Path, write_series: Write) -> None:
+    """PS3.3 C.7.6.2.1.1: P = IPP + column index x spacing x row cosines + row index x ... in LPS."""
+    angle = np.radians(6)
+    row, column = np.array([np.cos(angle), np.sin(angle), 0]), np.array([-np.sin(angle), np.cos(angle), 0])
+    grid = read_grid(write_series(tmp_path, canonical(), orientation=(*row, *column), first_mm=(3, -8, 40)))
+    for x, y, z in ((0, 0, 0), (18, 0, 0), (0, 16, 0), (3, 7, 4)):
+        expected = np.array([3, -8, 40 + 1.5 * z]) + x * 0.7 * row + y * 0.8 * column
+        np.testing.assert_allclose((grid.affine @ [x, y, z, 1])[:3], expected * [-1, -1, 1], atol=1e-5)
+
+
+def test_every_slice_has_its_own_rescale(tmp_path: Path, write_series: Write) -> None:
+    rescales = ((1, -1024), (2, -1000), (0.5, -900.25), (1, -1000.5), (1, 0))
+
+    def edit(z: int, dataset: Dataset) -> None:
+        dataset.RescaleSlope, dataset.RescaleIntercept = rescales[z]
+
+    ct = read_ct(write_series(tmp_path, canonical(), edit=edit))
+    for hu, voxels, (slope, intercept) in zip(ct.hu, canonical(), rescales, strict=True):
+        np.testing.assert_array_equal(hu, np.rint((voxels + 1024) * slope + intercept).clip(-1024, 3071))
+
+
+def encode(z: int, dataset: Dataset, how: str) -> None:
+    values = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns)
+    if how == "run lengths":
+        dataset.compress(RLELossless)
+    elif how == "run lengths, fractions":
+        dataset.RescaleSlope, dataset.RescaleIntercept = 0.5, -700.25
+        dataset.PixelData = (values * 2).astype("<u2").tobytes()
+        dataset.compress(RLELossless)
+    elif how == "big endian":
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+        dataset.PixelData = values.astype(">u2").tobytes()
+    elif how == "signed":
+        dataset.PixelRepresentation, dataset.RescaleIntercept = 1, 0
+        dataset.PixelData = (values.astype("<i2") - 1024).tobytes()
+    elif how == "floats":
+        del dataset.PixelData
+        dataset.BitsAllocated = dataset.BitsStored = 32
+        dataset.HighBit = 31
+        dataset.FloatPixelData = (values + 0.25).astype("<f4").tobytes()
+    elif how == "overlay in high bits":
+        dataset.BitsStored, dataset.HighBit = 12, 11
+        dataset.PixelData = (values | 0x4000).astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "how", ["run lengths", "run lengths, fractions", "big endian", "signed", "floats", "overlay in high bits"]
+)
+def test_pixels_are_decoded_however_they_are_stored(how: str, tmp_path: Path, write_series: Write) -> None:
+    ct = read_ct(write_series(tmp_path, canonical(), edit=lambda z, dataset: encode(z, dataset, how)))
+    expected = canonical().astype(float)
+    if how == "run lengths, fractions":
+        expected = np.rint((expected + 1024) - 700.25)
+    np.testing.assert_array_equal(ct.hu, expected)
+
+
+def test_padding_outside_the_field_of_view_becomes_the_lowest_hu(tmp_path: Path, write_series: Write) -> None:
+    def edit(z: int, dataset: Dataset) -> None:
+        dataset.PixelRepresentation = 1
+        values = (canonical()[z] + 1024).astype("<i2")
+        values[0, :3] = -2000
+        dataset.PixelData = values.tobytes()
+        dataset.add_new("PixelPaddingValue", "SS", -2000)
+
+    ct = read_ct(write_series(tmp_path, canonical(), edit=edit))
+    expected = canonical()
+    expected[:, 0, :3] = -1024
+    np.testing.assert_array_equal(ct.hu, expected)
+    assert ct.lowest_hu == -3024
+
+
+def test_the_checksum_is_that_of_the_digests_in_slice_order(tmp_path: Path, write_series: Write) -> None:
+    files = write_series(tmp_path, canonical())
+    digests = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
+    assert {read_ct(order).sha256 for order in (files, files[::-1])} == {hashlib.sha256(digests).hexdigest()}
+
+
+STEPS = {
+    "a slice is missing": ([0, 1.5, 3, 6, 7.5], r"missing slices: .*mostly 1\.5 mm, got 3 mm from '.*' to '"),
+    "the last but one is missing": ([0, 1.5, 3, 4.5, 7.5], r"missing slices: .*mostly 1\.5 mm, got 3 mm"),
+    "uneven spacing": ([0, 1.5, 3, 4.5, 6.3], r"missing slices: .*mostly 1\.5 mm, got 1\.8 mm"),
+    "drifting spacing": ([0, 1.3, 2.7, 4.3, 6.1], r"missing slices: slices must be evenly spaced"),
+    "two acquisitions": (
+        [0, 1.5, 1.5, 3, 3],
+        r"duplicate: slices must lie at different positions, got the same",
+    ),
+    "all at one place": ([0, 0, 0, 0, 0], r"duplicate: slices must lie at different positions"),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_slices_that_are_no_even_stack_are_rejected(case: str, tmp_path: Path, write_series: Write) -> None:
+    heights, message = STEPS[case]
+
+    def edit(z: int, dataset: Dataset) -> None:
+        dataset.ImagePositionPatient = [0, 0, heights[z]]
+        dataset.SpacingBetweenSlices = 1.5  # positions decide, whatever else a header says
+
+    files = write_series(tmp_path, canonical(), edit=edit)
+    for read in (read_grid, read_ct):
+        with pytest.raises(RejectedError, match=message):
+            read(files)
+
+
+def test_the_files_beside_a_gap_are_named(tmp_path: Path, write_series: Write) -> None:
+    files = write_series(tmp_path, canonical())
+    with pytest.raises(RejectedError, match=f"got 3 mm from '{files[0]}' to '{files[2]}'"):
+        read_grid([files[0], *files[2:]])
+
+
+def test_positions_rounded_by_the_scanner_are_even(tmp_path: Path, write_series: Write) -> None:
+    def edit(z: int, dataset: Dataset) -> None:
+        dataset.ImagePositionPatient = [0, 0, round(0.625 * z + 0.01, 1)]
+
+    grid = read_grid(write_series(tmp_path, canonical(), edit=edit))
+    assert grid.affine[2, 2] == pytest.approx(0.625, abs=0.025)
+
+
+def test_gantry_tilt_is_rejected(tmp_path: Path, write_series: Write) -> None:
+    """The table moves along the body; the slices are tilted by 12 degrees against it."""
+    angle = np.radians(12)
+    row, column = (1, 0, 0), (0, float(np.cos(angle)), float(np.sin(angle)))
+
+    def edit(z: int, dataset: Dataset) -> None:
+        dataset.ImagePositionPatient = [0, 0, 5 * z]
+
+    files = write_series(tmp_path, canonical(), orientation=(*row, *column), edit=edit)
+    with pytest.raises(RejectedError, match=r"geometry: .*sideways by 4\.2 mm, as by a gantry tilt of 12\.0"):
+        read_grid(files)
+
+
+def test_an_oblique_scan_is_rejected_by_its_slices(tmp_path: Path, write_series: Write) -> None:
+    angle = np.radians(15)
+    column = (0, float(np.cos(angle)), float(np.sin(angle)))
+    files = write_series(tmp_path, canonical(), orientation=(1, 0, 0, *column))
+    assert read_grid(files).shape == SHAPE_ZYX[::-1]
+    with pytest.raises(RejectedError, match="geometry: affine must be within 10 degrees .* got 15"):
+        read_ct(files)
+
+
+HEADERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no position": ({"ImagePositionPatient": None}, "metadata: ImagePositionPatient must be 3 number"),
+    "two numbers": (
+        {"ImagePositionPatient": [1, 2]},
+        r"metadata: ImagePositionPatient must be 3 numbers, got \[1.*2",
+    ),
+    "no orientation": (
+        {"ImageOrientationPatient": None},
+        "metadata: ImageOrientationPatient must be 6 number",
+    ),
+    "empty spacing": ({"PixelSpacing": ""}, "metadata: PixelSpacing must be 2 number"),
+    "no rescale": ({"RescaleIntercept": None}, r"metadata: RescaleIntercept must be a number, got None in"),
+    "slope of zero": ({"RescaleSlope": 0}, "rescale: RescaleSlope must be positive, got 0 in '"),
+    "no pixel size": (
+        {"PixelSpacing": [0, 0.7]},
+        r"spacing: pixels must have a size, got 17 x 19 of 0 x 0\.7",
+    ),
+    "other unit": ({"RescaleType": "HU_MOD"}, "not in HU: RescaleType must be HU or absent, got 'HU_MOD'"),
+    "frames": ({"NumberOfFrames": 3}, "multi-frame: '.*' must hold one slice, got 3. Convert it to NIfTI"),
+    "colours": ({"SamplesPerPixel": 3}, "unreadable: pixels of '.*' must be numbers, got colours"),
+    "other size": (
+        {"Rows": 16},
+        r"geometry: slices must share Rows and Columns, got .17, 19. .* .16, 19.",
+    ),
+    "other spacing": ({"PixelSpacing": [0.8, 0.71]}, "geometry: slices must share PixelSpacing"),
+    "other plane": (
+        {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]},
+        "geometry: slices must share ImageOrientationPatient, got .* in '.*' and .* in '",
+    ),
+    "no plane": (
+        {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]},
+        "geometry: ImageOrientationPatient must be perpendicular directions",
+    ),
+    "sideways": ({"ImagePositionPatient": [3, -7, -97]}, r"geometry: .*shifted sideways by 8\.0 mm"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_contradict_or_lack_something_are_rejected(
+    case: str, tmp_path: Path, write_series: Write
+) -> None:
+    changes, message = HEADERS[case]
+    files = write_series(tmp_path, canonical(), edit=dataset_edit(**changes))
+    for read in (read_grid, read_ct):
+        with pytest.raises(RejectedError, match=message):
+            read(files)
+
+
+def test_a_single_slice_is_rejected(tmp_path: Path, write_series: Write) -> None:
+    files = write_series(tmp_path, canonical()[:1])
+    with pytest.raises(RejectedError, match="geometry: a series must have at least 2 slices, got 1"):
+        read_grid(files)
+
+
+def test_voxels_that_are_not_finite_are_rejected(tmp_path: Path, write_series: Write) -> None:
+    def edit(z: int, dataset: Dataset) -> None:
+        encode(z, dataset, "floats")
+        values = np.frombuffer(dataset.FloatPixelData, "<f4").copy()
+        values[7] = np.nan if z == 2 else 0
+        dataset.FloatPixelData = values.tobytes()
+
+    files = write_series(tmp_path, canonical(), edit=edit)
+    with pytest.raises(RejectedError, match=f"non-finite voxels: .* got NaN or infinity in '{files[2]}'"):
+        read_ct(files)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_files_that_are_not_whole_are_rejected(compressed: bool, tmp_path: Path, write_series: Write) -> None:
+    edit = (lambda z, dataset: dataset.compress(RLELossless)) if compressed else (lambda z, dataset: None)
+    files = write_series(tmp_path, canonical(), edit=edit)
+    whole = files[1].read_bytes()
+    for size in (0, 100, 200, len(whole) // 2, len(whole) - 300, len(whole) - 10):
+        files[1].write_bytes(whole[:size])
+        with pytest.raises(
+            RejectedError, match=r"(unreadable: '.*' must be a whole DICOM file, got|metadata: )"
+        ):
+            read_ct(files)
+    files[1].write_bytes(b"<html>404</html>" * 20)
+    files[2].unlink()
+    for order in (files[:2], [files[0], files[2]]):
+        with pytest.raises(RejectedError, match=f"unreadable: '{order[1]}' must be a whole DICOM file, got"):
+            read_grid(order)
+
+
+@pytest.mark.real_ct
+def test_a_real_series_is_the_scan_of_its_nifti(real_ct_dir: Path) -> None:
+    """JPEG 2000, converted by others: the same voxels at the same place."""
+    ct = read_ct(sorted((real_ct_dir / "totalseg_dicom_series").iterdir()))
+    nifti = nib.load(real_ct_dir / "totalseg_dicom_ct_native.nii.gz")
+    slices, spacing_mm = axial_slices(np.asarray(nifti.dataobj), nifti.affine)
+    np.testing.assert_array_equal(ct.hu, slices)
+    assert ct.spacing_mm == pytest.approx(spacing_mm)
+    assert ct.grid.shape == nifti.shape
+    assert ct.grid.axcodes == "".join(nib.aff2axcodes(nifti.affine))
+    for corner in itertools.product((0, 511), (0, 511), (0, 19)):
+        np.testing.assert_allclose(ct.grid.affine @ [*corner, 1], nifti.affine @ [*corner, 1], atol=1e-3)

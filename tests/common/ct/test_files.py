@@ -1,0 +1,425 @@
+"""Files of strangers: read like any other, or refused in one line that says what to mend, without a trace."""
+
+import errno
+import gzip
+import re
+import struct
+import tempfile
+import tracemalloc
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pydicom import Dataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+from common.ct import files as ct_files
+from common.ct.rejection import RejectedError
+from common.embeddings.sources import ct_sources
+
+LPS = np.diag([-0.7, -0.8, 1.5, 1.0])
+Save = Callable[[Path, np.ndarray, np.ndarray], Path]
+Write = Callable[..., list[Path]]
+
+
+def hu(slices: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).integers(-1000, 1000, (slices, 17, 19)).astype(np.int16)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Whatever a test does, the folder for temporary files is empty after it."""
+    place = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    yield
+    assert list(place.iterdir()) == []
+
+
+def zip_of(folder: Path, archive: Path) -> Path:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, path.relative_to(folder.parent))
+    return archive
+
+
+def zip_with(archive: Path, *members: tuple[str, bytes]) -> Path:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members:
+            file.writestr(name, data)
+    return archive
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".ZIP"])
+def test_a_zipped_series_is_the_series(suffix: str, tmp_path: Path, write_series: Write) -> None:
+    write_series(tmp_path / "study" / "series", hu())
+    (tmp_path / "study" / "LICENSE").write_text("CC BY")
+    archive = zip_of(tmp_path / "study", tmp_path / f"scan{suffix}")
+    ((plain,), _), ((zipped,), rejected) = ct_sources(tmp_path / "study"), ct_sources(archive)
+    assert rejected == []
+    assert zipped.volume == plain.volume == "1_2_840_99_7"
+    for ct in (zipped.read(), zipped.read()):
+        np.testing.assert_array_equal(ct.hu[:, 1:18], hu())
+        assert ct.spacing_mm == plain.read().spacing_mm
+
+
+def test_zips_lie_among_other_volumes_and_hold_any_format(
+    tmp_path: Path, write_series: Write, save_nifti: Save
+) -> None:
+    root = tmp_path / "ct"
+    for series in ("1.2.3", "1.2.4"):
+        write_series(tmp_path / "study" / series, hu(), series=series)
+    save_nifti(root / "plain.nii.gz", hu().T, LPS)
+    save_nifti(tmp_path / "others" / "a" / "inside.nii.gz", hu().T, LPS)
+    np.savez_compressed(tmp_path / "others" / "trn1.npz", ct=hu()[::-1])
+    zip_of(tmp_path / "study", root / "study.zip")
+    zip_of(tmp_path / "others", root / "deep.zip")
+    zip_with(root / "tables.zip", ("metadata.csv", b"a,b"))  # like any other file that is no CT
+    sources, rejected = ct_sources(root)
+    assert rejected == []
+    assert [source.volume for source in sources] == ["1_2_3", "1_2_4", "inside", "plain", "trn1"]
+    for source in sources:
+        np.testing.assert_array_equal(source.read().hu[:, 1:18], hu())
+
+
+def test_a_series_inside_and_outside_of_a_zip_is_given_twice(tmp_path: Path, write_series: Write) -> None:
+    write_series(tmp_path / "ct" / "series", hu())
+    zip_of(tmp_path / "ct" / "series", tmp_path / "ct" / "scan.zip")
+    sources, (rejected,) = ct_sources(tmp_path / "ct")
+    assert sources == []
+    assert (rejected.volume, rejected.reason) == ("1_2_840_99_7", "duplicate")
+
+
+def test_a_zipped_series_without_a_name_is_called_the_same_every_time(
+    tmp_path: Path, write_series: Write
+) -> None:
+    write_series(tmp_path / "study", hu(), series="")
+    archive = zip_of(tmp_path / "study", tmp_path / "scan.zip")
+    (first,), (second,) = ct_sources(archive)[0], ct_sources(archive)[0]
+    assert first.volume == second.volume
+    assert first.volume.startswith("series_")
+    first.read()
+
+
+def test_messages_name_files_by_their_place_in_the_zip(tmp_path: Path, write_series: Write) -> None:
+    write_series(tmp_path / "study" / "gap", hu())[2].unlink()
+    write_series(tmp_path / "study" / "scout", hu(), series="1.2.3", orientation=(1, 0, 0, 0, 0, -1))
+    (tmp_path / "study" / "broken.dcm").write_text("none")
+    archive = zip_of(tmp_path / "study", tmp_path / "scan.zip")
+    (source,), rejected = ct_sources(archive)
+    inside = f"{archive}/study"
+    assert {item.volume: item.detail.split(" must ")[0] for item in rejected}[
+        "broken.dcm"
+    ] == f"'{inside}/broken.dcm'"
+    assert (
+        f"got CT of another plane in '{inside}/scout'"
+        in {item.volume: item for item in rejected}["1_2_3"].detail
+    )
+    with pytest.raises(RejectedError, match=rf"got 3 mm from '{inside}/gap/IM\d+' to '{inside}/gap/IM"):
+        source.read()
+
+
+def test_no_room_to_unpack_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    archive = zip_with(tmp_path / "scan.zip", ("a", b""))
+    monkeypatch.setattr(ct_files, "unzip", full)
+    _, (rejected,) = ct_sources(archive)
+    assert rejected.volume == "scan.zip"
+    assert (
+        f"'{archive}' must be unpacked into '{tempfile.gettempdir()}', got No space left" in rejected.detail
+    )
+    assert "TMPDIR" in rejected.detail
+
+
+def test_a_zip_larger_than_any_ct_is_refused(
+    tmp_path: Path, write_series: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(tmp_path / "study", hu())
+    archive = zip_of(tmp_path / "study", tmp_path / "scan.zip")
+    monkeypatch.setattr(ct_files, "MAX_ZIP_BYTES", 1000)
+    _, (rejected,) = ct_sources(archive)
+    assert "archive must hold at most 1,000 bytes, got " in rejected.detail
+
+
+# What somebody might pass: name of the file or folder, how it is made, and the reason it is refused for.
+
+
+def terabytes(path: Path) -> None:
+    header = nib.Nifti2Image(np.zeros((2, 2, 2), np.int16), LPS).header
+    header.set_data_shape((10**6, 10**6, 10**6))
+    header["vox_offset"] = 544
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4 + 16)))
+
+
+def sparse(path: Path) -> None:
+    """As large as its header says, and yet no bytes on the disk."""
+    header = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), LPS).header
+    header.set_data_shape((8192, 8192, 8192))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    path.write_bytes(header.binaryblock)
+    with path.open("r+b") as file:
+        file.truncate(352 + 2 * 8192**3)
+
+
+def flat(path: Path) -> None:
+    """Few voxels, but squares of its longer side would be terabytes."""
+    image = nib.Nifti2Image(np.full((2 * 10**6, 1, 2), -1000, np.int16), LPS)
+    path.write_bytes(gzip.compress(image.to_bytes()))
+
+
+def far_offset(path: Path) -> None:
+    content = bytearray(nib.Nifti1Image(hu().T, LPS).to_bytes())
+    content[108:112] = struct.pack("<f", 1e18)
+    path.write_bytes(content)
+
+
+def npz_member(path: Path, text: bytes, data: bytes, version: int = 1) -> None:
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    zip_with(path, ("ct.npy", b"\x93NUMPY" + bytes([version, 0]) + length + text + data))
+
+
+def npz_shape(shape: str, data: bytes = bytes(24)) -> Callable[[Path], None]:
+    text = f"{{'descr': '<i2', 'fortran_order': False, 'shape': {shape}, }}".ljust(118).encode()
+    return lambda path: npz_member(path, text, data)
+
+
+def npz_sizes(path: Path) -> None:
+    """The zip, too, says that there are terabytes."""
+    text = b"{'descr': '<i2', 'fortran_order': False, 'shape': (8192, 8192, 8192), }".ljust(118)
+    npz_member(path, text, bytes(24))
+    content, size = bytearray(path.read_bytes()), 2**32 - 2
+    place = content.rindex(b"PK\x01\x02")
+    content[place + 20 : place + 28] = struct.pack("<2I", size, size)
+    path.write_bytes(content)
+
+
+def dicom(edit: Callable[[int, Dataset], None]) -> Callable[[Path, Write], None]:
+    return lambda path, write_series: write_series(path, hu(), edit=edit) and None
+
+
+def wide(z: int, dataset: Dataset) -> None:
+    dataset.Rows = dataset.Columns = 65535
+
+
+def twice(z: int, dataset: Dataset) -> None:
+    dataset.ImagePositionPatient = [0, 0, 1.5 * (z - (z == 3))]
+
+
+def two_kernels(z: int, dataset: Dataset) -> None:
+    dataset.SeriesInstanceUID = ""
+    dataset.PixelSpacing = [0.7, 0.7] if z < 3 else [0.5, 0.5]
+
+
+def deflated_bomb(z: int, dataset: Dataset) -> None:
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.add_new(0x00091001, "OB", bytes(2**20))
+
+
+def lengths(z: int, dataset: Dataset) -> None:
+    """GDCM takes a gigabyte and seconds for such a file."""
+    dataset.compress(RLELossless)
+    dataset.PixelData = dataset.PixelData[:12] + struct.pack("<I", 2**30) + dataset.PixelData[16:]
+
+
+def of_gigabytes(path: Path, write_series: Write) -> None:
+    """PixelSpacing is 4 GB long, as it says."""
+    for file in write_series(path, hu()):
+        content = bytearray(file.read_bytes())
+        place = content.index(b"\x28\x00\x30\x00DS")
+        content[place + 4 : place + 12] = b"UN\0\0\xfe\xff\xff\xff"
+        file.write_bytes(content)
+
+
+def missing(path: Path, write_series: Write) -> None:
+    write_series(path, hu())[2].unlink()
+
+
+def overlapping(path: Path) -> None:
+    """Many names of one small file: each is packed little, all together much."""
+    member = zip_with(path, ("a", bytes(range(256)) * 2**15)).read_bytes()
+    place, end = member.index(b"PK\x01\x02"), member.index(b"PK\x05\x06")
+    entry, count = bytearray(member[place:end]), 1_100
+    entries = bytearray()
+    for number in range(count):
+        name = f"{number:x}".zfill(8).encode()
+        entries += entry[:28] + struct.pack("<H", 8) + entry[30:46] + name
+    tail = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, len(entries), place, 0)
+    path.write_bytes(member[:place] + bytes(entries) + tail)
+
+
+HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
+    "page.nii.gz": (
+        lambda path: path.write_bytes(b"<html>404</html>"),
+        "must be a whole NIfTI file, got Not a gz",
+    ),
+    "half.nii.gz": (
+        lambda path: path.write_bytes(gzip.compress(nib.Nifti1Image(hu().T, LPS).to_bytes())[:600]),
+        "must be a whole NIfTI file, got Compressed file ended before",
+    ),
+    "terabytes.nii.gz": (terabytes, r"bytes for an array of shape \(1000000, 1000000, 1000000\) of int16"),
+    "sparse.nii": (sparse, r"a CT must have at most 2,147,483,648 voxels, got shape \(8192, 8192, 8192\)"),
+    "flat.nii.gz": (flat, r"a CT must be at most 2500 mm long, got 1400000 mm: shape \(2000000, 1, 2\)"),
+    "offset.nii": (far_offset, "must be a whole NIfTI file, got 3.* bytes for an array"),
+    "shape.npz": (npz_shape("(8192, 8192, 8192)"), r"must hold 1099511627904 bytes of 'ct', got 152"),
+    "sizes.npz": (
+        npz_sizes,
+        r"must be an npz file with an array 'ct', got \d+ bytes for an array of 4294967294",
+    ),
+    "negative.npz": (npz_shape("(-2, -2, 3)"), r"volume must have 3 axes, got shape \(-2, -2, 3\)"),
+    "text.npz": (npz_shape("'''"), "must be an npz file with an array 'ct', got a header that cannot be"),
+    "deep.npz": (npz_shape("(" * 900), "must be an npz file with an array 'ct', got .*header"),
+    "header.npz": (
+        lambda path: npz_member(path, b" " * 2**24, b"", version=2),
+        "must be an npz file with an array 'ct', got EOF: reading array header",
+    ),
+    "wide": (dicom(wide), r"must be a whole DICOM file, got \d+ bytes for 65535 x 65535 pixels"),
+    "twice": (dicom(twice), "slices must lie at different positions, got the same for .* Keep one of each"),
+    "missing": (
+        missing,
+        "slices must be evenly spaced, mostly 1.5 mm, got 3 mm from .* export the series again",
+    ),
+    "mixed": (dicom(two_kernels), "slices must share PixelSpacing, got .* in '.*' and .* in '"),
+    "lengths": (dicom(lengths), "must be a whole DICOM file, got .*fragment"),
+    "deflated": (dicom(deflated_bomb), "must be a whole DICOM file, got a deflated one"),
+    "gigabytes": (of_gigabytes, "(SamplesPerPixel|RescaleSlope|Rows|PixelSpacing) must be .* got .* in '"),
+    "bomb.zip": (
+        lambda path: zip_with(path, ("scan.nii", bytes(2**24))),
+        "files must be packed at most 200 times, got 16,777,216 bytes .* If you trust it, unpack it",
+    ),
+    "overlapping.zip": (overlapping, "archive must hold at most 8,589,934,592 bytes, got 9,227,468,800"),
+    "outside.zip": (
+        lambda path: zip_with(path, ("../../x.nii", b"")),
+        r"names in an archive must stay inside it, got '\.\./\.\./x\.nii' in '.*outside\.zip'",
+    ),
+    "nested.zip": (
+        lambda path: zip_with(path, ("a/inner.zip", b"")),
+        "a zip must not lie in another, got 'inner.zip' in '.*nested.zip'. Unpack",
+    ),
+    "half.zip": (
+        lambda path: path.write_bytes(zip_with(path, ("a", bytes(range(256)))).read_bytes()[:50]),
+        "archive must be a whole zip file, got '.*half.zip'",
+    ),
+}
+
+
+def refusals(path: Path) -> list[str]:
+    """What is said of the volumes of a path, none of which can be read."""
+    sources, rejected = ct_sources(path)
+    said = [item.detail for item in rejected]
+    for source in sources:
+        with pytest.raises(RejectedError) as refused:
+            source.read()
+        said.append(refused.value.of(source.volume).detail)
+    return said
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_input_is_refused_in_a_line_and_costs_no_memory(
+    name: str, tmp_path: Path, write_series: Write
+) -> None:
+    make, message = HOSTILE[name]
+    path = tmp_path / "input" / name
+    path.parent.mkdir()
+    make(path) if path.suffix else make(path, write_series)
+    ct_files.find_cts(path)  # imports what it needs before memory is counted
+    before = sorted(tmp_path.rglob("*"))
+    tracemalloc.start()
+    said = refusals(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
+    assert sorted(tmp_path.rglob("*")) == before
+    assert said
+    for line in said:
+        assert name in line
+        assert "\n" not in line
+        assert re.search(message, line), line
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """Cut, flip, overwrite, leave out or double some bytes, mostly of the header."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(0, min(len(data), 1200) if rng.random() < 0.8 else len(data)))
+        length = int(rng.integers(1, 48))
+        match rng.integers(0, 6):
+            case 0:
+                data = data[: max(at, 8)]
+            case 1:
+                data[at] ^= 1 << int(rng.integers(0, 8))
+            case 2:
+                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4)][rng.integers(0, 3)]
+            case 3:
+                data[at : at + length] = rng.bytes(length)
+            case 4 if len(data) > 100:
+                del data[at : at + length]
+            case _:
+                data[at:at] = data[at : at + length]
+    return bytes(data)
+
+
+@pytest.fixture
+def samples(tmp_path: Path, write_series: Write) -> dict[str, list[bytes]]:
+    """Whole files by the kind of CT, one each or those of a series."""
+    files: dict[str, list[bytes]] = {
+        "a.nii": [nib.Nifti1Image(hu().T, LPS).to_bytes()],
+        "b.nii": [nib.Nifti2Image(hu().T, LPS).to_bytes()],
+        "c.nii.gz": [gzip.compress(nib.Nifti1Image(hu().T, LPS).to_bytes())],
+    }
+    np.savez(tmp_path / "d.npz", ct=hu()[::-1])
+    files["d.npz"] = [(tmp_path / "d.npz").read_bytes()]
+
+    def implicit(z: int, dataset: Dataset) -> None:
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+
+    for kind, edit in (("explicit", lambda z, dataset: None), ("implicit", implicit), ("packed", packed)):
+        series = write_series(tmp_path / kind, hu(3), edit=edit)
+        files[kind] = [path.read_bytes() for path in series]
+    files["zip.zip"] = [zip_of(tmp_path / "explicit", tmp_path / "zip.zip").read_bytes()]
+    return files
+
+
+def packed(z: int, dataset: Dataset) -> None:
+    dataset.compress(RLELossless)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_damage_ends_otherwise_than_in_a_refusal(tmp_path: Path, samples: dict[str, list[bytes]]) -> None:
+    """Seeded, some of the thousands of cases that were tried once."""
+    rng, outcomes = np.random.default_rng(7), Counter[str]()
+    for number in range(400):
+        kind = list(samples)[number % len(samples)]
+        files = list(samples[kind])
+        hit = int(rng.integers(0, len(files)))
+        files[hit] = damaged(files[hit], rng)
+        path = tmp_path / "case" / f"{number}_{kind}"
+        for at, content in enumerate(files):
+            file = path if len(files) == 1 else path / f"{at}.dcm"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        try:
+            sources, rejected = ct_sources(path)
+        except FileNotFoundError:
+            outcomes["nothing"] += 1
+            continue
+        outcomes["listed"] += len(rejected)
+        for source in sources:
+            try:
+                source.read()
+            except RejectedError:
+                outcomes["rejected"] += 1
+            else:
+                outcomes["read"] += 1
+    assert min(outcomes[name] for name in ("listed", "rejected", "read")) > 20

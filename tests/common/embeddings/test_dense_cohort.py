@@ -1,0 +1,161 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.embeddings import dense_cohort
+from common.embeddings.dense_cohort import (
+    DenseCohort,
+    DrawnRows,
+    RemainingSteps,
+    labelled_and_embedded,
+    tasks,
+)
+from common.embeddings.dense_labels import findings_present, read_dense_labels, write_dense_labels
+from common.embeddings.store import EmbeddingStore
+from common.embeddings.store_writer import EmbeddingStoreWriter
+
+
+@pytest.fixture
+def dirs(write_dense: Any) -> tuple[Path, Path]:
+    return write_dense(num_volumes=5)
+
+
+VOLUMES = ["valid_4_a_1", "valid_2_a_1", "valid_5_a_1"]
+
+
+def test_rows_of_tokens_and_labels_belong_together(dirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_cohort, "SLICES_PER_CHUNK", 3)
+    monkeypatch.setattr(dense_cohort, "ROWS_PER_CHUNK", 5)
+    cohort, store = DenseCohort(*dirs, VOLUMES), EmbeddingStore(dirs[0])
+    patches = torch.cat([store.read_patches(volume).flatten(0, 1) for volume in VOLUMES])
+    files = [read_dense_labels(dirs[1] / f"{volume}.safetensors") for volume in VOLUMES]
+    shares = np.concatenate([labels.shares.toarray() for labels in files])
+    findings = np.concatenate([findings_present(labels.findings.ravel()) for labels in files])
+    torch.testing.assert_close(torch.cat(list(cohort.tokens("patch"))), patches)
+    torch.testing.assert_close(
+        torch.cat(list(cohort.tokens("cls"))), torch.cat([store.read(volume).tokens for volume in VOLUMES])
+    )
+    rows = np.array([0, 3, 17, len(patches) - 1, 5, 6])
+    soft = cohort.soft_targets("patch", rows)
+    np.testing.assert_array_equal(soft[:, :14], findings[rows])
+    np.testing.assert_allclose(soft[:, 14:], shares[rows], atol=1e-3)
+    for column in (0, 1, 5, 14, 16, 40):
+        expected = findings[:, column] if column < 14 else shares[:, column - 14] > 0
+        np.testing.assert_array_equal(cohort.targets("patch", column), expected)
+        np.testing.assert_array_equal(cohort.targets("cls", column), expected.reshape(-1, 4).any(1))
+    assert [cohort.patients[place] for place in cohort.patient_of_row("patch")[[0, -1]]] == [
+        "valid_4",
+        "valid_5",
+    ]
+    assert len(cohort.patient_of_row("cls")) * 4 == len(patches) == cohort.num_rows["patch"]
+
+
+def test_other_volumes_labels_or_tokens_have_another_checksum(dirs: Any) -> None:
+    cohort = DenseCohort(*dirs, VOLUMES)
+    assert cohort.checksum() == DenseCohort(*dirs, VOLUMES).checksum()
+    others = [DenseCohort(*dirs, VOLUMES[::-1]).checksum()]
+    others.append(DenseCohort(*dirs, VOLUMES, slice_axes="xy").checksum())
+    cohort._findings["patch"][5] ^= 2
+    others.append(cohort.checksum())
+    cohort = DenseCohort(*dirs, VOLUMES)
+    cohort.store._place(VOLUMES[1]).record["crc32"]["tokens"] += 1
+    others.append(cohort.checksum())
+    assert len({DenseCohort(*dirs, VOLUMES).checksum(), *others}) == 5
+
+
+def test_transposed_slices_have_transposed_labels(dirs: Any) -> None:
+    upright, turned = DenseCohort(*dirs, VOLUMES), DenseCohort(*dirs, VOLUMES, slice_axes="xy")
+    for column in (0, 15):
+        expected = upright.targets("patch", column).reshape(-1, 2, 2).transpose(0, 2, 1).ravel()
+        assert (expected != upright.targets("patch", column)).any()
+        np.testing.assert_array_equal(turned.targets("patch", column), expected)
+
+
+def test_batches_are_the_drawn_rows(dirs: Any) -> None:
+    cohort = DenseCohort(*dirs, VOLUMES)
+    drawn = DrawnRows(cohort, num_steps=3, batch_size=7, seed=5)
+    for number, kind in enumerate(("cls", "patch")):
+        rows = np.random.default_rng([5, number]).integers(0, cohort.num_rows[kind], (3, 7))
+        tokens = torch.cat(list(cohort.tokens(kind)))
+        for step in (2, 0):
+            item = drawn[step]
+            torch.testing.assert_close(item["tokens"][number], tokens[rows[step]].half())
+            np.testing.assert_array_equal(item["targets"][number], cohort.soft_targets(kind, rows[step]))
+        assert drawn.drawn()[kind] == len(np.unique(rows)) < cohort.num_rows[kind]
+    assert item["tokens"].dtype == torch.float16
+
+
+def test_steps_go_on_where_they_stopped() -> None:
+    steps = RemainingSteps(5)
+    steps.start_step = 3
+    assert list(steps) == [3, 4]
+
+
+def test_columns_are_findings_then_organs() -> None:
+    assert list(tasks().items()) == [("rexgroundingct", 14), ("totalsegmentator", 118)]
+
+
+def test_volumes_are_those_with_labels(dirs: Any, tmp_path: Path) -> None:
+    (dirs[1] / "valid_3_a_1.safetensors").unlink()
+    assert labelled_and_embedded(*dirs) == [f"valid_{n}_a_1" for n in (1, 2, 4, 5)]
+    labels = read_dense_labels(dirs[1] / "valid_1_a_1.safetensors")
+    write_dense_labels(dirs[1], labels._replace(volume="valid_9_a_1"))
+    with pytest.raises(FileNotFoundError, match="got 1 of 5 without, first 'valid_9_a_1'"):
+        labelled_and_embedded(*dirs)
+    with pytest.raises(
+        FileNotFoundError, match=r"labels_dir must hold <volume>.safetensors of python -m data"
+    ):
+        labelled_and_embedded(dirs[0], tmp_path)
+
+
+def test_tokens_without_patches_are_refused(dirs: Any, tmp_path: Path) -> None:
+    store = EmbeddingStore(dirs[0])
+    with EmbeddingStoreWriter(tmp_path / "bare", store.identity, "float32") as writer:
+        writer.add("valid_1_a_1", torch.randn(5, 3), (1, 1, 1), z_mm=torch.arange(5.0))
+    with pytest.raises(ValueError, match="embeddings_dir must hold patch tokens, got only CLS tokens in"):
+        labelled_and_embedded(tmp_path / "bare", dirs[1])
+
+
+def test_labels_of_another_grid_or_crop_are_refused(dirs: Any, tmp_path: Path) -> None:
+    path = dirs[1] / "valid_2_a_1.safetensors"
+    labels = read_dense_labels(path)
+    write_dense_labels(
+        dirs[1],
+        labels._replace(findings=labels.findings[:-1], shares=labels.shares[: -labels.findings.shape[1]]),
+    )
+    with pytest.raises(
+        ValueError, match=r"labels must be of \(slices, patches\) = .* for volume 'valid_2_a_1'"
+    ):
+        DenseCohort(*dirs, VOLUMES)
+    store = EmbeddingStore(dirs[0])
+    patches = store.read_patches("valid_4_a_1")
+    for name, crop, shown in (("boxed", {"box": (1, 0, 8)}, "1, 0, 8"), ("raw", {"side_px": 9}, "0, 0, 9")):
+        with EmbeddingStoreWriter(tmp_path / name, store.identity, "float32") as writer:
+            writer.add(
+                *("valid_4_a_1", store.read("valid_4_a_1").tokens, (1, 1, 1)),
+                **{"patches": patches, "patch_grid": (2, 2)} | crop,
+            )
+        message = rf"box of the image, \({shown}\), got \(0, 0, 8\) for volume 'valid_4"
+        with pytest.raises(ValueError, match=message):
+            DenseCohort(tmp_path / name, dirs[1], ["valid_4_a_1"])
+
+
+def test_tokens_of_slices_that_lie_otherwise_are_refused(dirs: Any, tmp_path: Path) -> None:
+    store = EmbeddingStore(dirs[0])
+    with EmbeddingStoreWriter(tmp_path / "xy", store.identity, "float32") as writer:
+        writer.add(
+            *("valid_4_a_1", store.read("valid_4_a_1").tokens, (1, 1, 1)),
+            **{"patches": store.read_patches("valid_4_a_1"), "patch_grid": (2, 2), "box": (0, 0, 8)},
+            slice_axes="xy",
+        )
+    with pytest.raises(ValueError, match="slice_axes must be 'xy' as of the embedding, got 'yx' for volume"):
+        DenseCohort(tmp_path / "xy", dirs[1], ["valid_4_a_1"])
+    DenseCohort(tmp_path / "xy", dirs[1], ["valid_4_a_1"], slice_axes="xy")
+
+
+def test_an_empty_draw_is_refused(dirs: Any) -> None:
+    with pytest.raises(ValueError, match="num_steps and batch_size must be at least 1, got 0 and 7"):
+        DrawnRows(DenseCohort(*dirs, VOLUMES), 0, 7, 0)

@@ -1,0 +1,166 @@
+"""What was written comes back, and what is no longer what was written does not."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.embeddings.store import EmbeddingStore, stored_volumes
+from common.embeddings.store_writer import EmbeddingStoreWriter
+
+IDENTITY = {
+    "encoder": "dale_ct_2s",
+    "encoder_id": "sha256:0",
+    "preprocessing": "cropped_256",
+    "slice_order": "feet_to_head",
+    "token_kind": "slice",
+}
+LENGTHS = {"b": 5, "a": 3, "d": 4, "c": 1}
+
+
+def tokens_of(volume: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(ord(volume))
+    return torch.randn(LENGTHS[volume], 7, generator=generator)
+
+
+def patches_of(volume: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(ord(volume) + 1000)
+    num_patches = 6 if volume == "d" else 4  # whole slices give each volume a grid of its own
+    return torch.randn(LENGTHS[volume], num_patches, 7, generator=generator)
+
+
+def write(folder: Path, volumes: str = "badc", dtype: str = "float32", patches: bool = True) -> Path:
+    with EmbeddingStoreWriter(folder, IDENTITY, dtype, part_bytes=1000) as writer:
+        for volume in volumes:
+            writer.add(
+                volume,
+                tokens_of(volume),
+                (0.7, 0.8, 2.5),
+                z_mm=2.5 * torch.arange(LENGTHS[volume]),
+                patches=patches_of(volume) if patches else None,
+                pooled=tokens_of(volume).mean(0),
+                patch_grid=[2, 3 if volume == "d" else 2],
+            )
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_field_comes_back(tmp_path: Path, dtype: str) -> None:
+    store = EmbeddingStore(write(tmp_path, dtype=dtype))
+    stored = getattr(torch, dtype)
+    assert len(list(tmp_path.iterdir())) == 2  # parts
+    assert len(store) == 4
+    assert store.volumes == ["a", "b", "c", "d"]
+    assert store.lengths.tolist() == [3, 5, 1, 4]
+    assert store.identity == IDENTITY | {"dim": 7, "dtype": dtype}
+    assert store.fields == ("z_mm", "patches", "pooled")
+    for volume in store.volumes:
+        embedding = store.read(volume)
+        assert torch.equal(embedding.tokens, tokens_of(volume).to(stored))
+        assert embedding.tokens.dtype == stored
+        assert embedding.z_mm is not None
+        assert embedding.z_mm.tolist() == (2.5 * np.arange(LENGTHS[volume])).tolist()
+        assert embedding.pooled is not None
+        assert torch.equal(embedding.pooled, tokens_of(volume).mean(0).to(stored))
+        assert embedding.metadata["spacing_mm"] == [0.7, 0.8, 2.5]
+        assert embedding.metadata["patch_grid"] == [2, 3 if volume == "d" else 2]
+        assert embedding.patches is None
+        assert torch.equal(store.read_patches(volume), patches_of(volume).to(stored))
+
+
+def test_patches_of_some_slices_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    store = EmbeddingStore(write(tmp_path))
+    assert torch.equal(store.read_patches("d", [3, 0, 3]), patches_of("d")[[3, 0, 3]])
+    assert store.read_patches("b", []).shape == (0, 4, 7)
+    with pytest.raises(ValueError, match=r"slices must lie in 0..4, got \[5\] for volume 'b'"):
+        store.read_patches("b", [5])
+    with pytest.raises(ValueError, match=r"got \[-1\]"):
+        store.read_patches("b", [-1])
+
+
+def test_many_volumes_are_read_into_one_tensor_in_the_order_asked_for(tmp_path: Path) -> None:
+    store = EmbeddingStore(write(tmp_path))
+    assert torch.equal(store.read_tokens("dab"), torch.cat([tokens_of(volume) for volume in "dab"]))
+    assert store.read_tokens([]).shape == (0, 7)
+
+
+def test_a_store_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    store = pickle.loads(pickle.dumps(EmbeddingStore(write(tmp_path))))
+    assert torch.equal(store.read("c").tokens, tokens_of("c"))
+
+
+def test_copies_do_not_change_the_store(tmp_path: Path) -> None:
+    store = EmbeddingStore(write(tmp_path))
+    store.read("a").tokens.zero_()
+    store.read_patches("a").zero_()
+    assert torch.equal(store.read("a").tokens, tokens_of("a"))
+    assert torch.equal(store.read_patches("a"), patches_of("a"))
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    store = EmbeddingStore(write(tmp_path, patches=False))
+    for read in (store.read, lambda volume: store.read_tokens([volume])):
+        with pytest.raises(KeyError, match="volume must be one of .*got 'z', which is not embedded"):
+            read("z")
+    with pytest.raises(ValueError, match="patches must have been stored, got only .*--patch_tokens True"):
+        store.read_patches("a")
+    with pytest.raises(FileNotFoundError, match=r"got no \*.embeddings.safetensors there. Run the inference"):
+        EmbeddingStore(tmp_path / "none")
+
+
+def flip_a_bit(path: Path, value: torch.Tensor) -> None:
+    """Change the last bit of the first byte of a value that occurs once in a file."""
+    data = bytearray(path.read_bytes())
+    wanted = value.numpy().tobytes()
+    assert data.count(wanted) == 1
+    data[data.index(wanted)] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_changed_bit_is_noticed_where_it_is(tmp_path: Path) -> None:
+    write(tmp_path, "ac", patches=True)
+    (part,) = tmp_path.iterdir()
+    flip_a_bit(part, patches_of("a")[1, 2])
+    store = EmbeddingStore(tmp_path)
+    assert torch.equal(store.read("a").tokens, tokens_of("a"))
+    assert torch.equal(store.read_patches("a", [0, 2]), patches_of("a")[[0, 2]])
+    with pytest.raises(ValueError, match="patches must have the checksum .* another for volume 'a' in"):
+        store.read_patches("a")
+    flip_a_bit(part, tokens_of("a")[1])
+    store = EmbeddingStore(tmp_path)
+    assert torch.equal(store.read("c").tokens, tokens_of("c"))
+    with pytest.raises(ValueError, match="tokens must have the checksum .* another for volume 'a' in"):
+        store.read("a")
+    with pytest.raises(ValueError, match="tokens must have the checksum .* Delete the file and embed"):
+        store.read_tokens(["c", "a"])
+
+
+def test_parts_of_two_origins_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a")
+    with EmbeddingStoreWriter(tmp_path / "other", IDENTITY | {"encoder_id": "sha256:1"}, "float32") as writer:
+        writer.add("z", torch.zeros(2, 7), (1, 1, 1))
+    (part,) = (tmp_path / "other").iterdir()
+    part.rename(tmp_path / part.name)
+    with pytest.raises(
+        ValueError,
+        match="encoder_id must be the same for all embeddings, got 'sha256:.' for volume '.' and 'sha256:",
+    ):
+        EmbeddingStore(tmp_path)
+
+
+def test_a_volume_in_two_parts_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a")
+    write(tmp_path / "other", "ac")
+    (part,) = (tmp_path / "other").iterdir()
+    part.rename(tmp_path / part.name)
+    with pytest.raises(ValueError, match="a volume must be embedded once, got .* for volume 'a'"):
+        EmbeddingStore(tmp_path)
+
+
+def test_volumes_of_no_store_are_none(tmp_path: Path) -> None:
+    assert stored_volumes(tmp_path / "none") == set()
+    (tmp_path / "x.embeddings.safetensors.partial").touch()
+    assert stored_volumes(tmp_path) == set()
+    assert stored_volumes(write(tmp_path)) == set("abcd")

@@ -1,0 +1,280 @@
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import blosc2
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.ct.geometry import STORED_HU_RANGE
+from common.ct.orientation import axial_slices
+from common.shards.codec import decode_ct, decode_mask, encode_ct, encode_mask
+
+LOWEST, HIGHEST = STORED_HU_RANGE
+
+
+def ct_like(shape: tuple[int, int] = (211, 307)) -> np.ndarray:
+    """Air, soft tissue and bone with the noise of a scanner, over the whole range that is stored."""
+    rng = np.random.default_rng(0)
+    tissue = rng.choice([-1024, -850, 40, 3071], size=shape)
+    return (tissue + rng.normal(0, 20, shape)).clip(-1024, 3071).astype(np.int16)
+
+
+# Rows and columns on either side of a block of 128 rows and of the 16 bytes that a processor takes at once.
+@pytest.mark.parametrize("rows", [1, 2, 15, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("columns", [1, 3, 16, 17, 511])
+def test_ct_of_every_size_comes_back_exactly(rows: int, columns: int) -> None:
+    rng = np.random.default_rng([rows, columns])
+    for ct in (
+        ct_like((rows, columns)),
+        rng.integers(LOWEST, HIGHEST, (rows, columns), np.int16, endpoint=True),
+        rng.choice(np.array([LOWEST, HIGHEST], np.int16), (rows, columns)),
+        np.full((rows, columns), LOWEST, np.int16),
+        np.full((rows, columns), HIGHEST, np.int16),
+        np.zeros((rows, columns), np.int16),
+    ):
+        before = ct.copy()
+        decoded = decode_ct(encode_ct(ct))
+        assert decoded.dtype == np.int16
+        np.testing.assert_array_equal(decoded, before)
+        np.testing.assert_array_equal(ct, before)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (768, 1024), (3, 1024), (1024, 7)])
+def test_ct_of_large_sizes_comes_back_exactly(shape: tuple[int, int]) -> None:
+    ct = ct_like(shape)
+    np.testing.assert_array_equal(decode_ct(encode_ct(ct)), ct)
+
+
+def test_the_whole_range_of_int16_comes_back() -> None:
+    ct = np.arange(-(2**15), 2**15, dtype=np.int16).reshape(256, 256)
+    np.testing.assert_array_equal(decode_ct(encode_ct(ct)), ct)
+
+
+def test_a_view_of_a_volume_is_encoded_as_its_values() -> None:
+    volume = np.stack([ct_like((13, 11)), ct_like((13, 11))[::-1]], axis=-1)
+    view = volume.transpose(2, 1, 0)[:, ::-1]
+    np.testing.assert_array_equal(decode_ct(encode_ct(view[0])), view[0])
+    read_only = np.broadcast_to(np.arange(7, dtype=np.int16), (5, 7))
+    np.testing.assert_array_equal(decode_ct(encode_ct(read_only)), read_only)
+
+
+def test_a_decoded_slice_is_an_array_of_its_own() -> None:
+    frame = encode_ct(ct_like((130, 9)))
+    decoded = decode_ct(frame)
+    assert decoded.flags.c_contiguous
+    decoded[:] = 0
+    np.testing.assert_array_equal(decode_ct(frame), ct_like((130, 9)))
+
+
+def test_any_reader_of_blosc2_opens_a_slice() -> None:
+    """The frame states shape, type and filters itself: nothing of ours is needed to read it."""
+    array = blosc2.ndarray_from_cframe(encode_ct(ct_like()))
+    assert array.dtype == np.int16
+    np.testing.assert_array_equal(array[:], ct_like())
+    assert array.schunk.cparams.codec == blosc2.Codec.ZSTD
+    assert array.schunk.cparams.clevel == 1
+    assert array.schunk.cparams.filters[:2] == [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA]
+
+
+def test_differences_of_neighbouring_bytes_are_what_is_compressed() -> None:
+    """Without its filters a block is the low bytes, then the high ones, each less the one before it.
+
+    131 is no multiple of the 16 that a processor takes at once: the bytes are those of every machine.
+    """
+    ct = ct_like((1, 131))
+    ct[:, 20:120] = 40  # so that it is worth compressing
+    array = blosc2.ndarray_from_cframe(encode_ct(ct))
+    chunk = bytearray(array.schunk.get_chunk(0))
+    assert list(chunk[16:18]) == [blosc2.Filter.SHUFFLE.value, blosc2.Filter.BYTEDELTA.value]
+    chunk[16:22] = bytes(6)
+    stored = np.frombuffer(blosc2.decompress2(bytes(chunk), nthreads=1), np.uint8)
+    planes = ct.astype("<i2").view(np.uint8).reshape(131, 2).T
+    np.testing.assert_array_equal(stored, np.diff(planes, prepend=np.uint8(0)).ravel())
+
+
+def test_noise_costs_its_entropy_and_little_more() -> None:
+    """A slice of white noise that spans 256 values holds one byte a pixel, its constant high byte nothing."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.int16)
+    assert 2**18 < len(encode_ct(noise)) < 1.01 * 2**18
+
+
+def test_one_slice_has_one_encoding() -> None:
+    assert encode_ct(ct_like()) == encode_ct(ct_like().copy())
+    assert encode_ct(ct_like()) == encode_ct(np.asfortranarray(ct_like()))
+    mask = ct_like().astype(np.uint16)
+    assert encode_mask(mask) == encode_mask(mask.copy())
+
+
+def test_threads_decode_at_the_same_time() -> None:
+    """While one slice is decoded another thread has many turns, not only those before and after."""
+    frame = encode_ct(np.random.default_rng(0).normal(0, 40, (4096, 4096)).astype(np.int16))
+    stop, turns = threading.Event(), [0]
+
+    def count() -> None:
+        while not stop.is_set():
+            turns[0] += 1
+            time.sleep(0)
+
+    def turns_during(decode: Callable[[bytes], np.ndarray]) -> int:
+        before = turns[0]
+        decode(frame)
+        return turns[0] - before
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        assert max(turns_during(decode_ct) for _ in range(5)) > 20
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "ct",
+    [
+        np.zeros((3, 5), np.float32),
+        np.zeros((3, 5), np.uint16),
+        np.zeros((2, 3, 5), np.int16),
+        np.zeros((0, 5), np.int16),
+        np.zeros((3, 5), np.dtype(np.int16).newbyteorder("S")),
+    ],
+)
+def test_only_int16_slices_are_encoded(ct: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"ct_slice must be int16 of shape \(H, W\), got"):
+        encode_ct(ct)
+
+
+def test_a_slice_that_is_not_whole_is_refused() -> None:
+    frame = encode_ct(ct_like())
+    for damaged in (b"", b"no frame", frame[:-1], frame[:-100], bytes(len(frame))):
+        with pytest.raises(
+            ValueError, match=f"CT slice must be a whole Blosc2 frame of encode_ct, got {len(damaged)} bytes"
+        ):
+            decode_ct(damaged)
+
+
+@pytest.mark.parametrize("shape", [(211, 307), (1, 3)])
+def test_a_slice_cut_off_anywhere_is_refused(shape: tuple[int, int]) -> None:
+    frame = encode_ct(ct_like(shape))
+    for length in range(0, len(frame), max(1, len(frame) // 300)):
+        with pytest.raises(ValueError, match="CT slice must be"):
+            decode_ct(frame[:length])
+
+
+@pytest.mark.filterwarnings("ignore:Data type alias:DeprecationWarning")
+def test_flipped_bits_of_the_head_end_in_an_error_or_in_a_slice() -> None:
+    """No flip ends the process or in another error than ValueError; many are noticed."""
+    frame = encode_ct(ct_like((129, 65)))
+    noticed = 0
+    flips = [(byte, bit) for byte in range(280) for bit in range(8)]
+    for byte, bit in flips:
+        damaged = bytearray(frame)
+        damaged[byte] ^= 1 << bit
+        try:
+            assert decode_ct(bytes(damaged)).dtype == np.int16
+        except ValueError:
+            noticed += 1
+    assert noticed > len(flips) // 3
+
+
+def test_frames_of_other_arrays_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"CT slice must be int16 of shape \(H, W\), got float32 of shape \(3, 5\)"
+    ):
+        decode_ct(blosc2.asarray(np.zeros((3, 5), np.float32)).to_cframe())
+    with pytest.raises(ValueError, match=r"got int16 of shape \(2, 3, 5\)"):
+        decode_ct(blosc2.asarray(np.zeros((2, 3, 5), np.int16)).to_cframe())
+
+
+@pytest.mark.parametrize(("chunks", "blocks"), [((64, 64), (64, 64)), ((64, 128), (32, 32))])
+def test_frames_whose_rows_lie_in_another_order_are_refused(
+    chunks: tuple[int, int], blocks: tuple[int, int]
+) -> None:
+    frame = blosc2.asarray(ct_like((64, 128)), chunks=chunks, blocks=blocks).to_cframe()
+    with pytest.raises(ValueError, match="CT slice must be a whole Blosc2 frame of encode_ct"):
+        decode_ct(frame)
+
+
+@pytest.mark.real_ct
+@pytest.mark.parametrize(
+    ("name", "most_kib"),
+    [
+        # the sharper of the two is nearly noise: HTJ2K takes 212 KiB
+        ("lidc_idri_0314_ct_native_slices130_162.nii.gz", 225),
+        ("totalseg_dicom_ct_native.nii.gz", 0.4 * 512),
+    ],
+)
+def test_real_ct_comes_back_exactly_and_small(real_ct_dir: Path, name: str, most_kib: float) -> None:
+    image = nib.load(real_ct_dir / name)
+    slices = axial_slices(np.asanyarray(image.dataobj), image.affine)[0][::4]
+    slices = slices.clip(LOWEST, HIGHEST).astype(np.int16)
+    assert slices.shape[1:] == (512, 512)
+    frames = [encode_ct(ct) for ct in slices]
+    for frame, ct in zip(frames, slices, strict=True):
+        np.testing.assert_array_equal(decode_ct(frame), ct)
+    assert np.mean([len(frame) for frame in frames]) / 1024 < most_kib
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(127, 131), (1, 1), (1, 128), (128, 1)])
+def test_masks_come_back_exactly(dtype: type, shape: tuple[int, int]) -> None:
+    """Here, and in Pillow."""
+    rng = np.random.default_rng(0)
+    for mask in (
+        rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True),
+        np.zeros(shape, dtype),
+        np.full(shape, np.iinfo(dtype).max, dtype),
+        (rng.random(shape) > 0.99).astype(dtype),
+        np.asfortranarray(rng.integers(0, 118, shape, dtype))[::-1],
+    ):
+        png = encode_mask(mask)
+        decoded = decode_mask(png)
+        assert decoded.dtype == dtype
+        assert decoded.flags.writeable
+        np.testing.assert_array_equal(decoded, mask)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png), formats=("PNG",))), mask)
+
+
+def test_masks_of_other_types_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"mask must be uint8 or uint16 of shape \(H, W\), got int32 of shape \(3, 5\)"
+    ):
+        encode_mask(np.zeros((3, 5), np.int32))
+    for shape in ((2, 3, 5), (0, 5)):
+        with pytest.raises(ValueError, match="mask must be uint8 or uint16 of shape"):
+            encode_mask(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_every_flipped_bit_and_every_cut_of_a_mask_is_noticed(dtype: type) -> None:
+    mask = np.arange(35, dtype=dtype).reshape(5, 7) // 4
+    png = encode_mask(mask)
+    pixels_end = len(png) - 12  # what follows only says that the file ends
+    for byte in range(pixels_end):
+        damaged = [
+            png[:byte],
+            *(png[:byte] + bytes([png[byte] ^ 1 << bit]) + png[byte + 1 :] for bit in range(8)),
+        ]
+        for data in damaged:
+            with pytest.raises(ValueError, match=f"mask must be a whole grey PNG .*got {len(data)} bytes"):
+                decode_mask(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "1", "LA"])
+def test_pictures_of_other_kinds_are_no_masks(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (3, 5)).save(buffer, format="PNG")
+    with pytest.raises(ValueError, match="mask must be a whole grey PNG of encode_mask"):
+        decode_mask(buffer.getvalue())
+
+
+def test_a_mask_with_row_filters_is_refused_rather_than_misread() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7)).save(buffer, format="PNG")
+    with pytest.raises(ValueError, match="rows stored as differences"):
+        decode_mask(buffer.getvalue())
