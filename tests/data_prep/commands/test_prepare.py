@@ -19,7 +19,8 @@ from distributed import Client
 from typer.testing import Result
 
 from common.ct.rejection import EXCLUDED, RejectedVolume
-from common.shards.shards import ShardSet
+from common.shards.index import index_path, load_index
+from common.shards.shards import PARTS, ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands import prepare as module
 from data_prep.nifti import find_volumes
@@ -33,10 +34,11 @@ Invoke = Callable[..., Result]
 
 @pytest.fixture
 def scans(tmp_path: Path, save_nifti: Save, tiny: Any) -> Path:
-    """Scans enough that there is time to stop a run, in a folder whose name needs quotes."""
+    """Scans in a folder whose name needs quotes; writing every sixth takes long enough to be caught at it."""
     rng = np.random.default_rng(0)
     for number in range(NUM_VOLUMES):
-        hu = rng.integers(-1000, 1000, (64, 63, 30)).astype(np.int16)
+        shape = (256, 255, 200) if number % 6 == 4 else (64, 63, 30)
+        hu = rng.integers(-1000, 1000, shape).astype(np.int16)
         save_nifti(tmp_path / "my scäns" / f"scan-{number:02d}.nii.gz", hu, tiny.affine())
     return tmp_path / "my scäns"
 
@@ -53,8 +55,12 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def start(scans: Path, out: Path) -> subprocess.Popen:
-    """Start the command as a terminal would, and wait until it has written some volumes."""
+def start_and_freeze(scans: Path, out: Path) -> subprocess.Popen:
+    """Start the command as a terminal would; freeze it once 3 more volumes are written and one half written.
+
+    It is frozen first and looked at then, however slow the machine: a volume that became whole in between
+    lets it go on until the next.
+    """
     command = [sys.executable, "-m", "data_prep", "nifti", str(scans), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--workers", "2", "--slices-per-shard", "240"],
@@ -64,40 +70,49 @@ def start(scans: Path, out: Path) -> subprocess.Popen:
         start_new_session=True,
     )
     before = num_written(out)
-    while process.poll() is None and num_written(out) < before + 3:
+    while process.poll() is None:
+        if num_written(out) >= before + 3 and is_half_written(out):
+            os.killpg(process.pid, signal.SIGSTOP)
+            if is_half_written(out):
+                return process
+            os.killpg(process.pid, signal.SIGCONT)
         time.sleep(0.005)
-    return process
+    raise AssertionError(f"ended with {process.returncode} before it was caught: {process.stderr.read()}")
 
 
 def num_written(out: Path) -> int:
-    """Volumes in parts of shards, and in whole shards of eight; parts go when their shard is whole."""
+    """Volumes in parts of shards, and in whole shards; parts go when their shard is whole."""
     parts = [path for path in out.rglob("*.npz") if path.parent != out]
-    return len(parts) + 8 * len(list(out.glob("*.tar")))
+    shards = [path for path in out.glob("*.tar") if index_path(path).exists()]  # the tar comes first
+    return len(parts) + sum(len(load_index(path).volume) for path in shards)
+
+
+def is_half_written(out: Path) -> bool:
+    """Whether a tar in the making has some bytes but no index yet."""
+    asides = list((out / PARTS).glob("*.tar"))
+    return any(path.exists() and path.stat().st_size and not index_path(path).exists() for path in asides)
 
 
 def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(
     scans: Path, tmp_path: Path, dask: Client
 ) -> None:
     whole = write(scans, tmp_path / "whole", dask)
-    for attempt in range(5):  # on a busy machine a run may have ended before it is told to
-        out = tmp_path / f"out{attempt}"
-        process = start(scans, out)
-        stopped = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the command and its workers
-        printed = process.communicate()[1]
-        if process.returncode == 0:
-            continue
-        assert process.returncode == 130, printed
-        assert time.monotonic() - stopped < 10
-        assert printed.rstrip().endswith("Stopped. Run the same command again: it resumes.")
-        process = start(scans, out)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.communicate()
-        if process.returncode != 0:
-            break
-    assert process.returncode == -signal.SIGKILL, f"{num_written(out)} volumes written"
-    assert psutil.wait_procs(workers, timeout=10)[1] == []  # workers do not outlive their client
+    out = tmp_path / "out"
+
+    process = start_and_freeze(scans, out)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the command and its workers
+    os.killpg(process.pid, signal.SIGCONT)
+    printed = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, printed
+    assert printed.rstrip().endswith("Stopped. Run the same command again: it resumes.")
+
+    process = start_and_freeze(scans, out)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    os.killpg(process.pid, signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert psutil.wait_procs(workers, timeout=120)[1] == []  # workers do not outlive their client
 
     assert not (out / "manifest.csv").exists()
     summary = write(scans, out, dask)
