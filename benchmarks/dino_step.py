@@ -138,7 +138,7 @@ def new_batch(batch_size: int, sizes: tuple[int, int], patch_px: int, device: to
         for group, views, side in groups
     }
     drawn = PatchMasks(sizes[0] // patch_px, VIEWS[0], seed=0)
-    batch["masks"] = torch.stack([torch.from_numpy(drawn.draw(place, 0)) for place in range(batch_size)])
+    batch["masks"] = torch.stack([torch.from_numpy(drawn.draw(place)) for place in range(batch_size)])
     batch |= masked_places(batch["masks"], drawn.most_masked(batch_size))
     return {name: tensor.to(device) for name, tensor in batch.items()}
 

@@ -88,7 +88,7 @@ def slab_views(shards: ShardSet) -> SlabViews:
 
 def finished(slabs: SlabViews, places: range) -> tuple[tuple[torch.Tensor, ...], dict]:
     """Return views and soft labels of a batch, the way of this repository."""
-    (batch,) = slabs.collate([slabs[place] for place in places])
+    batch = slabs.collate([slabs[place] for place in places])
     return render_views(batch, WINDOW), count_labels(batch, PATCH_SIZE_PX, finding_presence)
 
 
@@ -211,7 +211,7 @@ def main(
         error, labels_equal = errors(slabs, number=6)
         places = range(batch_size)
         items = [slabs[place] for place in places]
-        (batch,) = slabs.collate(items)
+        batch = slabs.collate(items)
         few = range(2)
         read = [plain_slab(slabs, place) for place in few]
         passes = {

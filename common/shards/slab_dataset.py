@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,12 @@ logger = logging.getLogger(__name__)
 OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
 
 
-class SlabViews(Dataset[list[dict[str, Any]]]):
+class SlabViews(Dataset[dict[str, Any]]):
     """Views of slabs, addressed by the place of the slab in the run.
 
-    A step of the run takes the next slabs, one a sample of the global batch; with ``draws_per_slab`` k > 1,
-    k steps in a row take the same slabs and draw other views of them. Item i is the i-th slab of the run, its
-    k samples numbered by position k i to k i + k - 1. The slab is a function of (seed, i) alone and the views
-    of (seed, position): ranks and workers share no randomness whatever their number, and a run resumes at any
-    step at no cost.
+    A step of the run takes the next slabs, one per sample of the global batch. Slab and views of the i-th
+    sample are a function of (seed, i) alone: ranks and workers share no randomness whatever their number, and
+    a run resumes at any step at no cost.
 
     Slabs come from two pools, those of scans with ReX annotation and all others. Slab i is drawn from the
     first iff floor((i + 1) f) > floor(i f), f the fraction, so that any stretch of slabs has its exact share.
@@ -51,27 +50,24 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         seed: of everything random.
         multi_crop: draws the views.
         with_masks: whether samples hold masks. Guidance reads the slab's masks either way.
-        draws_per_slab: samples from each slab that was read, for slow storage: they share its slices and lie
-            in consecutive steps. 1 as in the paper.
         patch_masks: draws the masks of the global views; None for none.
 
     Attributes:
         label_names: labels of the volumes, in the order of ``labels``.
 
     Shape:
-        An item is a list of ``draws_per_slab`` samples; a sample a dictionary for ``collate``, V = Vg + Vl
-        views, global first: ``global_pixels``, ``local_pixels`` int16 HU, the crops one after the other
-        (``cut_crops``); ``boxes``, ``guide``, ``points``, ``flips``, ``gamma``, ``blur_sigma`` of
-        ``ViewPlan``; ``shape`` int32 (2,) of the slices; with masks ``ts_planes`` uint8 ids, ``rex_planes``
-        int16 bits (planes, M, M), those used that are not empty, and ``ts_plane``, ``rex_plane`` int64 (V,):
-        the plane under each view, -1 for an empty one; with ``patch_masks`` ``masks`` bool (Vg, P), and in
-        a batch also what ``masked_places`` returns; ``has_ts``, ``has_rex`` bool, of the volume;
-        ``labels`` int8 (C,), 1, 0 or -1 where not labelled; ``position``, ``first_slice`` int; ``volume``
-        str; ``spacing_mm`` float32 (3,), x y z.
+        An item is a dictionary for ``collate``, V = Vg + Vl views, global first: ``global_pixels``,
+        ``local_pixels`` int16 HU, the crops one after the other (``cut_crops``); ``boxes``, ``guide``,
+        ``points``, ``flips``, ``gamma``, ``blur_sigma`` of ``ViewPlan``; ``shape`` int32 (2,) of the slices;
+        with masks ``ts_planes`` uint8 ids, ``rex_planes`` int16 bits (planes, M, M), those used that are not
+        empty, and ``ts_plane``, ``rex_plane`` int64 (V,): the plane under each view, -1 for an empty one;
+        with ``patch_masks`` ``masks`` bool (Vg, P), and in a batch also what ``masked_places`` returns;
+        ``has_ts``, ``has_rex`` bool, of the volume; ``labels`` int8 (C,), 1, 0 or -1 where not labelled;
+        ``position``, ``first_slice`` int; ``volume`` str; ``spacing_mm`` float32 (3,), x y z.
 
     Raises:
-        ValueError: if there is no volume, ``rex_fraction`` is not in [0, 1], ``slab_mm`` negative,
-            ``draws_per_slab`` or the spacing of a volume not positive.
+        ValueError: if there is no volume, ``rex_fraction`` is not in [0, 1], ``slab_mm`` negative, or the
+            spacing of a volume not positive.
     """
 
     def __init__(
@@ -82,7 +78,6 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         seed: int,
         multi_crop: RandSlabMultiCrop,
         with_masks: bool,
-        draws_per_slab: int = 1,
         patch_masks: PatchMasks | None = None,
     ) -> None:
         if rex_fraction is not None and not 0 <= rex_fraction <= 1:
@@ -91,13 +86,10 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
             )
         if not shards.volumes:
             raise ValueError("shards must hold at least one volume, got none.")
-        if draws_per_slab < 1:
-            raise ValueError(f"draws_per_slab must be positive, got {draws_per_slab}.")
         self.shards = shards
         self.seed = seed
         self.multi_crop = multi_crop
         self.with_masks = with_masks
-        self.draws_per_slab = draws_per_slab
         self.patch_masks = patch_masks
         self.label_names = list(
             dict.fromkeys(name for volume in shards.volumes if volume.labels for name in volume.labels)
@@ -122,13 +114,21 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
         volume = int(self.slab_volumes[slab])
         return volume, int(self.slab_starts[slab]), int(self.slab_lengths[volume])
 
-    def __getitem__(self, place: int) -> list[dict[str, Any]]:
-        """Return the samples of a slab of the run, any place from 0."""
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """Return the views of a slab of the run, any place from 0."""
         volume, first, length = self.slab_of(place)
         entry = self.shards.volumes[volume]
         slab = self.shards.read_slab(volume, first, length)
         ts, rex, read_slice = slab.read_ts(), slab.read_rex(), cache(slab.read_ct)
-        facts = {
+        rng = np.random.default_rng([self.seed, VIEWS, place])
+        plan = self.multi_crop.draw(rng, length, entry.shape, ts, rex)
+        num_global = self.multi_crop.num_views[0]
+        return {
+            "global_pixels": cut_crops(plan.boxes[:num_global], read_slice),
+            "local_pixels": cut_crops(plan.boxes[num_global:], read_slice),
+            **plan._asdict(),
+            **(_planes_under(plan, ts, rex) if self.with_masks else {}),
+            **({"masks": self.patch_masks.draw(place)} if self.patch_masks else {}),
             "shape": np.array(entry.shape, np.int32),
             "has_ts": bool(entry.has_ts),
             "has_rex": bool(entry.has_rex),
@@ -136,37 +136,16 @@ class SlabViews(Dataset[list[dict[str, Any]]]):
             "volume": entry.volume,
             "first_slice": first,
             "spacing_mm": np.asarray(entry.spacing_mm, np.float32),
+            "position": place,
         }
-        num_global = self.multi_crop.num_views[0]
-        samples = []
-        for draw in range(self.draws_per_slab):
-            position = place * self.draws_per_slab + draw
-            rng = np.random.default_rng([self.seed, VIEWS, position])
-            plan = self.multi_crop.draw(rng, length, entry.shape, ts, rex)
-            samples.append(
-                {
-                    "global_pixels": cut_crops(plan.boxes[:num_global], read_slice),
-                    "local_pixels": cut_crops(plan.boxes[num_global:], read_slice),
-                    **plan._asdict(),
-                    **(_planes_under(plan, ts, rex) if self.with_masks else {}),
-                    **({"masks": self.patch_masks.draw(place, draw)} if self.patch_masks else {}),
-                    **facts,
-                    "position": position,
-                }
-            )
-        return samples
 
-    def collate(self, items: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Put items together to the batches of ``draws_per_slab`` steps; see ``collate_views``."""
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Put the samples of a step together; see ``collate_views``."""
         crop = self.multi_crop
-        batches = [
-            collate_views(samples, crop.num_views[0], crop.sizes_px, crop.patch_size_px)
-            for samples in zip(*items, strict=True)
-        ]
+        batch = collate_views(samples, crop.num_views[0], crop.sizes_px, crop.patch_size_px)
         if self.patch_masks:
-            bound = self.patch_masks.most_masked(len(items))
-            return [batch | masked_places(batch["masks"], bound) for batch in batches]
-        return batches
+            batch |= masked_places(batch["masks"], self.patch_masks.most_masked(len(samples)))
+        return batch
 
     def _labels(self, labels: dict[str, int] | None) -> np.ndarray:
         known = labels or {}
@@ -213,19 +192,17 @@ class StepBatches(Sampler[list[int]]):
     """Endless batches of slabs: at each step this rank's share of the global batch.
 
     Step t covers the places t * world * B to (t + 1) * world * B of ``SlabViews``; rank r takes the r-th run
-    of B of them. With ``draws_per_slab`` k > 1, each of these batches is for k steps, step t in batch t // k.
-    Use as the ``batch_sampler`` of ``StepLoader``.
+    of B of them. Use as the ``batch_sampler`` of ``StepLoader``.
 
     Args:
         batch_size: samples per rank and step, B.
         rank: of this process.
         world_size: number of processes.
         start_step: first step. Set the attribute before iterating to resume.
-        draws_per_slab: steps that use the same slabs, k.
 
     Raises:
-        ValueError: if ``batch_size`` or ``draws_per_slab`` is not positive, ``rank`` not in [0, world_size)
-            or ``start_step`` negative.
+        ValueError: if ``batch_size`` is not positive, ``rank`` not in [0, world_size) or ``start_step``
+            negative.
 
     Example:
         >>> batches = iter(StepBatches(batch_size=2, rank=1, world_size=3, start_step=1))
@@ -233,12 +210,9 @@ class StepBatches(Sampler[list[int]]):
         ([8, 9], [14, 15])
     """
 
-    def __init__(
-        self, batch_size: int, rank: int, world_size: int, start_step: int = 0, draws_per_slab: int = 1
-    ) -> None:
-        for name, number in (("batch_size", batch_size), ("draws_per_slab", draws_per_slab)):
-            if number < 1:
-                raise ValueError(f"{name} must be positive, got {number}.")
+    def __init__(self, batch_size: int, rank: int, world_size: int, start_step: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}.")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got {rank} and {world_size}.")
         if start_step < 0:
@@ -247,11 +221,8 @@ class StepBatches(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.start_step = start_step
-        self.draws_per_slab = draws_per_slab
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch = self.start_step // self.draws_per_slab
-        while True:
-            first = (batch * self.world_size + self.rank) * self.batch_size
+        for step in count(self.start_step):
+            first = (step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-            batch += 1

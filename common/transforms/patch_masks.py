@@ -43,7 +43,7 @@ class PatchMasks:
 
     Example:
         >>> masks = PatchMasks(grid=16, num_global=2, seed=0)
-        >>> drawn = np.stack([masks.draw(place, 0) for place in range(8)])
+        >>> drawn = np.stack([masks.draw(place) for place in range(8)])
         >>> drawn.shape, int(drawn.any(-1).sum())
         ((8, 2, 256), 8)
     """
@@ -73,17 +73,16 @@ class PatchMasks:
             )
         self.ratios = np.linspace(*ratio, self.num_masked + 1)
 
-    def draw(self, place: int, draw: int) -> np.ndarray:
+    def draw(self, place: int) -> np.ndarray:
         """Return the masks of a slab, bool (Vg, P).
 
         Args:
             place: of the slab in the run.
-            draw: number of its sample, where a slab serves several steps.
         """
         together, own = divmod(place, SAMPLES_TOGETHER)
-        shared = np.random.default_rng([self.seed, MASKS, together, draw])
+        shared = np.random.default_rng([self.seed, MASKS, together, 0])
         parts = shared.permutation(SAMPLES_TOGETHER * self.num_global)
-        rng = np.random.default_rng([self.seed, MASKS, place, draw, 1])
+        rng = np.random.default_rng([self.seed, MASKS, place, 0, 1])
         masks = np.zeros((self.num_global, self.grid, self.grid), bool)
         for view, part in enumerate(parts[own * self.num_global : (own + 1) * self.num_global]):
             if part < self.num_masked:

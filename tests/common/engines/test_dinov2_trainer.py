@@ -29,30 +29,27 @@ WINDOW = HU_WINDOWS["ct_rate"]
 class Samples(Dataset):
     """A sample is a function of its position; each view as large as its crop."""
 
-    draws_per_slab = 1
     masks = PatchMasks(grid=2, num_global=2, seed=3, ratio=(0.3, 0.8))
 
-    def __getitem__(self, position: int) -> list[dict]:
+    def __getitem__(self, position: int) -> dict:
         rng = np.random.default_rng(position)
         hu = [rng.integers(-1024, 1000, side * side).astype(np.int16) for side in SIDES]
-        return [
-            {
-                "position": position,
-                "volume": f"train_{position}",
-                "global_pixels": np.concatenate(hu[:2]),
-                "local_pixels": np.concatenate(hu[2:]),
-                "boxes": np.array([(0, 0, 0, side) for side in SIDES], np.int32),
-                "flips": np.zeros(5, bool),
-                "gamma": np.ones(5, np.float32),
-                "blur_sigma": np.zeros(5, np.float32),
-                "shape": np.array((20, 20), np.int32),
-                "masks": self.masks.draw(position, 0),
-            }
-        ]
+        return {
+            "position": position,
+            "volume": f"train_{position}",
+            "global_pixels": np.concatenate(hu[:2]),
+            "local_pixels": np.concatenate(hu[2:]),
+            "boxes": np.array([(0, 0, 0, side) for side in SIDES], np.int32),
+            "flips": np.zeros(5, bool),
+            "gamma": np.ones(5, np.float32),
+            "blur_sigma": np.zeros(5, np.float32),
+            "shape": np.array((20, 20), np.int32),
+            "masks": self.masks.draw(position),
+        }
 
-    def collate(self, items: list) -> list[dict]:
-        batch = collate_views([samples[0] for samples in items], 2, (16, 8), patch_size_px=8)
-        return [batch | masked_places(batch["masks"], self.masks.most_masked(len(items)))]
+    def collate(self, samples: list) -> dict:
+        batch = collate_views(samples, 2, (16, 8), patch_size_px=8)
+        return batch | masked_places(batch["masks"], self.masks.most_masked(len(samples)))
 
 
 def trainer(steps: int, **changes) -> DINOv2Trainer:
@@ -92,7 +89,7 @@ def trainer(steps: int, **changes) -> DINOv2Trainer:
 def test_the_loss_of_a_step_is_computed_view_by_view_and_patch_by_patch():
     engine = trainer(steps=1)
     student, teacher = engine.network, engine.teacher
-    batch = Samples().collate([Samples()[position] for position in range(5)])[0]
+    batch = Samples().collate([Samples()[position] for position in range(5)])
     with torch.no_grad():
         images = [view for views in render_views(batch, WINDOW) for view in views.unbind(1)]
         seen = [teacher.tokens(image, None) for image in images[:2]]

@@ -34,9 +34,7 @@ class Samples(Dataset):
     The mask grid is the slice's, so that a mask's part in the box is the mask of the view.
     """
 
-    draws_per_slab = 1
-
-    def __getitem__(self, position: int) -> list[dict]:
+    def __getitem__(self, position: int) -> dict:
         rng = np.random.default_rng(position)
         corners = [rng.integers(0, 20 - side, 2) for side in SIDES]
         boxes = [(0, *corner, side) for corner, side in zip(corners, SIDES, strict=True)]
@@ -62,10 +60,10 @@ class Samples(Dataset):
             "ts_plane": np.arange(5),
             "rex_plane": np.arange(5),
         }
-        return [sample | planes]
+        return sample | planes
 
-    def collate(self, items: list) -> list[dict]:
-        return [collate_views([samples[0] for samples in items], 2, (16, 8), patch_size_px=8)]
+    def collate(self, samples: list) -> dict:
+        return collate_views(samples, 2, (16, 8), patch_size_px=8)
 
 
 def views_of(sample: dict) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -114,7 +112,7 @@ def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> 
 
 def loss_by_hand(network: PretrainingModel, step: int) -> dict[str, float]:
     """Eq. 1 to 3 from the samples, one view at a time."""
-    samples = [Samples()[5 * (step - 1) + index][0] for index in range(5)]
+    samples = [Samples()[5 * (step - 1) + index] for index in range(5)]
     projections = torch.empty(5, 5, 7)
     sums = {name: [] for name in ("ts_cls", "ts_patch", "rex_cls", "rex_patch")}
     by_group = []

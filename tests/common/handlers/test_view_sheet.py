@@ -13,7 +13,7 @@ def test_the_first_batch_is_drawn_and_later_ones_are_not(slabs_of, tmp_path):
     slabs = slabs_of(
         [{"hu": np.full((3, 40, 44), 100, np.int16)}], RandSlabMultiCrop(32, 16, patch_size_px=8)
     )
-    (batch,) = slabs.collate([slabs[0]])
+    batch = slabs.collate([slabs[0]])
     path = tmp_path / "run" / "views.png"
     written = []
 

@@ -21,7 +21,7 @@ def batch_of(slabs_of):
     def batch(number: int, multi_crop: RandSlabMultiCrop, with_masks: bool = True, **masks: Any) -> dict:
         scan = {"hu": np.full((3, *SHAPE), -200, np.int16), **masks}
         slabs = slabs_of([scan], multi_crop, with_masks=with_masks)
-        return slabs.collate([slabs[place] for place in range(number)])[0]
+        return slabs.collate([slabs[place] for place in range(number)])
 
     return batch
 

@@ -97,10 +97,6 @@ def equal(one: Any, other: Any) -> bool:
     return one == other
 
 
-def same_items(one: list[dict], other: list[dict]) -> bool:
-    return len(one) == len(other) and all(map(same_samples, one, other))
-
-
 def same_samples(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
 
@@ -172,13 +168,13 @@ def test_slab_length_follows_each_volumes_spacing_and_size():
 def test_slab_of_0_mm_is_one_slice():
     views = slab_views(cohort(3), slab_mm=0)
     assert {views.slab_of(i)[2] for i in range(60)} == {1}
-    assert (views[7][0]["boxes"][:, 0] == 0).all()
+    assert (views[7]["boxes"][:, 0] == 0).all()
 
 
 def test_seed_changes_slabs_and_views():
     one, other = slab_views(cohort(20)), slab_views(cohort(20), seed=1)
     assert [one.slab_of(i) for i in range(20)] != [other.slab_of(i) for i in range(20)]
-    assert (one[0][0]["boxes"] != other[0][0]["boxes"]).any()
+    assert (one[0]["boxes"] != other[0]["boxes"]).any()
 
 
 def test_a_batch_of_64_is_spread_over_the_cohort():
@@ -212,7 +208,7 @@ def test_no_batch_holds_more_than_a_few_slabs_of_one_scan(number, steps, most):
 
 
 def test_sample_has_the_stated_entries():
-    (sample,) = slab_views(cohort(10))[4]
+    sample = slab_views(cohort(10))[4]
     shapes = {name: (part.shape, part.dtype) for name, part in sample.items() if isinstance(part, np.ndarray)}
     sides = sample["boxes"][:, 3].astype(int)
     used = set(sample["boxes"][:, 0].tolist())
@@ -247,7 +243,7 @@ def test_sample_has_the_stated_entries():
 def test_crops_show_the_slices_of_their_boxes():
     views = slab_views(cohort(10))
     for place in range(10):
-        (sample,) = views[place]
+        sample = views[place]
         volume = int(sample["volume"][1:])
         pixels = np.concatenate([sample["global_pixels"], sample["local_pixels"]])
         ends = (sample["boxes"][:, 3].astype(int) ** 2).cumsum()
@@ -260,7 +256,7 @@ def test_planes_are_those_under_the_views_and_empty_ones_are_left_out():
     views = slab_views([Volume("v0", 24, (0.7, 0.7, 1.0), has_rex=True)], rex_fraction=None)
     empty = 0
     for place in range(8):
-        (sample,) = views[place]
+        sample = views[place]
         for name, read in (("ts", views.shards.read_ts), ("rex", views.shards.read_rex)):
             stored = read(0, sample["first_slice"], 12)
             for z, plane in zip(sample["boxes"][:, 0], sample[f"{name}_plane"], strict=True):
@@ -272,20 +268,20 @@ def test_planes_are_those_under_the_views_and_empty_ones_are_left_out():
 
 def test_only_needed_slices_are_read_and_each_once():
     views = slab_views([Volume("v0", 90, (0.7, 0.7, 0.3))], rex_fraction=None)
-    (sample,) = views[3]
+    sample = views[3]
     expected = {(0, sample["first_slice"] + int(z)) for z in sample["boxes"][:, 0]}
     assert sorted(views.shards.slices_read) == sorted(expected)
 
 
 def test_masks_guide_even_where_the_sample_leaves_them_out():
-    (with_masks,), (without,) = (slab_views(cohort(10), with_masks=wanted)[4] for wanted in (True, False))
+    with_masks, without = (slab_views(cohort(10), with_masks=wanted)[4] for wanted in (True, False))
     masks = {f"{source}_plane{s}" for source in ("ts", "rex") for s in ("", "s")}
     assert with_masks.keys() - without.keys() == masks
     assert same_samples({k: v for k, v in with_masks.items() if k not in masks}, without)
 
 
 def test_volume_without_masks_is_unguided_and_has_no_planes():
-    (sample,) = slab_views([Volume("v0", 9, has_ts=False)], rex_fraction=None)[0]
+    sample = slab_views([Volume("v0", 9, has_ts=False)], rex_fraction=None)[0]
     assert (sample["has_ts"], sample["has_rex"]) == (False, False)
     assert (sample["guide"] == UNGUIDED).all()
     assert sample["ts_planes"].shape == sample["rex_planes"].shape == (0, 128, 128)
@@ -301,7 +297,7 @@ def test_labels_are_in_the_order_of_their_names_and_minus_one_where_a_volume_has
     ]
     views = slab_views(labelled, rex_fraction=None)
     assert views.label_names == ["Nodule", "Effusion", "Mass"]
-    found = {sample["volume"]: sample["labels"].tolist() for place in range(4) for sample in views[place]}
+    found = {sample["volume"]: sample["labels"].tolist() for sample in map(views.__getitem__, range(4))}
     assert found == {"v0": [1, 0, -1], "v1": [-1, -1, -1], "v2": [0, 1, -1], "v3": [1, -1, 1]}
 
 
@@ -312,14 +308,14 @@ def test_sample_depends_on_position_alone_not_on_order():
     forward, backward = slab_views(cohort(10)), slab_views(cohort(10))
     items = {i: backward[i] for i in reversed(range(12))}
     for i in range(12):
-        assert same_items(forward[i], items[i])
-        assert same_items(forward[i], forward[i])
-    assert not same_items(forward[0], forward[1])
+        assert same_samples(forward[i], items[i])
+        assert same_samples(forward[i], forward[i])
+    assert not same_samples(forward[0], forward[1])
 
 
 def test_positions_share_no_randomness_even_on_one_slab():
     views = slab_views([Volume("v0", 8, shape=(512, 512))], rex_fraction=None)
-    gammas = np.concatenate([views[i][0]["gamma"] for i in range(40)])
+    gammas = np.concatenate([views[i]["gamma"] for i in range(40)])
     drawn = gammas[gammas != 1]
     assert len(drawn) > 250
     assert len(np.unique(drawn)) == len(drawn)
@@ -331,13 +327,13 @@ def test_samples_do_not_depend_on_global_random_state():
     one = views[2]
     torch.manual_seed(3)
     np.random.seed(2)  # noqa: NPY002 (the state that must not matter)
-    assert same_items(one, views[2])
+    assert same_samples(one, views[2])
 
 
 def test_ranks_draw_different_views_of_different_slabs():
     views = slab_views(cohort(20, num_slices=64))
     batches = [next(iter(StepBatches(8, rank=rank, world_size=4))) for rank in range(4)]
-    drawn = [[views[place][0] for place in batch] for batch in batches]
+    drawn = [[views[place] for place in batch] for batch in batches]
     slabs = [(sample["volume"], sample["first_slice"]) for samples in drawn for sample in samples]
     assert len(set(slabs)) == 32
     gammas = np.concatenate([sample["gamma"] for samples in drawn for sample in samples])
@@ -359,32 +355,6 @@ def test_resume_goes_on_where_an_unbroken_run_is():
     batches.start_step = 7
     assert list(islice(batches, 3)) == unbroken[7:]
     assert list(islice(batches, 3)) == unbroken[7:]  # every iteration starts there
-
-
-# Several draws from a slab
-
-
-def test_draws_of_a_slab_are_its_other_views_and_read_its_slices_once():
-    views = slab_views([Volume("v0", 90, (0.7, 0.7, 0.3))], rex_fraction=None, draws_per_slab=3)
-    samples = views[2]
-    assert [sample["position"] for sample in samples] == [6, 7, 8]
-    assert len({(sample["volume"], sample["first_slice"]) for sample in samples}) == 1
-    assert not np.array_equal(samples[0]["boxes"], samples[1]["boxes"])
-    used = {z for sample in samples for z in sample["boxes"][:, 0].tolist()}
-    assert sorted(z - samples[0]["first_slice"] for _, z in views.shards.slices_read) == sorted(used)
-
-
-def test_views_of_a_draw_depend_on_its_position_alone():
-    """Position 4 is the first draw of slab 4, or the second of slab 1: other slabs, but the same numbers."""
-    one, three = slab_views(cohort(10)), slab_views(cohort(10), draws_per_slab=3)
-    np.testing.assert_array_equal(one[4][0]["gamma"], three[1][1]["gamma"])
-    assert one.slab_of(1) == three.slab_of(1)
-
-
-def test_a_batch_of_slabs_serves_consecutive_steps():
-    assert list(islice(StepBatches(2, rank=1, world_size=2, draws_per_slab=3), 2)) == [[2, 3], [6, 7]]
-    resumed = StepBatches(2, rank=1, world_size=2, start_step=5, draws_per_slab=3)
-    assert next(iter(resumed)) == [6, 7]
 
 
 # Through real shards
@@ -445,8 +415,6 @@ def test_arguments_out_of_range_are_refused():
         slab_views([Volume("bad", 9, (0.7, 0.7, math.nan))])
     with pytest.raises(ValueError, match="slab_mm must be positive, or 0 for single slices, got -12.0"):
         slab_views(cohort(3), slab_mm=-12.0)
-    with pytest.raises(ValueError, match="draws_per_slab must be positive, got 0"):
-        slab_views(cohort(3), draws_per_slab=0)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +424,6 @@ def test_arguments_out_of_range_are_refused():
         ((2, 3, 3), r"rank must be in \[0, world_size\), got 3 and 3"),
         ((2, -1, 3), r"rank must be in \[0, world_size\), got -1 and 3"),
         ((2, 0, 1, -1), "start_step must not be negative, got -1"),
-        ((2, 0, 1, 0, 0), "draws_per_slab must be positive, got 0"),
     ],
 )
 def test_batches_out_of_range_are_refused(arguments, message):
@@ -467,21 +434,16 @@ def test_batches_out_of_range_are_refused(arguments, message):
 # Masks
 
 
-@pytest.mark.parametrize("draws_per_slab", [1, 3])
-def test_masks_belong_to_the_slab_and_a_batch_says_where_they_are(draws_per_slab: int) -> None:
+def test_masks_belong_to_the_slab_and_a_batch_says_where_they_are() -> None:
     masks = PatchMasks(grid=2, num_global=2, seed=0, ratio=(0.3, 0.6))
-    slabs = slab_views(cohort(10), patch_masks=masks, draws_per_slab=draws_per_slab)
+    slabs, plain = slab_views(cohort(10), patch_masks=masks), slab_views(cohort(10))
     places = range(4, 9)
-    batches = slabs.collate([slabs[place] for place in places])
-    plain = slab_views(cohort(10), draws_per_slab=draws_per_slab)
-    for draw, (batch, unmasked) in enumerate(
-        zip(batches, plain.collate([plain[place] for place in places]), strict=True)
-    ):
-        expected = np.stack([masks.draw(place, draw) for place in places])
-        assert np.array_equal(batch["masks"].numpy(), expected)
-        found = batch["masked_places"][batch["masked_weights"] > 0]
-        assert np.array_equal(found.numpy(), np.flatnonzero(expected))
-        assert len(batch["masked_places"]) == masks.most_masked(5)
-        # views are those of a run without masks
-        assert all(equal(batch[name], unmasked[name]) for name in unmasked)
-        assert batch.keys() - unmasked.keys() == {"masks", "masked_places", "masked_weights"}
+    batch, unmasked = (views.collate([views[place] for place in places]) for views in (slabs, plain))
+    expected = np.stack([masks.draw(place) for place in places])
+    assert np.array_equal(batch["masks"].numpy(), expected)
+    found = batch["masked_places"][batch["masked_weights"] > 0]
+    assert np.array_equal(found.numpy(), np.flatnonzero(expected))
+    assert len(batch["masked_places"]) == masks.most_masked(5)
+    # views are those of a run without masks
+    assert all(equal(batch[name], unmasked[name]) for name in unmasked)
+    assert batch.keys() - unmasked.keys() == {"masks", "masked_places", "masked_weights"}

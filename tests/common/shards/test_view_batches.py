@@ -20,7 +20,7 @@ def scans() -> list[dict]:
 
 def samples_of(slabs_of, **changes) -> list[dict]:
     slabs = slabs_of(scans(), RandSlabMultiCrop(32, 16, patch_size_px=8), **changes)
-    return [slabs[place][0] for place in range(3)]
+    return [slabs[place] for place in range(3)]
 
 
 def test_pixels_of_each_sample_are_found_by_the_sides_of_its_boxes(slabs_of):

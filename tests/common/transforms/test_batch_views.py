@@ -44,7 +44,7 @@ def batch_of(slabs_of):
         hu = [noise(5, 97, 131), noise(7, 64, 60), noise(1, 150, 150)]
         masks = [{"ts": organs(5), "rex": findings(5)}, {"ts": organs(7)}, {}]
         slabs = slabs_of([{"hu": h, **m} for h, m in zip(hu, masks, strict=True)], multi_crop, **changes)
-        found = slabs.collate([slabs[place] for place in range(3)])[0]
+        found = slabs.collate([slabs[place] for place in range(3)])
         order = [int(name.split("_")[1]) for name in found["volume"]]
         return found, [hu[number] for number in order]
 
@@ -175,7 +175,7 @@ def test_labels_lie_on_the_anatomy_they_were_drawn_on(slabs_of):
     crop = RandSlabMultiCrop(64, 32, patch_size_px=8, flip_prob=0.5, gamma_prob=0, blur_probs=(0, 0))
     slabs = slabs_of([{"hu": np.where(ts > 0, 800, -900).astype(np.int16), "ts": ts}], crop)
     for place in range(5):
-        (batch,) = slabs.collate([slabs[place]])
+        batch = slabs.collate([slabs[place]])
         labels = count_labels(batch, 8, finding_presence)
         for group, views in zip(("global", "local"), render_views(batch, WINDOW), strict=True):
             bright = (views * WINDOW.std_hu + WINDOW.mean_hu > -50).float()[0]
@@ -190,7 +190,7 @@ def test_a_ct_keeps_its_range(slabs_of):
     slices[:, 150:300, 100:200] = -870
     slices[:, 200:204, 300:304] = 3071
     slabs = slabs_of([{"hu": slices}], RandSlabMultiCrop(256, 144, patch_size_px=16))
-    for views in render_views(slabs.collate([slabs[0]])[0], WINDOW):
+    for views in render_views(slabs.collate([slabs[0]]), WINDOW):
         hu = views * WINDOW.std_hu + WINDOW.mean_hu
         assert WINDOW.min_hu - 0.01 <= hu.min() < -990
         assert 30 < hu.max() <= WINDOW.max_hu + 0.01
