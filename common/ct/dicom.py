@@ -48,9 +48,6 @@ TILT_TOLERANCE_MM = 1.0
 """How far slices may be shifted sideways over a whole series. Our choice: about a pixel; a gantry tilt of one
 degree shifts by 5 mm."""
 
-GAP_TOLERANCE = 0.15
-"""How far gaps that missing slices leave may be from multiples of the usual step, in steps. Our choice."""
-
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -214,30 +211,37 @@ def _even_step(heights: np.ndarray, headers: Sequence[SliceHeader]) -> float:
             f"{headers[closest + 1].name}: a series of several acquisitions or points in time, or a slice "
             "twice. Keep one of each position.",
         )
-    # Positions are written with six decimals at most.
-    step = round(float(np.polyfit(np.arange(len(heights)), heights, 1)[0]), 6)
-    shifts = heights - step * np.arange(len(heights))
-    relative, at_least_mm = POSITION_TOLERANCE
-    if np.ptp(shifts) / 2 > min(max(relative * step, at_least_mm), step / 4):
-        raise _uneven(steps, headers)
+    step = _fitting_step(np.arange(len(heights)), heights)
+    if step is None:
+        raise _uneven(heights, headers)
     return step
 
 
-def _uneven(steps: np.ndarray, headers: Sequence[SliceHeader]) -> RejectedError:
-    """Say whether slices are missing, which leaves gaps of whole steps, or their spacing changes."""
+def _fitting_step(places: np.ndarray, heights: np.ndarray) -> float | None:
+    """Return the step of the even stack that fits best, None where a slice is too far from its place."""
+    step = round(float(np.polyfit(places, heights, 1)[0]), 6)  # headers have no more decimals
+    relative, at_least_mm = POSITION_TOLERANCE
+    shift = float(np.ptp(heights - step * places)) / 2
+    return step if shift <= min(max(relative * step, at_least_mm), step / 4) else None
+
+
+def _uneven(heights: np.ndarray, headers: Sequence[SliceHeader]) -> RejectedError:
+    """Say whether slices are missing, which leaves gaps in an even stack, or their spacing changes."""
+    steps = np.diff(heights)
     usual = statistics.median_low(steps.tolist())
     oddest = int(np.abs(steps - usual).argmax())
     found = (
         f"slices must be evenly spaced, mostly {usual:.4g} mm, got {steps[oddest]:.4g} mm from "
         f"{headers[oddest].name} to {headers[oddest + 1].name}"
     )
-    multiples = np.rint(steps / usual)
-    if multiples.min() >= 1 and np.abs(steps / usual - multiples).max() < GAP_TOLERANCE:
-        num_missing = int((multiples - 1).sum())
-        return RejectedError(
-            "missing slices", f"{found}: {num_missing} missing. Copy or export the series again."
-        )
-    return RejectedError("uneven spacing", f"{found}. Nothing is missing. Resample it to even spacing first.")
+    places = np.concatenate([[0], np.rint(steps / usual).cumsum()])
+    if _fitting_step(places, heights) is None:
+        detail = f"{found}. Its spacing changes, no slice is missing. Resample it to even spacing first."
+        return RejectedError("uneven spacing", detail)
+    num_missing = int(places[-1]) - len(steps)
+    return RejectedError(
+        "missing slices", f"{found}: {num_missing} missing. Copy or export the series again."
+    )
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401 (tuples and arrays alike)
