@@ -138,17 +138,17 @@ def sort_series(found: Iterable[FoundFile]) -> tuple[list[Series], list[Rejected
     to fail when it is read.
 
     Args:
-        found: the files, in the order in which series are to come. Messages, and the names of series without
-            a UID, are made of their paths, which may be relative to the tree: no file is opened.
+        found: the files, in any order. Messages, and the names of series without a UID, are made of their
+            paths, which may be relative to the tree: no file is opened.
 
     Returns:
-        The series, and what was left out.
+        The series in the order of their first files' paths, and what was left out.
     """
     by_series: dict[str, list[FoundFile]] = {}
     rejected = []
-    for file in found:
+    for file in sorted(found, key=lambda file: file.path):
         if file.kind == DAMAGED:
-            rejected.append(RejectedError("unreadable", file.damage).of(file.path.as_posix()))
+            rejected.append(RejectedError("unreadable", file.damage).of(file.path.name))
         elif file.kind != NO_IMAGE:
             by_series.setdefault(file.series or file.path.parent.as_posix(), []).append(file)
     studies = Counter(files[0].study for files in by_series.values())

@@ -164,8 +164,8 @@ def test_files_of_a_series_belong_together_and_without_one_by_folder() -> None:
     found = axial("a", "1.1", STACK) + axial("a/b", "1.1", ["0 0 6"])
     found += axial("x", "", STACK, "") + axial("x/y", "", STACK, "")
     damaged = FoundFile(Path("x/z.dcm"), DAMAGED, damage="'x/z.dcm' must be a whole DICOM file, got half")
-    series, rejected = sort_series([*found, damaged])
+    series, rejected = sort_series([damaged, *found[::-1]])
     assert [len(one.files) for one in series] == [4, 3, 3]
     assert [one.volume for one in series] == ["1_1", series_volume("x"), series_volume("x/y")]
-    assert [(item.volume, item.reason) for item in rejected] == [("x/z.dcm", "unreadable")]
+    assert [(item.volume, item.reason) for item in rejected] == [("z.dcm", "unreadable")]
     assert is_failure(rejected[0])
