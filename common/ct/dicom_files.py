@@ -29,14 +29,17 @@ DAMAGED = "damaged"
 # CT Image Storage, Enhanced CT Image Storage, Legacy Converted Enhanced CT Image Storage.
 CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
 DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
-TAGS = ("SOPClassUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "ImageType", "FileSetID")
+TAGS = (
+    *("SOPClassUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "FileSetID"),
+    *("ImageType", "VolumeBasedCalculationTechnique"),
+)
 PLANE_TAGS = ("ImageOrientationPatient", "ImagePositionPatient")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
 COMPUTED = re.compile(
     r"\b(M(IN|AX|EAN)?|AVG) ?IP\b|\b(CURVED ?)?MPR\b|PROJECT|RENDER|\b(VRT|SSD|SCREEN ?SAVE)\b"
 )
-"""In ImageType: projections, reformats, renderings and pictures of screens."""
+"""In ImageType, or what Enhanced CT was computed by: projections, reformats, renderings, screens."""
 
 
 class FoundFile(NamedTuple):
@@ -85,7 +88,7 @@ def look_at(path: Path) -> FoundFile:
         if sop_class == DIRECTORY_CLASS or "FileSetID" in dataset:
             return FoundFile(path, NO_IMAGE)
         if not ({"SOPClassUID", "Modality"} & set(dataset.dir()) or sop_class):
-            raise RejectedError("unreadable", f"'{path}' must be a whole DICOM file, got no SOPClassUID")
+            raise RejectedError("unreadable", f"Cannot read '{path}' as DICOM: it has no SOPClassUID.")
         kind, places = _kind(dataset, sop_class, path)
     except (RejectedError, OSError) as error:
         damage = error.detail if isinstance(error, RejectedError) else str(error)
@@ -101,7 +104,8 @@ def _kind(dataset: FileDataset, sop_class: str, path: Path) -> tuple[str, tuple[
     modality = str(dataset.get("Modality") or "unknown modality")
     if sop_class not in CT_CLASSES and (sop_class or modality != "CT"):
         return UID(sop_class).name or modality, ()
-    image_type = str(dataset.get("ImageType") or "").upper().replace("_", " ")
+    stated = f"{dataset.get('ImageType')} {dataset.get('VolumeBasedCalculationTechnique')}"
+    image_type = stated.upper().replace("_", " ")
     if "LOCALIZER" in image_type:
         return LOCALIZER, ()
     if COMPUTED.search(image_type):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,7 +71,10 @@ def read_headers(path: Path) -> list[SliceHeader]:
     for i, values in enumerate(frames):
         name = f"'{path}'" if len(frames) == 1 else f"'{path}' frame {i + 1}"
         headers.append(_header(values, path, i, name))
-    _check_file_size(dataset, headers[0].shape, len(headers), path)
+    (bits,) = _numbers(frames[0], "BitsAllocated", 1, f"'{path}'")
+    with rejecting(path):
+        is_packed = dataset.file_meta.TransferSyntaxUID.is_compressed
+        _check_size(path.stat().st_size * (MAX_INFLATION if is_packed else 1), headers, bits)
     return headers
 
 
@@ -135,7 +137,7 @@ def _header(values: Mapping[str, Any], path: Path, frame: int, name: str) -> Sli
 
 def _check_pixels(values: Mapping[str, Any], name: str) -> None:
     photometric = str(values.get("PhotometricInterpretation") or "MONOCHROME2")
-    if values.get("SamplesPerPixel", 1) != 1 or not photometric.startswith("MONOCHROME"):
+    if (values.get("SamplesPerPixel") or 1) != 1 or not photometric.startswith("MONOCHROME"):
         raise RejectedError("unreadable", f"pixels of {name} must be numbers, got colours")
     stored, high = values.get("BitsStored"), values.get("HighBit")
     if stored is not None and high is not None and high != stored - 1:
@@ -144,15 +146,12 @@ def _check_pixels(values: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _check_file_size(dataset: FileDataset, shape: tuple[int, int], num_frames: int, path: Path) -> None:
-    """Check that a file is large enough for its pixels, before memory for them is asked for."""
-    (bits,) = _numbers({"BitsAllocated": dataset.get("BitsAllocated")}, "BitsAllocated", 1, f"'{path}'")
-    with rejecting(path):
-        is_packed = dataset.file_meta.TransferSyntaxUID.is_compressed
-        size = path.stat().st_size
-        if num_frames * math.prod(shape) * max(bits, 8) / 8 > size * (MAX_INFLATION if is_packed else 1):
-            of = f"{num_frames} x " if num_frames > 1 else ""
-            raise EOFError(f"{size} bytes for {of}{shape[0]} x {shape[1]} pixels")
+def _check_size(num_bytes: int, headers: Sequence[SliceHeader], bits: float) -> None:
+    """Check that pixels fit into what their file can hold, before memory for them is asked for."""
+    rows, columns = headers[0].shape
+    if len(headers) * rows * columns * max(bits, 8) / 8 > num_bytes:
+        frames = f"{len(headers)} x " if len(headers) > 1 else ""
+        raise EOFError(f"it is too short for {frames}{rows} x {columns} pixels")
 
 
 def _rescale(values: Mapping[str, Any], name: str) -> tuple[float, float]:

@@ -42,9 +42,9 @@ def parse(path: Path, source: Path | io.BytesIO, **options: Any) -> FileDataset:
     with rejecting(path), _SizedFile(path) if isinstance(source, Path) else source as file:
         start = elements_start(file)
         if start is None:
-            raise ValueError("neither a preamble nor elements at its start")
+            raise ValueError("it begins with neither a preamble nor an element")
         if _is_deflated(file, start):  # pydicom would inflate all of it, a thousandfold at worst
-            raise ValueError("a deflated one, which scanners don't write: convert it to Explicit VR")
+            raise ValueError("it is deflated, which scanners don't write. Convert it to Explicit VR")
         file.seek(0)
         dataset = pydicom.dcmread(file, force=True, **options)
         if not dataset.file_meta.get("TransferSyntaxUID"):
@@ -124,6 +124,5 @@ def rejecting(path: Path) -> Iterator[None]:
         raise
     except (*damaged, struct.error, zlib.error, BytesLengthException, InvalidDicomError) as error:
         said = str(error).strip().rsplit("\n", 1)[-1]  # SimpleITK begins with where in its sources
-        raise RejectedError(
-            "unreadable", f"'{path}' must be a whole DICOM file, got {said}. Copy or export it again."
-        ) from error
+        detail = f"Cannot read '{path}' as DICOM: {said}. Copy or export it again."
+        raise RejectedError("unreadable", detail) from error

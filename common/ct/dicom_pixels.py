@@ -35,7 +35,7 @@ def read_hu(dataset: FileDataset, frame: int, slope: float, intercept: float, ou
     """
     words = _stored_words(dataset, frame)
     if words.shape != out.shape:
-        raise ValueError(f"pixels of shape {words.shape} under a header of {out.shape}")
+        raise ValueError(f"it has pixels of shape {words.shape} under a header of {out.shape}")
     values = words if words.dtype.kind == "f" else _as_integers(words, dataset)
     padding = _padding(words, values, dataset)
     if padding.all():
@@ -55,9 +55,9 @@ def _stored_words(dataset: FileDataset, frame: int) -> np.ndarray:
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         return _decoded(dataset, frame)
     if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
-        raise ValueError("compressed pixels and no TransferSyntaxUID that says how")
-    words: np.ndarray = pixel_array(dataset, index=frame, correct_unused_bits=False)
-    return words
+        raise ValueError("its pixels are compressed, and TransferSyntaxUID does not say how")
+    words = pixel_array(dataset, index=frame, correct_unused_bits=False)
+    return words.astype(words.dtype.newbyteorder("="), copy=False)
 
 
 def _as_integers(words: np.ndarray, dataset: FileDataset) -> np.ndarray:
@@ -65,7 +65,9 @@ def _as_integers(words: np.ndarray, dataset: FileDataset) -> np.ndarray:
     kind = "i" if dataset.PixelRepresentation else "u"
     spare = 8 * words.itemsize - int(dataset.BitsStored)
     if not 0 <= spare < 8 * words.itemsize:
-        raise ValueError(f"BitsStored of {dataset.BitsStored} in words of {8 * words.itemsize} bits")
+        raise ValueError(f"it has {dataset.BitsStored} BitsStored in words of {8 * words.itemsize}")
+    if spare == 0:
+        return words.view(f"{kind}{words.itemsize}")
     shifted: np.ndarray = (words << spare).view(f"{kind}{words.itemsize}") >> spare
     return shifted
 
@@ -129,4 +131,8 @@ def _decoded(dataset: FileDataset, frame: int) -> np.ndarray:
         image.save_as(file, enforce_file_format=True)
         file.flush()
         reader.SetFileName(file.name)
-        return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))[0]
+        try:
+            return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))[0]
+        except RuntimeError as error:
+            syntax = image.file_meta.TransferSyntaxUID.name
+            raise ValueError(f"its pixels cannot be decoded as {syntax}") from error

@@ -43,6 +43,8 @@ HU = np.zeros((2, 5, 7), np.int16)
         ({"ImageType": ["DERIVED", "PRIMARY", "VOLUME_RENDER"]}, DERIVED),
         ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "CT_SOM5 SPI"]}, AXIAL_CT),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "HELIX", "SHRIMP"]}, AXIAL_CT),
+        ({"VolumeBasedCalculationTechnique": "MAX_IP"}, DERIVED),
+        ({"VolumeBasedCalculationTechnique": "NONE"}, AXIAL_CT),
         ({"ImageType": None}, AXIAL_CT),
         ({"SOPClassUID": SecondaryCaptureImageStorage}, "Secondary Capture Image Storage"),
         ({"SOPClassUID": MRImageStorage, "Modality": "MR"}, "MR Image Storage"),
@@ -70,7 +72,7 @@ def test_other_files_are_no_images_and_broken_ones_damaged(tmp_path: Path) -> No
     assert look_at(tmp_path / "notes.txt").kind == NO_IMAGE
     damaged = look_at(tmp_path / "slice.dcm")
     assert damaged.kind == DAMAGED
-    assert "must be a whole DICOM file" in damaged.damage
+    assert "Cannot read" in damaged.damage
 
 
 def test_a_series_is_called_by_its_uid_or_a_checksum() -> None:
@@ -163,7 +165,7 @@ def test_a_broken_export_is_left_to_fail_when_it_is_read(found: list[FoundFile])
 def test_files_of_a_series_belong_together_and_without_one_by_folder() -> None:
     found = axial("a", "1.1", STACK) + axial("a/b", "1.1", ["0 0 6"])
     found += axial("x", "", STACK, "") + axial("x/y", "", STACK, "")
-    damaged = FoundFile(Path("x/z.dcm"), DAMAGED, damage="'x/z.dcm' must be a whole DICOM file, got half")
+    damaged = FoundFile(Path("x/z.dcm"), DAMAGED, damage="Cannot read 'x/z.dcm' as DICOM: half")
     series, rejected = sort_series([damaged, *found[::-1]])
     assert [len(one.files) for one in series] == [4, 3, 3]
     assert [one.volume for one in series] == ["1_1", series_volume("x"), series_volume("x/y")]

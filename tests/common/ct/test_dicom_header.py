@@ -192,7 +192,7 @@ def test_frames_that_are_no_stack_are_refused(
 def test_frames_that_are_cut_off_are_refused(classic: list[Path], tmp_path: Path) -> None:
     file = enhanced(tmp_path / "a", classic)
     file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(RejectedError, match=r"unreadable: .*must be a whole DICOM file"):
+    with pytest.raises(RejectedError, match=r"unreadable: Cannot read"):
         read_ct([file])
 
 
