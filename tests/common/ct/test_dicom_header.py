@@ -64,7 +64,7 @@ def enhanced(
     joined.SharedFunctionalGroupsSequence = [groups_of(slices[0], shared)]
     joined.PerFrameFunctionalGroupsSequence = [groups_of(one, own) for one in slices]
     if compress:
-        joined.compress(RLELossless)
+        joined.compress(RLELossless, encapsulate_ext=len(files) > 3)
     joined.save_as(path)
     return path
 
