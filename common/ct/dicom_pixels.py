@@ -75,7 +75,7 @@ def _as_integers(words: np.ndarray, dataset: FileDataset) -> np.ndarray:
 def _padding(words: np.ndarray, values: np.ndarray, dataset: FileDataset) -> np.ndarray:
     """Mark the pixels of PixelPaddingValue to PixelPaddingRangeLimit.
 
-    Headers give the bounds in the wrong sign as often as not, 63536 for -2000: their bits count, in the sign
+    Headers give the bounds in the wrong sign at times, 63536 for -2000: their bits count, in the sign
     of the pixels. Padding that BitsStored bits cannot hold is looked for in whole words.
     """
     prefix = next((prefix for name, prefix in FLOATS.items() if name in dataset), "")

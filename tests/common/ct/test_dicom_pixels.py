@@ -187,6 +187,11 @@ PADDINGS: dict[str, tuple[int, int, dict[str, tuple[str, int]]]] = {
         0,
         {"PixelPaddingValue": ("US", 60000), "PixelPaddingRangeLimit": ("US", 65535)},
     ),
+    "unsigned bounds of a range around zero": (
+        -5,
+        1,
+        {"PixelPaddingValue": ("US", 65526), "PixelPaddingRangeLimit": ("US", 10)},
+    ),
     "at the end of a range that runs down": (
         -3000,
         1,
