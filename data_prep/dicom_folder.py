@@ -63,7 +63,7 @@ def find_series(
             no_images.append(file.path)
         elif file.kind == DAMAGED:
             name = file.path.relative_to(folder).as_posix()
-            rejected.append(RejectedError("unreadable", file.series).of(name))
+            rejected.append(RejectedError("unreadable", file.damage).of(name))
         else:
             by_series.setdefault(file.series or _common_folder([file], folder), []).append(file)
     if no_images:

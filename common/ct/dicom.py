@@ -1,4 +1,4 @@
-"""Reads a CT series of DICOM files, one slice a file, in whatever order they come.
+"""Reads a CT series of DICOM files, a slice or several frames per file, in whatever order they come.
 
 Position and orientation in the headers decide; file names and instance numbers don't. A series that is not
 one evenly spaced stack is rejected: nothing is interpolated, sheared or left out to make it one.
@@ -10,82 +10,52 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
-import os
-import struct
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 
+from common.ct.dicom_header import SliceHeader, read_headers
+from common.ct.dicom_parse import parse, rejecting
+from common.ct.dicom_pixels import read_hu
 from common.ct.geometry import (
     StoredCT,
     StoredGrid,
     canonical_shape,
     canonical_slices,
     check_size,
-    store_hu,
 )
-from common.ct.nifti_file import MAX_INFLATION
 from common.ct.rejection import RejectedError
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset
 
-POSITION_TOLERANCE_MM = 0.1
-"""How far a slice may lie from its place in an even stack, and never more than a quarter of the spacing.
+logger = logging.getLogger(__name__)
 
-Our choice: scanners round positions to 0.1 mm, and a missing slice shifts others by half a spacing."""
+POSITION_TOLERANCE = 0.05, 0.1
+"""How far a slice may lie from its place in an even stack: of the spacing, or this many mm if that is more.
+
+Never more than a quarter of the spacing. Our choice: scanners round positions to 0.1 mm and tables move
+unevenly by a few per cent; a missing slice shifts others by half a spacing."""
 
 TILT_TOLERANCE_MM = 1.0
 """How far slices may be shifted sideways over a whole series. Our choice: about a pixel; a gantry tilt of one
 degree shifts by 5 mm."""
 
-TAGS = (
-    *("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType", "NumberOfFrames", "SamplesPerPixel"),
-    "BitsAllocated",
-)
-PIXEL_TAGS = (
-    *("SOPClassUID", "SOPInstanceUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-)
-DEFLATED = "1.2.840.10008.1.2.1.99"
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
-
-
-class SliceHeader(NamedTuple):
-    """What a file says about its slice, in DICOM's world: to the left, to the back, to the head.
-
-    Args:
-        path: of the file.
-        shape: rows and columns.
-        pixel_mm: distance of rows and of columns.
-        orientation: ``(2, 3)`` directions in which the column and the row index grow.
-        position: ``(3,)`` of the first pixel in mm.
-        slope: HU = slope * stored + intercept.
-        intercept: see ``slope``.
-    """
-
-    path: Path
-    shape: tuple[int, int]
-    pixel_mm: tuple[float, float]
-    orientation: np.ndarray
-    position: np.ndarray
-    slope: float
-    intercept: float
 
 
 def read_grid(files: Sequence[Path]) -> StoredGrid:
     """Read on which grid a series is stored, from its headers.
 
     Args:
-        files: of the series, one slice each, in any order.
+        files: of the series, in any order.
 
     Returns:
         The grid: columns, rows, slices in the order of their positions along the normal.
@@ -99,184 +69,101 @@ def read_grid(files: Sequence[Path]) -> StoredGrid:
 def read_ct(files: Sequence[Path]) -> StoredCT:
     """Read a series, slice by slice, each with its own rescale.
 
-    Padding outside the field of view, often -3024 HU, becomes the lowest HU that is stored.
+    Padding, which the header names and which is no part of the image, becomes -1024 HU.
 
     Args:
-        files: of the series, one slice each, in any order.
+        files: of the series, in any order.
 
     Returns:
-        The CT. Its checksum is that of the files' binary SHA-256 digests, one after another in the order of
-        the grid's slices.
+        The CT. Its lowest HU is that of the image without padding, its checksum that of the files' binary
+        SHA-256 digests, one after another in the order of the grid's slices.
 
     Raises:
-        RejectedError: as ``read_grid``, and if the grid is not that of an axial CT or the pixels of a file
-            cannot be decoded.
+        RejectedError: as ``read_grid``, and if the grid is not that of an axial CT, the pixels of a file
+            cannot be decoded, or values are none of a CT.
     """
     headers = _sorted_headers(files)
     grid = _grid(headers)
     canonical_shape(grid)
     stored = np.empty((len(headers), *headers[0].shape), np.int16)
+    of_file: dict[Path, list[int]] = {}
+    for z, header in enumerate(headers):
+        of_file.setdefault(header.path, []).append(z)
     digests, lowest_hu = [], math.inf
-    for hu_slice, header in zip(stored, headers, strict=True):
-        slice_lowest_hu, digest = _read_slice(header, hu_slice)
-        lowest_hu = min(lowest_hu, slice_lowest_hu)
-        digests.append(digest)
+    for path, indices in of_file.items():
+        content = _content(path)
+        dataset = parse(path, io.BytesIO(content))
+        for z in indices:
+            lowest_hu = min(lowest_hu, _read_slice(dataset, headers[z], stored[z]))
+        digests.append(hashlib.sha256(content).digest())
+    if not math.isfinite(lowest_hu):
+        raise RejectedError(
+            "no image", f"a CT must have pixels that are no padding, got none in {headers[0].name}"
+        )
     slices, spacing_mm = canonical_slices(stored.transpose(2, 1, 0), grid.affine)
     return StoredCT(slices, lowest_hu, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest())
 
 
-def parse(path: Path, source: Path | io.BytesIO, **options: Any) -> FileDataset:  # noqa: ANN401 (pydicom's own)
-    """Parse a DICOM file without a word about small deviations from the standard.
-
-    Args:
-        path: of the file, for the message.
-        source: the same path, or the file's content.
-        options: of ``pydicom.dcmread``.
-
-    Raises:
-        RejectedError: if it is no DICOM file or damaged.
-    """
-    import pydicom
-
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    with _rejecting(path), _SizedFile(path) if isinstance(source, Path) else source as file:
-        if _is_deflated(file):  # pydicom would inflate all of it, a thousandfold at worst
-            raise ValueError("a deflated one, which scanners don't write: convert it to Explicit VR")
-        file.seek(0)
-        dataset = pydicom.dcmread(file, **options)
-        for elements in (dataset.file_meta, dataset) if "specific_tags" in options else ():
-            list(elements)  # pydicom interprets an element when it is first asked for
-    return dataset
-
-
-def _is_deflated(file: io.BufferedReader | io.BytesIO) -> bool:
-    """Look for the transfer syntax in the elements of group 2, which stand in front of all others."""
-    from pydicom.filereader import read_dataset
-
-    for is_implicit in (False, True):  # the second is against the standard; pydicom reads it, too
-        file.seek(132)
-        meta = read_dataset(file, is_implicit, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
-        with suppress(NotImplementedError):
-            if "TransferSyntaxUID" in meta:
-                return bool(meta.TransferSyntaxUID == DEFLATED)
-    return False
-
-
-class _SizedFile(io.BufferedReader):
-    """A file that gives all it has left if asked for more than its size.
-
-    Python makes room for as much as is asked for, and a damaged header asks for gigabytes.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1) -> bytes:
-        return super().read(size if size is not None and size < self._size else -1)
-
-
-@contextmanager
-def _rejecting(path: Path) -> Iterator[None]:
-    """Turn what pydicom and SimpleITK raise for damaged files into a rejection."""
-    from pydicom.errors import BytesLengthException, InvalidDicomError
-
-    damaged = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+def _read_slice(dataset: FileDataset, header: SliceHeader, out: np.ndarray) -> float:
+    """Read a slice into ``out``; return its lowest HU before the clip, infinite where all is padding."""
     try:
-        yield
-    except (*damaged, struct.error, zlib.error, BytesLengthException, InvalidDicomError) as error:
-        said = str(error).strip().rsplit("\n", 1)[-1]  # SimpleITK begins with where in its sources
+        with rejecting(header.path):
+            lowest_hu = read_hu(dataset, header.frame, header.slope, header.intercept, out)
+    except RejectedError as error:
+        if str(header.path) in error.detail:
+            raise
+        raise RejectedError(error.reason, f"{error.detail} in {header.name}") from error
+    if math.isnan(lowest_hu):
         raise RejectedError(
-            "unreadable", f"'{path}' must be a whole DICOM file, got {said}. Copy or export it again."
-        ) from error
+            "non-finite voxels", f"voxels must be finite, got NaN or infinity in {header.name}"
+        )
+    return lowest_hu
 
 
 def _sorted_headers(files: Sequence[Path]) -> list[SliceHeader]:
     """Read all headers, check that they belong together, and sort them along the normal."""
-    if len(files) < 2:
-        raise RejectedError(
-            "geometry",
-            f"a series must have at least 2 slices, got {len(files)} in '{files[0]}'. Add the others.",
-        )
-    headers = [_read_header(path) for path in files]
+    headers = [header for path in files for header in read_headers(path)]
     shared: dict[str, Callable[[SliceHeader], Any]] = {
         "Rows and Columns": lambda header: header.shape,
         "PixelSpacing": lambda header: header.pixel_mm,
         "ImageOrientationPatient": lambda header: header.orientation,
     }
     for header in headers[1:]:
-        for name, of in shared.items():
+        for tag, of in shared.items():
             if not np.allclose(of(header), of(headers[0]), rtol=0, atol=1e-3):
                 raise RejectedError(
                     "geometry",
-                    f"slices must share {name}, got {_shown(of(headers[0]))} in '{headers[0].path}' "
-                    f"and {_shown(of(header))} in '{header.path}'",
+                    f"slices must share {tag}, got {_shown(of(headers[0]))} in {headers[0].name} "
+                    f"and {_shown(of(header))} in {header.name}",
                 )
     normal = _normal(headers[0])
-    return sorted(headers, key=lambda header: float(header.position @ normal))
-
-
-def _read_header(path: Path) -> SliceHeader:
-    dataset = parse(path, path, stop_before_pixels=True, specific_tags=list(TAGS))
-    if dataset.get("NumberOfFrames") not in (None, 1):
+    headers = _without_copies(sorted(headers, key=lambda header: float(header.position @ normal)))
+    if len(headers) < 2:
         raise RejectedError(
-            "multi-frame", f"'{path}' must hold one slice, got {dataset.NumberOfFrames}. Convert it to NIfTI."
+            "geometry", f"a series must have at least 2 slices, got 1 in {headers[0].name}. Add the others."
         )
-    if dataset.get("SamplesPerPixel", 1) != 1:
-        raise RejectedError("unreadable", f"pixels of '{path}' must be numbers, got colours")
-    slope, intercept = _rescale(dataset, path)
-    (rows,), (columns,) = (_numbers(dataset, name, 1, path) for name in ("Rows", "Columns"))
-    row_mm, column_mm = _numbers(dataset, "PixelSpacing", 2, path)
-    if min(rows, columns, row_mm, column_mm) <= 0:
-        raise RejectedError(
-            "spacing",
-            f"pixels must have a size, got {rows:g} x {columns:g} of {row_mm:g} x {column_mm:g} mm "
-            f"in '{path}'",
-        )
-    orientation = np.reshape(_numbers(dataset, "ImageOrientationPatient", 6, path), (2, 3))
-    if not np.allclose(orientation @ orientation.T, np.eye(2), atol=1e-2):
-        raise RejectedError(
-            "geometry",
-            "ImageOrientationPatient must be perpendicular directions, "
-            f"got {_shown(orientation)} in '{path}'",
-        )
-    position = np.array(_numbers(dataset, "ImagePositionPatient", 3, path))
-    shape = int(rows), int(columns)
-    _check_file_size(dataset, shape, path)
-    return SliceHeader(path, shape, (row_mm, column_mm), orientation, position, slope, intercept)
+    return headers
 
 
-def _check_file_size(dataset: FileDataset, shape: tuple[int, int], path: Path) -> None:
-    """Check that a file is large enough for its pixels, before memory for them is asked for."""
-    (bits,) = _numbers(dataset, "BitsAllocated", 1, path)
-    with _rejecting(path):
-        is_packed = dataset.file_meta.TransferSyntaxUID.is_compressed
-        size = path.stat().st_size
-        if math.prod(shape) * max(bits, 8) / 8 > size * (MAX_INFLATION if is_packed else 1):
-            raise EOFError(f"{size} bytes for {shape[0]} x {shape[1]} pixels")
+def _without_copies(headers: Sequence[SliceHeader]) -> list[SliceHeader]:
+    """Leave out the slices of files that are copies of others, byte for byte, and say so."""
+    places = Counter(tuple(header.position) for header in headers)
+    shared = {header.path for header in headers if places[tuple(header.position)] > 1}
+    digests = {path: hashlib.sha256(_content(path)).digest() for path in shared}
+    kept: dict[tuple[bytes | Path, int], SliceHeader] = {}
+    copies = []
+    for header in headers:
+        key = digests.get(header.path, header.path), header.frame
+        if kept.setdefault(key, header) is not header:
+            copies.append(header.name)
+    if copies:
+        logger.warning("%d slices are copies of others and count once, such as %s.", len(copies), copies[0])
+    return list(kept.values())
 
 
-def _rescale(dataset: FileDataset, path: Path) -> tuple[float, float]:
-    unit = str(dataset.get("RescaleType") or "HU")  # absent: HU, by the standard's CT image module
-    if unit.upper() != "HU":
-        raise RejectedError("not in HU", f"RescaleType must be HU or absent, got '{unit}' in '{path}'")
-    (slope,) = _numbers(dataset, "RescaleSlope", 1, path)
-    (intercept,) = _numbers(dataset, "RescaleIntercept", 1, path)
-    if slope <= 0:
-        raise RejectedError("rescale", f"RescaleSlope must be positive, got {slope:g} in '{path}'")
-    return slope, intercept
-
-
-def _numbers(dataset: FileDataset, name: str, count: int, path: Path) -> list[float]:
-    value = dataset.get(name)
-    try:
-        numbers = [float(number) for number in (value if count > 1 else [value])]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        wanted = "a number" if count == 1 else f"{count} numbers"
-        raise RejectedError("metadata", f"{name} must be {wanted}, got {value!r} in '{path}'")
-    return numbers
+def _content(path: Path) -> bytes:
+    with rejecting(path):
+        return path.read_bytes()
 
 
 def _normal(header: SliceHeader) -> np.ndarray:
@@ -297,7 +184,8 @@ def _grid(headers: Sequence[SliceHeader]) -> StoredGrid:
         raise RejectedError(
             "geometry",
             "slices must lie straight above one another, got some shifted sideways by "
-            f"{sideways.max():.1f} mm, as by a gantry tilt of {angle:.1f} degrees",
+            f"{sideways.max():.1f} mm, as by a gantry tilt of {angle:.1f} degrees. Convert it with dcm2niix, "
+            "which straightens it, and use that NIfTI file.",
         )
     row_mm, column_mm = first.pixel_mm
     affine = np.eye(4)
@@ -313,73 +201,47 @@ def _grid(headers: Sequence[SliceHeader]) -> StoredGrid:
 
 
 def _even_step(heights: np.ndarray, headers: Sequence[SliceHeader]) -> float:
-    """Return the distance of neighbouring slices, all the same."""
+    """Return the distance of neighbouring slices, that of the even stack which fits best."""
     steps = np.diff(heights)
     closest = int(steps.argmin())
     if steps[closest] < 0.01:
         raise RejectedError(
             "duplicate",
-            f"slices must lie at different positions, got the same for '{headers[closest].path}' and "
-            f"'{headers[closest + 1].path}': a series of several acquisitions, or a file twice. "
-            "Keep one of each position.",
+            f"slices must lie at different positions, got the same for {headers[closest].name} and "
+            f"{headers[closest + 1].name}: a series of several acquisitions or points in time, or a slice "
+            "twice. Keep one of each position.",
         )
-    step = float(heights[-1]) / len(steps)
-    usual = float(np.median(steps))
-    shift = np.abs(heights - step * np.arange(len(heights))).max()
-    if shift > min(POSITION_TOLERANCE_MM, step / 4):
-        oddest = int(np.abs(steps - usual).argmax())
-        raise RejectedError(
-            "missing slices",
-            f"slices must be evenly spaced, mostly {usual:g} mm, got {steps[oddest]:g} mm from "
-            f"'{headers[oddest].path}' to '{headers[oddest + 1].path}'. Copy or export the series again.",
-        )
+    step = _fitting_step(np.arange(len(heights)), heights)
+    if step is None:
+        raise _uneven(heights, headers)
     return step
 
 
-def _read_slice(header: SliceHeader, out: np.ndarray) -> tuple[float, bytes]:
-    """Read a slice in HU into ``out``; return its lowest HU before the clip and the digest of its file."""
-    path = header.path
-    with _rejecting(path):
-        content = path.read_bytes()
-    dataset = parse(path, io.BytesIO(content))
-    with _rejecting(path):
-        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            values = _decoded(dataset)
-        else:
-            values = dataset.pixel_array
-        if values.shape != header.shape:
-            raise ValueError(f"pixels of shape {values.shape} under a header of {header.shape}")
-        lowest_hu = store_hu(values, header.slope, header.intercept, out)
-    if not math.isfinite(lowest_hu):
-        raise RejectedError("non-finite voxels", f"voxels must be finite, got NaN or infinity in '{path}'")
-    return lowest_hu, hashlib.sha256(content).digest()
+def _fitting_step(places: np.ndarray, heights: np.ndarray) -> float | None:
+    """Return the step of the even stack that fits best, None where a slice is too far from its place."""
+    step = round(float(np.polyfit(places, heights, 1)[0]), 6)  # headers have no more decimals
+    relative, at_least_mm = POSITION_TOLERANCE
+    shift = float(np.ptp(heights - step * places)) / 2
+    return step if shift <= min(max(relative * step, at_least_mm), step / 4) else None
 
 
-def _decoded(dataset: FileDataset) -> np.ndarray:
-    """Decode JPEG, JPEG-LS, JPEG 2000 or run lengths.
-
-    GDCM, which does it, makes gigabytes ready where lengths in a file are wrong. It is given the pixels
-    alone, in a file of our own, whose lengths are right.
-    """
-    import SimpleITK
-    from pydicom import Dataset
-    from pydicom.encaps import encapsulate, get_frame
-
-    image = Dataset()
-    image.file_meta = dataset.file_meta
-    for name in PIXEL_TAGS:
-        if name in dataset:
-            image[name] = dataset[name]
-    image.PixelData = encapsulate([get_frame(dataset.PixelData, 0, number_of_frames=1)])
-    image["PixelData"].is_undefined_length = True
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = SimpleITK.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    with tempfile.NamedTemporaryFile(prefix="dale-ct-", suffix=".dcm") as file:
-        image.save_as(file, enforce_file_format=True)
-        file.flush()
-        reader.SetFileName(file.name)
-        return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))[0]
+def _uneven(heights: np.ndarray, headers: Sequence[SliceHeader]) -> RejectedError:
+    """Say whether slices are missing, which leaves gaps in an even stack, or their spacing changes."""
+    steps = np.diff(heights)
+    usual = statistics.median_low(steps.tolist())
+    oddest = int(np.abs(steps - usual).argmax())
+    found = (
+        f"slices must be evenly spaced, mostly {usual:.4g} mm, got {steps[oddest]:.4g} mm from "
+        f"{headers[oddest].name} to {headers[oddest + 1].name}"
+    )
+    places = np.concatenate([[0], np.rint(steps / usual).cumsum()])
+    if _fitting_step(places, heights) is None:
+        detail = f"{found}. Its spacing changes, no slice is missing. Resample it to even spacing first."
+        return RejectedError("uneven spacing", detail)
+    num_missing = int(places[-1]) - len(steps)
+    return RejectedError(
+        "missing slices", f"{found}: {num_missing} missing. Copy or export the series again."
+    )
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401 (tuples and arrays alike)

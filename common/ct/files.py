@@ -106,7 +106,7 @@ def _look_into(root: Path, shown: Path) -> tuple[list[_Found], list[Path], list[
             continue
         file = look_at(path)
         if file.kind == DAMAGED:
-            rejected.append(RejectedError("unreadable", _moved(file.series, root, shown)).of(path.name))
+            rejected.append(RejectedError("unreadable", _moved(file.damage, root, shown)).of(path.name))
         elif file.kind != NO_IMAGE:
             # files without a series, which some tools for anonymising blank, are one series a folder
             others.setdefault(file.series or _moved(str(path.parent), root, shown.resolve()), []).append(file)
