@@ -37,9 +37,11 @@ PLANE_TAGS = ("ImageOrientationPatient", "ImagePositionPatient")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
 COMPUTED = re.compile(
-    r"\b(M(IN|AX|EAN)?|AVG) ?IP\b|\b(CURVED ?)?MPR\b|PROJECT|RENDER|\b(VRT|SSD|SCREEN ?SAVE)\b"
+    r"\b(M(IN|AX|EAN)?|AVG) ?IP\b|\bCURVED ?MPR\b|PROJECT|RENDER|\b(VRT|SSD|SCREEN ?SAVE)\b"
 )
-"""In ImageType, or what Enhanced CT was computed by: projections, reformats, renderings, screens."""
+"""In ImageType, or what Enhanced CT was computed by: projections, curved reformats, renderings, screens.
+
+Flat reformats are no such thing: scanners mark thick axial slices made from thin ones as MPR."""
 
 
 class FoundFile(NamedTuple):
