@@ -18,7 +18,8 @@ from common.cohort.patient_split import natural_order, patient_of
 from common.embeddings.dense_labels import findings_present, read_dense_labels
 from common.embeddings.store import EmbeddingStore
 from common.labels import load_labels
-from common.networks.dense_probe import TOKEN_KINDS
+
+TOKEN_KINDS = ("cls", "patch")
 
 TASKS = {name: len(load_labels(name)) for name in ("rexgroundingct", "totalsegmentator")}
 """Number of classes of each task, in the order of the columns of labels and logits."""
