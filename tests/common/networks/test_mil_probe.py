@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid, load_probe, probe_name, save_probe
@@ -189,6 +190,17 @@ def test_poolers_with_weights_learn_as_they_would_alone_at_each_rate(monkeypatch
                 torch.testing.assert_close(tensor, probe.state_dict()[key], rtol=1e-9, atol=1e-11)
             moved = {key for key, tensor in start.items() if not torch.equal(tensor, probe.state_dict()[key])}
             assert any(key.startswith("pooler.") for key in moved) == (name != "average")
+
+
+def test_a_step_on_a_gpu_reads_no_value_of_the_device() -> None:
+    network = grid(poolers=list(POOLERS))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # raises where a value would be read
+        network = network.to("cuda")
+        on_gpu = [torch.empty(length, DIM, device="cuda", dtype=torch.float16) for length in (4, 1, 6)]
+        features = network.fixed_features(on_gpu)
+        logits = network(features, on_gpu)
+    assert features.device.type == logits.device.type == "cuda"
+    assert logits.shape == (4 * len(POOLERS), 3, CLASSES)
 
 
 def test_a_diverged_probe_leaves_the_others_alone() -> None:
