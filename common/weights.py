@@ -41,7 +41,7 @@ Source: their configurations; the files do not state it.
 
 
 def bundle_encoder(
-    bundle: str | Path, **knobs: str | list[float] | None
+    bundle: str | Path, **knobs: str | None
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Build the encoder of a bundle, without loading its weights.
 

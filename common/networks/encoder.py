@@ -163,7 +163,7 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
         if name in stated and stated[name] != expected:
             raise ValueError(
                 f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}. "
-                f"Choose the bundle of these weights, or pass --{name} as they state it."
+                f"Use the bundle of these weights, or in a run --{name} {stated[name]}."
             )
     load_strictly(encoder, load_file(path), path)
     return encoder

@@ -133,7 +133,7 @@ def test_the_encoder_of_a_checkpoint_is_imported(bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embed_dim": 36}, "embed_dim of '.*other.*' must be 24 .*, got 36. .*pass --embed_dim"),
+        ({"embed_dim": 36}, "embed_dim of '.*other.*' must be 24 .*, got 36. .*in a run --embed_dim 36"),
         ({"patch_size": 4}, "patch_size_px of '.*other.*' must be 8 as this bundle states, got 4"),
         ({"img_size": 48}, "img_size_px of '.*other.*' must be 32 as this bundle states, got 48"),
         ({"depth": 3}, "depth of '.*other.*' must be 2 as this bundle states, got 3"),
