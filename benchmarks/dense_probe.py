@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.embeddings import dense_cohort
-from common.embeddings.dense_cohort import TASKS, DenseCohort, DrawnRows, RemainingSteps
+from common.embeddings.dense_cohort import TASKS, TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
 from common.embeddings.dense_labels import DenseLabels, findings_present, write_dense_labels
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.best_layers import BestLayers
@@ -41,7 +41,7 @@ from common.engines.dense_probe import BACKGROUND, DenseProbeTrainer
 from common.engines.dense_scores import report_on_test, validation_auprc
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
-from common.networks.dense_probe import TOKEN_KINDS, DenseProbes
+from common.networks.dense_probe import DenseProbes
 from common.optimizers.warmup_cosine import warmup_cosine
 from common.transforms.dense_labels import patch_bits, patch_shares
 

@@ -31,12 +31,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags, pad_bags
+from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags
 from common.metrics.bootstrap import bootstrap, resample_weights
 from common.metrics.multilabel import auroc_and_average_precision
 from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid
-from common.networks.poolers import POOLERS
+from common.networks.poolers import PAPER_POOLERS, pad_bags
 from common.optimizers.warmup_cosine import warmup_cosine
 
 DIM, NUM_CLASSES, BATCH_SIZE, SEED = 1024, 18, 16, 42
@@ -72,7 +72,7 @@ class GridStep:
     """A step of all probes, as ``ProbeGridTrainer`` makes it."""
 
     def __init__(self, bags: Bags, device: torch.device, total_steps: int) -> None:
-        names = list(POOLERS)
+        names = list(PAPER_POOLERS)
         self.grid = ProbeGrid(names, LEARNING_RATES, bags.tokens.shape[1], NUM_CLASSES, SEED).to(device)
         self.optimizer = torch.optim.SGD(self.grid.parameter_groups(), momentum=0.95)
         self.scheduler = warmup_cosine(self.optimizer, warmup_steps=0, total_steps=total_steps, final_lr=0.0)
@@ -157,7 +157,7 @@ def train_both_ways(bags: Bags, steps: int, device: torch.device) -> dict[str, A
     pooling = seconds_of(grid_step.pool, device) / len(bags)
     probes = [grid_step.grid.probe(index) for index in range(len(grid_step.grid.names))]
     before = [grid_step.grid.probe(index) for index in range(len(grid_step.grid.names))]
-    plain: dict[str, list[float]] = {name: [] for name in POOLERS}
+    plain: dict[str, list[float]] = {name: [] for name in PAPER_POOLERS}
     plain_steps = [
         PlainStep(probe, rate, bags, device, steps)
         for probe, (_, rate) in zip(probes, grid_step.grid.names, strict=True)
@@ -176,7 +176,7 @@ def train_both_ways(bags: Bags, steps: int, device: torch.device) -> dict[str, A
         "classifier_difference": classifier,
         "query_difference": query,
         "grid_bytes": peak_bytes(grid_step, device),
-        "plain_bytes": max(peak_bytes(step, device) for step in plain_steps[: len(POOLERS)]),
+        "plain_bytes": max(peak_bytes(step, device) for step in plain_steps[: len(PAPER_POOLERS)]),
     }
 
 
@@ -252,7 +252,7 @@ def main(
     lengths = ct_rate_lengths(volumes)
     console.print(
         f"{hardware}; torch {torch.__version__}; pages: {pages}; {volumes} bags of {lengths.mean():.0f} "
-        f"slices x {DIM}, {len(LEARNING_RATES)} learning rates x {len(POOLERS)} poolers, {steps} steps"
+        f"slices x {DIM}, {len(LEARNING_RATES)} learning rates x {len(PAPER_POOLERS)} poolers, {steps} steps"
     )
     found = train_both_ways(Bags(lengths, DIM), steps, device)
     plain_step = len(LEARNING_RATES) * sum(found["plain_steps"].values())

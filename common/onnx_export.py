@@ -1,7 +1,9 @@
 """A bundle's encoder as ONNX: ``python -m common.onnx_export --bundle ... --out encoder.onnx``."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -10,16 +12,18 @@ from torch import nn
 from common.networks.encoder import load_encoder
 from common.run.atomic_file import atomic_file
 from common.run.short_errors import short_errors
-from common.weights import SliceAxes, bundle_encoder, image_side_px
+from common.weights import bundle_encoder, image_side_px
 
 
-def export_onnx(encoder: nn.Module, out: str | Path, size_px: int) -> Path:
+def export_onnx(encoder: nn.Module, out: str | Path, size_px: int, facts: Mapping[str, Any]) -> Path:
     """Write an encoder as ONNX, with any number of slices of one size.
 
     Args:
         encoder: timm VisionTransformer with one input channel.
         out: file to write, weights included.
         size_px: side of the slices; fixed, since position embeddings are resampled to it once.
+        facts: what a user must know of the network, such as its HU window; JSON values, which go with the
+            size into the file's ``metadata_props``.
 
     Shape:
         Input ``image (S, 1, size_px, size_px)`` float32, S any number; output ``cls (S, D)``.
@@ -39,10 +43,13 @@ def export_onnx(encoder: nn.Module, out: str | Path, size_px: int) -> Path:
     )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program.")
+    proto = program.model_proto
+    for name, value in {**facts, "size_px": size_px}.items():
+        proto.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as file:
-        file.write(program.model_proto.SerializeToString())
+        file.write(proto.SerializeToString())
     return out
 
 
@@ -51,17 +58,18 @@ def main(
     out: Annotated[Path, typer.Option(help="File to write.")],
     weights: Annotated[str, typer.Option(help="Weights; by default the bundle's. 'random' for none.")] = "",
     size_px: Annotated[int, typer.Option(help="Side of the slices; by default the bundle's.")] = 0,
-    slice_axes: SliceAxes = "",
 ) -> None:
     """Export the CLS embedding of slices; needs `pip install onnx onnxscript`.
 
     Example: python -m common.onnx_export --bundle bundles/dale_ct_2s --out dale_ct_2s.onnx
     """
     short_errors()
-    encoder, identity, config = bundle_encoder(bundle, slice_axes or None)
-    path = None if weights == "random" else weights or bundle / "models" / "model.safetensors"
+    path = None if weights == "random" else weights or str(bundle / "models" / "model.safetensors")
+    encoder, identity, config = bundle_encoder(bundle, encoder_weights=path)
     load_encoder(encoder, path, identity)
-    typer.echo(export_onnx(encoder, out, size_px or image_side_px(config)))
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    facts = identity | {"version": metadata["version"]}
+    typer.echo(export_onnx(encoder, out, size_px or image_side_px(config), facts))
 
 
 if __name__ == "__main__":

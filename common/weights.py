@@ -1,6 +1,8 @@
 """Encoder weights into a bundle and out of it: ``python -m common.weights --help``."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,48 +16,55 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.handlers.results_table import COLUMNS, read_rows
-from common.networks.encoder import load_encoder, save_encoder
+from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
 from common.networks.timm_keys import to_timm_keys
 from common.run.atomic_file import atomic_file
 from common.run.short_errors import short_errors
+from common.transforms.hounsfield import hu_window
 from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 
 app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")
-HUB_FILE = "model.safetensors"
+HUB_FILE, HUB_CONFIG = "model.safetensors", "config.json"
 
 Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
 
+HUB_OWNER = "Kentucky-Open-Science"
+HUB_WINDOWS = {
+    "DALE-CT-0-L": "dale_ct_0_l",
+    **dict.fromkeys(("DALE-CT-0", "DALE-CT-1S", "DALE-CT-1S-v2", "DALE-CT-2S"), "ct_rate"),
+    "Finetuned-DINOv2-Chest-CT": "ct_rate",
+}
+"""HU window of each encoder that the paper's authors released; all saw transposed slices.
 
-SliceAxes = Annotated[str, typer.Option(help="'xy' for weights of the paper's authors.")]
+Source: their configurations; the files do not state it.
+"""
 
 
 def bundle_encoder(
-    bundle: str | Path, slice_axes: str | None = None
+    bundle: str | Path, **knobs: str | None
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Build the encoder of a bundle, with random weights.
+    """Build the encoder of a bundle, without loading its weights.
 
     Args:
         bundle: its folder.
-        slice_axes: how its weights expect slices, "yx" or "xy"; None for what the bundle states.
+        knobs: of its ``inference.json``, to be changed.
 
     Returns:
-        The encoder; what its weights depend on, for ``save_encoder`` and ``load_encoder``; the config's own
-        values.
+        The encoder; the facts that its weights depend on, for ``save_encoder`` and ``load_encoder``, of which
+        the weights file states HU window and slice axes; the config's own values.
 
     Raises:
-        FileNotFoundError: if there is no such bundle, or it embeds nothing.
-        ValueError: if there are no such ``slice_axes``.
+        FileNotFoundError: if there is no such bundle, it embeds nothing, or its weights are not there.
+        ValueError: if the weights do not state what slices they expect.
     """
-    if slice_axes not in (None, "yx", "xy"):
-        raise ValueError(f"slice_axes must be 'yx' or 'xy', got '{slice_axes}'.")
     path = Path(bundle) / "configs" / "inference.json"
     if not path.is_file():
         raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
     parser = ConfigParser()
     parser.read_config(str(path))
     parser["bundle_root"] = str(bundle)
-    if slice_axes:
-        parser["slice_axes"] = slice_axes
+    for name, value in knobs.items():
+        parser[name] = value
     encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
     return encoder, identity, parser.get()
 
@@ -70,65 +79,112 @@ def image_side_px(config: dict[str, Any]) -> int:
     return strategy.side_px(FULL_PX)
 
 
-def read_weights(source: str) -> dict[str, torch.Tensor]:
-    """Read encoder weights under timm's names.
+def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read encoder weights under timm's names, and what is known of them.
 
     Args:
         source: a ``.safetensors`` file, a checkpoint ``step_*.pt`` of pretraining, whose teacher counts if it
             has one, or ``hub:<owner>/<name>[@revision]`` for ``model.safetensors`` of a repository there.
 
+    Returns:
+        The weights; and as far as the source states them ``slice_axes``, ``hu_window`` and other facts, from
+        the file's metadata, else from a ``config.json`` beside it; sizes always, from the shapes.
+
     Raises:
         FileNotFoundError: if there is no such file, or the hub does not give it.
         ValueError: if the file is damaged or holds something else.
     """
-    path = _from_hub(source.removeprefix("hub:")) if source.startswith("hub:") else Path(source)
+    path, stated = _located(source)
+    try:
+        if path.suffix == ".pt":
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            weights = to_timm_keys(state["teacher"] if "teacher" in state else state["network"])
+            if "hu_window" in state.get("knobs", {}):  # pretraining shows slices one way
+                stated = {"slice_axes": "yx", "hu_window": [*hu_window(state["knobs"]["hu_window"])]}
+        else:
+            weights = to_timm_keys(load_file(path))
+            stated |= stated_identity(path)
+    except (SafetensorError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"source must be whole weights, got '{source}' ({error}).") from error
+    return weights, stated | _sizes(weights)
+
+
+def _located(source: str) -> tuple[Path, dict[str, Any]]:
+    """Find the file of a source, and what stands beside it about the slices."""
+    stated: dict[str, Any] = {}
+    if source.startswith("hub:"):
+        repository, _, revision = source.removeprefix("hub:").partition("@")
+        path = _from_hub(repository, HUB_FILE, revision)
+        owner, _, name = repository.partition("/")
+        if owner == HUB_OWNER and name in HUB_WINDOWS:
+            stated = {"slice_axes": "xy", "hu_window": [*hu_window(HUB_WINDOWS[name])]}
+        try:
+            config = _from_hub(repository, HUB_CONFIG, revision)
+        except FileNotFoundError:
+            return path, stated
+    else:
+        path = Path(source)
+        config = path.with_name(HUB_CONFIG)
     if not path.is_file():
         raise FileNotFoundError(
             f"source must be a file of weights or hub:<owner>/<name>, got '{source}', which is no file."
         )
-    try:
-        if path.suffix == ".pt":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return to_timm_keys(state["teacher"] if "teacher" in state else state["network"])
-        return to_timm_keys(load_file(path))
-    except (SafetensorError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"source must be whole weights, got '{source}' ({error}).") from error
+    if config.is_file():
+        stated |= json.loads(config.read_text(encoding="utf-8")).get("identity", {})
+    return path, stated
 
 
-def _from_hub(name: str) -> Path:
-    repository, _, revision = name.partition("@")
+def _sizes(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Tell a ViT's sizes from its shapes; the position embedding may hold places of prefix tokens, too."""
+    patch = weights["patch_embed.proj.weight"].shape[-1]
+    positions, embed_dim = weights["pos_embed"].shape[1:]
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    side = math.isqrt(positions) * patch
+    return {"patch_size_px": patch, "img_size_px": side, "embed_dim": embed_dim, "depth": len(blocks)}
+
+
+def _from_hub(repository: str, name: str, revision: str) -> Path:
     try:
-        return Path(hf_hub_download(repository, HUB_FILE, revision=revision or None))
+        return Path(hf_hub_download(repository, name, revision=revision or None))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise FileNotFoundError(
-            f"'{HUB_FILE}' of '{repository}' must be on the hub or in its cache "
+            f"'{name}' of '{repository}' must be on the hub or in its cache "
             f"({str(error).splitlines()[0]}). Accept its terms on https://huggingface.co/{repository}, "
             "log in with `hf auth login`, or download the file and give its path."
         ) from error
 
 
-def import_weights(source: str, bundle: str | Path, slice_axes: str | None = None) -> Path:
-    """Put weights into ``models/model.safetensors`` of a bundle, with the facts that a load checks.
+def import_weights(
+    source: str,
+    bundle: str | Path,
+    slice_axes: str | None = None,
+    window: str | Sequence[float] | None = None,
+) -> Path:
+    """Put weights into ``models/model.safetensors`` of a bundle, with the facts that every use of them needs.
 
     Args:
         source: see ``read_weights``.
         bundle: folder of the encoder's bundle.
-        slice_axes: how the weights expect slices, "yx" or "xy"; None for what the bundle states. Weights of
-            the paper's authors were trained on transposed slices: "xy".
+        slice_axes: how the weights expect slices, "yx" or "xy"; None for what the source states.
+        window: their HU window, a name or four numbers; None for what the source states.
 
     Returns:
         The file.
 
     Raises:
         FileNotFoundError: if source or bundle are not there.
-        ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape.
+        ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape, or what
+            slices they expect is stated nowhere or otherwise.
     """
-    encoder, identity, _ = bundle_encoder(bundle, slice_axes)
+    encoder, own, _ = bundle_encoder(bundle, encoder_weights=None)
+    weights, stated = read_weights(source)
+    expected = agreed_input(stated, source, slice_axes, window)
+    shown = {"slice_axes": expected.slice_axes, "hu_window": [*expected.window]}
     path = Path(bundle) / "models" / "model.safetensors"
     aside = path.with_name("imported.safetensors")
     try:
-        save_encoder(read_weights(source), aside, identity)
-        load_encoder(encoder, aside, identity)  # checks keys and shapes
+        save_encoder(weights, aside, own | stated | shown | {"name": own["name"]})
+        load_encoder(encoder, aside, own | shown)  # checks sizes, keys and shapes
         aside.replace(path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(aside), source)) from error
@@ -137,9 +193,7 @@ def import_weights(source: str, bundle: str | Path, slice_axes: str | None = Non
     return path
 
 
-def export_weights(
-    bundle: str | Path, out: str | Path, results: list[Path], slice_axes: str | None = None
-) -> Path:
+def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> Path:
     """Write a folder that ``timm.create_model("local-dir:<folder>")`` loads, or from the hub after an upload.
 
     ``model.safetensors`` with plain timm keys, ``config.json``, and the bundle's card with its results.
@@ -148,19 +202,18 @@ def export_weights(
         bundle: folder of the encoder's bundle, with weights.
         out: folder to write.
         results: results CSVs, whose rows of this encoder go into the card.
-        slice_axes: see ``import_weights``.
 
     Raises:
         FileNotFoundError: if bundle, weights or results are not there.
         ValueError: if the weights are not the bundle's.
     """
     bundle, out = Path(bundle), Path(out)
-    encoder, identity, config = bundle_encoder(bundle, slice_axes)
+    encoder, identity, config = bundle_encoder(bundle)
     load_encoder(encoder, bundle / "models" / "model.safetensors", identity)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     save_encoder(encoder.state_dict(), out / HUB_FILE, identity)
-    with atomic_file(out / "config.json", "w", encoding="utf-8") as file:
+    with atomic_file(out / HUB_CONFIG, "w", encoding="utf-8") as file:
         json.dump(timm_config(config, identity), file, indent=2)
     card = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
     header = "---\nlibrary_name: timm\ntags: [image-feature-extraction, medical, ct, chest]\n---\n\n"
@@ -172,7 +225,8 @@ def export_weights(
 def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
     """Describe an encoder as timm's hub format does.
 
-    Mean and standard deviation are those of slices clipped to the window and scaled to 0..1.
+    Mean and standard deviation are those of slices clipped to the window and scaled to 0..1; the whole image
+    is resized as ours, without timm's usual cut.
 
     Args:
         config: of ``configs/inference.json``.
@@ -190,6 +244,8 @@ def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, A
         "pretrained_cfg": {
             "input_size": [1, *[image_side_px(config)] * 2],
             "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
             "num_classes": 0,
             "mean": [(mean - low) / (high - low)],
             "std": [std / (high - low)],
@@ -221,15 +277,22 @@ def _results_section(title: str, encoder: str, results: list[Path]) -> str:
 def import_command(
     source: Annotated[str, typer.Argument(help="File, checkpoint, or hub:<owner>/<name>[@revision].")],
     bundle: Bundle,
-    slice_axes: SliceAxes = "",
+    slice_axes: Annotated[
+        str, typer.Option("--slice-axes", "--slice_axes", help="'yx', or 'xy' for transposed slices.")
+    ] = "",
+    window: Annotated[
+        str, typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU.")
+    ] = "",
 ) -> None:
     """Check weights and put them into a bundle's models folder.
 
+    HU window and slice axes must be given for weights that do not state them, and are then remembered.
+
     Example: python -m common.weights import hub:Kentucky-Open-Science/DALE-CT-2S --bundle bundles/dale_ct_2s
-    --slice-axes xy; then pass --slice_axes xy to its inference
     """
     short_errors()
-    typer.echo(import_weights(source, bundle, slice_axes or None))
+    values = [float(value) for value in window.split(",")] if "," in window else window or None
+    typer.echo(import_weights(source, bundle, slice_axes or None, values))
 
 
 @app.command("export")
@@ -237,14 +300,13 @@ def export_command(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     results: Annotated[list[Path] | None, typer.Option(help="Results CSV; once for each.")] = None,
-    slice_axes: SliceAxes = "",
 ) -> None:
     """Write a bundle's encoder as a folder that timm loads.
 
     Example: python -m common.weights export --bundle bundles/dale_ct_2s --out export/dale_ct_2s
     """
     short_errors()
-    typer.echo(export_weights(bundle, out, results or [], slice_axes or None))
+    typer.echo(export_weights(bundle, out, results or []))
 
 
 if __name__ == "__main__":

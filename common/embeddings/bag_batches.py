@@ -31,25 +31,6 @@ def collate_bags(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def pad_bags(bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join bags of different lengths into one tensor and a mask of where the slices are.
-
-    Args:
-        bags: tensors ``(S, D)``.
-
-    Shape:
-        Output: ``(B, S, D)`` zero-padded at the end, and bool ``(B, S)``.
-
-    Example:
-        >>> pad_bags([torch.ones(1, 3), torch.ones(2, 3)])[1]
-        tensor([[ True, False],
-                [ True,  True]])
-    """
-    lengths = torch.tensor([len(bag) for bag in bags], device=bags[0].device)
-    mask = torch.arange(int(lengths.max()), device=bags[0].device) < lengths[:, None]
-    return torch.nn.utils.rnn.pad_sequence(list(bags), batch_first=True), mask
-
-
 class BagReader:
     """Bags of a cohort on a device: all of them if they fit, else those that are asked for.
 

@@ -18,7 +18,8 @@ from common.cohort.patient_split import natural_order, patient_of
 from common.embeddings.dense_labels import findings_present, read_dense_labels
 from common.embeddings.store import EmbeddingStore
 from common.labels import load_labels
-from common.networks.dense_probe import TOKEN_KINDS
+
+TOKEN_KINDS = ("cls", "patch")
 
 TASKS = {name: len(load_labels(name)) for name in ("rexgroundingct", "totalsegmentator")}
 """Number of classes of each task, in the order of the columns of labels and logits."""
@@ -84,22 +85,14 @@ class DenseCohort:
         embeddings_dir: of an encoder bundle, with patch tokens.
         labels_dir: of ``python -m data_prep dense-labels``.
         volumes: which.
-        slice_axes: as the encoder's; ``xy`` saw transposed slices, whose patches come column by column.
 
     Raises:
         FileNotFoundError: if a volume has no labels.
         KeyError: if a volume is not embedded.
-        ValueError: if labels do not fit the tokens in number of slices or patches, or are of another crop, or
-            the tokens are of slices that lie otherwise.
+        ValueError: if labels do not fit the tokens in number of slices or patches, or are of another crop.
     """
 
-    def __init__(
-        self,
-        embeddings_dir: str | Path,
-        labels_dir: str | Path,
-        volumes: Sequence[str],
-        slice_axes: str = "yx",
-    ) -> None:
+    def __init__(self, embeddings_dir: str | Path, labels_dir: str | Path, volumes: Sequence[str]) -> None:
         self.store = EmbeddingStore(embeddings_dir)
         self.identity = self.store.identity
         self.volumes = list(volumes)
@@ -108,11 +101,6 @@ class DenseCohort:
         for volume in self.volumes:
             labels = read_dense_labels(Path(labels_dir) / f"{volume}.safetensors")
             metadata = self.store.read(volume).metadata
-            if metadata.get("slice_axes", slice_axes) != slice_axes:
-                raise ValueError(
-                    f"slice_axes must be '{metadata['slice_axes']}' as of the embedding, got '{slice_axes}' "
-                    f"for volume '{volume}'."
-                )
             grid = metadata["patch_grid"]
             shape = (length_of[volume], grid[0] * grid[1])
             if labels.findings.shape != shape or grid[0] != grid[1]:
@@ -128,7 +116,7 @@ class DenseCohort:
                     f"labels must be of the box of the image, {box}, got {labels.box} for volume '{volume}'. "
                     "Label and embed the same files, with a cropped preprocessing."
                 )
-            order = _patch_order(shape, slice_axes)
+            order = _patch_order(shape, metadata.get("slice_axes", "yx"))
             of_patches.append((labels.findings.ravel()[order], labels.shares[order]))
             shares, findings = labels.of_slices()
             of_slices.append((findings, csr_matrix(shares)))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.networks.dense_probe import TOKEN_KINDS, DenseProbes
+from common.embeddings.dense_cohort import TOKEN_KINDS
+from common.networks.dense_probe import DenseProbes
 
 Key = tuple[str, str]
 """Kind of token and task."""

@@ -227,7 +227,7 @@ def _patch_maps(encoder: ConfigParser, hu: np.ndarray, metadata: Mapping[str, An
         window=_parsed(encoder, "window"),
         size_px=0,  # the strategy's own
         patch_size_px=strategy.patch_size_px,
-        slice_axes=_parsed(encoder, "slice_axes"),
+        slice_axes=_parsed(encoder, "axes"),
     )
     whole = (0, 0, hu.shape[-1])
     box = tuple(metadata["box"]) if strategy.is_cropped else whole

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.embeddings.bag_batches import pad_bags
 from common.embeddings.bags import EmbeddingBags, labelled_volumes
 from common.embeddings.part import IDENTITY_KEYS
 from common.handlers.mlflow_rows import log_rows
@@ -27,6 +26,7 @@ from common.metrics.bootstrap import (
 )
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
+from common.networks.poolers import pad_bags
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from common.cohort.predictions import Predictions
-from common.embeddings.bag_batches import BagReader, ShuffledBatches, pad_bags
+from common.embeddings.bag_batches import BagReader, ShuffledBatches
 from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_cohorts import check_cohorts, check_finite
@@ -31,6 +31,7 @@ from common.metrics.bootstrap import (
 )
 from common.metrics.multilabel import average_precision, f1_thresholds, macro, multilabel_report
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
+from common.networks.poolers import pad_bags
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +125,6 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.cohorts = {"train": self.train_bags, "validation": val_bags, "test": test_bags}
         check_cohorts(self.cohorts, resampling)
         self.further_seeds = list(further_seeds)
-        if self.further_seeds and not isinstance(network, ProbeGrid):
-            raise ValueError(
-                f"num_seeds must be 1 for a {type(network).__name__}, got {1 + len(self.further_seeds)}. "
-                "Run it again with another --seed and --output_dir."
-            )
         self.readers: dict[str, BagReader] = {}
         self.fixed: dict[str, torch.Tensor] = {}
         groups = groups_of(test_bags.volumes, resampling)

@@ -2,6 +2,7 @@
 
 # N volumes, D embedding, C classes, F fixed poolers
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 
@@ -58,14 +59,16 @@ def train_seeds(
     logger.info(
         "Training %s for %d steps with the seeds %s.", probe_name(*grid.names[index]), num_steps, [*seeds]
     )
-    rate, place = divmod(index, len(grid.is_learned))
-    first = place - sum(grid.is_learned[:place])
-    own_fixed = fixed[:, first : first + (not grid.is_learned[place])]
+    rate, place = divmod(index, len(grid.kinds))
+    first = grid.kinds[:place].count("fixed")
+    own_fixed = fixed[:, first : first + (grid.kinds[place] == "fixed")]
     grids = [ProbeGrid([pooler], [learning_rate], grid.dim, grid.num_classes, seed) for seed in seeds]
     grids = [of_seed.to(grid.weights[0]) for of_seed in grids]
     batches = [ShuffledBatches(len(labels), batch_size, seed) for seed in seeds]
     groups = [group for of_seed in grids for group in of_seed.parameter_groups()]
-    another = type(optimizer)(groups, **optimizer.defaults)
+    accepted = inspect.signature(type(optimizer)).parameters  # AdamW's defaults hold more than it accepts
+    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    another = type(optimizer)(groups, **settings)
     scheduler = LambdaLR(another, lr_scheduler.lr_lambdas[rate])
     for step in range(num_steps):
         another.zero_grad(set_to_none=True)

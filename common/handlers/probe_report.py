@@ -21,7 +21,7 @@ from common.handlers.probe_pictures import (
     volumes_to_show,
 )
 from common.handlers.probe_tables import class_rows, seed_rows, threshold_rows, write_table
-from common.networks.mil_probe import MILProbe, save_probe
+from common.networks.mil_probe import save_probe
 
 
 class ProbeReport:
@@ -121,7 +121,7 @@ class ProbeReport:
         predictions = engine.state.predictions
         chosen = dict.fromkeys(self.attention_volumes, "") or volumes_to_show(predictions)
         probe: Any = engine.chosen_probe().cpu()
-        if not chosen or not isinstance(probe, MILProbe):
+        if not chosen:
             return
         weights, captions = {}, {}
         pooler: Any = probe.pooler

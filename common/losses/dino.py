@@ -99,8 +99,8 @@ class TeacherTargets(nn.Module):
         present = torch.ones_like(logits[:, 0]) if valid is None else valid.to(logits)
         count = sum_over_ranks(present.sum())
         mean = sum_over_ranks(present @ logits) / count.clamp(min=1)
-        moved = self.centre.lerp(mean, 1 - self.centre_momentum)
-        self.centre.copy_(torch.where(count > 0, moved, self.centre))  # no sample moves nothing
+        moved = self.centre.to(mean).lerp(mean, 1 - self.centre_momentum)
+        self.centre.copy_(torch.where(count > 0, moved, self.centre.to(mean)))  # no sample moves nothing
         return targets
 
 

@@ -13,8 +13,6 @@ from torch import nn
 
 from common.run.atomic_file import atomic_file
 
-TOKEN_KINDS = ("cls", "patch")
-
 
 class DenseProbes(nn.Module):
     """One linear layer for each kind of token, task and learning rate, trained side by side.
@@ -59,7 +57,7 @@ class DenseProbes(nn.Module):
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = [nn.Linear(dim, ends[-1]) for _ in TOKEN_KINDS]
+            layers = [nn.Linear(dim, ends[-1]) for _ in range(2)]  # CLS and patch tokens
         weight = torch.stack([layer.weight.detach() for layer in layers])
         bias = torch.stack([layer.bias.detach() for layer in layers])
         self.weights = nn.ParameterList(weight.clone() for _ in learning_rates)
@@ -84,7 +82,7 @@ class DenseProbes(nn.Module):
         """Return a copy of one probe that works alone.
 
         Args:
-            kind: place in ``TOKEN_KINDS``.
+            kind: 0 for CLS tokens, 1 for patch tokens.
             rate: place in ``learning_rates``.
             columns: of ``self.columns``.
         """
@@ -103,7 +101,7 @@ def save_dense_probe(
 
     Args:
         folder: where to write.
-        kind: one of ``TOKEN_KINDS``.
+        kind: "cls" or "patch".
         task: name of the task.
         layer: trained probe.
         card: what the weights only make sense with, JSON values; ``class_names`` and ``encoder`` are needed.
@@ -122,7 +120,7 @@ def load_dense_probe(folder: str | Path, kind: str, task: str) -> tuple[nn.Linea
 
     Args:
         folder: folder of the probes.
-        kind: one of ``TOKEN_KINDS``.
+        kind: "cls" or "patch".
         task: name of the task.
 
     Returns:

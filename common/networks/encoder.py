@@ -3,20 +3,35 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 from common.run.atomic_file import atomic_file
-from common.transforms.hounsfield import HU_WINDOWS, HUWindow
+from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
 logger = logging.getLogger(__name__)
+
+
+class SliceInput(NamedTuple):
+    """The slices that an encoder was trained on.
+
+    Attributes:
+        slice_axes: "yx", or "xy" for transposed slices.
+        window: how their HU are normalized.
+    """
+
+    slice_axes: str
+    window: HUWindow
+
+
+PAPER_INPUT = SliceInput("yx", HU_WINDOWS["ct_rate"])
 
 
 def cls_and_patches(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +69,76 @@ def save_encoder(weights: Mapping[str, torch.Tensor], path: str | Path, identity
         file.write(save(tensors, metadata={"identity": json.dumps(identity, sort_keys=True)}))
 
 
+def stated_identity(path: str | Path) -> dict[str, Any]:
+    """Read what a weights file says of itself; nothing for a file that :func:`save_encoder` did not write.
+
+    Args:
+        path: safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"encoder_weights must be a safetensors file, got '{path}', which does not exist. "
+            "Train the bundle first, or download it, or pass --encoder_weights."
+        )
+    with safe_open(path, framework="pt") as file:
+        identity: dict[str, Any] = json.loads((file.metadata() or {}).get("identity", "{}"))
+    return identity
+
+
+def slice_input(
+    path: str | Path | None,
+    slice_axes: str | None = None,
+    window: str | Sequence[float] | None = None,
+) -> SliceInput:
+    """Find out which slices an encoder must be shown: what its weights file states decides.
+
+    Args:
+        path: safetensors file; None for random initial weights, which get the paper's input.
+        slice_axes: "yx" or "xy" for weights that do not state it; None for what they state.
+        window: likewise, see :func:`common.transforms.hounsfield.hu_window`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file states something else than asked for, or something is stated nowhere.
+    """
+    if path is None:
+        return SliceInput(slice_axes or PAPER_INPUT.slice_axes, hu_window(window or PAPER_INPUT.window))
+    return agreed_input(stated_identity(path), str(path), slice_axes, window)
+
+
+def agreed_input(
+    stated: Mapping[str, Any], source: str, slice_axes: str | None, window: str | Sequence[float] | None
+) -> SliceInput:
+    """Combine what weights state of their slices with what options say; see :func:`slice_input`.
+
+    Args:
+        stated: identity of the weights, as far as known.
+        source: where they come from, for messages.
+        slice_axes: option; None where it is not given.
+        window: option; None where it is not given.
+
+    Raises:
+        ValueError: if the two differ, or neither says.
+    """
+    asked = {"slice_axes": slice_axes, "hu_window": None if window is None else list(hu_window(window))}
+    for name, value in asked.items():
+        if value is None and name not in stated:
+            raise ValueError(
+                f"'{source}' does not state its {name}. Pass --{name}: a wrong one gives wrong embeddings."
+            )
+        if value is not None and stated.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {stated[name]!r} as '{source}' states, got {value!r}. Drop --{name}."
+            )
+    agreed = {name: value for name, value in asked.items() if value is not None} | dict(stated)
+    if agreed["slice_axes"] not in ("yx", "xy"):
+        raise ValueError(f"slice_axes must be 'yx' or 'xy', got '{agreed['slice_axes']}'.")
+    return SliceInput(agreed["slice_axes"], hu_window(agreed["hu_window"]))
+
+
 def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str, Any]) -> nn.Module:
     """Load weights strictly into an encoder, after checking that they were trained for the same input.
 
@@ -73,20 +158,14 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
     if path is None:
         logger.warning("encoder_weights is null: the encoder keeps its random initial weights.")
         return encoder
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"encoder_weights must be a safetensors file, got '{path}', which does not exist. "
-            "Train the bundle first, or download it, or pass --encoder_weights."
-        )
-    with safe_open(path, framework="pt") as file:
-        stated = json.loads((file.metadata() or {}).get("identity", "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    stated = stated_identity(path)
     for name, expected in identity.items():
         if name in stated and stated[name] != expected:
             raise ValueError(
-                f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}."
+                f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}. "
+                f"Use the bundle of these weights, or in a run --{name} {stated[name]}."
             )
-    load_strictly(encoder, tensors, path)
+    load_strictly(encoder, load_file(path), path)
     return encoder
 
 
@@ -170,7 +249,10 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
 
 
 def encoder_id(
-    path: str | Path | None, seed: int, slice_axes: str = "yx", window: HUWindow = HU_WINDOWS["ct_rate"]
+    path: str | Path | None,
+    seed: int,
+    slice_axes: str = PAPER_INPUT.slice_axes,
+    window: HUWindow = PAPER_INPUT.window,
 ) -> str:
     """Name what made an embedding, so that embeddings of two encoders are never mixed.
 
@@ -190,8 +272,8 @@ def encoder_id(
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    shown = "" if slice_axes == "yx" else f":{slice_axes}"
-    shown += "" if window == HU_WINDOWS["ct_rate"] else ":" + ",".join(map(str, window))
+    shown = "" if slice_axes == PAPER_INPUT.slice_axes else f":{slice_axes}"
+    shown += "" if window == PAPER_INPUT.window else ":" + ",".join(map(str, window))
     if path is None:
         return f"random:{seed}{shown}"
     with open(path, "rb") as file:

@@ -1,10 +1,11 @@
 """MIL probes: a pooler and a linear classifier on frozen embeddings, one alone or a grid of them at once."""
 
-# B bags, S slices (padded), D embedding, C classes, L learning rates, K poolers, F fixed poolers
+# B bags, S slices (padded), D embedding, C classes, L learning rates, K poolers, F fixed poolers of these
 
+import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from common.embeddings.bag_batches import pad_bags
-from common.networks.poolers import LearnedQueryAttentionPool, build_pooler, segment_softmax
+from common.networks.poolers import LearnedQueryAttentionPool, build_pooler, pad_bags, segment_softmax
 from common.run.atomic_file import atomic_file
 
 
@@ -51,15 +51,15 @@ class ProbeGrid(nn.Module):
 
     The probes share no parameter: the gradient of the sum of their losses is each one's own, and each follows
     the course it would take alone. What they share is the reading of the data. Poolers without parameters are
-    applied once a volume (:meth:`fixed_features`); the learned queries of all learning rates meet the packed
-    slices in one product, without padding.
+    applied once per volume (:meth:`fixed_features`); learned queries of all learning rates meet the packed
+    slices in one product, without padding; any other pooler with weights has a copy per learning rate.
 
     The initial weights of a probe depend on the seed and its pooler only, so that learning rates compare.
 
     Source: DALE-CT IV-B: 4 learning rates x 5 poolers.
 
     Args:
-        poolers: names of ``common.networks.poolers.POOLERS``; without parameters or with learned queries.
+        poolers: names of ``common.networks.poolers.POOLERS``.
         learning_rates: peak learning rates; one parameter group for each.
         dim: D, width of the embeddings.
         num_classes: C.
@@ -87,21 +87,20 @@ class ProbeGrid(nn.Module):
         self.names = [(pooler, learning_rate) for learning_rate in learning_rates for pooler in poolers]
         self.learning_rates = list(learning_rates)
         templates = [_initial_probe(name, dim, num_classes, seed) for name in poolers]
-        learned = [
-            template.pooler
-            for template in templates
-            if isinstance(template.pooler, LearnedQueryAttentionPool)
-        ]
-        self.is_learned = [isinstance(template.pooler, LearnedQueryAttentionPool) for template in templates]
-        self.fixed_poolers = [
-            t.pooler for t, is_learned in zip(templates, self.is_learned, strict=True) if not is_learned
-        ]
-        self.num_queries = [len(pooler.queries) for pooler in learned]
+        self.kinds = [_kind(template.pooler) for template in templates]
+        by_kind: dict[str, list[Any]] = {"fixed": [], "queries": [], "trained": []}
+        for kind, template in zip(self.kinds, templates, strict=True):
+            by_kind[kind].append(template.pooler)
+        self.fixed_poolers = nn.ModuleList(by_kind["fixed"])
+        self.num_queries = [len(pooler.queries) for pooler in by_kind["queries"]]
+        self.trained_poolers = nn.ModuleList(
+            copy.deepcopy(pooler) for _ in learning_rates for pooler in by_kind["trained"]
+        )
         weight = torch.stack([template.classifier.weight.detach() for template in templates])
         bias = torch.stack([template.classifier.bias.detach() for template in templates])
         self.weights = nn.ParameterList(weight.clone() for _ in learning_rates)
         self.biases = nn.ParameterList(bias.clone() for _ in learning_rates)
-        queries = [pooler.queries.detach() for pooler in learned]
+        queries = [pooler.queries.detach() for pooler in by_kind["queries"]]
         self.queries = nn.ParameterList(torch.cat(queries) for _ in learning_rates if queries)
         counts = torch.tensor(self.num_queries, dtype=torch.long)
         self.register_buffer("query_counts", counts, persistent=False)
@@ -109,10 +108,12 @@ class ProbeGrid(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one optimizer group for each learning rate."""
         lists = [parameters for parameters in (self.weights, self.biases, self.queries) if len(parameters)]
-        return [
-            {"params": [parameters[i] for parameters in lists], "lr": learning_rate}
-            for i, learning_rate in enumerate(self.learning_rates)
-        ]
+        num_trained, groups = self.kinds.count("trained"), []
+        for i, learning_rate in enumerate(self.learning_rates):
+            poolers = self.trained_poolers[i * num_trained : (i + 1) * num_trained]
+            parameters = [*(own[i] for own in lists), *poolers.parameters()]
+            groups.append({"params": parameters, "lr": learning_rate})
+        return groups
 
     @torch.no_grad()
     def fixed_features(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -139,38 +140,52 @@ class ProbeGrid(nn.Module):
         empty = [place for place, bag in enumerate(bags) if not len(bag)]
         if empty:
             raise ValueError(f"bags must hold at least one slice, got 0 for bag {empty[0]} of the batch.")
+        columns = {
+            "fixed": iter(fixed.unbind(1)),
+            "queries": iter(self._query_features(bags) if self.num_queries else ()),
+            "trained": self._trained_features(bags),
+        }
         num_rates = len(self.learning_rates)
-        fixed_columns = iter(fixed.unbind(1))
-        learned_columns = iter(self._learned_features(bags)) if self.num_queries else iter(())
-        pooled = torch.stack(
-            [
-                next(learned_columns) if is_learned else next(fixed_columns).expand(num_rates, -1, -1)
-                for is_learned in self.is_learned
-            ],
-            dim=1,
-        )
+        pooled = torch.stack([next(columns[kind]).expand(num_rates, -1, -1) for kind in self.kinds], dim=1)
         weight, bias = torch.stack(list(self.weights)), torch.stack(list(self.biases))
         return (pooled @ weight.mT + bias[:, :, None]).flatten(0, 1)
 
     def probe(self, index: int) -> MILProbe:
-        """Return a copy of one probe that works alone.
+        """Return a copy of one probe that works alone, in evaluation mode.
 
         Args:
             index: place in ``names``.
         """
-        rate, place = divmod(index, len(self.is_learned))
-        probe = MILProbe(build_pooler(self.names[index][0], self.dim), self.dim, self.num_classes)
-        probe = probe.to(self.weights[0])
+        rate, place = divmod(index, len(self.kinds))
+        kind, nth = self.kinds[place], self.kinds[:place].count(self.kinds[place])
+        pooler: Any
+        if kind == "queries":
+            pooler = build_pooler(self.names[index][0], self.dim)
+        elif kind == "fixed":
+            pooler = copy.deepcopy(self.fixed_poolers[nth])
+        else:
+            pooler = copy.deepcopy(self.trained_poolers[rate * self.kinds.count(kind) + nth])
+        probe = MILProbe(pooler, self.dim, self.num_classes).to(self.weights[0])
         with torch.no_grad():
             probe.classifier.weight.copy_(self.weights[rate][place])
             probe.classifier.bias.copy_(self.biases[rate][place])
-            if isinstance(probe.pooler, LearnedQueryAttentionPool):
-                own = sum(self.is_learned[:place])
-                probe.pooler.queries.copy_(self.queries[rate].split(self.num_queries)[own])
-        return probe
+            if kind == "queries":
+                pooler.queries.copy_(self.queries[rate].split(self.num_queries)[nth])
+        return probe.eval()
 
-    def _learned_features(self, bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Attention output of each learned pooler for every learning rate and bag, ``(L, B, D)`` each."""
+    def _trained_features(self, bags: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Output of each pooler with other weights for every learning rate and bag, ``(L, B, D)`` each."""
+        num_trained, weight = self.kinds.count("trained"), self.weights[0]
+        if not num_trained:
+            return
+        groups = [pad_bags(group) for group in _read_together(bags, weight.device)]
+        groups = [(padded.to(weight.dtype), mask) for padded, mask in groups]
+        for nth in range(num_trained):
+            copies = self.trained_poolers[nth::num_trained]
+            yield torch.stack([torch.cat([pooler(*group) for group in groups]) for pooler in copies])
+
+    def _query_features(self, bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Attention output of each pooler of queries for every learning rate and bag, ``(L, B, D)`` each."""
         queries = torch.stack(list(self.queries)).flatten(0, 1) / math.sqrt(self.dim)
         groups = _read_together(bags, queries.device)
         outputs = torch.cat([self._attend(queries, group) for group in groups], dim=1)
@@ -187,8 +202,9 @@ class ProbeGrid(nn.Module):
         summed = torch.stack([of_one.sum(1) for of_one in of_poolers], dim=1).flatten(0, 1)
         if len(bags) == 1:
             return (summed @ slices)[:, None]
-        owner = torch.repeat_interleave(torch.arange(len(bags)), torch.tensor(lengths))
-        is_own = (owner == torch.arange(len(bags))[:, None]).to(slices.device, non_blocking=True)
+        places = torch.arange(len(bags))
+        owner = torch.repeat_interleave(places, torch.tensor(lengths), output_size=sum(lengths))
+        is_own = (owner == places[:, None]).to(slices.device, non_blocking=True)
         # one block for each bag: what another bag's slices would add is an exact 0
         blocks = torch.where(is_own, summed[:, None], 0)
         return (blocks.flatten(0, 1) @ slices).unflatten(0, (-1, len(bags)))
@@ -240,7 +256,7 @@ def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
         folder: folder of ``probe.safetensors`` and ``probe.json``.
 
     Returns:
-        The probe, and its card: class names, thresholds, encoder.
+        The probe in evaluation mode, and its card: class names, thresholds, encoder.
 
     Raises:
         FileNotFoundError: if one of the two files does not exist.
@@ -254,7 +270,14 @@ def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
     card = json.loads((folder / "probe.json").read_text())
     probe = MILProbe(build_pooler(card["pooler"], card["dim"]), card["dim"], len(card["class_names"]))
     probe.load_state_dict(load_file(folder / "probe.safetensors"))
-    return probe, card
+    return probe.eval(), card
+
+
+def _kind(pooler: nn.Module) -> str:
+    """Tell how the grid applies a pooler: once per volume, by packed queries, or a copy per learning rate."""
+    if type(pooler) is LearnedQueryAttentionPool:  # a subclass may pool otherwise
+        return "queries"
+    return "trained" if any(True for _ in pooler.parameters()) else "fixed"
 
 
 def _initial_probe(name: str, dim: int, num_classes: int, seed: int) -> MILProbe:

@@ -1,6 +1,6 @@
-"""The five poolings of the MIL probe: from the slices of a volume to one embedding."""
+"""Poolings of the MIL probe, from slices to one embedding: the paper's five, and two beside them."""
 
-# B bags (volumes), S slices (padded), D embedding, Q queries
+# B bags (volumes), S slices (padded), D embedding, Q queries, W width of the transformer
 
 import math
 from collections.abc import Callable, Sequence
@@ -120,24 +120,118 @@ class MeanQueryAttentionPool(nn.Module):
         return _attention(bag.mean(0)[None, None], bag[None])[0, 0]
 
 
+class GatedAttentionPool(nn.Module):
+    """Average the slices with weights softmax(w . (tanh(V x) * sigmoid(U x))), all learned.
+
+    Source: Attention-based deep multiple instance learning (arXiv:1802.04712), equation 9 (gated ABMIL), with
+    its 128 hidden units.
+
+    Args:
+        dim: D, width of the embeddings.
+        hidden_dim: units of the attention.
+
+    Shape:
+        As :class:`MeanPool`.
+
+    Raises:
+        ValueError: if the mask has another shape than the bags, or a bag is empty.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 128) -> None:
+        super().__init__()
+        self.value = nn.Linear(dim, hidden_dim)
+        self.gate = nn.Linear(dim, hidden_dim)
+        self.score = nn.Linear(hidden_dim, 1)
+
+    def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pool; see the class."""
+        slices = _masked(bags, mask)
+        attention = self._scores(slices).masked_fill(~mask, -math.inf).softmax(1)
+        return torch.einsum("bs,bsd->bd", attention, slices)
+
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the attention ``(S,)`` on each slice of a bag ``(S, D)``."""
+        return self._scores(bag).softmax(0)
+
+    def _scores(self, slices: torch.Tensor) -> torch.Tensor:
+        return self.score(self.value(slices).tanh() * self.gate(slices).sigmoid())[..., 0]
+
+
+class TransformerPool(nn.Module):
+    """Let the slices attend to each other, each knowing its place between feet and head, then average them.
+
+    The place of slice s is (s + 1/2) / S, so that volumes compare whatever their spacing; bags must be in
+    order, as those of an encoder bundle are.
+
+    Source: our choice: 2 pre-norm layers of width 256 with 4 heads; sines and cosines of the place, whose
+    waves are 1/32 to 4 volumes long.
+
+    Args:
+        dim: D, width of the embeddings.
+        width: W, a multiple of twice the number of heads.
+        num_layers: transformer layers.
+        num_heads: attention heads.
+
+    Shape:
+        As :class:`MeanPool`.
+
+    Raises:
+        ValueError: if the mask has another shape than the bags, or a bag is empty.
+    """
+
+    wave_numbers: torch.Tensor
+
+    def __init__(self, dim: int, width: int = 256, num_layers: int = 2, num_heads: int = 4) -> None:
+        super().__init__()
+        self.entry = nn.Linear(dim, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, num_heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.exit = nn.Linear(width, dim)
+        wave_numbers = 2 * math.pi * torch.logspace(5, -2, width // 2, base=2)
+        self.register_buffer("wave_numbers", wave_numbers, persistent=False)
+
+    def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pool; see the class."""
+        slices, count = self.entry(_masked(bags, mask)), mask.sum(1, keepdim=True)
+        place = (torch.arange(bags.shape[1], device=bags.device) + 0.5) / count
+        angles = place.to(slices.dtype)[..., None] * self.wave_numbers
+        slices = slices + torch.cat([angles.sin(), angles.cos()], dim=-1)
+        for layer in self.layers:
+            slices = layer(slices, src_key_padding_mask=~mask)
+        return self.exit(_masked(self.norm(slices), mask).sum(1) / count)
+
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the share of each slice ``(S,)`` in the last average: all the same."""
+        return bag.new_full((len(bag),), 1 / len(bag))
+
+
 POOLERS: dict[str, Callable[[int], nn.Module]] = {
     "average": lambda dim: MeanPool(),
     "max": lambda dim: MaxPool(),
     "learned_attention": lambda dim: LearnedQueryAttentionPool(dim, num_queries=1),
     "average_attention": lambda dim: MeanQueryAttentionPool(),
     "multi_learned_attention": lambda dim: LearnedQueryAttentionPool(dim, num_queries=4),
+    "gated_abmil": GatedAttentionPool,
+    "transformer": TransformerPool,
 }
+PAPER_POOLERS = tuple(POOLERS)[:5]
+"""Source: DALE-CT IV-B."""
 
 
 def build_pooler(name: str, dim: int) -> nn.Module:
-    """Make a pooler by the paper's name for it.
+    """Make a pooler by its name, for the paper's five the paper's.
 
     Args:
         name: key of ``POOLERS``.
         dim: width of the embeddings.
 
     Raises:
-        ValueError: if there is no such pooler.
+        ValueError: if there is no such pooler, or it cannot tell the weights of slices.
 
     Example:
         >>> build_pooler("average", dim=1024)
@@ -145,7 +239,38 @@ def build_pooler(name: str, dim: int) -> nn.Module:
     """
     if name not in POOLERS:
         raise ValueError(f"pooler must be one of {list(POOLERS)}, got {name!r}.")
-    return POOLERS[name](dim)
+    pooler = POOLERS[name](dim)
+    if not hasattr(pooler, "slice_weights"):  # told before training: reports need it after
+        raise ValueError(
+            f"pooler '{name}' must have a method slice_weights(bag), got a {type(pooler).__name__} without "
+            "it. Add one that returns the share (S,) of each slice, as MeanPool has."
+        )
+    return pooler
+
+
+def pad_bags(bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join bags of different lengths into one tensor and a mask of where the slices are.
+
+    Args:
+        bags: tensors ``(S, D)``.
+
+    Shape:
+        Output: ``(B, S, D)`` zero-padded at the end, and bool ``(B, S)``.
+
+    Raises:
+        ValueError: if a bag is empty.
+
+    Example:
+        >>> pad_bags([torch.ones(1, 3), torch.ones(2, 3)])[1]
+        tensor([[ True, False],
+                [ True,  True]])
+    """
+    lengths = [len(bag) for bag in bags]
+    if 0 in lengths:
+        raise ValueError(f"bags must hold at least one slice, got 0 for bag {lengths.index(0)} of the batch.")
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    padded = torch.nn.utils.rnn.pad_sequence(list(bags), batch_first=True)
+    return padded, mask.to(padded.device, non_blocking=True)
 
 
 def segment_softmax(scores: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -175,6 +300,8 @@ def segment_softmax(scores: torch.Tensor, lengths: Sequence[int]) -> torch.Tenso
 def _masked(bags: torch.Tensor, mask: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
     if mask.shape != bags.shape[:2]:
         raise ValueError(f"mask must have shape (B, S) = {tuple(bags.shape[:2])}, got {tuple(mask.shape)}.")
+    if mask.is_cuda:  # reading it would wait for the device; pad_bags has looked for empty bags
+        return bags.masked_fill(~mask[..., None], fill)
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"bags must hold at least one slice, got 0 for bag {empty[0]} of the batch.")

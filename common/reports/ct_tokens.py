@@ -105,8 +105,8 @@ def open_encoder(
     size = size_px or PAPER_PX // patch_size_px * patch_size_px
     if size % patch_size_px or size < patch_size_px:
         raise ValueError(f"size_px must be a multiple of patch_size_px, got {size} and {patch_size_px}.")
-    window = parser.get_parsed_content("window")
-    return Encoder(parser["name"], network, window, size, patch_size_px, parser["slice_axes"])
+    axes, window = parser.get_parsed_content("input")
+    return Encoder(parser["name"], network, window, size, patch_size_px, axes)
 
 
 def read_images(path: str | Path, size_px: int) -> CTImages:

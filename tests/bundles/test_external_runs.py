@@ -15,7 +15,8 @@ from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.labels.class_map import class_map
-from common.networks.mil_probe import save_probe
+from common.networks.mil_probe import load_probe, save_probe
+from common.networks.poolers import POOLERS, GatedAttentionPool, build_pooler, pad_bags
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
@@ -172,8 +173,37 @@ def test_overlays_of_probes_are_rows_beside_the_papers(overlay: str, run: Run, t
     assert len(patients) == {"low_shot_1": 1, "low_shot_10": 3}.get(overlay, 22)
     assert len(trainer.val_bags) == 16
     written = {path.name for path in (tmp_path / "eval_ct_rate").glob("*")}
-    assert ({"probe.safetensors", "per_class.csv", "roc.png"} <= written) == (overlay == "gated_abmil")
-    assert "attention.png" not in written
+    has_report = overlay == "gated_abmil"
+    files = {"probe.safetensors", "per_class.csv", "roc.png", "attention.png"}
+    assert files <= written if has_report else not files & written
+    if has_report:
+        probe, _ = load_probe(tmp_path / "eval_ct_rate")
+        bags = pad_bags([trainer.test_bags[0]["tokens"].float()])
+        assert torch.equal(probe(*bags), trainer.chosen_probe()(*bags))
+
+
+def test_a_pooler_added_as_the_readme_says_is_trained_and_comes_back(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POOLERS, "own", lambda dim: GatedAttentionPool(dim, hidden_dim=11))  # the class
+    trainer = run(
+        "eval_ct_rate",
+        num_val_patients=8,
+        num_seeds=2,
+        poolers=["average", "own"],  # the line in the recipe
+        learning_rates=[1.0],
+    ).trainer
+    trainer.best.index = 1
+    trainer.best.parameters = trainer.grid.probe(1).state_dict()
+    save(trainer, tmp_path / "own")
+    loaded, card = load_probe(tmp_path / "own")
+    assert card["pooler"] == "own"
+    bags = pad_bags([trainer.test_bags[place]["tokens"].float() for place in range(5)])
+    assert torch.equal(loaded(*bags), trainer.chosen_probe()(*bags))
+    torch.manual_seed(42)
+    initial = build_pooler("own", 23).state_dict()
+    for name in ("value.weight", "gate.weight", "score.weight"):
+        assert float((loaded.pooler.state_dict()[name] - initial[name]).abs().max()) > 1e-4
 
 
 def test_every_overlay_of_probes_is_tested_above() -> None:

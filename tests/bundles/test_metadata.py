@@ -11,7 +11,8 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
-from common.transforms.hounsfield import HU_WINDOWS
+from common.networks.encoder import PAPER_INPUT
+from common.transforms.hounsfield import HU_WINDOWS, hu_window
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1] for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
@@ -207,8 +208,9 @@ def test_metadata_and_inference_config_agree(bundle: Path) -> None:
     metadata = metadata_of(bundle)
     config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
     assert config["name"] == bundle.name
-    assert config["hu_window"] == metadata["hu_window"]["name"]
-    assert config["slice_axes"] == metadata["slice_axes"]
+    assert config["hu_window"] is config["slice_axes"] is None  # as the weights state, else the paper's
+    assert PAPER_INPUT.slice_axes == metadata["slice_axes"]
+    assert PAPER_INPUT.window == hu_window(metadata["hu_window"]["name"])
     assert config["patch_size_px"] == metadata["patch_size_px"]
     assert config["strategies"] == [f"cropped_{metadata['image_size_px']}"]
     assert config["embed_dim"] == metadata["network_data_format"]["outputs"]["pred"]["num_channels"]

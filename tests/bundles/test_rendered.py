@@ -33,11 +33,13 @@ def test_both_configs_of_an_encoder_build_the_same_network():
                 json.loads(path.read_text()),
                 json.loads((path.parent / "inference.json").read_text()),
             )
+            assert [node["network_def"].pop("_desc_") for node in (train, inference)]
             assert train["network_def"] == inference["network_def"]
             facts = {"name", "patch_size_px", "img_size_px", "slice_axes", "hu_window"}
+            facts |= {"embed_dim", "depth", "num_heads"}
             assert set(train["identity"]) == set(inference["identity"]) == facts
             shared = [
-                name for name in ("vit", "img_size_px", "patch_size_px", "embed_dim", "depth", "hu_window")
+                name for name in ("vit", "img_size_px", "patch_size_px", "embed_dim", "depth", "num_heads")
             ]
             assert [train[name] for name in shared] == [inference[name] for name in shared]
 

@@ -1,13 +1,17 @@
 """The exported encoder gives the embeddings of the network it came from."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import timm
 import torch
 
 from common.onnx_export import export_onnx
+
+FACTS = {"slice_axes": "xy", "hu_window": [-940.8, 923.1, -25.03, 246.87], "version": "1.2.0"}
 
 
 def test_embeddings_are_those_of_eager_mode_for_any_number_of_slices(tmp_path: Path) -> None:
@@ -24,8 +28,11 @@ def test_embeddings_are_those_of_eager_mode_for_any_number_of_slices(tmp_path: P
         num_heads=2,
         init_values=1.0,
     )
-    path = export_onnx(encoder, tmp_path / "deep" / "encoder.onnx", size_px=32)
+    path = export_onnx(encoder, tmp_path / "deep" / "encoder.onnx", size_px=32, facts=FACTS)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    stated = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert json.loads(stated["hu_window"]) == FACTS["hu_window"]
+    assert (stated["slice_axes"], stated["version"], stated["size_px"]) == ("xy", "1.2.0", "32")
     for slices in (1, 2, 7):
         image = torch.randn(slices, 1, 32, 32)
         (cls,) = session.run(["cls"], {"image": image.numpy()})

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags, fits, pad_bags
+from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags, fits
 from common.embeddings.bags import EmbeddingBags
 
 
@@ -48,16 +48,6 @@ def test_collated_bags_keep_their_lengths_and_memory() -> None:
     assert batch["index"].tolist() == [4, 1]
     assert [bag.data_ptr() for bag in batch["bags"]] == [sample["tokens"].data_ptr() for sample in samples]
     assert batch["labels"].tolist() == [[1.0, 0.0], [1.0, 0.0]]
-
-
-def test_padding_is_marked_and_zero() -> None:
-    bags = [torch.full((length, 3), float(length)) for length in (2, 5, 1)]
-    batch, mask = pad_bags(bags)
-    assert batch.shape == (3, 5, 3)
-    assert mask.sum(1).tolist() == [2, 5, 1]
-    for row, present, bag in zip(batch, mask, bags, strict=True):
-        assert torch.equal(row[present], bag)
-        assert not row[~present].any()
 
 
 def test_bags_are_read_where_they_lie_on_a_cpu(write_cohort: Any) -> None:

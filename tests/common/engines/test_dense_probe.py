@@ -10,11 +10,11 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.embeddings.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
+from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps, tasks
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
 from common.handlers.checkpoint import Checkpoint
-from common.networks.dense_probe import TOKEN_KINDS, DenseProbes
+from common.networks.dense_probe import DenseProbes
 from common.optimizers.warmup_cosine import warmup_cosine
 
 RATES = [0.3, 0.1]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from common.embeddings.bag_batches import pad_bags
 from common.embeddings.bags import EmbeddingBags
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.probe_evaluation import Prediction, evaluate_probes, measure, predict
@@ -15,7 +14,7 @@ from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.mil_probe import MILProbe, save_probe
-from common.networks.poolers import build_pooler
+from common.networks.poolers import build_pooler, pad_bags
 
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
 DIM = 19

@@ -12,15 +12,14 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.embeddings.bag_batches import ShuffledBatches, collate_bags, pad_bags
+from common.embeddings.bag_batches import ShuffledBatches, collate_bags
 from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import ProbeGridTrainer, prevalence_report
 from common.handlers.checkpoint import Checkpoint
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.networks.mil_probe import MILProbe, ProbeGrid
-from common.networks.poolers import POOLERS, build_pooler
-from common.networks.sequence_heads import SequenceGrid
+from common.networks.poolers import PAPER_POOLERS, build_pooler, pad_bags
 from common.optimizers.warmup_cosine import warmup_cosine
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
@@ -41,7 +40,7 @@ def build(
     max_steps: int = 30,
     val_interval: int = 10,
     learning_rates: list[float] = RATES,
-    poolers: tuple[str, ...] = tuple(POOLERS),
+    poolers: tuple[str, ...] = tuple(PAPER_POOLERS),
     dtype: torch.dtype = torch.float32,
     checkpoints: Path | None = None,
     further_seeds: Sequence[int] = (),
@@ -87,14 +86,6 @@ def build(
         if checkpoints
         else [],
     )
-
-
-def test_another_head_has_one_seed(
-    cohorts: dict[str, EmbeddingBags], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"{__name__}.ProbeGrid", lambda *a: SequenceGrid(["gated_abmil"], [0.1], 6, *a[3:]))
-    with pytest.raises(ValueError, match="num_seeds must be 1 for a SequenceGrid, got 2. Run it again"):
-        build(cohorts, further_seeds=[43])
 
 
 def train_alone(

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.embeddings.bag_batches import BagReader, pad_bags
+from common.embeddings.bag_batches import BagReader
 from common.embeddings.bags import EmbeddingBags
 from common.engines.probe_seeds import train_seeds
 from common.networks.mil_probe import MILProbe, ProbeGrid
-from common.networks.poolers import POOLERS, build_pooler
+from common.networks.poolers import PAPER_POOLERS, build_pooler, pad_bags
 from common.optimizers.warmup_cosine import warmup_cosine
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
@@ -36,7 +36,7 @@ def train_alone(bags: EmbeddingBags, pooler: str, learning_rate: float, seed: in
 
 
 def train(bags: EmbeddingBags, index: int, seeds: list[int]) -> list[MILProbe]:
-    grid = ProbeGrid(list(POOLERS), RATES, bags.tokens.shape[1], len(CLASSES), seed=1).double()
+    grid = ProbeGrid(list(PAPER_POOLERS), RATES, bags.tokens.shape[1], len(CLASSES), seed=1).double()
     optimizer = torch.optim.SGD(grid.parameter_groups(), momentum=0.95, weight_decay=0.01)
     reader = BagReader(bags, torch.device("cpu"))
     return train_seeds(
@@ -59,7 +59,7 @@ def test_every_seed_ends_where_it_would_alone(write_cohort: Any, index: int) -> 
     bags = EmbeddingBags(*write_cohort("train", 13, signal=1.0), CLASSES)
     seeds = [5, 9, 6]
     for seed, together in zip(seeds, train(bags, index, seeds), strict=True):
-        alone = train_alone(bags, list(POOLERS)[index % 5], RATES[index // 5], seed)
+        alone = train_alone(bags, list(PAPER_POOLERS)[index % 5], RATES[index // 5], seed)
         assert together.state_dict().keys() == alone.state_dict().keys()
         for name, expected in alone.state_dict().items():
             torch.testing.assert_close(together.state_dict()[name], expected, rtol=1e-10, atol=1e-12)

@@ -11,7 +11,6 @@ from ignite.engine import Engine
 from PIL import Image
 
 from common.cohort.predictions import Predictions, read_predictions
-from common.embeddings.bag_batches import pad_bags
 from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import prevalence_report
@@ -19,6 +18,7 @@ from common.handlers.probe_report import ProbeReport
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
+from common.networks.poolers import pad_bags
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 

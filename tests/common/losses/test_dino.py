@@ -164,3 +164,36 @@ def test_what_makes_no_sense_is_refused() -> None:
         DINOLoss(K, "centring")(logits(V, B, K), logits(VG, B + 1, K), TEMP)
     with pytest.raises(ValueError, match=r"must be \(M, K\), \(M, K\), \(M,\), got .* and \(5,\)"):
         IBOTLoss(K, "centring")(logits(6, K), logits(6, K), torch.ones(5), 1, TEMP)
+
+
+@pytest.mark.parametrize("balance", ["centring", "sinkhorn_knopp"])
+@pytest.mark.parametrize(("student_dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_losses_as_they_are_built_take_either_precision(
+    balance: str, student_dtype: torch.dtype, atol: float
+) -> None:
+    """Their buffers are float32, and the centre is 0 before the first step."""
+    student, teacher = logits(V, B, K), logits(VG, B, K, seed=1)
+    rows = teacher.flatten(0, 1).numpy()
+    by_hand = (
+        sinkhorn_by_hand(rows.copy(), TEMP)
+        if balance == "sinkhorn_knopp"
+        else np.stack([softmax(row / TEMP) for row in rows])
+    ).reshape(VG, B, K)
+    pairs = [(g, v) for g in range(VG) for v in range(V) if g != v]
+    expected = np.mean(
+        [cross_entropy(by_hand[g, b], student[v, b].numpy()) for g, v in pairs for b in range(B)]
+    )
+    loss = DINOLoss(K, balance)
+    found = loss(student.to(student_dtype), teacher.to(student_dtype), TEMP)
+    assert found["loss"].dtype == student_dtype
+    assert float(found["loss"]) == pytest.approx(expected, abs=atol)
+    torch.testing.assert_close(loss.targets.centre, torch.from_numpy(0.1 * rows.mean(0)).float())
+    weights = torch.full((VG * B,), 0.25, dtype=student_dtype)
+    masked = [tensor[:VG].flatten(0, 1).to(student_dtype) for tensor in (student, teacher)]
+    patches = IBOTLoss(K, balance)(*masked, weights, VG, TEMP)["loss"]
+    by_patch = [
+        cross_entropy(row, other.numpy())
+        for row, other in zip(by_hand.reshape(-1, K), student[:VG].flatten(0, 1), strict=True)
+    ]
+    assert patches.dtype == student_dtype
+    assert float(patches) == pytest.approx(0.25 * sum(by_patch) / VG, abs=atol)

@@ -10,6 +10,7 @@ from common.networks.encoder import (
     encoder_id,
     load_encoder,
     save_encoder,
+    slice_input,
     start_from_timm,
 )
 from common.transforms.hounsfield import hu_window
@@ -67,6 +68,33 @@ def test_weights_for_another_input_are_refused(tmp_path):
         load_encoder(tiny_vit(), path, {"slice_axes": "xy"})
     with pytest.raises(ValueError, match=r"must have shape .*\b14\b.*got .*\b12\b"):
         load_encoder(tiny_vit(embed_dim=14), path, IDENTITY)
+
+
+def test_what_the_file_states_decides_which_slices_it_is_shown(tmp_path):
+    stated, plain = tmp_path / "stated.safetensors", tmp_path / "plain.safetensors"
+    window = [-940.8, 923.1, -25.03, 246.87]
+    save_encoder({}, stated, {"slice_axes": "xy", "hu_window": window})
+    save_file({}, plain)
+    expected = ("xy", (-940.8, 923.1, -25.03, 246.87))
+    assert slice_input(stated) == slice_input(stated, "xy", "dale_ct_0_l") == expected
+    with pytest.raises(
+        ValueError, match="slice_axes must be 'xy' as .*stated.*, got 'yx'. Drop --slice_axes"
+    ):
+        slice_input(stated, slice_axes="yx")
+    with pytest.raises(ValueError, match=r"hu_window must be .*-940.8.*got \[-997.*Drop --hu_window"):
+        slice_input(stated, window="ct_rate")
+    assert slice_input(plain, "xy", window) == expected
+    with pytest.raises(ValueError, match="plain.* does not state its slice_axes. Pass --slice_axes"):
+        slice_input(plain, window=window)
+    with pytest.raises(ValueError, match="plain.* does not state its hu_window. Pass --hu_window"):
+        slice_input(plain, "xy")
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        slice_input(tmp_path / "none.safetensors")
+
+
+def test_random_weights_are_shown_the_papers_slices_unless_told():
+    assert slice_input(None) == ("yx", (-997.0, 888.0, -142.39, 360.97))
+    assert slice_input(None, "xy", [-1000, 1000, 0, 500]) == ("xy", (-1000, 1000, 0, 500))
 
 
 def test_missing_and_extra_keys_are_named(tmp_path):

@@ -5,11 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.embeddings.bag_batches import pad_bags
 from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid, load_probe, probe_name, save_probe
-from common.networks.poolers import POOLERS, build_pooler
+from common.networks.poolers import (
+    PAPER_POOLERS,
+    POOLERS,
+    LearnedQueryAttentionPool,
+    MeanPool,
+    build_pooler,
+    pad_bags,
+)
 
 RATES = [0.1, 0.03, 0.01, 0.003]
 DIM, CLASSES = 7, 3
@@ -17,7 +24,7 @@ DIM, CLASSES = 7, 3
 
 def grid(**changes: Any) -> ProbeGrid:
     settings = {
-        "poolers": list(POOLERS),
+        "poolers": list(PAPER_POOLERS),
         "learning_rates": RATES,
         "dim": DIM,
         "num_classes": CLASSES,
@@ -29,6 +36,34 @@ def grid(**changes: Any) -> ProbeGrid:
 def bags(lengths: tuple[int, ...] = (4, 1, 6, 2, 5)) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(length, DIM, generator=generator, dtype=torch.float64) for length in lengths]
+
+
+class ScaledAttention(LearnedQueryAttentionPool):
+    """A learned query on slices whose dimensions are weighed: not what the grid packs."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, num_queries=1)
+        self.scale = nn.Parameter(torch.rand(dim))
+
+    def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(bags * self.scale, mask)
+
+
+class FrozenProjection(MeanPool):
+    """No parameters, and a buffer that is drawn anew for every instance."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("projection", torch.randn(dim, dim))
+
+    def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(bags, mask) @ self.projection
+
+
+@pytest.fixture(autouse=True)
+def _poolers_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POOLERS, "scaled_attention", ScaledAttention)
+    monkeypatch.setitem(POOLERS, "frozen", FrozenProjection)
 
 
 def scramble(network: nn.Module) -> None:
@@ -57,7 +92,15 @@ def test_every_probe_of_the_grid_equals_the_probe_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "poolers", [["average", "max"], ["learned_attention"], ["multi_learned_attention", "max"]]
+    "poolers",
+    [
+        ["average", "max"],
+        ["learned_attention"],
+        ["multi_learned_attention", "max"],
+        ["gated_abmil"],
+        ["transformer", "average", "scaled_attention", "learned_attention", "gated_abmil"],
+        ["frozen", "learned_attention", "average_attention"],
+    ],
 )
 def test_any_choice_of_poolers_makes_a_grid(poolers: list[str]) -> None:
     network = grid(poolers=poolers, learning_rates=[0.1, 0.2, 0.3]).double()
@@ -116,6 +159,50 @@ def test_each_learning_rate_is_a_parameter_group_and_none_is_forgotten() -> None
     assert sum(p.numel() for p in network.parameters()) == 4 * (5 * (DIM * CLASSES + CLASSES) + 5 * DIM)
 
 
+def test_poolers_with_weights_learn_as_they_would_alone_at_each_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, rates = (
+        ["gated_abmil", "average", "transformer", "scaled_attention", "learned_attention"],
+        [0.3, 0.02],
+    )
+    targets = (torch.arange(15).reshape(5, CLASSES) % 2).double()
+    loss = nn.functional.binary_cross_entropy_with_logits
+    for at_once in (False, True):
+        monkeypatch.setattr(
+            mil_probe, "_read_together", lambda bags, device, t=at_once: [bags] if t else [[b] for b in bags]
+        )
+        network = grid(poolers=names, learning_rates=rates).double()
+        alone = [network.probe(index).train() for index in range(10)]
+        fixed = network.fixed_features(bags())
+        optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum(loss(of_probe, targets) for of_probe in network(fixed, bags())).backward()
+            optimizer.step()
+        for index, (name, rate) in enumerate(network.names):
+            probe, together = alone[index], network.probe(index)
+            start = {key: tensor.clone() for key, tensor in probe.state_dict().items()}
+            optimizer = torch.optim.SGD(probe.parameters(), lr=rate, momentum=0.9)
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(probe(*pad_bags(bags())), targets).backward()
+                optimizer.step()
+            for key, tensor in together.state_dict().items():
+                torch.testing.assert_close(tensor, probe.state_dict()[key], rtol=1e-9, atol=1e-11)
+            moved = {key for key, tensor in start.items() if not torch.equal(tensor, probe.state_dict()[key])}
+            assert any(key.startswith("pooler.") for key in moved) == (name != "average")
+
+
+def test_a_step_on_a_gpu_reads_no_value_of_the_device() -> None:
+    network = grid(poolers=list(POOLERS))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # raises where a value would be read
+        network = network.to("cuda")
+        on_gpu = [torch.empty(length, DIM, device="cuda", dtype=torch.float16) for length in (4, 1, 6)]
+        features = network.fixed_features(on_gpu)
+        logits = network(features, on_gpu)
+    assert features.device.type == logits.device.type == "cuda"
+    assert logits.shape == (4 * len(POOLERS), 3, CLASSES)
+
+
 def test_a_diverged_probe_leaves_the_others_alone() -> None:
     network = grid(learning_rates=[0.1, 0.2]).double()
     broken = grid(learning_rates=[0.1, 0.2]).double()
@@ -167,7 +254,7 @@ def test_a_diverged_probe_leaves_the_others_alone_when_bags_are_read_together(
     assert torch.isfinite(network.queries[1].grad[1:]).all()
 
 
-@pytest.mark.parametrize("poolers", [["learned_attention"], ["max"], list(POOLERS)])
+@pytest.mark.parametrize("poolers", [["learned_attention"], ["max"], ["gated_abmil"], list(PAPER_POOLERS)])
 def test_empty_bag_is_refused(poolers: list[str]) -> None:
     network, with_empty = grid(poolers=poolers).double(), [*bags(), torch.zeros(0, DIM).double()]
     message = "bags must hold at least one slice, got 0 for bag 5 of the batch"
@@ -191,7 +278,7 @@ def test_impossible_grid_is_refused(changes: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize("name", POOLERS)
 def test_saved_probe_comes_back_with_its_card(tmp_path: Path, name: str) -> None:
-    probe = MILProbe(build_pooler(name, DIM), DIM, CLASSES)
+    probe = MILProbe(build_pooler(name, DIM), DIM, CLASSES).eval()
     card = {"pooler": name, "dim": DIM, "class_names": ["a", "b", "c"], "thresholds": [0.1, 0.2, 0.3]}
     save_probe(tmp_path / "new", probe, card)
     loaded, loaded_card = load_probe(tmp_path / "new")

@@ -3,21 +3,27 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import erf, expit, softmax
 from torch import nn
 
 from common.networks.poolers import (
+    PAPER_POOLERS,
     POOLERS,
+    GatedAttentionPool,
     LearnedQueryAttentionPool,
     MaxPool,
     MeanPool,
     MeanQueryAttentionPool,
+    TransformerPool,
     build_pooler,
+    pad_bags,
     segment_softmax,
 )
 
 LENGTHS = (5, 2, 3)
 DIM = 7
 each_pooler = pytest.mark.parametrize("name", POOLERS)
+WITHOUT_PLACE = sorted(POOLERS.keys() - {"transformer"})
 
 
 def ragged(seed: int = 0) -> list[torch.Tensor]:
@@ -44,10 +50,52 @@ def attention_by_hand(queries: np.ndarray, bag: np.ndarray) -> np.ndarray:
     return np.mean(outputs, axis=0)
 
 
+def gated_attention_by_hand(pooler: GatedAttentionPool, rows: np.ndarray) -> np.ndarray:
+    weights = {name: tensor.detach().numpy() for name, tensor in pooler.state_dict().items()}
+    value, gate = (rows @ weights[f"{n}.weight"].T + weights[f"{n}.bias"] for n in ("value", "gate"))
+    scores = (np.tanh(value) * expit(gate)) @ weights["score.weight"][0] + weights["score.bias"]
+    return softmax(scores) @ rows
+
+
+def normed(x: np.ndarray, weights: dict[str, np.ndarray], name: str) -> np.ndarray:
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(x: np.ndarray, weights: dict[str, np.ndarray], name: str) -> np.ndarray:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def transformer_by_hand(pooler: TransformerPool, rows: np.ndarray) -> np.ndarray:
+    weights = {name: tensor.detach().numpy() for name, tensor in pooler.state_dict().items()}
+    place = (np.arange(len(rows)) + 0.5) / len(rows)
+    waves = 2 ** np.linspace(-5, 2, 128)  # in volumes
+    angles = 2 * np.pi * place[:, None] / waves
+    x = linear(rows, weights, "entry") + np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    for layer in ("layers.0", "layers.1"):
+        inner = normed(x, weights, f"{layer}.norm1")
+        qkv = (
+            inner @ weights[f"{layer}.self_attn.in_proj_weight"].T
+            + weights[f"{layer}.self_attn.in_proj_bias"]
+        )
+        q, k, v = qkv.reshape(len(rows), 3, 4, 64).transpose(1, 2, 0, 3)
+        mixed = softmax(q @ k.transpose(0, 2, 1) / 8, axis=-1) @ v
+        x = x + linear(
+            mixed.transpose(1, 0, 2).reshape(len(rows), 256), weights, f"{layer}.self_attn.out_proj"
+        )
+        hidden = linear(normed(x, weights, f"{layer}.norm2"), weights, f"{layer}.linear1")
+        x = x + linear(hidden * (1 + erf(hidden / np.sqrt(2))) / 2, weights, f"{layer}.linear2")
+    return linear(normed(x, weights, "norm").mean(0), weights, "exit")
+
+
 def reference(pooler: nn.Module, bag: torch.Tensor) -> np.ndarray:
     rows = bag.numpy()
     if isinstance(pooler, MeanPool):
         return sum(rows) / len(rows)
+    if isinstance(pooler, GatedAttentionPool):
+        return gated_attention_by_hand(pooler, rows)
+    if isinstance(pooler, TransformerPool):
+        return transformer_by_hand(pooler, rows)
     if isinstance(pooler, MaxPool):
         return np.array([max(column) for column in rows.T])
     if isinstance(pooler, MeanQueryAttentionPool):
@@ -60,7 +108,9 @@ def test_pooling_equals_the_equation_bag_by_bag(name: str) -> None:
     bags = ragged()
     pooler = build_pooler(name, DIM).double()
     pooled = pooler(*padded(bags)).detach().numpy()
-    np.testing.assert_allclose(pooled, [reference(pooler, bag) for bag in bags], rtol=1e-12, atol=1e-14)
+    expected = [reference(pooler, bag) for bag in bags]
+    tolerance = 1e-5 if name == "transformer" else 1e-14  # its wave numbers are float32
+    np.testing.assert_allclose(pooled, expected, rtol=1e-12, atol=tolerance)
 
 
 @each_pooler
@@ -71,21 +121,35 @@ def test_padding_never_matters(name: str) -> None:
         assert torch.equal(pooler(*padded(ragged(), padding)), zeros)
 
 
-@each_pooler
+@pytest.mark.parametrize("name", WITHOUT_PLACE)
 def test_order_of_slices_does_not_matter(name: str) -> None:
     pooler = build_pooler(name, DIM).double()
     backwards = [bag.flip(0) for bag in ragged()]
     torch.testing.assert_close(pooler(*padded(backwards)), pooler(*padded(ragged())), rtol=1e-12, atol=0)
 
 
-@each_pooler
+def test_the_transformer_sees_which_way_up_a_volume_is_and_not_its_spacing() -> None:
+    pooler, (bag, *_) = build_pooler("transformer", DIM).double(), ragged()
+    upright, turned = pooler(*pad_bags([bag])), pooler(*pad_bags([bag.flip(0)]))
+    assert float((upright - turned).detach().abs().max()) > 1e-3
+    uniform = torch.ones(1, DIM, dtype=torch.float64)
+    few, many = (pooler(*pad_bags([uniform.expand(length, -1)])) for length in (301, 603))
+    torch.testing.assert_close(few, many, rtol=0, atol=1e-3)
+
+
+def test_layers_of_the_transformer_start_from_weights_of_their_own() -> None:
+    first, second = TransformerPool(DIM).layers
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
+
+
+@pytest.mark.parametrize("name", WITHOUT_PLACE)
 def test_one_slice_is_its_own_pooling(name: str) -> None:
     slices = torch.randn(3, 1, DIM)
     pooled = build_pooler(name, DIM)(slices, torch.ones(3, 1, dtype=torch.bool))
     torch.testing.assert_close(pooled, slices[:, 0])
 
 
-@each_pooler
+@pytest.mark.parametrize("name", PAPER_POOLERS)
 def test_gradient_with_respect_to_slices_and_queries_is_the_derivative(name: str) -> None:
     pooler = build_pooler(name, DIM).double()
     batch, mask = padded(ragged())
@@ -121,7 +185,7 @@ def test_queries_start_with_variance_one_over_dim() -> None:
 
 
 def test_the_five_poolings_have_the_papers_parameters() -> None:
-    counts = {name: sum(p.numel() for p in build_pooler(name, DIM).parameters()) for name in POOLERS}
+    counts = {name: sum(p.numel() for p in build_pooler(name, DIM).parameters()) for name in PAPER_POOLERS}
     assert counts == {
         "average": 0,
         "max": 0,
@@ -150,12 +214,30 @@ def test_attention_without_a_query_is_refused() -> None:
         LearnedQueryAttentionPool(DIM, num_queries=0)
 
 
+def test_pad_bags_pads_behind_and_names_an_empty_bag() -> None:
+    found, expected = pad_bags(ragged()), padded(ragged())
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    with pytest.raises(ValueError, match="got 0 for bag 1 of the batch"):
+        pad_bags([torch.ones(2, DIM), torch.ones(0, DIM)])
+
+
+def test_gated_attention_has_its_papers_128_units() -> None:
+    assert GatedAttentionPool(DIM).score.weight.shape == (1, 128)
+
+
+def test_pooler_that_cannot_tell_the_weights_of_slices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POOLERS, "bare", lambda dim: nn.Linear(dim, dim))
+    with pytest.raises(ValueError, match=r"pooler 'bare' must have .*slice_weights.*got a Linear"):
+        build_pooler("bare", DIM)
+
+
 def test_unknown_pooler_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pooler must be one of \['average', .*\], got 'median'"):
         build_pooler("median", DIM)
 
 
-@pytest.mark.parametrize("name", sorted(POOLERS.keys() - {"max"}))
+@pytest.mark.parametrize("name", sorted(POOLERS.keys() - {"max", "transformer"}))
 def test_slice_weights_add_up_to_one_and_give_the_pooling(name: str) -> None:
     pooler = build_pooler(name, DIM).double()
     for bag in ragged():

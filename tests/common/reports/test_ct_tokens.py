@@ -5,6 +5,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from common.networks.encoder import save_encoder
 from common.reports.ct_tokens import (
     encode,
     open_encoder,
@@ -39,6 +40,18 @@ def test_tokens_lie_upright_whatever_the_encoder_was_shown(
     turned = encode(encoder._replace(slice_axes="xy"), hu.mT)
     torch.testing.assert_close(turned.cls, upright.cls)
     torch.testing.assert_close(turned.patches.transpose(1, 2), upright.patches)
+
+
+def test_pictures_show_an_encoder_the_slices_that_its_weights_state(
+    tmp_path: Path, bundle: Path, small_json: Path
+) -> None:
+    encoder = open_encoder(bundle, "random", [small_json], 32)
+    assert encoder.slice_axes == "yx"
+    identity = {"slice_axes": "xy", "hu_window": [-940.8, 923.1, -25.03, 246.87]}
+    save_encoder(encoder.network.state_dict(), tmp_path / "model.safetensors", identity)
+    stated = open_encoder(bundle, tmp_path / "model.safetensors", [small_json], 32)
+    assert stated.slice_axes == "xy"
+    assert stated.window == (-940.8, 923.1, -25.03, 246.87)
 
 
 def test_weights_bundle_and_size_are_checked(
