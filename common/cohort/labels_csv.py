@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from common.cohort.csv_table import table_rows
+from common.ct.names import volume_name
 
 
 def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a label table in the order of its rows.
 
     Args:
-        labels_csv: CSV with a column ``VolumeName`` (with or without ``.nii.gz``) and one column a class.
+        labels_csv: CSV with a column ``VolumeName`` (with or without suffix) and one column per class.
         class_names: columns to read, in this order; further columns are left alone.
 
     Returns:
-        Volume name without suffix to its labels: float32 ``(C,)`` of 0 and 1.
+        Volume to its labels: float32 ``(C,)`` of 0 and 1.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -33,19 +34,6 @@ def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str,
             )
         labels[volume] = np.array([_binary(row, name, path) for name in class_names], dtype=np.float32)
     return labels
-
-
-def volume_name(name: str) -> str:
-    """Return the name of a volume without the suffix of its file.
-
-    Args:
-        name: as labels CSVs and folders write it.
-
-    Example:
-        >>> volume_name("train_1_a_1.nii.gz"), volume_name("train_1_a_1")
-        ('train_1_a_1', 'train_1_a_1')
-    """
-    return name.strip().removesuffix(".nii.gz")
 
 
 def _binary(row: dict[str, str], name: str, path: Path) -> float:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from common.ct.dicom import parse
-from common.ct.rejection import RejectedError
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError, RejectedVolume
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset
@@ -82,6 +83,45 @@ def _may_be_axial(orientation: Sequence[float] | None) -> bool:
     except (TypeError, ValueError):
         return True
     return bool(np.abs(np.cross(*cosines)).argmax() == 2)
+
+
+class Series(NamedTuple):
+    """A series of axial CT slices.
+
+    Args:
+        volume: name.
+        files: of its slices, in any order.
+    """
+
+    volume: str
+    files: tuple[Path, ...]
+
+
+def sort_series(found: Iterable[FoundFile]) -> tuple[list[Series], list[RejectedVolume]]:
+    """Put files of one series together; those without one, which anonymizing blanks, are one per folder.
+
+    Args:
+        found: files that were looked at.
+
+    Returns:
+        The series of axial CT, and what was left out: other series, which is no failure, and damaged files.
+    """
+    rejected: list[RejectedVolume] = []
+    by_series: dict[str, list[FoundFile]] = {}
+    for file in sorted(found):
+        if file.kind == DAMAGED:
+            rejected.append(RejectedError("unreadable", file.series).of(file.path.name))
+        elif file.kind != NO_IMAGE:
+            by_series.setdefault(file.series or str(file.path.parent), []).append(file)
+    series = []
+    for uid, files in by_series.items():
+        if slices := tuple(file.path for file in files if file.kind == AXIAL_CT):
+            series.append(Series(series_volume(uid), slices))
+        else:
+            kinds = ", ".join(f"{n} of {kind}" for kind, n in Counter(file.kind for file in files).items())
+            detail = f"a series must hold axial CT, got files in '{files[0].path.parent}': {kinds}"
+            rejected.append(RejectedError(NOT_AXIAL_CT, detail).of(series_volume(uid)))
+    return series, rejected
 
 
 def series_volume(series: str) -> str:

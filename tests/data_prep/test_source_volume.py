@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.ct.files import ct_file
 from common.ct.nifti import Rescale
 from common.ct.npz import npz_affine
 from common.ct.rejection import RejectedError
@@ -32,7 +33,7 @@ def source(tmp_path: Path, save_nifti: Save) -> Callable[..., SourceVolume]:
 
     def build(array: np.ndarray, affine: np.ndarray = AFFINE, **changes: Any) -> SourceVolume:
         path = save_nifti(tmp_path / "train_1_a_1.nii.gz", array, affine)
-        return SourceVolume("train_1_a_1", "train", path, "auto")._replace(**changes)
+        return SourceVolume("train_1_a_1", "train", ct_file(path), "auto")._replace(**changes)
 
     return build
 
@@ -71,7 +72,9 @@ def test_a_rescale_in_the_header_of_a_fixed_volume_is_applied_once(tmp_path: Pat
     content = bytearray(nib.Nifti1Image(hu() + 1024, AFFINE).to_bytes())
     content[112:120] = np.array([1, -1024], "<f4").tobytes()
     (tmp_path / "b.nii").write_bytes(content)
-    volume = read_volume(stored._replace(ct=tmp_path / "b.nii", rescale=Rescale(1, -1024, SPACING_MM)))
+    volume = read_volume(
+        stored._replace(ct=ct_file(tmp_path / "b.nii"), rescale=Rescale(1, -1024, SPACING_MM))
+    )
     np.testing.assert_array_equal(volume.ct, hu().transpose(2, 1, 0))
 
 
@@ -246,7 +249,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
 def test_what_a_header_shows_is_rejected_by_planning(case: str, tmp_path: Path) -> None:
     content, message = HEADERS[case]
     (tmp_path / "a.nii.gz").write_bytes(content)
-    source = SourceVolume("a", "train", tmp_path / "a.nii.gz", "v2")
+    source = SourceVolume("a", "train", ct_file(tmp_path / "a.nii.gz"), "v2")
     for read in (planned_slices, read_volume):
         with pytest.raises(RejectedError) as caught:
             read(source)
@@ -279,7 +282,7 @@ VOXELS: dict[str, tuple[bytes, str]] = {
 def test_what_only_the_voxels_show_is_rejected_by_reading(case: str, tmp_path: Path) -> None:
     content, message = VOXELS[case]
     (tmp_path / "a.nii.gz").write_bytes(content)
-    source = SourceVolume("a", "train", tmp_path / "a.nii.gz", "v2")
+    source = SourceVolume("a", "train", ct_file(tmp_path / "a.nii.gz"), "v2")
     assert planned_slices(source) in (5, 64)
     with pytest.raises(RejectedError) as caught:
         read_volume(source)
@@ -290,7 +293,7 @@ def test_a_rescale_past_16_bits_does_not_wrap(tmp_path: Path) -> None:
     array = hu()
     array[0, 0, 0] = 32767
     (tmp_path / "a.nii").write_bytes(with_bytes(file_of(array), 112, [10, 0]))
-    volume = read_volume(SourceVolume("a", "train", tmp_path / "a.nii", "v2"))
+    volume = read_volume(SourceVolume("a", "train", ct_file(tmp_path / "a.nii"), "v2"))
     assert volume.ct[0, 0, 0] == 3071
     np.testing.assert_array_equal(volume.ct, (array.astype(int) * 10).clip(-1024, 3071).transpose(2, 1, 0))
 
@@ -304,7 +307,7 @@ def test_a_raw_volume_that_a_rescale_would_wrap_is_clipped(source: Source) -> No
 
 def test_paths_may_hold_spaces_and_any_letters(tmp_path: Path, save_nifti: Save) -> None:
     path = save_nifti(tmp_path / "Thorax é 1 中" / "a b" / "a.nii.gz", hu(), AFFINE)
-    volume = read_volume(SourceVolume("a", "train", path, "v2", source="Thorax é 1 中/a b/a.nii.gz"))
+    volume = read_volume(SourceVolume("a", "train", ct_file(path), "v2", source="Thorax é 1 中/a b/a.nii.gz"))
     assert volume.source == "Thorax é 1 中/a b/a.nii.gz"
     assert volume.source_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -383,7 +386,7 @@ def test_the_formats_of_a_ct_give_the_same_slices(
     edge = np.diag([-0.8, -0.8, 0.8, 1.0])
     nifti = read_volume(source(hu(), affine=edge))
     np.savez_compressed(tmp_path / "trn1.npz", ct=hu().transpose(2, 1, 0)[::-1])
-    rad = SourceVolume("trn1", "train", tmp_path / "trn1.npz", "rad_chestct")
+    rad = SourceVolume("trn1", "train", ct_file(tmp_path / "trn1.npz"))
     series = SourceVolume(
         "series", "train", tuple(write_series(tmp_path / "series", hu().transpose(2, 1, 0))), "dicom"
     )
@@ -405,7 +408,7 @@ def test_the_formats_of_a_ct_give_the_same_slices(
 @pytest.mark.real_ct
 def test_real_scans_are_read_with_plausible_hu(real_ct_dir: Path) -> None:
     for name, axcodes in (("totalseg_example_ct_sm_3mm", "RAS"), ("crlm_ct_1004_ct_1p59x1p59x5mm", "LPS")):
-        volume = read_volume(SourceVolume(name, "train", real_ct_dir / f"{name}.nii.gz", "v2"))
+        volume = read_volume(SourceVolume(name, "train", ct_file(real_ct_dir / f"{name}.nii.gz"), "v2"))
         assert volume.original_axcodes == axcodes
         assert -1024 <= volume.ct.min() < -950
         assert 0.2 < np.mean((volume.ct > -150) & (volume.ct < 150)) < 0.6
@@ -416,9 +419,9 @@ def test_absolute_paths_are_those_of_the_working_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     annotation = Annotation(Path("rex.nii.gz"), ("1a",))
-    source = SourceVolume("a", "train", Path("a.nii.gz"), "v2", ts=Path("ts.nii.gz"), rex=annotation)
+    source = SourceVolume("a", "train", ct_file(Path("a.nii.gz")), "v2", ts=Path("ts.nii.gz"), rex=annotation)
     found = source.absolute()
     assert (found.ct, found.ts) == (tmp_path / "a.nii.gz", tmp_path / "ts.nii.gz")
     assert found.rex == Annotation(tmp_path / "rex.nii.gz", ("1a",))
-    series = SourceVolume("a", "train", (Path("1.dcm"), Path("2.dcm")), "dicom").absolute()
+    series = SourceVolume("a", "train", ct_file(Path("1.dcm"), Path("2.dcm"))).absolute()
     assert (series.ct, series.ts, series.rex) == ((tmp_path / "1.dcm", tmp_path / "2.dcm"), None, None)
