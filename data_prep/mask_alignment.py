@@ -132,8 +132,8 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
         of_ct, of_mask = (shown_mm(np.linalg.norm(grid.affine[:3, :3], axis=0)) for grid in (ct, mask))
         raise RejectedError(
             "mask",
-            f"'{name}' must lie on the CT's voxels as it has its shape {ct_shape}, got others: spacing {of_ct} "
-            f"mm in the CT, {of_mask} mm in the mask. Save the mask with the geometry of its CT.",
+            f"'{name}' must lie on the CT's voxels as it has its shape {ct_shape}, got others: spacing "
+            f"{of_ct} mm in the CT, {of_mask} mm in the mask. Save the mask with the geometry of its CT.",
         )
     edges = _apply(to_mask, CORNERS * np.array(ct_shape) - HALF_VOXEL)
     missed = np.maximum(-HALF_VOXEL - edges, edges - (np.array(mask.shape) - HALF_VOXEL)).max(axis=0)

@@ -57,7 +57,7 @@ def listed_names(listing: str | Path, knob: str) -> list[str]:
 def _delimiter(path: Path, lines: list[str]) -> str:
     """Return what parts the cells of a table; lines of any other text are a name each."""
     if path.suffix.lower() not in (".csv", ".tsv"):
-        return "\0"
+        return "\x1f"
     return max(",;\t", key=lines[0].count) if lines else ","
 
 

@@ -131,16 +131,15 @@ def open_nifti(path: Path) -> Iterator[VolumeFile]:
         with ExitStack() as stack:
             digest = hashlib.sha256()
             stream, size, most_bytes = _open(path, digest, stack)
-            block, stated = _read_header(stream, path)
-            start = len(block)
+            stated, pixdim = _read_header(stream, path)
+            start = stated.sizeof_hdr
             if stated["magic"].item() == stated.pair_magic:
                 _read_on(stream)
                 stream, size, most_bytes = _open(_image_of(path), digest, stack)
                 start = 0
-            offset = int(stated.get_data_offset())
+            header, dtype, offset = _described(stated, pixdim)
             if offset < start:
                 raise ImageFileError(f"voxels from byte {offset} on, inside of the header")
-            header, dtype = _described(stated)
             if offset + math.prod(header.shape) * dtype.itemsize > most_bytes:
                 raise EOFError(f"{size} bytes for an array of shape {header.shape} of {dtype}")
             for skipped in range(start, offset, CHUNK_BYTES):
@@ -211,14 +210,14 @@ class _HashingFile(io.RawIOBase):
         return count
 
 
-def _read_header(stream: Stream, path: Path) -> tuple[bytes, nib.nifti1.Nifti1Header]:
-    """Read the bytes of the header, and what they say."""
+def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, np.ndarray]:
+    """Read the header, and the spacing in its pixdim, where nibabel would put 1 for 0."""
     start = _read(stream, 4)
     sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
     if kind.may_contain_header(block):
-        return block, kind(block)
+        return kind(block), kind(block, check=False)["pixdim"][1:4].astype(float)
     if 348 in sizes and not block[344:].strip(b"\0"):
         raise RejectedError(
             "geometry", f"'{path.name}' is in Analyze format, which does not say left from right. Convert it."
@@ -226,15 +225,16 @@ def _read_header(stream: Stream, path: Path) -> tuple[bytes, nib.nifti1.Nifti1He
     raise ImageFileError(f"it begins with {block[:8]!r}")
 
 
-def _described(stated: nib.nifti1.Nifti1Header) -> tuple[VolumeHeader, np.dtype]:
-    """Put a header in our words, with the type of the voxels."""
+def _described(stated: nib.nifti1.Nifti1Header, pixdim: np.ndarray) -> tuple[VolumeHeader, np.dtype, int]:
+    """Put a header in our words, with the type of the voxels and the byte they begin at."""
     try:
         dtype, shape = stated.get_data_dtype(), tuple(int(size) for size in stated.get_data_shape())
         unit, _ = stated.get_xyzt_units()
         to_mm = np.diag([*3 * [MM_PER_UNIT[unit]], 1.0])
         affine = to_mm @ np.asarray(stated.get_best_affine(), np.float64)
         slope, intercept = stated.get_slope_inter()
-        contradiction = _contradiction(stated, to_mm)
+        offset = int(stated.get_data_offset())
+        contradiction = _contradiction(stated, to_mm, np.abs(pixdim))
     except (ValueError, OverflowError, KeyError) as error:  # what it says makes no affine, or no number
         raise ImageFileError(f"a header that cannot be: {error}") from error
     if not shape or min(shape) < 1:
@@ -250,18 +250,18 @@ def _described(stated: nib.nifti1.Nifti1Header) -> tuple[VolumeHeader, np.dtype]
         is_blank=bool(is_unset or is_blank(shape, affine)),
         contradiction=contradiction,
     )
-    return header, dtype
+    return header, dtype, offset
 
 
-def _contradiction(stated: nib.nifti1.Nifti1Header, to_mm: np.ndarray) -> str:
+def _contradiction(stated: nib.nifti1.Nifti1Header, to_mm: np.ndarray, pixdim: np.ndarray) -> str:
     """Compare sform, which is believed, with qform and pixdim where the header states them as well."""
     sform, qform = stated.get_sform(coded=True)[0], stated.get_qform(coded=True)[0]
     if sform is None:
         return ""
-    own = np.linalg.norm((to_mm @ sform)[:3, :3], axis=0)
-    pixdim = np.abs(stated["pixdim"][1:4].astype(float)) * to_mm[0, 0]
+    own = np.linalg.norm(sform[:3, :3], axis=0)
     if (pixdim > 0).all() and (np.abs(own - pixdim) > SPACING_TOLERANCE * np.maximum(own, pixdim)).any():
-        return f"a spacing of {shown_mm(own)} mm in sform and of {shown_mm(pixdim)} mm in pixdim"
+        mm = to_mm[0, 0]
+        return f"a spacing of {shown_mm(own * mm)} mm in sform and of {shown_mm(pixdim * mm)} mm in pixdim"
     if qform is not None and axcodes(sform) != axcodes(qform):
         return f"the axes {axcodes(sform)} in sform and {axcodes(qform)} in qform"
     return ""

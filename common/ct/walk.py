@@ -73,7 +73,7 @@ def volume_files(root: Path) -> dict[str, list[Path]]:
         if suffix_of(path.name):
             found.setdefault(volume_name(path.name), []).append(path)
     for folder in closed:
-        logger.warning(folder.detail)
+        logger.warning("%s", folder.detail)
     return dict(sorted(found.items()))
 
 

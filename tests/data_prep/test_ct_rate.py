@@ -22,7 +22,7 @@ def test_volumes_come_with_everything_the_dataset_says(tiny: Any) -> None:
     assert rejected == []
     first, second = sources
     assert (first.volume, second.volume) == ("train_1_a_1", "train_2_a_1")
-    assert (first.ct, second.ct) == (paths[1], paths[0])
+    assert (first.ct.path, second.ct.path) == (paths[1], paths[0])
     assert (first.ts, second.ts) == (tiny.ts_path("train_1_a_1", "train"), None)
     assert (first.rex, second.rex) == (None, rex)
     assert first.rescale == Rescale(1, -1024, (0.7, 0.8, 1.5))
@@ -321,7 +321,7 @@ def test_folders_may_hold_spaces_and_any_letters(tiny: Any) -> None:
     place = path.parents[1].rename(path.parents[1].with_name("Thorax é 1 中"))
     sources, rejected = find_ct_rate(tiny.root, "train")
     assert rejected == []
-    assert sources[0].ct == place / "train_1_a" / "train_1_a_1.nii.gz"
+    assert sources[0].ct.path == place / "train_1_a" / "train_1_a_1.nii.gz"
     assert sources[0].source == "dataset/train_fixed/Thorax é 1 中/train_1_a/train_1_a_1.nii.gz"
     assert read_volume(sources[0]).source == sources[0].source
 
@@ -336,5 +336,5 @@ def test_names_in_tables_lead_nowhere(tiny: Any) -> None:
     (tiny.root / "dataset" / "metadata" / "no_chest_train.txt").write_text("../../../x.nii.gz\n/etc/passwd\n")
     sources, rejected = find_ct_rate(tiny.root, "train")
     assert [source.volume for source in sources] == ["train_1_a_1"]
-    assert sources[0].ct.is_relative_to(tiny.root)
+    assert sources[0].ct.path.is_relative_to(tiny.root)
     assert rejected == []

@@ -37,7 +37,7 @@ def test_series_are_told_apart_by_their_headers(tmp_path: Path, dask: Client, wr
         ("1_2_840_3", "study", "dicom", "valid"),
     ]
     for seed, source in enumerate(sources, start=1):
-        np.testing.assert_array_equal(read_ct(source.ct).hu, hu(seed))
+        np.testing.assert_array_equal(read_ct(source.ct.files).hu, hu(seed))
 
 
 def test_files_without_a_series_are_one_series_a_folder(
@@ -79,7 +79,7 @@ def test_what_is_no_axial_ct_is_left_out_and_no_failure(
     (tmp_path / "notes.txt").write_text("no DICOM")
     (tmp_path / "again").symlink_to(tmp_path / "ct")
     sources, rejected = find_series(tmp_path, "train", dask)
-    assert [(source.volume, sorted(source.ct)) for source in sources] == [("1_1", sorted(axial))]
+    assert [(source.volume, sorted(source.ct.files)) for source in sources] == [("1_1", sorted(axial))]
     assert {item.volume: item.detail.partition("got ")[2] for item in rejected} == {
         "1_2": "files in 'scout': 2 of CT localizer",
         "1_3": "files in 'mr': 1 of MR Image Storage",
@@ -124,7 +124,7 @@ def test_what_only_reading_shows_is_left_to_reading(
     (source,), rejected = find_series(tmp_path, "train", dask)
     assert rejected == []
     with pytest.raises(RejectedError, match="missing slices"):
-        read_ct(source.ct)
+        read_ct(source.ct.files)
 
 
 def test_many_files_are_looked_at_in_the_same_order(
@@ -136,7 +136,7 @@ def test_many_files_are_looked_at_in_the_same_order(
     told: list[tuple[str, int, int]] = []
     sources, _ = find_series(tmp_path, "train", dask, progress=lambda *step: told.append(step))
     assert [source.volume for source in sources] == ["1_3", "1_2", "1_1"]
-    assert all(list(source.ct) == sorted(source.ct) for source in sources)
+    assert all(list(source.ct.files) == sorted(source.ct.files) for source in sources)
     assert [step[0] for step in told] == ["Looking at files"] * 5
     assert told[-1] == ("Looking at files", 9, 9)
 
@@ -173,4 +173,4 @@ def test_a_real_tree_is_one_series(real_ct_dir: Path, dask: Client) -> None:
     """Its identifiers are blank, and NIfTI files lie beside it."""
     (source,), rejected = find_series(real_ct_dir, "train", dask)
     assert rejected == []
-    assert (len(source.ct), source.source) == (20, "totalseg_dicom_series")
+    assert (len(source.ct.files), source.source) == (20, "totalseg_dicom_series")

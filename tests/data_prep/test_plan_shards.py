@@ -152,10 +152,10 @@ def test_the_fingerprint_follows_all_that_the_bytes_depend_on(
         labels={"x": 0, "y": 1},
         source="in/a.nii.gz",
     )
-    several = one._replace(ct=(paths["first"], paths["second"]))
+    several = one._replace(ct=ct_file(paths["first"], paths["second"]))
     others = [
         several,
-        several._replace(ct=several.ct[::-1]),
+        several._replace(ct=ct_file(paths["second"], paths["first"])),
         one._replace(volume="b"),
         one._replace(split="valid"),
         one._replace(form="auto"),

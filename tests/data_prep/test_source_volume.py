@@ -387,9 +387,8 @@ def test_the_formats_of_a_ct_give_the_same_slices(
     nifti = read_volume(source(hu(), affine=edge))
     np.savez_compressed(tmp_path / "trn1.npz", ct=hu().transpose(2, 1, 0)[::-1])
     rad = SourceVolume("trn1", "train", ct_file(tmp_path / "trn1.npz"))
-    series = SourceVolume(
-        "series", "train", tuple(write_series(tmp_path / "series", hu().transpose(2, 1, 0))), "dicom"
-    )
+    files = write_series(tmp_path / "series", hu().transpose(2, 1, 0))
+    series = SourceVolume("series", "train", ct_file(*files))
     for other in (rad, series):
         assert planned_slices(other) == 5
         np.testing.assert_array_equal(read_volume(other).ct, nifti.ct)
@@ -421,7 +420,7 @@ def test_absolute_paths_are_those_of_the_working_folder(
     annotation = Annotation(Path("rex.nii.gz"), ("1a",))
     source = SourceVolume("a", "train", ct_file(Path("a.nii.gz")), "v2", ts=Path("ts.nii.gz"), rex=annotation)
     found = source.absolute()
-    assert (found.ct, found.ts) == (tmp_path / "a.nii.gz", tmp_path / "ts.nii.gz")
+    assert (found.ct.files, found.ts) == ((tmp_path / "a.nii.gz",), tmp_path / "ts.nii.gz")
     assert found.rex == Annotation(tmp_path / "rex.nii.gz", ("1a",))
     series = SourceVolume("a", "train", ct_file(Path("1.dcm"), Path("2.dcm"))).absolute()
-    assert (series.ct, series.ts, series.rex) == ((tmp_path / "1.dcm", tmp_path / "2.dcm"), None, None)
+    assert (series.ct.files, series.ts) == ((tmp_path / "1.dcm", tmp_path / "2.dcm"), None)

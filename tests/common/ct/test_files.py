@@ -122,7 +122,7 @@ def test_messages_name_files_by_their_place_in_the_zip(tmp_path: Path, write_ser
         "broken.dcm"
     ] == f"'{inside}/broken.dcm'"
     assert (
-        f"got CT of another plane in '{inside}/scout'"
+        f"'{inside}/scout': 5 of CT of another plane"
         in {item.volume: item for item in rejected}["1_2_3"].detail
     )
     with pytest.raises(RejectedError, match=rf"got 3 mm from '{inside}/gap/IM\d+' to '{inside}/gap/IM"):
@@ -137,9 +137,7 @@ def test_no_room_to_unpack_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ct_files, "unzip", full)
     _, (rejected,) = ct_sources(archive)
     assert rejected.volume == "scan.zip"
-    assert (
-        f"'{archive}' must be unpacked into '{tempfile.gettempdir()}', got No space left" in rejected.detail
-    )
+    assert f"Cannot unpack '{archive}' into '{tempfile.gettempdir()}': No space left" in rejected.detail
     assert "TMPDIR" in rejected.detail
 
 
@@ -262,16 +260,16 @@ def overlapping(path: Path) -> None:
 HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
     "page.nii.gz": (
         lambda path: path.write_bytes(b"<html>404</html>"),
-        "must be a whole NIfTI file, got Not a gz",
+        "Cannot read .*page.nii.gz. as NIfTI: an end after",
     ),
     "half.nii.gz": (
         lambda path: path.write_bytes(gzip.compress(nib.Nifti1Image(hu().T, LPS).to_bytes())[:600]),
-        "must be a whole NIfTI file, got Compressed file ended before",
+        "Cannot read .* as NIfTI: Compressed file ended before",
     ),
     "terabytes.nii.gz": (terabytes, r"bytes for an array of shape \(1000000, 1000000, 1000000\) of int16"),
     "sparse.nii": (sparse, r"a CT must have at most 2,147,483,648 voxels, got shape \(8192, 8192, 8192\)"),
     "flat.nii.gz": (flat, r"a CT must be at most 2500 mm long, got 1400000 mm: shape \(2000000, 1, 2\)"),
-    "offset.nii": (far_offset, "must be a whole NIfTI file, got 3.* bytes for an array"),
+    "offset.nii": (far_offset, "Cannot read .* as NIfTI: 3.* bytes for an array"),
     "shape.npz": (npz_shape("(8192, 8192, 8192)"), r"must hold 1099511627904 bytes of 'ct', got 152"),
     "sizes.npz": (
         npz_sizes,
@@ -305,7 +303,7 @@ HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
     ),
     "nested.zip": (
         lambda path: zip_with(path, ("a/inner.zip", b"")),
-        "a zip must not lie in another, got 'inner.zip' in '.*nested.zip'. Unpack",
+        "nested.zip' holds another zip, 'inner.zip'",
     ),
     "half.zip": (
         lambda path: path.write_bytes(zip_with(path, ("a", bytes(range(256)))).read_bytes()[:50]),
