@@ -128,6 +128,10 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
         if off < HALF_VOXEL:
             _check_shape(name, mask.shape, exact, ct_shape)
             return Alignment(ct_shape, mask.shape, exact, is_same_grid=True)
+    edges = _apply(to_mask, CORNERS * np.array(ct_shape) - HALF_VOXEL)
+    missed = np.maximum(-HALF_VOXEL - edges, edges - (np.array(mask.shape) - HALF_VOXEL)).max(axis=0)
+    if (missed > np.abs(to_mask[:3, :3]).max(axis=1).clip(min=1)).any():
+        raise RejectedError("mask", f"'{name}' must cover the CT, {_extent(ct)}, got {_extent(mask)}")
     if _shape_seen(mask.shape, exact) == ct_shape:
         of_ct, of_mask = (shown_mm(np.linalg.norm(grid.affine[:3, :3], axis=0)) for grid in (ct, mask))
         raise RejectedError(
@@ -135,10 +139,6 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
             f"'{name}' must lie on the CT's voxels as it has its shape {ct_shape}, got others: spacing "
             f"{of_ct} mm in the CT, {of_mask} mm in the mask. Save the mask with the geometry of its CT.",
         )
-    edges = _apply(to_mask, CORNERS * np.array(ct_shape) - HALF_VOXEL)
-    missed = np.maximum(-HALF_VOXEL - edges, edges - (np.array(mask.shape) - HALF_VOXEL)).max(axis=0)
-    if (missed > np.abs(to_mask[:3, :3]).max(axis=1).clip(min=1)).any():
-        raise RejectedError("mask", f"'{name}' must cover the CT, {_extent(ct)}, got {_extent(mask)}")
     return Alignment(ct_shape, mask.shape, to_mask, is_same_grid=False)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from common.ct import files
 from common.ct.files import CTFile
 from common.ct.geometry import StoredCT, StoredGrid, canonical_shape
-from common.ct.names import unique_names, volume_name
+from common.ct.names import VOLUME_NAME, unique_names, volume_name
 from common.ct.nifti import AIR_HU, Rescale
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.ct.walk import only_file, volume_files
@@ -69,6 +69,8 @@ def planned_slices(source: SourceVolume) -> int:
     Raises:
         RejectedError: for everything that can be known without the voxels.
     """
+    if not VOLUME_NAME.fullmatch(source.volume):
+        raise RejectedError("name", f"volume must match {VOLUME_NAME.pattern}, got '{source.volume}'.")
     return canonical_shape(read_grid(source))[0]
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from common.cohort.csv_table import table_rows
-from common.ct.names import volume_name
+from common.ct.names import unique_names
 
 
 def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a label table in the order of its rows.
 
     Args:
-        labels_csv: CSV with a column ``VolumeName`` (with or without suffix) and one column per class.
+        labels_csv: CSV with a column ``VolumeName`` (name or path, with or without suffix) and one per class.
         class_names: columns to read, in this order; further columns are left alone.
 
     Returns:
@@ -26,11 +26,14 @@ def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str,
     """
     path = Path(labels_csv)
     labels: dict[str, np.ndarray] = {}
-    for row in table_rows(path, "labels_csv", ("VolumeName", *class_names)):
-        volume = volume_name(row["VolumeName"])
+    rows = list(table_rows(path, "labels_csv", ("VolumeName", *class_names)))
+    places = [Path(row["VolumeName"].strip().replace("\\", "/")) for row in rows]
+    names = unique_names(places)
+    for place, row in zip(places, rows, strict=True):
+        volume = names[place]
         if volume in labels:
             raise ValueError(
-                f"labels_csv must have one row a volume, got two for volume '{volume}' in '{path}'."
+                f"labels_csv must have one row per volume, got two for volume '{volume}' in '{path}'."
             )
         labels[volume] = np.array([_binary(row, name, path) for name in class_names], dtype=np.float32)
     return labels

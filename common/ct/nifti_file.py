@@ -214,6 +214,8 @@ def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, n
     """Read the header, and the spacing in its pixdim, where nibabel would put 1 for 0."""
     start = _read(stream, 4)
     sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
+    if 348 not in sizes and 540 not in sizes:
+        raise ImageFileError(f"it begins with {start!r}")
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
     if kind.may_contain_header(block):
