@@ -29,7 +29,8 @@ def find_volumes(
     cts, rejected = find_cts(folder, look=None, leave_out=masks)
     if not cts and not rejected:
         raise FileNotFoundError(
-            f"folder must hold volumes in NIfTI, MetaImage, NRRD or npz, got none in '{folder}'."
+            f"folder must hold volumes in NIfTI, MetaImage, NRRD or npz, got none in '{folder}'. "
+            "DICOM is read by the command dicom."
         )
     sources = [SourceVolume.of(ct, split, folder) for ct in cts]
     if masks is None:

@@ -2,26 +2,15 @@
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.ct.names import volume_name
 
-HEADINGS = {
-    *(
-        "volumename",
-        "volume",
-        "volumes",
-        "volumeid",
-        "name",
-        "names",
-        "filename",
-        "file",
-        "files",
-        "path",
-        "id",
-    ),
-    *("image", "imageid", "scan", "scanid", "seriesinstanceuid", "seriesuid", "noteaccdeid", "volumeaccdeid"),
-}
+HEADINGS = set(
+    "volumename volume volumes volumeid name names filename file files path id image imageid scan scanid "
+    "seriesinstanceuid seriesuid noteaccdeid volumeaccdeid".split()
+)
 """What the column of names may be called, in lower case, without blanks and ``_``."""
 
 
@@ -44,21 +33,21 @@ def listed_names(listing: str | Path, knob: str) -> list[str]:
         raise FileNotFoundError(f"{knob} must be a text file, got '{path}', which does not exist.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [row for row in csv.reader(lines, delimiter=_delimiter(path, lines)) if any(row)]
+        rows = [row for row in _rows(path, lines) if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{knob} must be text in UTF-8, got '{path}' ({error}).") from error
-    heading = [re.sub(r"[\s_]", "", cell).lower() for cell in rows[0]] if rows else []
+    heading = [re.sub(r"[\s_]", "", cell).lower() for cell in rows[0]] if rows else [""]
     column = heading.index("volumename") if "volumename" in heading else 0
-    is_headed = "volumename" in heading or heading[:1] and heading[0] in HEADINGS
-    names = (row[column].strip() for row in rows[bool(is_headed) :] if len(row) > column)
+    rows = rows[1:] if heading[column] in HEADINGS else rows
+    names = (row[column].strip() for row in rows if len(row) > column)
     return [name for name in names if name]
 
 
-def _delimiter(path: Path, lines: list[str]) -> str:
-    """Return what parts the cells of a table; lines of any other text are a name each."""
+def _rows(path: Path, lines: list[str]) -> Iterable[list[str]]:
+    """Split the lines of a table into cells; those of any other text are a name each."""
     if path.suffix.lower() not in (".csv", ".tsv"):
-        return "\x1f"
-    return max(",;\t", key=lines[0].count) if lines else ","
+        return ([line.strip(" \t\"'")] for line in lines)
+    return csv.reader(lines, delimiter=max(",;\t", key=lines[0].count) if lines else ",")
 
 
 def listed_volumes(listing: str | Path) -> set[str]:

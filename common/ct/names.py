@@ -111,13 +111,12 @@ def find_named(texts: Iterable[str], places: Places) -> tuple[set[str], list[str
     found: set[str] = set()
     absent: list[str] = []
     for text in texts:
-        name = volume_name(text)
         by_path = next(filter(None, map(ends.get, _ends(text))), None)
-        volume = by_path or (name if name in places else None)
-        if volume is None:
-            absent.append(text)
+        named = by_path or volume_name(text)
+        if named in places:
+            found.add(named)
         else:
-            found.add(volume)
+            absent.append(text)
     return found, absent
 
 

@@ -49,7 +49,7 @@ def walk(root: Path, rejected: list[RejectedVolume], leave_out: Path | None = No
         yield from (Path(place, name) for name in sorted(names) if not _is_systems(name))
     if passed_over:
         logger.info(
-            "%d files and folders are hidden or of an operating system and were passed over, such as '%s'.",
+            "Passed over as hidden or of an operating system: %d, such as '%s'.",
             *(len(passed_over), passed_over[0]),
         )
 
@@ -106,4 +106,4 @@ def say_unread(paths: Sequence[Path]) -> None:
     kinds = Counter(path.suffix.lower() or "without suffix" for path in paths)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     level = logging.WARNING if IMAGES & kinds.keys() else logging.INFO
-    logger.log(level, "%d files were not read: %s; such as '%s'.", len(paths), counts, paths[0])
+    logger.log(level, "Not read, as no volumes: %s, such as '%s'.", counts, paths[0])

@@ -97,6 +97,28 @@ def test_a_csv_names_a_subset_and_a_list_leaves_out(
     assert f"1 of 1 names in skip_list '{skip}' are no volume" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "text", ["scan.NII.GZ\ntrn1\n", "VolumeName\r\n'scan'\r\nct/trn1.npz\r\n", "volume,n\nscan,1\ntrn1,2\n"]
+)
+def test_a_list_loses_no_volume_with_or_without_a_heading(folder: Path, tmp_path: Path, text: str) -> None:
+    for suffix in (".csv", ".txt"):
+        if suffix == ".csv" or "," not in text:
+            listing = tmp_path / f"list{suffix}"
+            listing.write_bytes(text.encode())
+            assert [one.volume for one in ct_sources(folder, subset_csv=listing)[0]] == ["scan", "trn1"]
+            assert [one.volume for one in ct_sources(folder, skip_list=listing)[0]] == ["1_2_840_99_7"]
+
+
+def test_a_list_names_volumes_of_shards_too(tmp_path: Path) -> None:
+    ct = hu(), None, None, (0.7, 0.8, 1.5), SHAPE_ZYX[::-1], "LPS", None, "train"
+    volumes = [VolumeSlices(name, *ct, source=f"{name}/ct.nii.gz") for name in ("s0", "s1", "s2")]
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "train-000000.tar", volumes)
+    (tmp_path / "list.txt").write_text("s0/ct.nii.gz\ns2.nii\n")
+    sources, _ = ct_sources(tmp_path / "in", split="train", subset_csv=tmp_path / "list.txt")
+    assert [source.volume for source in sources] == ["s0", "s2"]
+
+
 def test_suffixes_may_be_written_large_and_what_macos_adds_is_no_volume(folder: Path) -> None:
     (folder / "a" / "scan.nii.gz").rename(folder / "a" / "SCAN.NII.GZ")
     (folder / "trn1.npz").rename(folder / "TRN1.NPZ")
