@@ -14,7 +14,7 @@ from data_prep.ct_rate import find_ct_rate
 from data_prep.nifti import find_volumes
 from data_prep.source_volume import SourceVolume, planned_slices, read_volume
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
