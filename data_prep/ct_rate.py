@@ -11,7 +11,7 @@ from common.cohort.csv_table import table_rows
 from common.cohort.labels_csv import read_labels
 from common.cohort.skip_list import listed_volumes
 from common.ct.files import ct_file
-from common.ct.names import volume_name
+from common.ct.names import NIFTI_SUFFIXES, volume_name
 from common.ct.nifti import Rescale
 from common.ct.rejection import EXCLUDED, RejectedError, RejectedVolume
 from common.ct.walk import only_file, volume_files
@@ -128,7 +128,7 @@ def find_volumes(root: Path, split: str, form: str) -> Volumes:
 def _named(folder: Path, split: str) -> dict[str, list[Path]]:
     """Files of a split under a folder; masks, which have the same names, lie in folders of their own."""
     found: dict[str, list[Path]] = {}
-    for volume, paths in volume_files(folder).items():
+    for volume, paths in volume_files(folder, NIFTI_SUFFIXES).items():
         scans = [path for path in paths if MASK_FOLDERS.isdisjoint(path.relative_to(folder).parts)]
         if scans and volume.startswith(f"{split}_"):
             found[volume] = scans

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.cohort.csv_table import table_rows
 from common.ct.files import ct_file
-from common.ct.names import suffix_of, volume_name
+from common.ct.names import volume_name
 from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.ct.walk import only_file, volume_files
@@ -82,9 +82,8 @@ def npz_files(root: Path, prefix: str) -> dict[str, list[Path]]:
         root: folder.
         prefix: how the names of the volumes start.
     """
-    found = volume_files(root).items()
-    npz = {volume: [path for path in paths if suffix_of(path.name) == ".npz"] for volume, paths in found}
-    return {volume: paths for volume, paths in npz.items() if paths and volume.lower().startswith(prefix)}
+    found = volume_files(root, [".npz"]).items()
+    return {volume: paths for volume, paths in found if volume.lower().startswith(prefix)}
 
 
 def read_all_labels(root: Path) -> dict[str, dict[str, int]]:

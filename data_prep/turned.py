@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from common.ct.files import ct_file, read_ct
-from common.ct.names import suffix_of
+from common.ct.names import VOLUME_SUFFIXES, suffix_of
 from common.ct.nifti import Rescale
 from common.ct.npz import SPACING_MM
 from common.ct.walk import only_file, volume_files
@@ -74,7 +74,7 @@ def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
     """
     found = {
         volume: only_file(paths, "volumes")
-        for volume, paths in volume_files(root).items()
+        for volume, paths in volume_files(root, VOLUME_SUFFIXES).items()
         if volume.startswith(prefix)
     }
     if not found:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".hdr")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
-VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".npz")
+IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+VOLUME_SUFFIXES = (*IMAGE_SUFFIXES, ".npz")
 """Files that are a volume each, in any case."""
 
 HEADER_SUFFIXES = (".hdr.gz", ".hdr", ".mhd", ".nhdr")

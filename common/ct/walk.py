@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.ct.names import suffix_of, volume_name
+from common.ct.names import IMAGE_SUFFIXES, suffix_of, volume_name
 from common.ct.rejection import RejectedError, RejectedVolume
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,12 @@ def _is_systems(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
-def volume_files(root: Path) -> dict[str, list[Path]]:
-    """List the files below a folder that are a volume each, label maps among them, by the names of the files.
+def volume_files(root: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, list[Path]]:
+    """List the files below a folder that are an image each, CT or label map, by the names of the files.
 
     Args:
         root: folder; a warning tells of sub-folders that cannot be searched.
+        suffixes: of the files.
 
     Returns:
         Name of the volume to its files, in the order of the names.
@@ -70,7 +71,7 @@ def volume_files(root: Path) -> dict[str, list[Path]]:
     closed: list[RejectedVolume] = []
     found: dict[str, list[Path]] = {}
     for path in walk(root, closed):
-        if suffix_of(path.name):
+        if suffix_of(path.name, suffixes):
             found.setdefault(volume_name(path.name), []).append(path)
     for folder in closed:
         logger.warning("%s", folder.detail)
