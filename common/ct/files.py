@@ -30,7 +30,8 @@ class CTFile(NamedTuple):
     Args:
         volume: name.
         path: its file, or folder of its series; of a zip's volume with the zip as a folder.
-        files: its file, or the files of its series; of a zip's volume below the zip.
+        files: its file, before those with its voxels if it is a header, or the files of its series; of a
+            zip's volume below the zip.
         archive: the zip it is in, if any.
     """
 
@@ -182,10 +183,15 @@ def _look_into(
 ) -> list[CTFile]:
     """Tell files apart; what is no volume is appended to the rejected or the unread."""
     singles = [path for path in paths if suffix_of(path.name)]
-    cts = [place.ct("", (place.show(path),)) for path in singles]
-    heads = {_stem(path) for path in singles if suffix_of(path.name, HEADER_SUFFIXES)}
-    beside = (path for path in paths if not (suffix_of(path.name) or _is_zip(path)))
-    others = [path for path in beside if not (suffix_of(path.name, VOXEL_SUFFIXES) and _stem(path) in heads)]
+    voxels: dict[Path, list[Path]] = {_stem(path): [] for path in singles if _is_header(path)}
+    others = []
+    for path in paths:
+        if suffix_of(path.name, VOXEL_SUFFIXES) and _stem(path) in voxels:
+            voxels[_stem(path)].append(path)
+        elif not suffix_of(path.name) and not _is_zip(path):
+            others.append(path)
+    own = ((path, *(voxels[_stem(path)] if _is_header(path) else ())) for path in singles)
+    cts = [place.ct("", tuple(map(place.show, files))) for files in own]
     if look is None:
         unread += map(place.show, others)
         return cts
@@ -198,6 +204,10 @@ def _look_into(
 
 def _stem(path: Path) -> Path:
     return path.parent / volume_name(path.name)
+
+
+def _is_header(path: Path) -> bool:
+    return bool(suffix_of(path.name, HEADER_SUFFIXES))
 
 
 def _is_zip(path: Path) -> bool:

@@ -148,6 +148,19 @@ def test_a_volume_travels_to_another_process(tmp_path: Path, write_series: Write
         assert all(path.is_file() for path in ct.on_disk)
 
 
+@pytest.mark.parametrize("suffix", [".mhd", ".nhdr", ".hdr"])
+def test_a_header_brings_the_file_with_its_voxels(suffix: str, tmp_path: Path, save_nifti: Save) -> None:
+    """Out of a zip, too; and both count where files are compared with those of a run before."""
+    image = sitk.ReadImage(str(save_nifti(tmp_path / "a.nii", hu().T, LPS)))
+    (tmp_path / "in").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "in" / f"scan{suffix}"))
+    zip_of(tmp_path / "in", tmp_path / "scan.zip")
+    for place in (tmp_path / "in", tmp_path / "scan.zip"):
+        ((ct,), rejected) = ct_files.find_cts(place)
+        assert (ct.volume, rejected, len(ct.files)) == ("scan", [], 2)
+        np.testing.assert_array_equal(ct_files.read_ct(ct).hu, hu())
+
+
 def test_what_is_no_volume_is_passed_over_and_counted(
     tmp_path: Path, write_series: Write, save_nifti: Save, caplog: pytest.LogCaptureFixture
 ) -> None:
