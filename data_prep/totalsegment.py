@@ -60,13 +60,14 @@ def find_cts(folder: Path) -> tuple[list[SourceVolume], list[RejectedVolume]]:
         FileNotFoundError: if there is none.
     """
     found, rejected = find_volumes(folder, "")
-    sources = {source.volume: source for source in found}
-    for split in (split for split, prefix in PREFIX.items() if npz_files(folder, prefix)):
+    splits = {split: npz_files(folder, prefix) for split, prefix in PREFIX.items()}
+    of_rad = {path.absolute() for npz in splits.values() for paths in npz.values() for path in paths}
+    sources = [source for source in found if source.ct.path not in of_rad]
+    for split in (split for split, npz in splits.items() if npz):
         of_split, failed = find_rad_chestct(folder, split)  # knows the spacing from a table
-        rejected = [item for item in rejected if item.volume not in {one.volume for one in failed}] + failed
-        sources |= {source.volume: source for source in of_split}
-    out = {item.volume for item in rejected}
-    return [source for volume, source in sorted(sources.items()) if volume not in out], rejected
+        sources += of_split
+        rejected = [item for item in rejected if item not in failed] + failed
+    return sorted(sources, key=lambda source: source.volume), rejected
 
 
 def part_of(sources: Sequence[SourceVolume], part: str) -> list[SourceVolume]:

@@ -203,6 +203,18 @@ def test_three_axes_are_one_finding(tmp_path: Path) -> None:
     assert set(np.unique(three)) == {0, 2**9}
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [(1, 1), (1, -7), (0.9999, 0), (2, 2)])
+def test_the_rescale_of_a_header_says_what_a_finding_is(
+    slope: float, intercept: float, tmp_path: Path
+) -> None:
+    """A stored 0 may mean 1, and a stored 7 nothing."""
+    stored = np.rint(((findings() > 0).astype(float) * (2 if slope == 2 else 1) - intercept) / slope)
+    content = bytearray(nib.Nifti1Image(stored.astype(np.int16), AFFINE).to_bytes())
+    content[112:120] = np.array([slope, intercept], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    np.testing.assert_array_equal(read_findings(Annotation(tmp_path / "a.nii", CODES), CT), expected())
+
+
 def test_findings_without_a_code_are_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(findings(), tmp_path, codes=("1a", "", "1a")), expected() & 1)
 
