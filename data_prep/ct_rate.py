@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cohort.csv_table import table_rows
-from common.cohort.labels_csv import read_labels, volume_name
+from common.cohort.labels_csv import read_labels
 from common.cohort.skip_list import listed_volumes
+from common.ct.files import ct_file
+from common.ct.names import NIFTI_SUFFIXES, volume_name
 from common.ct.nifti import Rescale
-from common.ct.nifti_file import find_nifti, only_file
 from common.ct.rejection import EXCLUDED, RejectedError, RejectedVolume
+from common.ct.walk import only_file, volume_files
 from common.labels import load_labels
 from data_prep.rexgroundingct import Annotation
-from data_prep.source_volume import NIFTI_FORMS, SourceVolume
+from data_prep.source_volume import NIFTI_FORMS, SourceVolume, with_masks
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +74,30 @@ def find_ct_rate(
     no_chest = read_no_chest(_optional_table(root, f"no_chest_{split}.txt"))
     labels = _labels(root, split)
     label_maps = _label_maps(root, split, totalsegmentator)
-    sources, rejected = [], []
+    sources: list[SourceVolume] = []
+    rejected: list[RejectedVolume] = []
     for volume, files in found.files.items():
         try:
             if volume in no_chest:
                 raise RejectedError(EXCLUDED, f"listed in no_chest_{split}.txt")
-            ct = only_file(files, "a volume")
+            ct = only_file(files, "volumes")
             rescale = _rescale(volume, rows)
-            ts = only_file(label_maps[volume], "a label map") if volume in label_maps else None
         except RejectedError as error:
             rejected.append(error.of(volume))
         else:
             rex = (annotations or {}).get(volume)
             relative = ct.relative_to(root).as_posix()
             sources.append(
-                SourceVolume(volume, split, ct, found.form, rescale, ts, rex, labels.get(volume), relative)
+                SourceVolume(
+                    *(volume, split, ct_file(ct), found.form, rescale),
+                    rex=rex,
+                    labels=labels.get(volume),
+                    source=relative,
+                )
             )
+    if label_maps is not None and sources:
+        sources, without = with_masks(sources, label_maps, "totalsegmentator")
+        rejected += without
     return sources, rejected
 
 
@@ -118,7 +128,7 @@ def find_volumes(root: Path, split: str, form: str) -> Volumes:
 def _named(folder: Path, split: str) -> dict[str, list[Path]]:
     """Files of a split under a folder; masks, which have the same names, lie in folders of their own."""
     found: dict[str, list[Path]] = {}
-    for volume, paths in find_nifti(folder).items():
+    for volume, paths in volume_files(folder, NIFTI_SUFFIXES).items():
         scans = [path for path in paths if MASK_FOLDERS.isdisjoint(path.relative_to(folder).parts)]
         if scans and volume.startswith(f"{split}_"):
             found[volume] = scans
@@ -195,17 +205,14 @@ def _labels(root: Path, split: str) -> dict[str, dict[str, int]]:
     }
 
 
-def _label_maps(root: Path, split: str, stated: Path | None) -> dict[str, list[Path]]:
+def _label_maps(root: Path, split: str, stated: Path | None) -> Path | None:
     folder = stated or root / "dataset" / "ts_seg" / "ts_total" / f"{split}_fixed"
-    if not folder.is_dir():
-        if stated is not None:
-            raise FileNotFoundError(f"totalsegmentator must be a folder, got '{stated}', which is none.")
-        logger.warning("Shards will hold no TotalSegmentator ids: there is no '%s'.", folder)
-        return {}
-    maps = find_nifti(folder)
-    if not maps:
-        raise FileNotFoundError(f"totalsegmentator must hold NIfTI label maps, got none in '{folder}'.")
-    return maps
+    if folder.is_dir():
+        return folder
+    if stated is not None:
+        raise FileNotFoundError(f"totalsegmentator must be a folder, got '{stated}', which is none.")
+    logger.warning("Shards will hold no TotalSegmentator ids: there is no '%s'.", folder)
+    return None
 
 
 def _table(root: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""How a mask in NIfTI lies on its CT: voxel on voxel, over the same space on another grid, or elsewhere.
+"""How a mask lies on its CT: voxel on voxel, over the same space on another grid, or elsewhere.
 
 Shapes: Z H W canonical slices, rows, columns of the CT; three axes of the mask as stored.
 """
@@ -8,8 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import StoredGrid, canonical_indices, canonical_shape, perpendicular_axes
-from common.ct.nifti import SPACING_TOLERANCE
+from common.ct.geometry import (
+    SPACING_TOLERANCE,
+    StoredGrid,
+    canonical_indices,
+    canonical_shape,
+    perpendicular_axes,
+    shown_mm,
+)
 from common.ct.rejection import RejectedError
 from common.shards.volume import MASK_SIZE_PX
 
@@ -102,7 +108,8 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
         Where the CT's voxels lie in the mask.
 
     Raises:
-        RejectedError: if the mask does not cover the CT, or has its voxels but another number of them.
+        RejectedError: if the mask does not cover the CT, has its voxels but another number of them, or their
+            number but lies on others: then its geometry was lost.
     """
     i, j, k = mask_shape
     ct_shape = canonical_shape(ct)
@@ -125,6 +132,13 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
     missed = np.maximum(-HALF_VOXEL - edges, edges - (np.array(mask.shape) - HALF_VOXEL)).max(axis=0)
     if (missed > np.abs(to_mask[:3, :3]).max(axis=1).clip(min=1)).any():
         raise RejectedError("mask", f"'{name}' must cover the CT, {_extent(ct)}, got {_extent(mask)}")
+    if _shape_seen(mask.shape, exact) == ct_shape:
+        of_ct, of_mask = (shown_mm(np.linalg.norm(grid.affine[:3, :3], axis=0)) for grid in (ct, mask))
+        raise RejectedError(
+            "mask",
+            f"'{name}' must lie on the CT's voxels as it has its shape {ct_shape}, got others: spacing "
+            f"{of_ct} mm in the CT, {of_mask} mm in the mask. Save the mask with the geometry of its CT.",
+        )
     return Alignment(ct_shape, mask.shape, to_mask, is_same_grid=False)
 
 
@@ -144,9 +158,14 @@ def _without_origin(name: str, mask: StoredGrid, ct: StoredGrid) -> Alignment:
 def _check_shape(
     name: str, mask_shape: tuple[int, ...], exact: np.ndarray, ct_shape: tuple[int, ...]
 ) -> None:
-    shape = tuple(mask_shape[axis] for axis in np.abs(exact[:3, :3]).argmax(axis=0))
+    shape = _shape_seen(mask_shape, exact)
     if shape != tuple(ct_shape):
         raise RejectedError("mask", f"'{name}' must have the CT's shape {tuple(ct_shape)}, got {shape}")
+
+
+def _shape_seen(mask_shape: tuple[int, ...], exact: np.ndarray) -> tuple[int, ...]:
+    """Return the shape of a mask along the slices, rows and columns of its CT."""
+    return tuple(mask_shape[axis] for axis in np.abs(exact[:3, :3]).argmax(axis=0))
 
 
 def _permutation(

@@ -1,50 +1,39 @@
-"""Any folder of NIfTI chest CTs in HU, with TotalSegmentator label maps where there are some."""
+"""Any folder of chest CTs in HU, one file each, with TotalSegmentator label maps where there are some."""
 
 from pathlib import Path
 
-from common.ct.nifti_file import find_nifti, only_file
-from common.ct.rejection import RejectedError, RejectedVolume
-from data_prep.source_volume import SourceVolume
+from common.ct.files import find_cts
+from common.ct.rejection import RejectedVolume
+from data_prep.source_volume import SourceVolume, with_masks
 
 
 def find_volumes(
     folder: Path, split: str, masks: Path | None = None
 ) -> tuple[list[SourceVolume], list[RejectedVolume]]:
-    """List the volumes of a folder and its sub-folders.
+    """List the volumes of a folder and its sub-folders; DICOM is left to ``dicom``.
 
     Args:
-        folder: of ``.nii.gz`` or ``.nii`` files in HU with right headers.
+        folder: of volumes in HU with right headers, a file each, see :func:`common.ct.files.find_cts`; or one
+            file, or zip.
         split: to write them as.
-        masks: folder of TotalSegmentator label maps with the volumes' file names.
+        masks: folder of TotalSegmentator label maps with the volumes' names, which may lie in ``folder``.
 
     Returns:
-        The volumes, and those whose name two files share.
+        The volumes, and what was left out.
 
     Raises:
-        FileNotFoundError: if the folder has no volume, or ``masks`` none of theirs.
+        FileNotFoundError: if the folder is not there or has no volume, or ``masks`` none of theirs.
     """
-    found = find_nifti(folder) if folder.is_dir() else {}
-    if masks is not None and masks.resolve().is_relative_to(folder.resolve()):
-        inside = masks.resolve()
-        found = {
-            volume: [path for path in paths if not path.resolve().is_relative_to(inside)]
-            for volume, paths in found.items()
-        }
-    found = {volume: paths for volume, paths in found.items() if paths}
-    if not found:
-        raise FileNotFoundError(f"folder must hold .nii.gz or .nii volumes, got none in '{folder}'.")
-    label_maps = find_nifti(masks) if masks is not None and masks.is_dir() else {}
-    if masks is not None and not label_maps.keys() & found.keys():
-        raise FileNotFoundError(f"masks must hold label maps named like the volumes, got none in '{masks}'.")
-    sources, rejected = [], []
-    for volume, files in found.items():
-        try:
-            ct = only_file(files, "a volume")
-            ts = only_file(label_maps[volume], "a label map") if volume in label_maps else None
-        except RejectedError as error:
-            rejected.append(error.of(volume))
-        else:
-            sources.append(
-                SourceVolume(volume, split, ct, "v2", ts=ts, source=ct.relative_to(folder).as_posix())
-            )
-    return sources, rejected
+    if not folder.exists():
+        raise FileNotFoundError(f"folder must be a folder of volumes, got '{folder}', which does not exist.")
+    cts, rejected = find_cts(folder, look=None, leave_out=masks)
+    if not cts and not rejected:
+        raise FileNotFoundError(
+            f"folder must hold volumes in NIfTI, MetaImage, NRRD or npz, got none in '{folder}'. "
+            "DICOM is read by the command dicom."
+        )
+    sources = [SourceVolume.of(ct, split, folder) for ct in cts]
+    if masks is None:
+        return sources, rejected
+    joined, without = with_masks(sources, masks, "masks")
+    return joined, rejected + without

@@ -151,7 +151,7 @@ def fingerprint(source: SourceVolume) -> str:
         "volume": source.volume,
         "split": source.split,
         "source": source.source,
-        "ct": [_file_state(path) for path in (source.ct if isinstance(source.ct, tuple) else (source.ct,))],
+        "ct": [_file_state(path) for path in source.ct.on_disk],
         "form": source.form,
         "rescale": source.rescale,
         "ts": source.ts and _file_state(source.ts),

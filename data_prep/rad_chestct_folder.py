@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 
 from common.cohort.csv_table import table_rows
+from common.ct.files import ct_file
+from common.ct.names import volume_name
 from common.ct.nifti import Rescale
-from common.ct.nifti_file import find_nifti, only_file
 from common.ct.rejection import RejectedError, RejectedVolume
+from common.ct.walk import only_file, volume_files
 from data_prep.rad_chestct import read_labels
-from data_prep.source_volume import SourceVolume
+from data_prep.source_volume import SourceVolume, with_masks
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def find_rad_chestct(
     Args:
         root: the downloaded dataset: npz files and tables, in any sub-folders.
         split: ``train``, ``valid`` or ``test``: files that begin with ``trn``, ``val`` or ``tst``.
-        totalsegmentator: folder of label maps in NIfTI, named like the volumes, their affine that of
+        totalsegmentator: folder of label maps, named like the volumes, their affine that of
             ``common.ct.npz.npz_affine``.
 
     Returns:
@@ -41,19 +43,16 @@ def find_rad_chestct(
     """
     if split not in PREFIX:
         raise ValueError(f"split must be one of {sorted(PREFIX)}, got '{split}'.")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(root.rglob(f"{PREFIX[split]}*.npz")):
-        found.setdefault(path.stem, []).append(path)
+    found = npz_files(root, PREFIX[split])
     if not found:
         raise FileNotFoundError(f"root must hold volumes {PREFIX[split]}*.npz, got none in '{root}'.")
     labels = _labels(root, split)
     spacings = _spacings(root)
-    label_maps = _label_maps(found, totalsegmentator)
-    sources, rejected = [], []
+    sources: list[SourceVolume] = []
+    rejected: list[RejectedVolume] = []
     for volume, files in found.items():
         try:
-            ct = only_file(files, "a volume")
-            ts = only_file(label_maps[volume], "a label map") if volume in label_maps else None
+            ct = only_file(files, "volumes")
             rescale = _stated_spacing(spacings.get(volume, ""))
         except RejectedError as error:
             rejected.append(error.of(volume))
@@ -61,17 +60,30 @@ def find_rad_chestct(
         relative = ct.relative_to(root).as_posix()
         sources.append(
             SourceVolume(
-                *(volume, split, ct, "rad_chestct"),
+                *(volume, split, ct_file(ct)),
                 rescale=rescale,
-                ts=ts,
                 labels=labels.get(volume),
                 source=relative,
             )
         )
+    if totalsegmentator is not None and sources:
+        sources, without = with_masks(sources, totalsegmentator, "totalsegmentator")
+        rejected += without
     unlabelled = sum(source.labels is None for source in sources)
     if labels and unlabelled:
         logger.warning("%d of %d volumes have no row in the label table.", unlabelled, len(sources))
     return sources, rejected
+
+
+def npz_files(root: Path, prefix: str) -> dict[str, list[Path]]:
+    """List the npz files below a folder by volume.
+
+    Args:
+        root: folder.
+        prefix: how the names of the volumes start.
+    """
+    found = volume_files(root, [".npz"]).items()
+    return {volume: paths for volume, paths in found if volume.lower().startswith(prefix)}
 
 
 def read_all_labels(root: Path) -> dict[str, dict[str, int]]:
@@ -111,7 +123,7 @@ def _spacings(root: Path) -> dict[str, str]:
     if table is None:
         return {}
     rows = table_rows(table, "metadata", ("VolumeAcc_DEID", "final_spacing"))
-    return {row["VolumeAcc_DEID"].strip().removesuffix(".npz"): row["final_spacing"] for row in rows}
+    return {volume_name(row["VolumeAcc_DEID"]): row["final_spacing"] for row in rows}
 
 
 def _stated_spacing(text: str) -> Rescale | None:
@@ -126,17 +138,6 @@ def _stated_spacing(text: str) -> Rescale | None:
     if len(spacing_mm) != 1 or not math.isfinite(mm := spacing_mm.pop()):
         raise RejectedError("spacing", f"final_spacing must be the edge of cubes in mm, got '{text}'")
     return Rescale(slope=1, intercept=0, spacing_mm=(mm, mm, mm))
-
-
-def _label_maps(volumes: dict[str, list[Path]], folder: Path | None) -> dict[str, list[Path]]:
-    if folder is None:
-        return {}
-    maps = find_nifti(folder) if folder.is_dir() else {}
-    if not maps.keys() & volumes.keys():
-        raise FileNotFoundError(
-            f"totalsegmentator must hold NIfTI label maps named like the volumes, got none in '{folder}'."
-        )
-    return maps
 
 
 def _table(root: Path, name: str) -> Path | None:

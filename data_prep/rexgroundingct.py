@@ -5,16 +5,18 @@ Shapes: F findings of a scan, X Y Z voxel axes of a mask as stored, Z H W slices
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import StoredGrid
-from common.ct.nifti import SPACING_TOLERANCE
-from common.ct.nifti_file import NiftiFile, NiftiHeader, open_nifti, volume_of
+from common.ct.geometry import SPACING_TOLERANCE, StoredGrid
+from common.ct.names import volume_name
+from common.ct.nifti_file import VolumeFile, VolumeHeader
 from common.ct.rejection import RejectedError
+from common.ct.volume_file import open_volume
+from common.ct.walk import only_file, volume_files
 from common.shards.volume import MASK_SIZE_PX, REX_CODES
 from data_prep.mask_alignment import Alignment, align
 
@@ -57,14 +59,14 @@ def read_annotations(dataset_json: Path, masks_dir: Path) -> dict[str, Annotatio
         raise FileNotFoundError(f"rexgroundingct_masks must be a folder, got '{masks_dir}', which is none.")
     annotations: dict[str, Annotation] = {}
     listed: set[str] = set()
+    masks = volume_files(masks_dir)
     for name, codes in _items(dataset_json):
-        volume = volume_of(Path(name))
+        volume = volume_name(name)
         if volume in listed:
             raise ValueError(f"a scan must come once in '{dataset_json}', got '{volume}' twice.")
         listed.add(volume)
-        path = masks_dir / name
-        if path.is_file():
-            annotations[volume] = Annotation(path, codes)
+        if volume in masks:
+            annotations[volume] = Annotation(only_file(masks[volume], "masks"), codes)
     if not annotations:
         raise FileNotFoundError(
             f"rexgroundingct_masks must hold masks of scans in '{dataset_json}', got none in '{masks_dir}'."
@@ -119,10 +121,10 @@ def read_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
     Raises:
         RejectedError: if the file is damaged, or its channels, shape or space do not fit.
     """
-    with open_nifti(annotation.path) as file:
+    with open_volume(annotation.path) as file:
         alignment = _alignment(file, annotation, ct)
         reduce = _pool if alignment.is_same_grid else _resample
-        return reduce(_bit_planes(file, annotation.codes), alignment)
+        return reduce(_bit_planes(file, annotation), alignment)
 
 
 def read_full_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
@@ -138,15 +140,15 @@ def read_full_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
     Raises:
         RejectedError: as ``read_findings``, and if the masks are on another grid than the CT.
     """
-    with open_nifti(annotation.path) as file:
+    with open_volume(annotation.path) as file:
         alignment = _alignment(file, annotation, ct)
         whole = np.zeros(alignment.mask_shape, np.uint16, order="F")
-        for k, bits in _bit_planes(file, annotation.codes):
+        for k, bits in _bit_planes(file, annotation):
             whole[..., k] = bits
     return alignment.on_ct_grid(annotation.path.name, whole)
 
 
-def _alignment(file: NiftiFile, annotation: Annotation, ct: StoredGrid) -> Alignment:
+def _alignment(file: VolumeFile, annotation: Annotation, ct: StoredGrid) -> Alignment:
     name, shape = annotation.path.name, file.header.shape
     channels = (1, *shape) if len(shape) == 3 else shape
     if len(channels) != 4 or channels[0] != len(annotation.codes):
@@ -157,16 +159,17 @@ def _alignment(file: NiftiFile, annotation: Annotation, ct: StoredGrid) -> Align
     return align(name, channels[1:], _mask_affine(file.header, channels[1:], ct), ct)
 
 
-def _mask_affine(header: NiftiHeader, shape: tuple[int, ...], ct: StoredGrid) -> np.ndarray:
+def _mask_affine(header: VolumeHeader, shape: tuple[int, ...], ct: StoredGrid) -> np.ndarray:
     own, of_ct = (np.sort(np.linalg.norm(affine[:3, :3], axis=0)) for affine in (header.affine, ct.affine))
     is_placed = header.affine[:3, 3].any() or not ct.affine[:3, 3].any()
     speaks = (np.allclose(own, of_ct, rtol=SPACING_TOLERANCE) and is_placed) or shape != ct.shape
     return header.affine if speaks and not header.is_blank else ct.affine
 
 
-def _bit_planes(file: NiftiFile, codes: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the planes of the last axis that have a finding: index and uint16 ``(X, Y)``, a bit a code."""
-    for first, planes in file.planes():
+def _bit_planes(file: VolumeFile, annotation: Annotation) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the planes of the last axis that have a finding: index and uint16 ``(X, Y)``, a bit per code."""
+    codes = annotation.codes
+    for first, planes in file.labels(annotation.path.name):
         findings = planes.reshape((len(codes), *planes.shape[-3:]), order="F")
         for n in np.flatnonzero(findings.any(axis=(0, 1, 2))):
             bits = np.zeros(findings.shape[1:3], np.uint16)

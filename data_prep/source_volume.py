@@ -1,20 +1,21 @@
 """One CT volume and its masks on disk, and how they become what a shard holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.ct import nifti as nifti_ct
-from common.ct import npz as npz_ct
+from common.ct import files
+from common.ct.files import CTFile
 from common.ct.geometry import StoredCT, StoredGrid, canonical_shape
+from common.ct.names import VOLUME_NAME, unique_names, volume_name
 from common.ct.nifti import AIR_HU, Rescale
-from common.ct.rejection import RejectedError
-from common.shards.volume import VOLUME_NAME, VolumeSlices
+from common.ct.rejection import RejectedError, RejectedVolume
+from common.ct.walk import only_file, volume_files
+from common.shards.volume import VolumeSlices
 from data_prep.rexgroundingct import Annotation, read_findings
 from data_prep.totalsegmentator import read_label_map
 
 NIFTI_FORMS = ("auto", "v1", "v2")
-
-FORMS = (*NIFTI_FORMS, "rad_chestct", "dicom")
 
 
 class SourceVolume(NamedTuple):
@@ -23,10 +24,9 @@ class SourceVolume(NamedTuple):
     Args:
         volume: name.
         split: such as ``train``.
-        ct: its file; of a DICOM series the files of its slices.
-        form: one of ``FORMS``. NIfTI: ``v2`` is in HU with a header that says so; ``v1`` is raw with a blank
-            header, and ``rescale`` says the rest; ``auto`` is v1 iff the header is blank. ``rad_chestct`` is
-            npz, ``dicom`` a series.
+        ct: its files.
+        form: of NIfTI, one of ``NIFTI_FORMS``: ``v2`` is in HU with a header that says so; ``v1`` is raw with
+            a blank header, and ``rescale`` says the rest; ``auto`` is v1 iff the header is blank.
         rescale: what a table says of it; needed for v1. Of RAD-ChestCT the spacing alone counts.
         ts: TotalSegmentator label map, or None.
         rex: ReXGroundingCT annotation, or None.
@@ -36,19 +36,25 @@ class SourceVolume(NamedTuple):
 
     volume: str
     split: str
-    ct: Path | tuple[Path, ...]
-    form: str
+    ct: CTFile
+    form: str = "v2"
     rescale: Rescale | None = None
     ts: Path | None = None
     rex: Annotation | None = None
     labels: dict[str, int] | None = None
     source: str = ""
 
+    @classmethod
+    def of(cls, ct: CTFile, split: str, folder: Path) -> "SourceVolume":
+        """Return a volume in HU that was found below a folder, or is that file itself."""
+        folder = folder.absolute()
+        below = folder.parent if folder.is_file() else folder
+        return cls(ct.volume, split, ct, source=ct.path.relative_to(below).as_posix())
+
     def absolute(self) -> "SourceVolume":
         """Return the same with absolute paths, for a worker that stands in another folder."""
-        ct = self.ct.absolute() if isinstance(self.ct, Path) else tuple(path.absolute() for path in self.ct)
         rex = self.rex and self.rex._replace(path=self.rex.path.absolute())
-        return self._replace(ct=ct, ts=self.ts and self.ts.absolute(), rex=rex)
+        return self._replace(ct=self.ct.absolute(), ts=self.ts and self.ts.absolute(), rex=rex)
 
 
 def planned_slices(source: SourceVolume) -> int:
@@ -64,9 +70,7 @@ def planned_slices(source: SourceVolume) -> int:
         RejectedError: for everything that can be known without the voxels.
     """
     if not VOLUME_NAME.fullmatch(source.volume):
-        raise RejectedError(
-            "name", f"volume must match {VOLUME_NAME.pattern}, got '{source.volume}'. Rename its file."
-        )
+        raise RejectedError("name", f"volume must match {VOLUME_NAME.pattern}, got '{source.volume}'.")
     return canonical_shape(read_grid(source))[0]
 
 
@@ -106,26 +110,50 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
 
 def read_grid(source: SourceVolume) -> StoredGrid:
     """Read the voxel grid of a volume's CT, whatever its format, from headers alone."""
-    if isinstance(source.ct, tuple):
-        from common.ct import dicom as dicom_ct
-
-        return dicom_ct.read_grid(source.ct)
-    if source.form == "rad_chestct":
-        return npz_ct.read_grid(source.ct, *_edge_mm(source))
-    return nifti_ct.read_grid(source.ct, source.form, source.rescale)
+    return files.read_grid(source.ct, source.form, source.rescale)
 
 
 def read_ct(source: SourceVolume) -> StoredCT:
     """Read a volume's CT, whatever its format."""
-    if isinstance(source.ct, tuple):
-        from common.ct import dicom as dicom_ct
-
-        return dicom_ct.read_ct(source.ct)
-    if source.form == "rad_chestct":
-        return npz_ct.read_ct(source.ct, *_edge_mm(source))
-    return nifti_ct.read_ct(source.ct, source.form, source.rescale)
+    return files.read_ct(source.ct, source.form, source.rescale)
 
 
-def _edge_mm(source: SourceVolume) -> tuple[float, ...]:
-    """Return the edge of a voxel where a table states it; nothing leaves it to the dataset's."""
-    return () if source.rescale is None else source.rescale.spacing_mm[:1]
+def with_masks(
+    sources: Sequence[SourceVolume], masks: Path, knob: str
+) -> tuple[list[SourceVolume], list[RejectedVolume]]:
+    """Give each volume the label map at its own place below another folder, or else that of its name.
+
+    Args:
+        sources: volumes.
+        masks: folder of label maps.
+        knob: what the folder is called in errors.
+
+    Returns:
+        The volumes, and those that have several label maps.
+
+    Raises:
+        FileNotFoundError: if no volume has one.
+    """
+    paths = [path for some in volume_files(masks).values() for path in some]
+    names = unique_names([path.relative_to(masks) for path in paths])
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        below = path.relative_to(masks)
+        for key in {_place(below), volume_name(below.name), names[below]}:
+            found.setdefault(key, []).append(path)
+    joined, rejected = [], []
+    for source in sources:
+        maps = found.get(_place(Path(source.source))) or found.get(source.volume, [])
+        try:
+            joined.append(source._replace(ts=only_file(maps, "label maps") if maps else None))
+        except RejectedError as error:
+            rejected.append(error.of(source.volume))
+    if not rejected and all(source.ts is None for source in joined):
+        raise FileNotFoundError(
+            f"{knob} must hold label maps named like the volumes, got none of theirs in '{masks}'."
+        )
+    return joined, rejected
+
+
+def _place(path: Path) -> str:
+    return (path.parent / volume_name(path.name)).as_posix()

@@ -17,13 +17,13 @@ import numpy as np
 
 from common.ct.geometry import StoredCT, StoredGrid
 from common.ct.nifti import AIR_HU
-from common.ct.nifti_file import find_nifti, read_header
 from common.ct.orientation import axial_slices
 from common.ct.rejection import RejectedError, RejectedVolume
+from common.ct.volume_file import read_header
 from common.run.atomic_file import atomic_file
 from common.shards.volume import NUM_TS_CLASSES
 from data_prep.nifti import find_volumes
-from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct
+from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct, npz_files
 from data_prep.source_volume import SourceVolume, planned_slices, read_ct, read_grid
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 def find_cts(folder: Path) -> tuple[list[SourceVolume], list[RejectedVolume]]:
-    """List the CTs of a folder and its sub-folders: NIfTI volumes in HU and npz volumes of RAD-ChestCT.
+    """List the CTs of a folder and its sub-folders that are a file each: in HU, or of RAD-ChestCT.
 
     Args:
         folder: to search.
@@ -59,17 +59,14 @@ def find_cts(folder: Path) -> tuple[list[SourceVolume], list[RejectedVolume]]:
     Raises:
         FileNotFoundError: if there is none.
     """
-    sources: list[SourceVolume] = []
-    rejected: list[RejectedVolume] = []
-    has_nifti = folder.is_dir() and bool(find_nifti(folder))
-    splits = [split for split, prefix in PREFIX.items() if next(folder.rglob(f"{prefix}*.npz"), None)]
-    if not has_nifti and not splits:
-        raise FileNotFoundError(f"folder must hold NIfTI or RAD-ChestCT volumes, got none in '{folder}'.")
-    found = [find_volumes(folder, "")] if has_nifti else []
-    found += [find_rad_chestct(folder, split) for split in splits]
-    for some, failed in found:
-        sources += some
-        rejected += failed
+    found, rejected = find_volumes(folder, "")
+    splits = {split: npz_files(folder, prefix) for split, prefix in PREFIX.items()}
+    of_rad = {path.absolute() for npz in splits.values() for paths in npz.values() for path in paths}
+    sources = [source for source in found if source.ct.path not in of_rad]
+    for split in (split for split, npz in splits.items() if npz):
+        of_split, failed = find_rad_chestct(folder, split)  # knows the spacing from a table
+        sources += of_split
+        rejected = [item for item in rejected if item not in failed] + failed
     return sorted(sources, key=lambda source: source.volume), rejected
 
 

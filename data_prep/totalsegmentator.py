@@ -3,13 +3,15 @@
 Shapes: Z slices, H rows, W columns of the CT.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from common.ct.geometry import StoredGrid
-from common.ct.nifti_file import NiftiFile, open_nifti
+from common.ct.nifti_file import VolumeFile, VolumeHeader
 from common.ct.rejection import RejectedError
+from common.ct.volume_file import open_volume
 from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES
 from data_prep.mask_alignment import Alignment, align, cell_voxels
 
@@ -21,7 +23,7 @@ def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
     over the same space; ids are never interpolated.
 
     Args:
-        path: NIfTI file of ids 0 to 117.
+        path: file of ids 0 to 117, see ``open_volume``.
         ct: grid of the CT.
 
     Returns:
@@ -31,13 +33,8 @@ def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
         RejectedError: if the file is damaged, its header blank, its space not that of the CT, or an id
             unknown.
     """
-    with open_nifti(path) as file:
-        header = file.header
-        if header.is_blank:
-            raise RejectedError("mask", f"'{path.name}' must state its orientation, got a blank header")
-        if len(header.shape) != 3:
-            raise RejectedError("mask", f"'{path.name}' must have 3 axes, got shape {header.shape}")
-        alignment = align(path.name, header.shape, header.affine, ct)
+    with open_volume(path) as file:
+        alignment = _alignment(path.name, file.header, ct)
         sample = _sample if alignment.is_same_grid else _resample
         return sample(path.name, file, alignment)
 
@@ -46,7 +43,7 @@ def read_full_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
     """Read a label map of task ``total`` on the voxels of its CT, none left out.
 
     Args:
-        path: NIfTI file of ids 0 to 117.
+        path: file of ids 0 to 117, see ``open_volume``.
         ct: grid of the CT.
 
     Returns:
@@ -55,54 +52,54 @@ def read_full_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
     Raises:
         RejectedError: as ``read_label_map``, and if the map is on another grid than the CT.
     """
-    with open_nifti(path) as file:
-        header = file.header
-        if header.is_blank:
-            raise RejectedError("mask", f"'{path.name}' must state its orientation, got a blank header")
-        if len(header.shape) != 3:
-            raise RejectedError("mask", f"'{path.name}' must have 3 axes, got shape {header.shape}")
-        alignment = align(path.name, header.shape, header.affine, ct)
+    with open_volume(path) as file:
+        alignment = _alignment(path.name, file.header, ct)
         whole = np.empty(alignment.mask_shape, np.uint8, order="F")
-        for first, planes in file.planes():
-            whole[..., first : first + planes.shape[-1]] = _ids(path.name, planes, file)
+        for first, ids in _ids(path.name, file):
+            whole[..., first : first + ids.shape[-1]] = ids
     return alignment.on_ct_grid(path.name, whole)
 
 
-def _sample(name: str, file: NiftiFile, alignment: Alignment) -> np.ndarray:
+def _alignment(name: str, header: VolumeHeader, ct: StoredGrid) -> Alignment:
+    if header.is_blank:
+        raise RejectedError("mask", f"'{name}' must state its orientation, got a blank header")
+    if header.contradiction:
+        raise RejectedError("mask", f"'{name}' must state one geometry, got {header.contradiction}")
+    if len(header.shape) != 3:
+        raise RejectedError("mask", f"'{name}' must have 3 axes, got shape {header.shape}")
+    return align(name, header.shape, header.affine, ct)
+
+
+def _sample(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
     """Take the voxels at the centres of cells as they come by."""
     taken = [alignment.index_along(0), alignment.index_along(1), alignment.index_along(2)]
     taken[1:] = (indices[cell_voxels(len(indices))] for indices in taken[1:])
     axes = alignment.axis_of
     i, j, k = (taken[axes.index(axis)] for axis in range(3))
     sampled = np.empty((len(i), len(j), len(k)), np.uint8)
-    for first, planes in file.planes():
-        ids = _ids(name, planes, file)
-        here = np.flatnonzero((k >= first) & (k < first + planes.shape[-1]))
+    for first, ids in _ids(name, file):
+        here = np.flatnonzero((k >= first) & (k < first + ids.shape[-1]))
         sampled[..., here] = ids[np.ix_(i, j, k[here] - first)]
     return np.ascontiguousarray(sampled.transpose(axes))
 
 
-def _resample(name: str, file: NiftiFile, alignment: Alignment) -> np.ndarray:
+def _resample(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
     """Take the voxels nearest to the centres of cells, from the whole map: a cell's may lie in any plane."""
     whole = np.empty(alignment.mask_shape, np.uint8, order="F")
-    for first, planes in file.planes():
-        whole[..., first : first + planes.shape[-1]] = _ids(name, planes, file)
+    for first, ids in _ids(name, file):
+        whole[..., first : first + ids.shape[-1]] = ids
     sampled = np.empty((alignment.ct_shape[0], MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
     for z in range(len(sampled)):
         sampled[z] = whole[alignment.nearest(z)]
     return sampled
 
 
-def _ids(name: str, planes: np.ndarray, file: NiftiFile) -> np.ndarray:
-    """Apply the header's rescale, and check that what comes of it are ids."""
-    header = file.header
-    if (header.slope, header.intercept) != (1, 0):
-        planes = planes * header.slope + header.intercept
-    low, high = float(planes.min()), float(planes.max())
-    if not (low >= 0 and high < NUM_TS_CLASSES):
-        raise RejectedError(
-            "mask", f"ids of '{name}' must lie in 0..{NUM_TS_CLASSES - 1}, got {low:g} to {high:g}"
-        )
-    if planes.dtype.kind == "f" and (planes % 1).any():
-        raise RejectedError("mask", f"ids of '{name}' must be whole numbers, got fractions")
-    return planes
+def _ids(name: str, file: VolumeFile) -> Iterator[tuple[int, np.ndarray]]:
+    """Read planes, and check that they are ids."""
+    for first, ids in file.labels(name):
+        low, high = float(ids.min()), float(ids.max())
+        if not (low >= 0 and high < NUM_TS_CLASSES):
+            raise RejectedError(
+                "mask", f"ids of '{name}' must lie in 0..{NUM_TS_CLASSES - 1}, got {low:g} to {high:g}"
+            )
+        yield first, ids

@@ -9,13 +9,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common.ct import nifti as nifti_ct
-from common.ct import npz as npz_ct
-from common.ct.geometry import StoredCT
+from common.ct.files import ct_file, read_ct
+from common.ct.names import VOLUME_SUFFIXES, suffix_of
+from common.ct.nifti import Rescale
+from common.ct.npz import SPACING_MM
+from common.ct.walk import only_file, volume_files
 from common.run.atomic_file import atomic_file
 
 TURNS = ("right", "transposed", "flipped", "sagittal")
-SUFFIXES = (".npz", ".nii.gz", ".nii")
 
 Spacing = tuple[float, float, float]
 
@@ -61,7 +62,7 @@ def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
     """List the volumes under a folder.
 
     Args:
-        root: folder of NIfTI or RAD-ChestCT's npz files, searched with its sub-folders.
+        root: folder of volumes, a file each, searched with its sub-folders.
         prefix: how their names start; "" for all.
 
     Returns:
@@ -71,25 +72,21 @@ def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
         FileNotFoundError: if there is none.
         ValueError: if a volume is there twice.
     """
-    found: dict[str, Path] = {}
-    for path in sorted(root.rglob(f"{prefix}*")):
-        suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-        if suffix is None:
-            continue
-        volume = path.name.removesuffix(suffix)
-        if volume in found:
-            raise ValueError(f"a volume must be there once, got '{found[volume]}' and '{path}'.")
-        found[volume] = path
+    found = {
+        volume: only_file(paths, "volumes")
+        for volume, paths in volume_files(root, VOLUME_SUFFIXES).items()
+        if volume.startswith(prefix)
+    }
     if not found:
-        raise FileNotFoundError(f"root must hold volumes {prefix}* in {SUFFIXES}, got none in '{root}'.")
+        raise FileNotFoundError(f"root must hold volumes {prefix}*, got none in '{root}'.")
     return found
 
 
-def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = npz_ct.SPACING_MM) -> None:
+def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = SPACING_MM) -> None:
     """Write a volume as NIfTI whose header claims that it is the right way; it appears when it is whole.
 
     Args:
-        path: NIfTI in HU, or npz of RAD-ChestCT.
+        path: of a volume in HU.
         turn: one of ``TURNS``.
         out: ``.nii.gz`` to write.
         spacing_mm: edge of an npz file's voxels.
@@ -98,7 +95,8 @@ def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = npz_ct.SP
         RejectedError: if the file is no CT.
         ValueError: if there is no such turn.
     """
-    ct: StoredCT = npz_ct.read_ct(path, spacing_mm) if path.suffix == ".npz" else nifti_ct.read_ct(path)
+    is_npz = suffix_of(path.name) == ".npz"
+    ct = read_ct(ct_file(path), rescale=Rescale(1, 0, 3 * (spacing_mm,)) if is_npz else None)
     hu, (x, y, z) = turned_slices(ct.hu, ct.spacing_mm, turn)
     image = nib.Nifti1Image(np.ascontiguousarray(hu.transpose(2, 1, 0)), np.diag([-x, -y, z, 1.0]))
     out.parent.mkdir(parents=True, exist_ok=True)

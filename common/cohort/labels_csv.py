@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from common.cohort.csv_table import table_rows
+from common.ct.names import unique_names
 
 
 def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a label table in the order of its rows.
 
     Args:
-        labels_csv: CSV with a column ``VolumeName`` (with or without ``.nii.gz``) and one column a class.
+        labels_csv: CSV with a column ``VolumeName`` (name or path, with or without suffix) and one per class.
         class_names: columns to read, in this order; further columns are left alone.
 
     Returns:
-        Volume name without suffix to its labels: float32 ``(C,)`` of 0 and 1.
+        Volume to its labels: float32 ``(C,)`` of 0 and 1.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -25,27 +26,17 @@ def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str,
     """
     path = Path(labels_csv)
     labels: dict[str, np.ndarray] = {}
-    for row in table_rows(path, "labels_csv", ("VolumeName", *class_names)):
-        volume = volume_name(row["VolumeName"])
+    rows = list(table_rows(path, "labels_csv", ("VolumeName", *class_names)))
+    places = [Path(row["VolumeName"].strip().replace("\\", "/")) for row in rows]
+    names = unique_names(places)
+    for place, row in zip(places, rows, strict=True):
+        volume = names[place]
         if volume in labels:
             raise ValueError(
-                f"labels_csv must have one row a volume, got two for volume '{volume}' in '{path}'."
+                f"labels_csv must have one row per volume, got two for volume '{volume}' in '{path}'."
             )
         labels[volume] = np.array([_binary(row, name, path) for name in class_names], dtype=np.float32)
     return labels
-
-
-def volume_name(name: str) -> str:
-    """Return the name of a volume without the suffix of its file.
-
-    Args:
-        name: as labels CSVs and folders write it.
-
-    Example:
-        >>> volume_name("train_1_a_1.nii.gz"), volume_name("train_1_a_1")
-        ('train_1_a_1', 'train_1_a_1')
-    """
-    return name.strip().removesuffix(".nii.gz")
 
 
 def _binary(row: dict[str, str], name: str, path: Path) -> float:

@@ -4,6 +4,8 @@ Shapes: X Y Z voxel axes as stored; Z H W canonical axes (slices, rows, columns)
 """
 
 import math
+from collections.abc import Iterable
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,12 @@ STORED_HU_RANGE = (-1024, 3071)
 
 SHEAR_TOLERANCE_DEG = 0.5
 """How far axes may be from perpendicular. Our choice: headers round by less, gantries tilt by degrees."""
+
+SPACING_TOLERANCE = 0.05
+"""How far two statements of a spacing may differ. Our choice: headers round, another scan differs by more."""
+
+MAX_HU = 31_743
+"""Highest value of a scanner: 16 bits with a sign, less the 1,024 HU that air is below water."""
 
 SPACING_RANGE_MM = (0.1, 20.0)
 """Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
@@ -74,9 +82,12 @@ def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray
     Returns:
         The lowest HU before the clip. It is not finite if a value is not: then ``out`` means nothing.
 
+    Raises:
+        RejectedError: if a value is above ``MAX_HU``.
+
     Example:
         >>> out = np.empty(3, np.int16)
-        >>> store_hu(np.array([-200, 24, 32767], np.int16), 10, -1024, out), out.tolist()
+        >>> store_hu(np.array([-200, 24, 3000], np.int16), 10, -1024, out), out.tolist()
         (-3024.0, [-1024, -784, 3071])
     """
     low, high = STORED_HU_RANGE
@@ -85,14 +96,21 @@ def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray
             values = values.astype(np.int32)
             values *= int(slope)
             values += int(intercept)
+        _check_highest(float(values.max()))
         np.clip(values, low, high, out=out, casting="unsafe")
         return float(values.min())
     hu = values * np.float64(slope) + intercept
     lowest, highest = float(hu.min()), float(hu.max())
     if not np.isfinite(highest):
         return highest
+    _check_highest(highest)
     np.clip(np.rint(hu, out=hu), low, high, out=out, casting="unsafe")
     return lowest
+
+
+def _check_highest(hu: float) -> None:
+    if hu > MAX_HU:
+        raise RejectedError("not in HU", f"a CT must stay below {MAX_HU:,} HU, got {hu:g}")
 
 
 def _fits_int32(dtype: np.dtype, slope: float, intercept: float) -> bool:
@@ -204,7 +222,30 @@ def check_size(shape: tuple[int, ...]) -> None:
         raise RejectedError("size", f"a CT must have at most {MAX_VOXELS:,} voxels, got shape {shape}")
 
 
-def shown_mm(spacing_mm: tuple[float, ...]) -> str:
+def is_blank(shape: tuple[int, ...], affine: np.ndarray) -> bool:
+    """Tell whether a grid says nothing: voxels of 1 mm, straight axes, and a corner at the world's origin.
+
+    Tools write so where they know no geometry: NumPy's users the identity, ITK ``diag(-1, -1, 1)``; turning
+    such a file leaves the origin at another corner. No scanner puts the corner of a scan there.
+
+    Args:
+        shape: of the array, three axes or more.
+        affine: ``(4, 4)`` voxel to RAS+ world in mm.
+
+    Example:
+        >>> is_blank((5, 4, 3), np.diag([-1.0, -1, 1, 1])), is_blank((5, 4, 3), np.diag([-0.7, -0.7, 1, 1]))
+        (True, False)
+    """
+    steps = np.rint(affine[:3, :3])
+    if not np.allclose(affine[:3, :3], steps, rtol=0, atol=1e-4) or not np.array_equal(
+        steps @ steps.T, np.eye(3)
+    ):
+        return False
+    ends = np.array([*product(*((0, size - 1) for size in (*shape, 1, 1)[:3]))])
+    return bool((np.abs(ends @ affine[:3, :3].T + affine[:3, 3]).max(axis=1) < 1e-3).any())
+
+
+def shown_mm(spacing_mm: Iterable[float]) -> str:
     """Write a spacing for a message.
 
     Example:

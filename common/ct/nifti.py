@@ -1,4 +1,7 @@
-"""Reads a CT from NIfTI in the two forms of CT-RATE, so that nothing is rescaled twice or not at all."""
+"""Reads a CT from the file of a volume, so that nothing is rescaled twice or not at all.
+
+NIfTI comes in the two forms of CT-RATE; MetaImage and NRRD are read as the one that is in HU.
+"""
 
 import math
 from pathlib import Path
@@ -6,16 +9,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import StoredCT, StoredGrid, canonical_shape, check_spacing, shown_mm, store_hu
-from common.ct.nifti_file import NiftiHeader, open_nifti, read_header
+from common.ct.geometry import (
+    SPACING_TOLERANCE,
+    StoredCT,
+    StoredGrid,
+    canonical_shape,
+    check_spacing,
+    shown_mm,
+    store_hu,
+)
+from common.ct.nifti_file import VolumeHeader
 from common.ct.orientation import axial_slices, voxel_axes
 from common.ct.rejection import RejectedError
+from common.ct.volume_file import open_volume, read_header
 
 AIR_HU = -800
 """Every CT in HU holds air at or below this; CT-RATE's raw values start near 0 and stay above it."""
-
-SPACING_TOLERANCE = 0.05
-"""How far two statements of a spacing may differ. Our choice: headers round, another scan differs by more."""
 
 
 class Rescale(NamedTuple):
@@ -52,7 +61,7 @@ def read_grid(path: Path, form: str = "v2", rescale: Rescale | None = None) -> S
     """Read on which grid a volume is stored, from its header and the metadata.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``.
+        path: see ``open_volume``.
         form: ``v2`` is in HU with a header that says so; ``v1`` is raw with a blank header, and ``rescale``
             says the rest; ``auto`` is v1 iff the header is blank.
         rescale: what the metadata says; needed for v1.
@@ -70,7 +79,7 @@ def read_ct(path: Path, form: str = "v2", rescale: Rescale | None = None) -> Sto
     """Read a volume, a few planes at a time: neither the file nor its values are ever in memory as a whole.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``.
+        path: see ``open_volume``.
         form: see ``read_grid``.
         rescale: see ``read_grid``.
 
@@ -81,7 +90,7 @@ def read_ct(path: Path, form: str = "v2", rescale: Rescale | None = None) -> Sto
         RejectedError: as ``read_grid``, and if the file is damaged, a voxel is not finite, or raw values are
             in HU already.
     """
-    with open_nifti(path) as file:
+    with open_volume(path) as file:
         how = geometry(file.header, form, rescale)
         stored = np.empty(how.grid.shape, np.int16, order="F")
         lowest = math.inf
@@ -109,7 +118,7 @@ def _store_planes(planes: np.ndarray, how: Geometry, out: np.ndarray, first: int
     return lowest
 
 
-def geometry(header: NiftiHeader, form: str, rescale: Rescale | None) -> Geometry:
+def geometry(header: VolumeHeader, form: str, rescale: Rescale | None) -> Geometry:
     """Settle form, grid and rescale of a volume.
 
     v2: everything from the header. v1: rescale and spacing from the metadata, stored as LPS.
@@ -127,14 +136,24 @@ def geometry(header: NiftiHeader, form: str, rescale: Rescale | None) -> Geometr
     """
     if len(header.shape) != 3:
         raise RejectedError(
-            "geometry", f"volume must have 3 axes, got shape {header.shape}. Save one volume a file."
+            "geometry",
+            f"volume must have 3 axes, got shape {header.shape}. Save one volume per file.",
         )
     shape = header.shape[0], header.shape[1], header.shape[2]
     if form == "auto":
         form = "v1" if header.is_blank else "v2"
     if form == "v2":
         if header.is_blank:
-            raise RejectedError("v1 or v2", "a volume in HU must state its geometry, got a blank header")
+            raise RejectedError(
+                "v1 or v2",
+                "a volume in HU must state its geometry, got a blank header: no orientation, or voxels of "
+                "1 mm at the origin, as tools write that know none. If 1 mm is right, set the true origin.",
+            )
+        if header.contradiction:
+            raise RejectedError(
+                "geometry",
+                f"header must state one geometry, got {header.contradiction}. Correct the one that is wrong.",
+            )
         grid = StoredGrid(shape, header.affine, header.axcodes)
         how = Geometry("v2", grid, header.slope, header.intercept)
     else:
@@ -161,7 +180,7 @@ def _check_metadata(grid: StoredGrid, rescale: Rescale) -> None:
         )
 
 
-def _raw_rescale(header: NiftiHeader, rescale: Rescale | None) -> Rescale:
+def _raw_rescale(header: VolumeHeader, rescale: Rescale | None) -> Rescale:
     if not header.is_blank or (header.slope, header.intercept) != (1, 0):
         raise RejectedError(
             "v1 or v2",

@@ -1,16 +1,16 @@
-"""Finds NIfTI files and reads them from front to back: header, then voxels as they are stored.
+"""Reads NIfTI files from front to back: header, then voxels as they are stored.
 
 Shapes: X Y Z voxel axes as stored.
 """
 
 import hashlib
 import io
-import logging
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,19 +20,22 @@ from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from common.ct.geometry import SPACING_TOLERANCE, is_blank, shown_mm
+from common.ct.names import suffix_of
 from common.ct.rejection import RejectedError
 
-logger = logging.getLogger(__name__)
-
 Stream = io.BufferedIOBase | io.RawIOBase
-
-SUFFIXES = (".nii.gz", ".nii")
 
 CHUNK_BYTES = 2**20
 """Voxels that are read at once, at least a plane of them: what a core's cache holds."""
 
 MAX_INFLATION = 1032
 """Deflate makes at most this of a byte, so a header that promises more is wrong. Source: zlib's manual."""
+
+LABEL_TOLERANCE = 0.01
+"""How far a label may be from a whole number. Our choice: a rescale in the header rounds by less."""
+
+MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 # isal's stubs take its exception for an instance.
 DAMAGED: tuple[type[Exception], ...] = (
@@ -41,159 +44,81 @@ DAMAGED: tuple[type[Exception], ...] = (
 """What reading a damaged file raises."""
 
 
-class NiftiHeader(NamedTuple):
-    """What a NIfTI file says about its array.
+class VolumeHeader(NamedTuple):
+    """What the file of a volume says about its array.
 
     Args:
-        shape: of the stored array.
+        shape: of the stored array, without trailing axes of length 1.
         affine: ``(4, 4)`` voxel to RAS+ world in mm.
         slope: value = slope * stored + intercept; 1 where the header gives none.
         intercept: see ``slope``; 0 where the header gives none.
-        is_blank: whether it states no geometry: no coordinate system at all, or the identity.
+        is_blank: whether it states no geometry, see :func:`common.ct.geometry.is_blank`.
+        contradiction: what its statements of the geometry disagree in; empty where they agree.
     """
 
     shape: tuple[int, ...]
     affine: np.ndarray
-    slope: float
-    intercept: float
-    is_blank: bool
+    slope: float = 1.0
+    intercept: float = 0.0
+    is_blank: bool = False
+    contradiction: str = ""
 
     @property
     def axcodes(self) -> str:
         """Where the stored axes point, such as ``LPS``; empty where the affine is not finite."""
-        if not np.isfinite(self.affine).all():
-            return ""
-        return "".join(str(code) for code in nib.orientations.aff2axcodes(self.affine))
+        return axcodes(self.affine)
 
 
-def volume_of(path: Path) -> str:
-    """Return the name of the volume a file holds: its own, without suffix.
-
-    Example:
-        >>> volume_of(Path("train_fixed/train_1_a_1.nii.gz"))
-        'train_1_a_1'
-    """
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    raise ValueError(f"path must end in one of {SUFFIXES}, got '{path}'.")
+def axcodes(affine: np.ndarray) -> str:
+    """Return where the axes of an affine point, such as ``LPS``; empty where it is not finite."""
+    if not np.isfinite(affine).all():
+        return ""
+    return "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
 
 
-def find_nifti(folder: Path) -> dict[str, list[Path]]:
-    """List the NIfTI files under a folder by volume, in the order of their names.
-
-    Whatever has the name of a NIfTI file is listed, be it a folder or a link that leads nowhere: reading it
-    says what is wrong. A folder that cannot be searched is listed under its own name in place of what it may
-    hold.
-
-    Args:
-        folder: searched with its sub-folders, not through links to folders, of which a warning tells.
-
-    Returns:
-        Volume to its files; more than one file is a mistake of the dataset.
-    """
-    closed: list[OSError] = []
-    paths = []
-    for place, folders, files in os.walk(folder, onerror=closed.append):
-        named = [name for name in folders if name.endswith(SUFFIXES)]
-        folders[:] = [name for name in folders if name not in named]
-        for name in folders:
-            if os.path.islink(os.path.join(place, name)):
-                logger.warning("'%s' is a link to a folder and is not searched.", os.path.join(place, name))
-        paths += [Path(place, name) for name in (*named, *files) if name.endswith(SUFFIXES)]
-    for error in closed:
-        logger.warning("A folder cannot be searched: %s", error)
-        paths.append(Path(error.filename))
-    found: dict[str, list[Path]] = {}
-    for path in sorted(paths, key=lambda path: (path.name, str(path))):
-        volume = volume_of(path) if path.name.endswith(SUFFIXES) else path.name
-        found.setdefault(volume, []).append(path)
-    return found
-
-
-def only_file(files: Sequence[Path], what: str) -> Path:
-    """Return the one file of a volume.
-
-    Args:
-        files: that have the volume's name.
-        what: they are, for the message.
-
-    Raises:
-        RejectedError: if there are several, as nothing says which is right, or it is a folder.
-    """
-    if len(files) > 1:
-        raise RejectedError("duplicate", f"{what} must be one file, got '{files[0]}' and '{files[1]}'")
-    if os.path.isdir(files[0]):
-        raise RejectedError(
-            "unreadable", f"{what} must be a file that can be read, got the folder '{files[0]}'"
-        )
-    return files[0]
-
-
-def read_header(path: Path) -> NiftiHeader:
-    """Read what a file says about its array, without the array.
-
-    Args:
-        path: ``.nii`` or ``.nii.gz``.
-
-    Returns:
-        The header.
-
-    Raises:
-        RejectedError: if the file is no NIfTI file, or shorter than its header says.
-    """
-    with open_nifti(path) as file:
-        return file.header
-
-
-class NiftiFile:
-    """A NIfTI file that is being read; made by ``open_nifti``.
+class VolumeFile(NamedTuple):
+    """The file of a volume, open for reading.
 
     Args:
         header: of the file.
-        dtype: of its voxels.
-        stream: stands at the first voxel.
-        source: of the stream, hashed.
+        planes: reads the voxels as they are stored, once: yields the index of the first plane of the last
+            axis, and planes ``(..., N)`` in Fortran order; their memory is used again for the next ones.
+        sha256: returns the checksum of the bytes; to be asked after the last of ``planes``.
     """
 
-    def __init__(self, header: NiftiHeader, dtype: np.dtype, stream: Stream, source: "_HashingFile") -> None:
-        self.header = header
-        self.dtype = dtype
-        self._stream = stream
-        self._source = source
+    header: VolumeHeader
+    planes: Callable[[], Iterator[tuple[int, np.ndarray]]]
+    sha256: Callable[[], str]
 
-    def planes(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Read the voxels as they are stored, a few planes of the last axis at a time, once.
+    def labels(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Read the voxels as labels: rescaled as the header says, and whole numbers.
 
-        Reads on to the end of the file, where a gzipped one has its checksum.
+        Args:
+            name: of the file, for the message.
 
         Yields:
-            The index of the first, and planes ``(..., N)`` in Fortran order; their memory is used again for
-            the next ones.
-        """
-        *plane, num_planes = self.header.shape
-        plane_bytes = math.prod(plane) * self.dtype.itemsize
-        at_once = min(num_planes, max(1, CHUNK_BYTES // plane_bytes))
-        buffer = memoryview(bytearray(at_once * plane_bytes))
-        for start in range(0, num_planes, at_once):
-            count = min(at_once, num_planes - start)
-            chunk = buffer[: count * plane_bytes]
-            _read_into(self._stream, chunk)
-            yield start, np.frombuffer(chunk, self.dtype).reshape((*plane, count), order="F")
-        while self._stream.read(CHUNK_BYTES):
-            pass
+            As ``planes``.
 
-    def sha256(self) -> str:
-        """Return the checksum of the file's bytes; to be asked after the last of ``planes``."""
-        return self._source.digest.hexdigest()
+        Raises:
+            RejectedError: if a label is more than .01 from a whole number.
+        """
+        slope, intercept = self.header.slope, self.header.intercept
+        for first, planes in self.planes():
+            labels = planes if (slope, intercept) == (1, 0) else planes * np.float64(slope) + intercept
+            if labels.dtype.kind == "f":
+                whole = np.rint(labels)
+                if not (np.abs(labels - whole) <= LABEL_TOLERANCE).all():
+                    raise RejectedError("mask", f"labels of '{name}' must be whole numbers, got fractions")
+                labels = whole
+            yield first, labels
 
 
 @contextmanager
-def open_nifti(path: Path) -> Iterator[NiftiFile]:
-    """Open a file for reading, gzipped or not; NIfTI-1 or 2, of either byte order.
+def open_nifti(path: Path) -> Iterator[VolumeFile]:
+    """Open a file for reading, whatever its suffix says: gzipped or not, NIfTI-1 or 2, of either byte order.
 
     Args:
-        path: ``.nii`` or ``.nii.gz``.
+        path: ``.nii`` or ``.nii.gz``; or the ``.hdr`` of a pair, whose ``.img`` lies beside it.
 
     Yields:
         The file, its header read.
@@ -203,20 +128,65 @@ def open_nifti(path: Path) -> Iterator[NiftiFile]:
             read, or its voxels are no numbers.
     """
     try:
-        with path.open("rb", buffering=0) as raw:
-            source = _HashingFile(raw)
-            is_gzipped = path.name.lower().endswith(".gz")
-            stream = igzip.IGzipFile(fileobj=source) if is_gzipped else source
-            size = os.fstat(raw.fileno()).st_size
-            header, dtype = _read_header(stream, size, size * (MAX_INFLATION if is_gzipped else 1))
+        with ExitStack() as stack:
+            digest = hashlib.sha256()
+            stream, size, most_bytes = _open(path, digest, stack)
+            stated, pixdim = _read_header(stream, path)
+            start = stated.sizeof_hdr
+            if stated["magic"].item() == stated.pair_magic:
+                _read_on(stream)
+                stream, size, most_bytes = _open(_image_of(path), digest, stack)
+                start = 0
+            header, dtype, offset = _described(stated, pixdim)
+            if offset < start:
+                raise ImageFileError(f"voxels from byte {offset} on, inside of the header")
+            if offset + math.prod(header.shape) * dtype.itemsize > most_bytes:
+                raise EOFError(f"{size} bytes for an array of shape {header.shape} of {dtype}")
+            for skipped in range(start, offset, CHUNK_BYTES):
+                _read(stream, min(CHUNK_BYTES, offset - skipped))
             if dtype.kind not in "iuf":
                 raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
-            yield NiftiFile(header, dtype, stream, source)
+            yield VolumeFile(header, partial(_planes, stream, header.shape, dtype), digest.hexdigest)
     except DAMAGED as error:
         raise RejectedError(
-            "unreadable",
-            f"'{path.name}' must be a whole NIfTI file, got {error}. Copy or download it again.",
+            "unreadable", f"Cannot read '{path.name}' as NIfTI: {error}. Copy or download it again."
         ) from error
+
+
+def _open(path: Path, digest: "hashlib._Hash", stack: ExitStack) -> tuple[Stream, int, int]:
+    """Open a file to be hashed as it is read: the stream, the file's size, and most bytes it can hold."""
+    raw = stack.enter_context(path.open("rb", buffering=0))
+    is_gzipped = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    source = _HashingFile(raw, digest)
+    size = os.fstat(raw.fileno()).st_size
+    if is_gzipped:
+        return igzip.IGzipFile(fileobj=source), size, size * MAX_INFLATION
+    return source, size, size
+
+
+def _image_of(path: Path) -> Path:
+    """Return the file with the voxels of a header; its suffix may be written in another case."""
+    stem = path.name[: len(path.name) - len(suffix_of(path.name))].lower()
+    images = {f"{stem}.img", f"{stem}.img.gz"}
+    found = [other for other in sorted(path.parent.iterdir()) if other.name.lower() in images]
+    if len(found) != 1:
+        raise ImageFileError(f"{len(found)} files '{stem}.img' beside it")
+    return found[0]
+
+
+def _planes(stream: Stream, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+    """Read voxels; reads on to the end of the file, where a gzipped one has its checksum."""
+    *plane, num_planes = shape
+    plane_bytes = math.prod(plane) * dtype.itemsize
+    at_once = min(num_planes, max(1, CHUNK_BYTES // plane_bytes))
+    buffer = memoryview(bytearray(at_once * plane_bytes))
+    for start in range(0, num_planes, at_once):
+        count = min(at_once, num_planes - start)
+        chunk = buffer[: count * plane_bytes]
+        _read_into(stream, chunk)
+        yield start, np.frombuffer(chunk, dtype).reshape((*plane, count), order="F")
+    _read_on(stream)
 
 
 class _HashingFile(io.RawIOBase):
@@ -224,56 +194,84 @@ class _HashingFile(io.RawIOBase):
 
     Args:
         raw: the file.
+        digest: takes the bytes.
     """
 
-    def __init__(self, raw: io.RawIOBase) -> None:
+    def __init__(self, raw: io.RawIOBase, digest: "hashlib._Hash") -> None:
         self._raw = raw
-        self.digest = hashlib.sha256()
+        self._digest = digest
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's Buffer is 3.12
         count = self._raw.readinto(buffer) or 0
-        self.digest.update(memoryview(buffer)[:count])
+        self._digest.update(memoryview(buffer)[:count])
         return count
 
 
-def _read_header(stream: Stream, size: int, most_bytes: int) -> tuple[NiftiHeader, np.dtype]:
-    """Read header and type; leaves the stream, which can hold ``most_bytes``, at the first voxel."""
+def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, np.ndarray]:
+    """Read the header, and the spacing in its pixdim, where nibabel would put 1 for 0."""
     start = _read(stream, 4)
     sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
+    if 348 not in sizes and 540 not in sizes:
+        raise ImageFileError(f"it begins with {start!r}")
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
-    if not kind.may_contain_header(block):
-        raise ImageFileError(f"a file that begins with {block[:8]!r}")
+    if kind.may_contain_header(block):
+        return kind(block), kind(block, check=False)["pixdim"][1:4].astype(float)
+    if 348 in sizes and not block[344:].strip(b"\0"):
+        raise RejectedError(
+            "geometry", f"'{path.name}' is in Analyze format, which does not say left from right. Convert it."
+        )
+    raise ImageFileError(f"it begins with {block[:8]!r}")
+
+
+def _described(stated: nib.nifti1.Nifti1Header, pixdim: np.ndarray) -> tuple[VolumeHeader, np.dtype, int]:
+    """Put a header in our words, with the type of the voxels and the byte they begin at."""
     try:
-        stated = kind(block)
         dtype, shape = stated.get_data_dtype(), tuple(int(size) for size in stated.get_data_shape())
-        affine = np.asarray(stated.get_best_affine(), np.float64)
+        unit, _ = stated.get_xyzt_units()
+        to_mm = np.diag([*3 * [MM_PER_UNIT[unit]], 1.0])
+        affine = to_mm @ np.asarray(stated.get_best_affine(), np.float64)
         slope, intercept = stated.get_slope_inter()
         offset = int(stated.get_data_offset())
-    except (ValueError, OverflowError) as error:  # what the header says makes no affine, or no number
+        contradiction = _contradiction(stated, to_mm, np.abs(pixdim))
+    except (ValueError, OverflowError, KeyError) as error:  # what it says makes no affine, or no number
         raise ImageFileError(f"a header that cannot be: {error}") from error
-    if stated["magic"].item() != stated.single_magic or offset < len(block):
-        raise ImageFileError(
-            f"a header without voxels behind it: {stated['magic'].item()!r}, offset {offset}"
-        )
     if not shape or min(shape) < 1:
         raise ImageFileError(f"an array of shape {shape}")
-    if offset + math.prod(shape) * dtype.itemsize > most_bytes:
-        raise EOFError(f"{size} bytes for an array of shape {shape} of {dtype}")
-    for skipped in range(len(block), offset, CHUNK_BYTES):
-        _read(stream, min(CHUNK_BYTES, offset - skipped))
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
     is_unset = not (stated["sform_code"] or stated["qform_code"])
-    header = NiftiHeader(
+    header = VolumeHeader(
         shape=shape,
         affine=affine,
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
-        is_blank=bool(is_unset or np.array_equal(affine, np.eye(4))),
+        is_blank=bool(is_unset or is_blank(shape, affine)),
+        contradiction=contradiction,
     )
-    return header, dtype
+    return header, dtype, offset
+
+
+def _contradiction(stated: nib.nifti1.Nifti1Header, to_mm: np.ndarray, pixdim: np.ndarray) -> str:
+    """Compare sform, which is believed, with qform and pixdim where the header states them as well."""
+    sform, qform = stated.get_sform(coded=True)[0], stated.get_qform(coded=True)[0]
+    if sform is None:
+        return ""
+    own = np.linalg.norm(sform[:3, :3], axis=0)
+    if (pixdim > 0).all() and (np.abs(own - pixdim) > SPACING_TOLERANCE * np.maximum(own, pixdim)).any():
+        mm = to_mm[0, 0]
+        return f"a spacing of {shown_mm(own * mm)} mm in sform and of {shown_mm(pixdim * mm)} mm in pixdim"
+    if qform is not None and axcodes(sform) != axcodes(qform):
+        return f"the axes {axcodes(sform)} in sform and {axcodes(qform)} in qform"
+    return ""
+
+
+def _read_on(stream: Stream) -> None:
+    while stream.read(CHUNK_BYTES):
+        pass
 
 
 def _read(stream: Stream, num_bytes: int) -> bytes:

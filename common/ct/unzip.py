@@ -29,10 +29,11 @@ def unzip(
 ) -> list[Path]:
     """Unpack a zip file into a folder that appears only when everything in it is there and whole.
 
-    Every name is checked before the first byte is written: absolute paths, ``..``, backslashes, links and
-    names given twice are refused, and so is an archive that says it holds more than ``max_bytes`` or 100,000
-    members, or that packs a file more than 200 times (the sign of a zip bomb; text and masks stay below 100)
-    or otherwise than by deflate. Checksums of the members are verified.
+    Every name is checked before the first byte is written: absolute paths, ``..``, links and names given
+    twice are refused, and so is an archive that says it holds more than ``max_bytes`` or 100,000 members, or
+    that packs a file more than 200 times (the sign of a zip bomb; text and masks stay below 100) or otherwise
+    than by deflate. Backslashes, as some tools write on Windows, separate folders. Checksums of the members
+    are verified.
 
     Args:
         archive: zip file.
@@ -90,6 +91,7 @@ def checked_members(file: zipfile.ZipFile, archive: Path, max_bytes: int) -> lis
     if total > max_bytes:
         raise ValueError(f"archive must hold at most {max_bytes:,} bytes, got {total:,} in '{archive}'.")
     for member in members:
+        member.filename = member.filename.replace("\\", "/")
         path = PurePosixPath(member.filename)
         if path in seen:
             raise ValueError(f"names in an archive must differ, got '{path}' twice in '{archive}'.")
@@ -100,7 +102,7 @@ def checked_members(file: zipfile.ZipFile, archive: Path, max_bytes: int) -> lis
 
 def _check_member(member: zipfile.ZipInfo, archive: Path) -> None:
     path = PurePosixPath(member.filename)
-    outside = path.is_absolute() or ".." in path.parts or "\\" in member.orig_filename or ":" in path.name
+    outside = path.is_absolute() or ".." in path.parts or ":" in path.name
     if outside or not path.parts or "\0" in member.orig_filename:
         raise ValueError(
             f"names in an archive must stay inside it, got {member.orig_filename!r} in '{archive}'."

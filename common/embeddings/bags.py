@@ -13,7 +13,8 @@ import torch
 from isal import isal_zlib
 from torch.utils.data import Dataset
 
-from common.cohort.labels_csv import read_labels, volume_name
+from common.cohort.labels_csv import read_labels
+from common.ct.names import volume_name
 from common.embeddings.arrays import UNKNOWN, EmbeddingArrays
 from common.embeddings.part import SUFFIX, crc32
 from common.embeddings.store import EmbeddingStore

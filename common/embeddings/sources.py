@@ -1,18 +1,18 @@
 """Which CT volumes a run works on, in any format, and how each is read."""
 
-import csv
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.cohort.skip_list import listed_volumes
-from common.ct.files import SUFFIXES, CTFile, find_cts
+from common.cohort.skip_list import listed_names
+from common.ct.files import CTFile, find_cts, read_ct
 from common.ct.geometry import STORED_HU_RANGE, StoredCT, check_size
+from common.ct.names import Places, find_named
 from common.ct.nifti import AIR_HU
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.shards.shards import SHARD_NAME, ShardSet
@@ -56,19 +56,19 @@ def ct_sources(
 ) -> tuple[list[CTSource], list[RejectedVolume]]:
     """List the volumes of a file or folder.
 
-    A volume is called as its file without suffix; of a DICOM series by its SeriesInstanceUID with ``_`` for
-    each dot; of shards as they say. It is called so in a zip file, too.
+    A volume is called as its file without suffix, or as its folder where files of several folders have one
+    name; of a DICOM series by its SeriesInstanceUID; of shards as they say. Dots and blanks become ``_``. It
+    is called so in a zip file, too.
 
     Args:
-        dataset_dir: a NIfTI (``.nii``, ``.nii.gz``) or ``.npz`` file; a zip file of at most 8 GiB of these or
-            of DICOM files, as PACS export them; a folder of all these and of DICOM series, searched with its
-            sub-folders; or a folder of shards. NIfTI in HU with a header that states its geometry; npz with
-            ``ct`` (I, P, L) at 0.8 mm, as RAD-ChestCT's.
+        dataset_dir: a file of NIfTI (``.nii``, ``.nii.gz``, ``.hdr``), MetaImage (``.mha``, ``.mhd``), NRRD
+            (``.nrrd``, ``.nhdr``) or ``.npz``; a zip file of at most 8 GiB of these or of DICOM files, as
+            PACS export them; a folder of all these and of DICOM series, searched with its sub-folders; or a
+            folder of shards. Files in HU with a header that states its geometry; npz with ``ct`` (I, P, L) at
+            0.8 mm, as RAD-ChestCT's.
         split: which shards.
-        subset_csv: CSV whose column ``VolumeName`` (or else its first) names the volumes to use, below a line
-            of column names; None for all.
-        skip_list: text file of volumes to leave out, one path or name a line, as CT-RATE's
-            ``no_chest_*.txt``.
+        subset_csv: table or text file of the volumes to use, see ``listed_names``; None for all.
+        skip_list: table or text file of volumes to leave out, as CT-RATE's ``no_chest_*.txt``.
 
     Returns:
         The volumes, sorted by name, and what was left out: two of one name, damaged files and zips, series
@@ -83,55 +83,62 @@ def ct_sources(
         raise FileNotFoundError(
             f"dataset_dir must be a file or a folder, got '{root}', which does not exist."
         )
-    found, rejected = _shard_volumes(root, split) if _holds_shards(root) else _file_volumes(root)
+    found, places, rejected = _shard_volumes(root, split) if _holds_shards(root) else _file_volumes(root)
     if not found and not any(map(is_failure, rejected)):
         left_out = f", but {len(rejected)} such as: {rejected[0].detail}" if rejected else ""
         raise FileNotFoundError(
-            "dataset_dir must hold .nii.gz, .nii or .npz volumes, DICOM series, zips of these, or shards, "
-            f"got none in '{root}'{left_out}."
+            "dataset_dir must hold volumes in NIfTI, MetaImage, NRRD or npz, DICOM series, zips of these, or "
+            f"shards, got none in '{root}'{left_out}."
         )
-    sources = [CTSource(volume, reads[0]) for volume, reads in sorted(found.items()) if len(reads) == 1]
-    for volume, reads in sorted(found.items()):
-        if len(reads) > 1:
-            detail = (
-                f"a volume must be one file, got {len(reads)} of this name in '{root}'. Keep one, or rename."
-            )
-            rejected.append(RejectedError("duplicate", detail).of(volume))
-    chosen = found.keys() if subset_csv is None else _subset(subset_csv, found.keys(), root)
-    skipped = set() if skip_list is None else listed_volumes(skip_list)
-    if skipped and not skipped & found.keys():
-        logger.warning("None of the %d volumes in '%s' is in '%s'.", len(skipped), skip_list, root)
-    used = [source for source in sources if source.volume in chosen and source.volume not in skipped]
+    chosen = {*places} if subset_csv is None else _named(subset_csv, "subset_csv", places, root)
+    skipped = set() if skip_list is None else _named(skip_list, "skip_list", places, root)
+    if not chosen and subset_csv is not None:
+        raise FileNotFoundError(f"None of the names in subset_csv '{subset_csv}' is in '{root}'.")
+    used = [CTSource(volume, found[volume]) for volume in sorted(found.keys() & chosen - skipped)]
     logger.info("%d of %d volumes in '%s' are to be embedded.", len(used), len(found), root)
     # a damaged file has no volume's name: it may belong to any
-    others = found.keys() - (set(chosen) - skipped)
+    others = places.keys() - (chosen - skipped)
     return used, [item for item in rejected if item.volume not in others]
 
 
-Found = dict[str, list[Callable[[], CTSlices]]]
+Reads = dict[str, Callable[[], CTSlices]]
+Found = tuple[Reads, Places, list[RejectedVolume]]
 
 
 def _holds_shards(root: Path) -> bool:
     return root.is_dir() and any(SHARD_NAME.fullmatch(name) for name in os.listdir(root))
 
 
-def _shard_volumes(root: Path, split: str) -> tuple[Found, list[RejectedVolume]]:
+def _shard_volumes(root: Path, split: str) -> Found:
     shards = ShardSet(root, split)
-    return {entry.volume: [partial(_read_shard, shards, i)] for i, entry in enumerate(shards.volumes)}, []
+    reads: Reads = {entry.volume: partial(_read_shard, shards, i) for i, entry in enumerate(shards.volumes)}
+    return reads, {entry.volume: Path(entry.source) for entry in shards.volumes}, []
 
 
-def _file_volumes(root: Path) -> tuple[Found, list[RejectedVolume]]:
-    found: Found = {}
+def _file_volumes(root: Path) -> Found:
     cts, rejected = find_cts(root)
-    for ct in cts:
-        found.setdefault(ct.volume, []).append(partial(_read_file, ct))
-    return found, rejected
+    places = {item.volume: Path() for item in rejected if item.reason == "duplicate"}
+    places |= {ct.volume: ct.path for ct in cts}
+    reads: Reads = {ct.volume: partial(_read_file, ct) for ct in cts}
+    return reads, places, rejected
+
+
+def _named(listing: str | Path, knob: str, places: Places, root: Path) -> set[str]:
+    """Find the volumes that a list names; a warning counts the names of none."""
+    names = listed_names(listing, knob)
+    found, absent = find_named(names, places)
+    if absent:
+        logger.warning(
+            "%d of %d names in %s '%s' are no volume of '%s', such as '%s'.",
+            *(len(absent), len(names), knob, listing, root, absent[0]),
+        )
+    return found
 
 
 def _read_file(file: CTFile) -> CTSlices:
     """Read a volume in HU; every message names its file."""
     try:
-        return _in_hu(file.read())
+        return _in_hu(read_ct(file))
     except RejectedError as error:
         if str(file.path) in error.detail or f"'{file.path.name}'" in error.detail:
             raise
@@ -176,26 +183,3 @@ def squared(hu: np.ndarray) -> np.ndarray:
     top, left = (side - height) // 2, (side - width) // 2
     margins = ((0, 0), (top, side - height - top), (left, side - width - left))
     return np.pad(hu, margins, constant_values=STORED_HU_RANGE[0])
-
-
-def _subset(subset_csv: str | Path, found: Collection[str], root: Path) -> set[str]:
-    """Names of a CSV's volumes, without suffixes; those that were not found are counted in a warning."""
-    path = Path(subset_csv)
-    if not path.is_file():
-        raise FileNotFoundError(f"subset_csv must be a file, got '{path}', which does not exist.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file) if row]
-    column = rows[0].index("VolumeName") if rows and "VolumeName" in rows[0] else 0
-    names = (row[column].strip() for row in rows[1:] if len(row) > column)
-    wanted = {next((n.removesuffix(s) for s in SUFFIXES if n.endswith(s)), n) for n in names if n}
-    absent = sorted(wanted.difference(found))
-    if len(absent) == len(wanted):
-        raise FileNotFoundError(
-            f"subset_csv must name volumes of '{root}', got none of its {len(wanted)} in '{path}'."
-        )
-    if absent:
-        logger.warning(
-            "%d of %d volumes of '%s' are not in '%s', such as '%s'.",
-            *(len(absent), len(wanted), path, root, absent[0]),
-        )
-    return wanted

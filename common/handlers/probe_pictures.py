@@ -12,9 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.cohort.labels_csv import volume_name
 from common.cohort.predictions import Predictions
-from common.ct import nifti as nifti_ct
+from common.embeddings.sources import ct_sources
 from common.metrics.calibration import expected_calibration_error, reliability, wilson_interval
 from common.metrics.multilabel import auroc, average_precision, operating_points
 
@@ -252,17 +251,18 @@ def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndar
     """Read CT volumes as axial slices, feet to head, shown the radiological way.
 
     Args:
-        ct_dir: folder searched for ``<volume>.nii.gz`` with its sub-folders.
+        ct_dir: what embeddings were made of: whatever ``ct_sources`` reads.
         volumes: volumes to read.
 
     Returns:
-        Volume to its slices ``(S, H, W)`` in HU.
+        Volume to its slices ``(S, H, H)`` in HU.
 
     Raises:
-        FileNotFoundError: if a volume has no file.
+        FileNotFoundError: if a volume is not there.
+        RejectedError: if one cannot be read.
     """
-    found = {volume_name(path.name): path for path in Path(ct_dir).rglob("*.nii.gz")}
+    found = {source.volume: source for source in ct_sources(ct_dir)[0]}
     missing = [volume for volume in volumes if volume not in found]
     if missing:
-        raise FileNotFoundError(f"ct_dir must hold '{missing[0]}.nii.gz', got none in '{ct_dir}'.")
-    return {volume: nifti_ct.read_ct(found[volume]).hu for volume in volumes}
+        raise FileNotFoundError(f"No CT of '{missing[0]}' in '{ct_dir}'.")
+    return {volume: found[volume].read().hu for volume in volumes}

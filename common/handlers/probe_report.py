@@ -39,7 +39,7 @@ class ProbeReport:
         seed: seed of the run, remembered in ``probe.json``.
         attention_volumes: test volumes whose slices' weights are shown; if none is named, of each class the
             true positive that the probe is surest of, eight at most.
-        ct_dir: folder with the NIfTI files of the test volumes, to show slices of the most weight where
+        ct_dir: folder with the CTs of the test volumes, as embedded, to show slices of the most weight where
             tokens are slices; None for the weights alone.
 
     Raises:

@@ -6,13 +6,13 @@ Shapes: Z slices of the volume, H rows, W columns.
 import io
 import json
 import math
-import re
 import tarfile
 from typing import NamedTuple
 
 import numpy as np
 from isal import isal_zlib
 
+from common.ct.names import VOLUME_NAME
 from common.labels import load_labels
 from common.shards.codec import encode_ct, encode_mask
 from common.shards.index import ABSENT_MEMBER, FIELDS, SCHEMA_VERSION, IndexBuilder
@@ -21,8 +21,6 @@ MASK_SIZE_PX = 128
 NUM_TS_CLASSES = len(load_labels("totalsegmentator"))
 REX_CODES = tuple(label.code for label in load_labels("rexgroundingct"))
 MAX_SLICES = 10_000  # four digits in a sample's key
-# A dot would end the sample's key in a WebDataset tar; 80 characters fit the tar's 100 with slice and suffix.
-VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 
 class VolumeSlices(NamedTuple):

@@ -11,7 +11,7 @@ from data_prep.source_volume import SourceVolume
 
 
 def dense_overlay(
-    ct: Annotated[Path, typer.Argument(help="CT in HU, NIfTI.")],
+    ct: Annotated[Path, typer.Argument(help="CT in HU, in one file.")],
     label_map: Annotated[Path, typer.Argument(help="TotalSegmentator label map of it, in any orientation.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
     grid: Annotated[int, typer.Option(help="Patches along a side of the cropped image.", min=1)] = 16,
@@ -24,16 +24,16 @@ def dense_overlay(
     """
     import numpy as np
 
-    from common.ct.nifti import read_ct
+    from common.ct.files import ct_file, read_grid
     from common.reports.ct_tokens import read_images, spread_slices
     from common.reports.dense_overlay import draw_overlay
     from common.transforms.dense_labels import pad_mask_to_square, patch_shares
     from data_prep.totalsegmentator import read_full_label_map
 
     names = [label.name for label in load_labels("totalsegmentator")]
-    volume = ct.name.removesuffix(".gz").removesuffix(".nii")
-    labels = dense_labels_of(SourceVolume(volume, "", ct, "v2", ts=label_map), grid)
-    ids = pad_mask_to_square(read_full_label_map(label_map, read_ct(ct).grid))
+    scan = ct_file(ct)
+    labels = dense_labels_of(SourceVolume(scan.volume, "", scan, ts=label_map), grid)
+    ids = pad_mask_to_square(read_full_label_map(label_map, read_grid(scan)))
     chosen = spread_slices(len(ids), slices)
     whole = patch_shares(ids[chosen], (0, 0, ids.shape[1]), grid, len(names)).toarray()
     cropped = labels.shares.toarray().reshape(len(ids), -1)[chosen]

@@ -19,7 +19,7 @@ def dicom(
     out: Out,
     split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
     masks: Annotated[
-        Path | None, typer.Option(help="TotalSegmentator label maps (NIfTI) named by SeriesInstanceUID.")
+        Path | None, typer.Option(help="TotalSegmentator label maps named by SeriesInstanceUID.")
     ] = None,
     slices_per_shard: SlicesPerShard = 5000,
     max_rejected: MaxRejected = 0.01,

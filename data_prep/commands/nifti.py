@@ -1,4 +1,4 @@
-"""``nifti``: any folder of NIfTI volumes in HU into shards."""
+"""``nifti``: any folder of volumes in HU, one file each, into shards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,17 +11,19 @@ from data_prep.nifti import find_volumes
 
 
 def nifti(
-    folder: Annotated[Path, typer.Argument(help="NIfTI volumes in HU, with sub-folders.", metavar="IN")],
+    folder: Annotated[
+        Path, typer.Argument(help="Volumes in HU (NIfTI, MetaImage, NRRD), with sub-folders.", metavar="IN")
+    ],
     out: Out,
     split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
     masks: Annotated[
-        Path | None, typer.Option(help="TotalSegmentator label maps with the volumes' file names.")
+        Path | None, typer.Option(help="TotalSegmentator label maps named like the volumes.")
     ] = None,
     slices_per_shard: SlicesPerShard = 5000,
     max_rejected: MaxRejected = 0.01,
     workers: Workers = None,
     scheduler: Scheduler = None,
 ) -> None:
-    """Write a folder of NIfTI volumes into shards."""
+    """Write a folder of volumes, one file each, into shards."""
     sources, rejected = find_volumes(folder, split, masks)
     prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)

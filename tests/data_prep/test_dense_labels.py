@@ -5,6 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.ct.files import ct_file
 from common.ct.geometry import StoredGrid
 from common.ct.rejection import RejectedError
 from common.embeddings.dense_labels import findings_present, read_dense_labels
@@ -46,7 +47,9 @@ def source_of(folder: Path, organ_x: int, organ_y: int) -> SourceVolume:
     nib.save(as_stored(ids, "LAS"), folder / "ts.nii.gz")
     nib.save(as_stored(nodule, "LAS"), folder / "rex.nii.gz")
     rex = Annotation(folder / "rex.nii.gz", ("2d",))
-    return SourceVolume("valid_1_a_1", "valid", folder / "ct.nii.gz", "v2", None, folder / "ts.nii.gz", rex)
+    return SourceVolume(
+        "valid_1_a_1", "valid", ct_file(folder / "ct.nii.gz"), "v2", None, folder / "ts.nii.gz", rex
+    )
 
 
 @pytest.mark.parametrize(("x", "y"), [(10, 8), (37, 36), (20, 30)])

@@ -9,6 +9,7 @@ from distributed import Client
 from pydicom import Dataset
 from pydicom.uid import MRImageStorage
 
+from common.ct import walk
 from common.ct.dicom import read_ct
 from common.ct.rejection import NOT_AXIAL_CT, RejectedError, is_failure
 from data_prep import dicom_folder
@@ -32,12 +33,12 @@ def test_series_are_told_apart_by_their_headers(tmp_path: Path, dask: Client, wr
     sources, rejected = find_series(tmp_path, "valid", dask)
     assert rejected == []
     assert [(source.volume, source.source, source.form, source.split) for source in sources] == [
-        ("1_2_840_1", "study/a", "dicom", "valid"),
-        ("1_2_840_2", "study/a", "dicom", "valid"),
-        ("1_2_840_3", "study", "dicom", "valid"),
+        ("1_2_840_1", "study/a", "v2", "valid"),
+        ("1_2_840_2", "study/a", "v2", "valid"),
+        ("1_2_840_3", "study", "v2", "valid"),
     ]
     for seed, source in enumerate(sources, start=1):
-        np.testing.assert_array_equal(read_ct(source.ct).hu, hu(seed))
+        np.testing.assert_array_equal(read_ct(source.ct.files).hu, hu(seed))
 
 
 def test_files_without_a_series_are_one_series_a_folder(
@@ -52,12 +53,12 @@ def test_files_without_a_series_are_one_series_a_folder(
     for place in ("a", "a/b"):
         write_series(tmp_path / place, hu(), series="", edit=blank)
     sources, _ = find_series(tmp_path, "train", dask)
-    assert [source.source for source in sources] == ["a", "a/b"]
+    assert sorted(source.source for source in sources) == ["a", "a/b"]
     assert len({source.volume for source in sources}) == 2
     assert all(source.volume.startswith("series_") for source in sources)
     (tmp_path / "a").rename(tmp_path / "c")
     again, _ = find_series(tmp_path / "c", "train", dask)
-    assert [source.source for source in again] == [".", "b"]
+    assert sorted(source.source for source in again) == [".", "b"]
 
 
 def test_what_is_no_axial_ct_is_left_out_and_no_failure(
@@ -79,17 +80,17 @@ def test_what_is_no_axial_ct_is_left_out_and_no_failure(
     (tmp_path / "notes.txt").write_text("no DICOM")
     (tmp_path / "again").symlink_to(tmp_path / "ct")
     sources, rejected = find_series(tmp_path, "train", dask)
-    assert [(source.volume, sorted(source.ct)) for source in sources] == [("1_1", sorted(axial))]
+    assert [(source.volume, sorted(source.ct.files)) for source in sources] == [("1_1", sorted(axial))]
     assert {item.volume: item.detail.partition("got ")[2] for item in rejected} == {
-        "1_2": "files in 'scout': 2 of CT localizer",
-        "1_3": "files in 'mr': 1 of MR Image Storage",
-        "1_4": "files in 'coronal': 3 of CT of another plane",
+        "1_2": f"files in '{tmp_path / 'scout'}': 2 of CT localizer",
+        "1_3": f"files in '{tmp_path / 'mr'}': 1 of MR Image Storage",
+        "1_4": f"files in '{tmp_path / 'coronal'}': 3 of CT of another plane",
     }
     assert {item.reason for item in rejected} == {NOT_AXIAL_CT}
     assert not any(map(is_failure, rejected))
-    assert [r.getMessage() for r in caplog.records if r.name == dicom_folder.__name__] == [
+    assert [r.getMessage() for r in caplog.records if r.name == walk.__name__] == [
         f"'{tmp_path / 'again'}' is a link to a folder and is not searched.",
-        f"1 files are no DICOM images, such as '{tmp_path / 'notes.txt'}'.",
+        f"Not read, as no volumes: 1 .txt, such as '{tmp_path / 'notes.txt'}'.",
     ]
 
 
@@ -106,11 +107,11 @@ def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
         (name, "unreadable") for name in ("a.dcm", "b.DCM", "cut", "link")
     ]
 
-    def walk(folder: Path, onerror: Callable[[OSError], None]) -> Any:
+    def closed(folder: Path, onerror: Callable[[OSError], None]) -> Any:
         onerror(PermissionError(13, "Permission denied", str(tmp_path / "secret")))
         return [(str(tmp_path / "ct"), [], [path.name for path in files])]
 
-    monkeypatch.setattr(dicom_folder.os, "walk", walk)
+    monkeypatch.setattr(walk.os, "walk", closed)
     _, rejected = find_series(tmp_path, "train", dask)
     assert [(item.volume, item.reason) for item in rejected] == [("secret", "unreadable")]
     assert "Permission denied" in rejected[0].detail
@@ -124,7 +125,7 @@ def test_what_only_reading_shows_is_left_to_reading(
     (source,), rejected = find_series(tmp_path, "train", dask)
     assert rejected == []
     with pytest.raises(RejectedError, match="missing slices"):
-        read_ct(source.ct)
+        read_ct(source.ct.files)
 
 
 def test_many_files_are_looked_at_in_the_same_order(
@@ -135,8 +136,8 @@ def test_many_files_are_looked_at_in_the_same_order(
         write_series(tmp_path / str(number), hu(number), series=f"1.{3 - number}")
     told: list[tuple[str, int, int]] = []
     sources, _ = find_series(tmp_path, "train", dask, progress=lambda *step: told.append(step))
-    assert [source.volume for source in sources] == ["1_3", "1_2", "1_1"]
-    assert all(list(source.ct) == sorted(source.ct) for source in sources)
+    assert [source.volume for source in sources] == ["1_1", "1_2", "1_3"]
+    assert all(list(source.ct.files) == sorted(source.ct.files) for source in sources)
     assert [step[0] for step in told] == ["Looking at files"] * 5
     assert told[-1] == ("Looking at files", 9, 9)
 
@@ -157,15 +158,16 @@ def test_label_maps_are_found_by_the_name_of_the_series(
         "1_2_3": None,
     }
     assert [(item.volume, item.reason) for item in rejected] == [("1_2_4", "duplicate")]
-    with pytest.raises(FileNotFoundError, match="masks must hold label maps named like the series"):
+    with pytest.raises(FileNotFoundError, match="masks must hold label maps named like"):
         find_series(tmp_path / "ct", "train", dask, tmp_path / "nowhere")
 
 
 def test_a_tree_without_ct_is_refused(tmp_path: Path, dask: Client) -> None:
     (tmp_path / "notes.txt").touch()
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="folder must hold axial CT series in DICOM, got none in"):
-            find_series(folder, "train", dask)
+    with pytest.raises(FileNotFoundError, match="folder must hold axial CT series in DICOM, got none in"):
+        find_series(tmp_path, "train", dask)
+    with pytest.raises(FileNotFoundError, match="got '.*nowhere', which does not exist"):
+        find_series(tmp_path / "nowhere", "train", dask)
 
 
 @pytest.mark.real_ct
@@ -173,4 +175,4 @@ def test_a_real_tree_is_one_series(real_ct_dir: Path, dask: Client) -> None:
     """Its identifiers are blank, and NIfTI files lie beside it."""
     (source,), rejected = find_series(real_ct_dir, "train", dask)
     assert rejected == []
-    assert (len(source.ct), source.source) == (20, "totalseg_dicom_series")
+    assert (len(source.ct.files), source.source) == (20, "totalseg_dicom_series")

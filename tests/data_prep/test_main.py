@@ -59,7 +59,7 @@ def test_mistakes_end_in_one_line(
     for arguments, message in (
         (
             ["nifti", str(tmp_path), "--out", str(tmp_path / "out")],
-            "folder must hold .nii.gz or .nii volumes",
+            "folder must hold volumes in NIfTI",
         ),
         (
             ["ct-rate", "--root", ".", "--split", "train", "--out", "out", "--rexgroundingct", "x.json"],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from distributed import Client, KilledWorker
 
+from common.ct.files import ct_file
 from data_prep import plan_shards as module
 from data_prep.ct_rate import find_ct_rate
 from data_prep.plan_shards import PlannedShard, fingerprint, plan_shards
@@ -143,7 +144,7 @@ def test_the_fingerprint_follows_all_that_the_bytes_depend_on(
     one = SourceVolume(
         volume="a",
         split="train",
-        ct=paths["ct"],
+        ct=ct_file(paths["ct"]),
         form="v1",
         rescale=Rescale(1.0, -1024.0, (0.7, 0.7, 1.5)),
         ts=paths["ts"],
@@ -151,10 +152,10 @@ def test_the_fingerprint_follows_all_that_the_bytes_depend_on(
         labels={"x": 0, "y": 1},
         source="in/a.nii.gz",
     )
-    several = one._replace(ct=(paths["first"], paths["second"]))
+    several = one._replace(ct=ct_file(paths["first"], paths["second"]))
     others = [
         several,
-        several._replace(ct=several.ct[::-1]),
+        several._replace(ct=ct_file(paths["second"], paths["first"])),
         one._replace(volume="b"),
         one._replace(split="valid"),
         one._replace(form="auto"),
@@ -188,5 +189,5 @@ def test_the_fingerprint_does_not_depend_on_where_the_input_lies(tmp_path: Path)
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     here, there = files(tmp_path / "here"), files(tmp_path / "there")
-    one = SourceVolume("a", "train", here["ct"], "v2", source="a.nii.gz")
-    assert fingerprint(one) == fingerprint(one._replace(ct=there["ct"]))
+    one = SourceVolume("a", "train", ct_file(here["ct"]), "v2", source="a.nii.gz")
+    assert fingerprint(one) == fingerprint(one._replace(ct=ct_file(there["ct"])))

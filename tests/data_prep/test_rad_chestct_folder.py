@@ -43,9 +43,7 @@ def test_the_prefix_of_a_file_is_its_split(split: str, prefix: str, tmp_path: Pa
         (f"{prefix}00001", f"sub 0/{prefix}00001.npz"),
         (f"{prefix}00002", f"sub 0/{prefix}00002.npz"),
     ]
-    assert {(source.split, source.form, source.labels) for source in sources} == {
-        (split, "rad_chestct", None)
-    }
+    assert {(source.split, source.form, source.labels) for source in sources} == {(split, "v2", None)}
 
 
 def test_volumes_get_their_labels_and_label_maps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +94,7 @@ def test_what_is_not_there_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
         find_rad_chestct(root, "valid")
     with pytest.raises(ValueError, match=r"split must be one of \['test', 'train', 'valid'\], got 'val'"):
         find_rad_chestct(root, "val")
-    with pytest.raises(FileNotFoundError, match="totalsegmentator must hold NIfTI label maps named like"):
+    with pytest.raises(FileNotFoundError, match="totalsegmentator must hold label maps named like"):
         find_rad_chestct(root, "train", touch(tmp_path / "masks", "trn00002.nii.gz"))
     (root / METADATA).write_text("NoteAcc_DEID\ntrn00001\n")
     with pytest.raises(ValueError, match="metadata must have the column 'VolumeAcc_DEID', got"):

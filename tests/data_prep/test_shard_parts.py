@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.ct.files import ct_file
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.shards.index import index_path, load_index
 from common.shards.shards import write_shard
@@ -32,7 +33,7 @@ def slices_of(source: SourceVolume) -> VolumeSlices:
 
 def planned(out: Path, shard: str = "train-000000.tar", plan: str = "plan") -> PlannedShard:
     path = out / shard
-    sources = [SourceVolume(name, "train", Path(f"{name}.nii.gz"), "v2") for name in NAMES]
+    sources = [SourceVolume(name, "train", ct_file(Path(f"{name}.nii.gz"))) for name in NAMES]
     return PlannedShard(
         path, tuple(PlannedVolume(source, f"{plan} {source.volume}", path) for source in sources), plan
     )

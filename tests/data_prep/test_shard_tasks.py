@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from distributed import Client, KilledWorker
 
+from common.ct.files import ct_file
 from common.shards.index import load_index
 from common.shards.volume import VolumeSlices
 from data_prep import shard_parts
@@ -29,7 +30,9 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[PlannedShard
         PlannedShard(
             path,
             tuple(
-                PlannedVolume(SourceVolume(f"v{k}{n}", "train", Path("x.nii.gz"), "v2"), f"plan {k}{n}", path)
+                PlannedVolume(
+                    SourceVolume(f"v{k}{n}", "train", ct_file(Path("x.nii.gz"))), f"plan {k}{n}", path
+                )
                 for n in range(4)
             ),
             f"plan {k}",

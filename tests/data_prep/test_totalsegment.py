@@ -198,17 +198,16 @@ def test_volumes_that_cannot_be_segmented_are_refused_before(
     save_nifti(tmp_path / "in" / "flat.nii.gz", ct()[:, :, 0], AFFINE)
     whole = save_nifti(tmp_path / "in" / "torn.nii.gz", ct(), AFFINE)
     whole.write_bytes(whole.read_bytes()[:-400])
-    save_nifti(tmp_path / "in" / "a b.nii.gz", ct(), AFFINE)
     outcome = run(tmp_path / "in", tmp_path / "out")
     assert segmenter.calls == []
     assert {volume: reason for volume, (reason, _) in reasons(outcome).items()} == {
-        **{"raw": "v1 or v2", "shifted": "not in HU", "flat": "geometry", "torn": "unreadable", "a b": "name"}
+        **{"raw": "v1 or v2", "shifted": "not in HU", "flat": "geometry", "torn": "unreadable"}
     }
-    assert reasons(outcome)["raw"][1] == "a volume in HU must state its geometry, got a blank header"
+    assert reasons(outcome)["raw"][1].startswith("a volume in HU must state its geometry, got a blank header")
 
 
 def test_volumes_of_one_name_are_not_guessed_at(tmp_path: Path, save_nifti: Save) -> None:
-    for name in ("x/a.nii.gz", "y/a.nii", "y/b.nii"):
+    for name in ("y/a.nii.gz", "y/a.nii", "y/b.nii"):
         save_nifti(tmp_path / name, ct(), AFFINE)
     np.savez_compressed(tmp_path / "trn1.npz", ct=ct())
     sources, rejected = find_cts(tmp_path)
@@ -217,9 +216,9 @@ def test_volumes_of_one_name_are_not_guessed_at(tmp_path: Path, save_nifti: Save
 
 
 def test_a_folder_without_cts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder must hold NIfTI or RAD-ChestCT volumes, got none in"):
+    with pytest.raises(FileNotFoundError, match="folder must hold volumes in NIfTI, .* or npz, got none in"):
         find_cts(tmp_path)
-    with pytest.raises(FileNotFoundError, match="got none in '.*nowhere'"):
+    with pytest.raises(FileNotFoundError, match="got '.*nowhere', which does not exist"):
         find_cts(tmp_path / "nowhere")
 
 

@@ -77,11 +77,11 @@ def test_a_rescale_in_the_header_is_honoured(tmp_path: Path) -> None:
             r"ids of 'a\.nii\.gz' must lie in 0\.\.117, got 118 to 118",
         ),
         (np.full(SHAPE_XYZ, -1, np.int16), AFFINE, r"must lie in 0\.\.117, got -1 to -1"),
-        (np.full(SHAPE_XYZ, np.nan, np.float32), AFFINE, r"must lie in 0\.\.117, got nan to nan"),
+        (np.full(SHAPE_XYZ, np.nan, np.float32), AFFINE, r"labels of .a\.nii\.gz. must be whole numbers"),
         (
             np.full(SHAPE_XYZ, 1.5, np.float32),
             AFFINE,
-            r"ids of 'a\.nii\.gz' must be whole numbers, got fractions",
+            r"labels of 'a\.nii\.gz' must be whole numbers, got fractions",
         ),
         (ids()[:-1], AFFINE, r"must have the CT's shape \(5, 17, 19\), got \(5, 17, 18\)"),
         (
@@ -90,7 +90,14 @@ def test_a_rescale_in_the_header_is_honoured(tmp_path: Path) -> None:
             r"'a\.nii\.gz' must cover the CT, x -12\.9\.\.0\.3, .*, got x",
         ),
         (ids(), AFFINE + np.eye(4, k=3) * 500, r"'a\.nii\.gz' must cover the CT, .*, got x 487\.1\.\.500\.3"),
-        (ids()[..., None], AFFINE, r"'a\.nii\.gz' must have 3 axes, got shape \(19, 17, 5, 1\)"),
+        (np.stack(2 * [ids()], -1), AFFINE, r"'a\.nii\.gz' must have 3 axes, got shape \(19, 17, 5, 2\)"),
+        (
+            ids(),
+            AFFINE @ np.diag([1.4, 1.25, 1.2, 1]),
+            r"'a\.nii\.gz' must lie on the CT's voxels as it has its shape \(5, 17, 19\), got others: .*"
+            r"\(0\.7, 0\.8, 1\.5\) mm in the CT, \(0\.98, 1, 1\.8\) mm",
+        ),
+        (ids(), AFFINE - np.diag([0, 0, 0.9, 0]) + np.eye(4, k=3) * 1e-9, "must cover|must lie on"),
         (ids(), np.eye(4), r"'a\.nii\.gz' must state its orientation, got a blank header"),
     ],
 )

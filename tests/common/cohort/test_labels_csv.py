@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cohort.labels_csv import read_labels, volume_name
+from common.cohort.labels_csv import read_labels
 
 
 def write(path: Path, text: str) -> Path:
@@ -41,7 +41,7 @@ def test_missing_table_is_refused(tmp_path: Path) -> None:
         ("", "labels_csv must have the column 'VolumeName', got None"),
         (
             "VolumeName,A\nv.nii.gz,1\nw,0\nv,1\n",
-            "labels_csv must have one row a volume, got two for volume 'v'",
+            "labels_csv must have one row per volume, got two for volume 'v'",
         ),
         ("VolumeName,A\nv,\n", "label must be 0 or 1, got '' of 'A' for volume 'v'"),
         ("VolumeName,A\nv\n", "label must be 0 or 1, got '' of 'A' for volume 'v'"),
@@ -54,5 +54,9 @@ def test_bad_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
         read_labels(write(tmp_path / "t.csv", text), ["A"])
 
 
-def test_suffix_is_no_part_of_a_volumes_name() -> None:
-    assert volume_name(" train_1_a_1.nii.gz") == volume_name("train_1_a_1") == "train_1_a_1"
+def test_volumes_are_named_as_their_files_are(tmp_path: Path) -> None:
+    """By name, and by folder where several rows have one name."""
+    names = " train_1_a_1.NII.GZ", "1.2.840.113", "Patient 01.mha", "s0000/ct.nii.gz", "d\\s0001\\ct.nii.gz"
+    text = "VolumeName,A\n" + "".join(f"{name},1\n" for name in names)
+    labels = read_labels(write(tmp_path / "t.csv", text), ["A"])
+    assert [*labels] == ["train_1_a_1", "1_2_840_113", "Patient_01", "s0000", "s0001"]

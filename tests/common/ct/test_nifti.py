@@ -1,13 +1,16 @@
 import hashlib
 import struct
 from collections.abc import Callable
+from itertools import permutations, product
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from common.ct import nifti_file
+from common.ct.geometry import canonical_indices
 from common.ct.nifti import Rescale, read_ct, read_grid
 from common.ct.rejection import RejectedError
 
@@ -15,6 +18,7 @@ SHAPE_XYZ = (7, 5, 3)
 SPACING_MM = (0.7, 0.8, 1.5)
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
 RESCALE = Rescale(1, -1024, SPACING_MM)
+ALL_AXCODES = ["".join(axes) for order in permutations(("LR", "PA", "IS")) for axes in product(*order)]
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
 
 
@@ -59,7 +63,8 @@ def test_the_rescale_of_the_header_is_applied_once(
     dtype: type, slope: float, intercept: float, tmp_path: Path
 ) -> None:
     stored = np.abs(hu()).astype(dtype)
-    stored[0, 0, 0] = 32767  # ten times this does not fit 16 bits
+    stored = np.minimum(stored, 31_743 // slope).astype(dtype)
+    stored[0, 0, 0] = 19_967 if slope == 2 else 3_174  # twice this does not fit 16 bits
     ct = read_ct(with_rescale(tmp_path / "a.nii", stored, slope, intercept))
     exact = stored.astype(np.float64) * slope + intercept
     np.testing.assert_array_equal(ct.hu, np.rint(exact).clip(-1024, 3071).transpose(2, 1, 0))
@@ -85,11 +90,66 @@ def test_voxels_that_are_not_finite_are_named(value: float, tmp_path: Path, save
         read_ct(save_nifti(tmp_path / "a.nii.gz", array, AFFINE))
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3, 2), (7, 5, 3, 1), (7, 5)])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_values_no_scanner_gives_are_refused(dtype: type, tmp_path: Path, save_nifti: Save) -> None:
+    array = np.abs(hu()).astype(dtype)
+    array[2, 3, 1] = 31_743
+    assert read_ct(save_nifti(tmp_path / "a.nii.gz", array, AFFINE)).hu.max() == 3071
+    array[2, 3, 1] = 31_744
+    with pytest.raises(RejectedError, match="not in HU: .* 31,743 HU, got 31744"):
+        read_ct(save_nifti(tmp_path / "a.nii.gz", array, AFFINE))
+
+
+@pytest.mark.parametrize("axcodes", ALL_AXCODES)
+def test_slices_of_all_48_axis_orders_are_those_that_simpleitk_finds_in_the_world(
+    axcodes: str, tmp_path: Path, save_nifti: Save
+) -> None:
+    """By sform alone, by qform alone, and through .mha and .nrrd; SimpleITK reorients to LPS for itself."""
+    placed = AFFINE.copy()
+    placed[:3, 3] = 40, -30, 20
+    turn = nib.orientations.ornt_transform(nib.io_orientation(placed), nib.orientations.axcodes2ornt(axcodes))
+    image = nib.Nifti1Image(hu(), placed).as_reoriented(turn)
+    image.header.set_sform(image.affine, 1)
+    image.header.set_qform(image.affine, 0)
+    nib.save(image, tmp_path / "sform.nii.gz")
+    image.header.set_sform(None, 0)
+    image.header.set_qform(image.affine, 1)
+    nib.save(image, tmp_path / "qform.nii.gz")
+    scan = sitk.ReadImage(str(tmp_path / "qform.nii.gz"))
+    for key in scan.GetMetaDataKeys():
+        scan.EraseMetaData(key)
+    for suffix in ("mha", "nrrd"):
+        sitk.WriteImage(scan, str(tmp_path / f"a.{suffix}"), useCompression=True)
+    for path in sorted(tmp_path.iterdir()):
+        lps = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
+        ct = read_ct(path)
+        np.testing.assert_array_equal(ct.hu, sitk.GetArrayFromImage(lps).clip(-1024, 3071))
+        np.testing.assert_array_equal(ct.hu, hu().transpose(2, 1, 0).clip(-1024, 3071))
+        assert ct.spacing_mm == pytest.approx(lps.GetSpacing())
+        first = ct.grid.affine @ canonical_indices(ct.grid) @ [0, 0, 0, 1]
+        assert first[:3] * [-1, -1, 1] == pytest.approx(lps.GetOrigin(), abs=1e-4)
+        assert ct.grid.axcodes == axcodes
+
+
+def test_a_contradictory_header_is_refused(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(hu(), AFFINE)
+    image.header.set_qform(np.diag([0.7, -0.8, 1.5, 1]), 1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    for read in (read_grid, read_ct):
+        with pytest.raises(RejectedError, match="geometry: .* LPS in sform and RPS in qform"):
+            read(tmp_path / "a.nii.gz")
+
+
+def test_a_header_without_geometry_is_refused(tmp_path: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(hu().T), str(tmp_path / "a.nii.gz"))
+    with pytest.raises(RejectedError, match="v1 or v2: .*blank header"):
+        read_ct(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3, 2), (7, 5)])
 def test_volumes_have_three_axes(shape: tuple[int, ...], tmp_path: Path, save_nifti: Save) -> None:
     path = save_nifti(tmp_path / "a.nii.gz", np.zeros(shape, np.int16), AFFINE)
     for read in (read_grid, read_ct):
-        # nibabel leaves out last axes of one voxel unless they are the fourth or later
         with pytest.raises(
             RejectedError, match=r"geometry: volume must have 3 axes, got shape \(7, 5.*\. Save"
         ):

@@ -46,6 +46,14 @@ def test_names_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_backslashes_separate_folders(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path, ("a\\b\\one.dcm", b"1"), ("a/two.dcm", b"2"), ("c\\", b""))
+    files = unzip(archive, tmp_path / "out", only=["a/b/one.dcm"])
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in files] == ["a/b/one.dcm"]
+    assert files[0].read_bytes() == b"1"
+    assert len(unzip(archive, tmp_path / "all")) == 2
+
+
 def test_links_are_refused(tmp_path: Path) -> None:
     archive = archive_of(tmp_path, (link("a"), b"/etc/passwd"))
     with pytest.raises(ValueError, match="archive must hold no links, got 'a'"):

@@ -120,7 +120,7 @@ def test_volume_without_embedding_is_refused(write_cohort: Any) -> None:
 def test_two_rows_of_labels_are_refused(write_cohort: Any) -> None:
     folder, labels_csv = write_cohort("train", 3)
     labels_csv.write_text(labels_csv.read_text() + "train_1_a_1,0,0,0\n")
-    with pytest.raises(ValueError, match="one row a volume, got two for volume 'train_1_a_1'"):
+    with pytest.raises(ValueError, match="one row per volume, got two for volume 'train_1_a_1'"):
         EmbeddingBags(folder, labels_csv, CLASSES)
 
 

@@ -81,7 +81,9 @@ def test_a_csv_names_a_subset_and_a_list_leaves_out(
     with caplog.at_level("INFO"):
         sources, _ = ct_sources(folder, subset_csv=subset)
     assert [source.volume for source in sources] == ["scan", "trn1"]
-    assert "1 of 3 volumes of" in caplog.text
+    assert (
+        f"1 of 3 names in subset_csv '{subset}' are no volume of '{folder}', such as 'other'." in caplog.text
+    )
     assert "2 of 3 volumes in" in caplog.text
     skip = tmp_path / "no_chest.txt"
     skip.write_text("dataset/train/a/scan.nii.gz\n")
@@ -90,10 +92,31 @@ def test_a_csv_names_a_subset_and_a_list_leaves_out(
     skip.write_text("trn1.npz\n")
     sources, _ = ct_sources(folder, subset_csv=subset, skip_list=skip)
     assert [source.volume for source in sources] == ["scan"]
-    assert "None of the" not in caplog.text
     skip.write_text("of_another_split\n")
     assert len(ct_sources(folder, skip_list=skip)[0]) == 3
-    assert f"None of the 1 volumes in '{skip}' is in '{folder}'." in caplog.text
+    assert f"1 of 1 names in skip_list '{skip}' are no volume" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["scan.NII.GZ\ntrn1\n", "VolumeName\r\n'scan'\r\nct/trn1.npz\r\n", "volume,n\nscan,1\ntrn1,2\n"]
+)
+def test_a_list_loses_no_volume_with_or_without_a_heading(folder: Path, tmp_path: Path, text: str) -> None:
+    for suffix in (".csv", ".txt"):
+        if suffix == ".csv" or "," not in text:
+            listing = tmp_path / f"list{suffix}"
+            listing.write_bytes(text.encode())
+            assert [one.volume for one in ct_sources(folder, subset_csv=listing)[0]] == ["scan", "trn1"]
+            assert [one.volume for one in ct_sources(folder, skip_list=listing)[0]] == ["1_2_840_99_7"]
+
+
+def test_a_list_names_volumes_of_shards_too(tmp_path: Path) -> None:
+    ct = hu(), None, None, (0.7, 0.8, 1.5), SHAPE_ZYX[::-1], "LPS", None, "train"
+    volumes = [VolumeSlices(name, *ct, source=f"{name}/ct.nii.gz") for name in ("s0", "s1", "s2")]
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "train-000000.tar", volumes)
+    (tmp_path / "list.txt").write_text("s0/ct.nii.gz\ns2.nii\n")
+    sources, _ = ct_sources(tmp_path / "in", split="train", subset_csv=tmp_path / "list.txt")
+    assert [source.volume for source in sources] == ["s0", "s2"]
 
 
 def test_suffixes_may_be_written_large_and_what_macos_adds_is_no_volume(folder: Path) -> None:
@@ -123,7 +146,7 @@ def test_a_link_to_a_folder_and_a_closed_folder_are_told(
     sources, rejected = ct_sources(folder)
     assert [source.volume for source in sources] == ["scan", "trn1"]
     assert [(item.volume, item.reason) for item in rejected] == [("dicom", "unreadable")]
-    assert f"got Permission denied for '{folder / 'dicom'}'" in rejected[0].detail
+    assert f"Cannot read folder '{folder / 'dicom'}': Permission denied" in rejected[0].detail
     assert f"'{folder / 'linked'}' is a link to a folder and is not searched." in caplog.text
 
 
@@ -159,14 +182,14 @@ def test_an_npz_of_one_slice_is_rejected(tmp_path: Path) -> None:
 def test_a_subset_without_a_volume_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     subset = tmp_path / "subset.csv"
     subset.write_text("VolumeName\nother\n")
-    with pytest.raises(FileNotFoundError, match="subset_csv must name volumes of .*, got none of its 1 in"):
+    with pytest.raises(FileNotFoundError, match="None of the names in subset_csv '.*' is in"):
         ct_sources(folder, subset_csv=subset)
-    with pytest.raises(FileNotFoundError, match="subset_csv must be a file, got 'none.csv'"):
+    with pytest.raises(FileNotFoundError, match="subset_csv must be a text file, got 'none.csv'"):
         ct_sources(folder, subset_csv="none.csv")
 
 
 def test_two_files_of_one_name_are_left_out(folder: Path, save_nifti: Callable[..., Path]) -> None:
-    save_nifti(folder / "b" / "scan.nii", hu().T, LPS)
+    save_nifti(folder / "a" / "scan.nii", hu().T, LPS)
     sources, (rejected,) = ct_sources(folder)
     assert [source.volume for source in sources] == ["1_2_840_99_7", "trn1"]
     assert (rejected.volume, rejected.reason) == ("scan", "duplicate")
@@ -224,7 +247,7 @@ def test_every_message_names_its_file(tmp_path: Path, save_nifti: Callable[..., 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(FileNotFoundError, match="must hold .nii.gz, .nii or .npz volumes, DICOM"):
+    with pytest.raises(FileNotFoundError, match="must hold volumes in NIfTI, .* got none in"):
         ct_sources(tmp_path)
     with pytest.raises(FileNotFoundError, match="must be a file or a folder, got '.*none', which does not"):
         ct_sources(tmp_path / "none")

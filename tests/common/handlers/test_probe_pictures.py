@@ -136,15 +136,18 @@ def test_attention_is_drawn_relative_to_the_mean_with_the_heaviest_slices(
 
 def test_slices_are_read_feet_to_head(tmp_path: Path) -> None:
     # stored head to feet: the affine's z runs downwards
-    hu = np.arange(5, dtype=np.int16)[None, None].repeat(3, 0).repeat(4, 1)
+    hu = np.arange(5, dtype=np.int16)[None, None].repeat(3, 0).repeat(4, 1) - 1000
     affine = np.diag([1.0, 1.0, -2.0, 1.0])
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    nibabel.save(nibabel.Nifti1Image(hu, affine), tmp_path / "deep" / "er" / "valid_1_a_1.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(hu, affine), tmp_path / "deep" / "er" / "valid_1_a_1.NII")
     read = read_slices(tmp_path, ["valid_1_a_1"])["valid_1_a_1"]
-    assert read.shape == (5, 4, 3)
-    assert read[:, 0, 0].tolist() == [4, 3, 2, 1, 0]
+    assert read.shape == (5, 4, 4)
+    assert read[:, 0, 1].tolist() == [-996, -997, -998, -999, -1000]
 
 
 def test_missing_ct_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"ct_dir must hold 'valid_1_a_1.nii.gz', got none in"):
+    nibabel.save(
+        nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.diag([2, 2, 2, 1])), tmp_path / "a.nii"
+    )
+    with pytest.raises(FileNotFoundError, match="No CT of 'valid_1_a_1' in"):
         read_slices(tmp_path, ["valid_1_a_1"])

@@ -54,7 +54,7 @@ def test_what_is_downloaded_is_what_ct_rate_reads(
     assert [source.volume for source in sources] == ["train_2_a_1", "train_3_a_1"]
     assert [item.volume for item in rejected] == ["train_4_a_1"]
     for source in sources:
-        assert source.ct == out / tiny.path(source.volume, "train").relative_to(tiny.root)
+        assert source.ct.path == out / tiny.path(source.volume, "train").relative_to(tiny.root)
         assert source.ts == out / tiny.ts_path(source.volume, "train").relative_to(tiny.root)
         assert source.labels is not None
         assert source.form == "v2"

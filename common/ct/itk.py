@@ -1,0 +1,144 @@
+"""Reads MetaImage and NRRD files with SimpleITK.
+
+Shapes: X Y Z voxel axes as stored.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.ct.geometry import check_size, is_blank
+from common.ct.names import suffix_of
+from common.ct.nifti_file import CHUNK_BYTES, MAX_INFLATION, VolumeFile, VolumeHeader
+from common.ct.rejection import RejectedError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+MAX_HEADER_BYTES = 2**16
+KEY = re.compile(r"^([A-Za-z][\w ]*?)[ \t]*(?:=|:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+SPACES = (
+    *("left-posterior-superior", "lps", "right-anterior-superior", "ras"),
+    *("left-anterior-superior", "las"),
+)
+"""Worlds of NRRD that say where the patient's left is, and that ITK turns into its own."""
+ORIENTATIONS = {"transformmatrix", "rotation", "orientation"}
+"""Of MetaImage; without one of them ITK supposes some orientation."""
+
+
+@contextmanager
+def open_itk(path: Path) -> Iterator[VolumeFile]:
+    """Open a file for reading; its voxels are read as a whole.
+
+    Args:
+        path: ``.mha`` or ``.nrrd``; or ``.mhd`` or ``.nhdr``, whose voxels lie in one file beside it.
+
+    Yields:
+        The file, its header read.
+
+    Raises:
+        RejectedError: here or in the reading if the file is truncated, damaged, or not of its format, or its
+            voxels are no numbers or more than any CT has.
+    """
+    import SimpleITK as sitk  # takes 0.3 s to import; --help must not wait for it
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    with _rejecting(path):
+        is_nrrd = suffix_of(path.name) in (".nrrd", ".nhdr")
+        stated = _stated(path)
+        files = [path, *_voxel_file(path, stated)]
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        if reader.GetNumberOfComponents() != 1:
+            raise ValueError("its voxels are colors or vectors")
+        header = _header(reader)
+        check_size(header.shape)
+        size = sum(file.stat().st_size for file in files)
+        if math.prod(header.shape) > size * MAX_INFLATION:
+            raise ValueError(f"{size} bytes for an array of shape {header.shape}")
+        says_left = stated.get("space", "").lower() in SPACES if is_nrrd else ORIENTATIONS & stated.keys()
+        if not says_left:
+            header = header._replace(is_blank=True)
+    yield VolumeFile(header, partial(_planes, path, reader), partial(_sha256, files))
+
+
+@contextmanager
+def _rejecting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RejectedError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[-200:]
+        raise RejectedError(
+            "unreadable", f"Cannot read '{path.name}': {said}. Copy or download it again."
+        ) from error
+
+
+def _stated(path: Path) -> dict[str, str]:
+    """Read the text at the beginning of a file: what it states, by the keys in lower case."""
+    with path.open("rb") as file:
+        text = file.read(MAX_HEADER_BYTES).decode("latin-1")
+    stated: dict[str, str] = {}
+    for key, value in KEY.findall(re.split(r"\n\r?\n", text)[0]):
+        stated[key.lower()] = value
+        if key.lower() == "elementdatafile":
+            break
+    return stated
+
+
+def _voxel_file(path: Path, stated: dict[str, str]) -> list[Path]:
+    """Return the file with the voxels, if it is another; a header may name none but one beside it."""
+    name = stated.get("elementdatafile") or stated.get("data file") or stated.get("datafile") or "LOCAL"
+    if name.upper() == "LOCAL":
+        return []
+    beside = path.parent / name
+    if Path(name).name != name or "\\" in name or not beside.is_file():
+        raise ValueError(f"its voxels must lie in one file beside it, got {name!r}")
+    return [beside]
+
+
+def _header(reader: "sitk.ImageFileReader") -> VolumeHeader:
+    shape = tuple(reader.GetSize())
+    if len(shape) < 3:
+        raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
+    affine = np.eye(4)
+    direction = np.array(reader.GetDirection()).reshape(len(shape), len(shape))
+    affine[:3, :3] = direction[:3, :3] * reader.GetSpacing()[:3]
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    affine[:2] *= -1  # from LPS to RAS
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return VolumeHeader(shape, affine, is_blank=is_blank(shape, affine))
+
+
+def _planes(path: Path, reader: "sitk.ImageFileReader") -> Iterator[tuple[int, np.ndarray]]:
+    import SimpleITK as sitk
+
+    with _rejecting(path):
+        image = reader.Execute()
+        voxels = sitk.GetArrayViewFromImage(image)
+        if voxels.dtype.kind not in "iuf":
+            raise ValueError(f"its voxels are {voxels.dtype}, no numbers")
+    stored = voxels.T.squeeze(tuple(range(3, voxels.ndim)))
+    at_once = max(1, CHUNK_BYTES // stored[..., 0].nbytes)
+    for start in range(0, stored.shape[-1], at_once):
+        yield start, stored[..., start : start + at_once]
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""Whatever a file is called, its volume has a name that fits everywhere, and no two have one in silence."""
+
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.ct.dicom_files import series_volume
+from common.ct.names import VOLUME_NAME, VOLUME_SUFFIXES, find_named, unique_names, volume_name
+
+
+@pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
+def test_the_suffix_is_no_part_of_a_name_in_any_case(suffix: str) -> None:
+    for written in (suffix, suffix.upper(), suffix.title(), ""):
+        assert volume_name(f"train_1_a_1{written}") == "train_1_a_1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/ct/train_1_a_1.nii.gz",
+        "C:\\ct\\train_1_a_1.nii",
+        ' "train_1_a_1" ',
+        "'train_1_a_1.NII'\r\n",
+        "a b/train_1_a_1/",
+        "train_1_a_1.img.gz",
+    ],
+)
+def test_folders_quotes_and_blanks_are_no_part_of_a_name(text: str) -> None:
+    assert volume_name(text) == "train_1_a_1"
+
+
+def test_dots_and_blanks_become_underscores_as_in_names_of_series() -> None:
+    uid = "1.3.6.1.4.1.9328.50.4.0175"
+    assert volume_name(f"{uid}.nii.gz") == volume_name(uid) == series_volume(uid)
+    assert volume_name("Patient 01.mha") == "Patient_01"
+
+
+def test_names_of_any_characters_are_safe_stable_and_different() -> None:
+    rng = np.random.default_rng(0)
+    letters = [*string.ascii_letters, *string.digits, *"_-()[]{}#%&+=@!$;,~^äöüßéçñ中文字кир\u0301\x07"]
+    texts = {"".join(rng.choice(letters, rng.integers(1, 120))) for _ in range(2000)}
+    texts |= {"", "_a", "-a", "a" * 81, "a" * 82, "中", "文", "con:", ".."}
+    names = {text: volume_name(text) for text in texts}
+    assert all(map(VOLUME_NAME.fullmatch, names.values()))
+    assert len(set(names.values())) == len(texts)
+    assert all(volume_name(name) == name for name in names.values())
+
+
+def test_one_letter_written_in_two_ways_is_one_name() -> None:
+    """As macOS and others write an umlaut into the name of a file."""
+    assert volume_name("M\u00fcller.nii") == volume_name("Mu\u0308ller.nii")
+
+
+def test_a_name_that_is_not_unique_takes_its_folders_and_then_its_path() -> None:
+    paths = "a/ct.nii", "b/ct.nii.gz", "b/x.nii", "c/d/y.nii", "e/d/y.nii", "ct2.nii", "b.nii"
+    names = unique_names([Path(path) for path in paths])
+    assert [names[Path(path)] for path in paths] == ["a", "b_ct", "x", "c_d_y", "e_d_y", "ct2", "b"]
+
+
+def test_what_no_folder_tells_apart_keeps_one_name() -> None:
+    names = unique_names([Path("x/a.b.nii"), Path("x/a b.mha"), Path("c.nii"), Path("c.nrrd")])
+    assert [*names.values()] == ["a_b", "a_b", "c", "c"]
+
+
+PLACES = {
+    "s0": Path("set/s0/ct.nii.gz"),
+    "s1": Path("set/s1/ct.nii.gz"),
+    "one_a": Path("one/a.nii"),
+    "p_one_a": Path("p/one/a.nii"),
+    "b": Path("x/b.mha"),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "volume"),
+    [
+        ("s0", "s0"),
+        ("s0/ct.nii.gz", "s0"),
+        ("/mnt/other/set/s1/ct.NII.GZ", "s1"),
+        ("D:\\set\\s1\\ct.nii.gz", "s1"),
+        ("b", "b"),
+        ("b.nii.gz", "b"),  # as another format
+        ("elsewhere/b.nii", "b"),
+        ("p/one/a.nii", "p_one_a"),
+        ("one/a.nii", None),  # either of two
+        ("ct.nii.gz", None),
+        ("s2/ct.nii.gz", None),
+    ],
+)
+def test_a_list_names_volumes_by_name_or_by_path(text: str, volume: str | None) -> None:
+    found, absent = find_named([text], PLACES)
+    assert (found, absent) == (({volume}, []) if volume else (set(), [text]))
