@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from common.ct.checks import ChestCTs, chest_cts
 from common.ct.rejection import RejectedVolume
+from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.part import IDENTITY_KEYS
 from common.embeddings.sources import CTSource
 from common.embeddings.store import EmbeddingStore
@@ -22,7 +23,6 @@ from common.handlers.rejected_volumes import REJECTED, report_rejected
 from common.networks.mil_probe import load_probe
 from common.reports.attended_slices import write_attended_slices
 from common.reports.ct_report import Finding, write_ct_report
-from common.reports.ct_tokens import Encoder
 from common.reports.patch_maps import PatchMaps, cls_attention_maps
 from common.run.atomic_file import atomic_file
 from common.run.short_errors import first_cause
@@ -221,17 +221,9 @@ def _patch_maps(encoder: ConfigParser, hu: np.ndarray, metadata: Mapping[str, An
     network, (strategy,) = _parsed(encoder, "network"), _parsed(encoder, "preprocessing")
     if strategy.is_tiled or not isinstance(network, VisionTransformer):
         return None
-    viewer = Encoder(
-        name=_parsed(encoder, "name"),
-        network=network.eval(),
-        window=_parsed(encoder, "window"),
-        size_px=0,  # the strategy's own
-        patch_size_px=strategy.patch_size_px,
-        slice_axes=_parsed(encoder, "axes"),
-    )
     whole = (0, 0, hu.shape[-1])
     box = tuple(metadata["box"]) if strategy.is_cropped else whole
-    return cls_attention_maps(viewer, strategy, hu, box, _parsed(encoder, "amp_dtype"))
+    return cls_attention_maps(EncoderBundle(encoder), strategy, hu, box)
 
 
 def _write(output: Path, predictions: Predictions) -> None:

@@ -11,17 +11,10 @@ from ignite.engine import Events
 
 from common.cohort.predictions import write_predictions
 from common.engines.probe_grid import ProbeGridTrainer
-from common.handlers.probe_pictures import (
-    draw_attention,
-    draw_per_class,
-    draw_precision_recall,
-    draw_reliability,
-    draw_roc,
-    read_slices,
-    volumes_to_show,
-)
+from common.handlers.probe_pictures import read_slices, volumes_to_show
 from common.handlers.probe_tables import class_rows, seed_rows, threshold_rows, write_table
 from common.networks.mil_probe import save_probe
+from common.reports.probe_curves import KINDS, draw_attention, draw_classes, draw_per_class
 
 
 class ProbeReport:
@@ -94,9 +87,8 @@ class ProbeReport:
         title = f"{encoder}: {len(bags)} test volumes, {pooler}, lr {learning_rate:g}, step {best.step}"
         per_class = state.intervals["probe"]["per_class"]
         draw_per_class(self.output_dir / "per_class.png", state.reports, state.intervals, title)
-        draw_roc(self.output_dir / "roc.png", state.predictions, per_class, title)
-        draw_precision_recall(self.output_dir / "precision_recall.png", state.predictions, per_class, title)
-        draw_reliability(self.output_dir / "reliability.png", state.predictions, title)
+        for kind in KINDS:
+            draw_classes(self.output_dir / f"{kind}.png", kind, state.predictions, per_class, title)
         self._show_attention(engine)
 
     def _card(self, engine: ProbeGridTrainer) -> dict[str, Any]:

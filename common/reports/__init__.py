@@ -1,1 +1,1 @@
-"""Pages for people: one CT as a model reads it."""
+"""Everything drawn for people: pictures of CTs and of encoders, and the page of one CT."""

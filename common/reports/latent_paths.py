@@ -1,16 +1,11 @@
-"""Figure 2: the slices of a volume as a path through the two main directions of their embeddings.
-
-``python -m common.reports.latent_paths EMBEDDINGS ... --out figure_2.png`` draws a column an encoder.
-"""
+"""Figure 2: the slices of a volume as a path through the two main directions of their embeddings."""
 
 # S slices, D embedding
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -19,8 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.embeddings.store import EmbeddingStore
 from common.metrics.latent_continuity import latent_continuity
-from common.run.atomic_file import atomic_file
-from common.run.short_errors import short_errors
+from common.reports.slice_grid import write_figure
 
 FloatArray = NDArray[np.float64]
 COLOURS = "viridis"
@@ -34,7 +28,7 @@ def principal_plane(embeddings: ArrayLike) -> tuple[FloatArray, float]:
     Source: DALE-CT Figure 2.
 
     Args:
-        embeddings: of the slices in order.
+        embeddings: embeddings of the slices in order.
 
     Shape:
         ``(S, D)``, two slices or more. Output: ``(S, 2)``, and the share of the variance in the plane.
@@ -55,7 +49,7 @@ def principal_plane(embeddings: ArrayLike) -> tuple[FloatArray, float]:
 
 
 def draw_paths(
-    path: str | Path, paths: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], title: str = ""
+    path: str | Path, paths: Mapping[str, Mapping[str, tuple[FloatArray, FloatArray]]], title: str = ""
 ) -> None:
     """Draw volumes as rows and encoders as columns, each slice a point coloured by its height in the body.
 
@@ -70,29 +64,42 @@ def draw_paths(
     grid = figure.subplots(len(volumes), len(encoders), squeeze=False)
     for row, volume in zip(grid, volumes, strict=True):
         for axes, encoder in zip(row, encoders, strict=True):
-            embeddings, z_mm = paths[encoder][volume]
-            _draw_path(axes, np.asarray(embeddings, np.float64), np.asarray(z_mm, np.float64))
-            axes.set_title(f"{encoder}\n{volume}{axes.get_title()}", fontsize=8)
+            tokens, z_mm = paths[encoder][volume]
+            share = draw_path(axes, tokens, z_mm)
+            scores = " / ".join(f"{latent_continuity(tokens, name):.3f}" for name in ("cosine", "geodesic"))
+            about = f"{share:.0%} of variance; continuity {scores} (cosine / geodesic)"
+            axes.set_title(f"{encoder}\n{volume}\n{about}", fontsize=8)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURS), ax=grid, shrink=0.6, aspect=30)
     bar.set_label("height in the scan, feet (0) to head (1)")
-    if title:
-        figure.suptitle(title, fontsize=10)
-    with atomic_file(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=130)
+    figure.suptitle(title, fontsize=10)
+    write_figure(path, figure)
 
 
-def _draw_path(axes: Axes, tokens: FloatArray, z_mm: FloatArray) -> None:
+def draw_path(axes: Axes, tokens: FloatArray, z_mm: FloatArray) -> float:
+    """Draw the slices of a volume as a path through their main plane, and return its share of the variance.
+
+    Args:
+        axes: where to draw.
+        tokens: embeddings of the slices in order, ``(S, D)``.
+        z_mm: their positions, ``(S,)``.
+    """
     places, share = principal_plane(tokens)
-    height = (z_mm - z_mm[0]) / max(z_mm[-1] - z_mm[0], 1e-9)
     axes.plot(*places.T, color="0.75", linewidth=0.8, zorder=1)
-    axes.scatter(places[:, 0], places[:, 1], c=height, cmap=COLOURS, vmin=0, vmax=1, s=14, zorder=2)
+    axes.scatter(places[:, 0], places[:, 1], c=heights(z_mm), cmap=COLOURS, vmin=0, vmax=1, s=14, zorder=2)
     for place, name in ((places[0], "feet"), (places[-1], "head")):
         axes.annotate(name, place, xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    scores = " / ".join(f"{latent_continuity(tokens, name):.3f}" for name in ("cosine", "geodesic"))
-    axes.set_title(f"\n{share:.0%} of variance; continuity {scores} (cosine / geodesic)")
+    axes.set(xticks=[], yticks=[])
+    return share
+
+
+def heights(z_mm: FloatArray) -> FloatArray:
+    """Return positions ``(S,)`` as shares of a scan's length, from 0 at the feet to 1.
+
+    Args:
+        z_mm: positions from the feet to the head.
+    """
+    return (z_mm - z_mm[0]) / max(float(z_mm[-1] - z_mm[0]), 1e-9)
 
 
 def chosen_paths(
@@ -101,8 +108,12 @@ def chosen_paths(
     """Read what :func:`draw_paths` draws.
 
     Args:
-        stores: one an encoder; those that share a name, as of two trainings, go by their folders.
-        volumes: names.
+        stores: one per encoder; those that share a name, as of two trainings, go by their folders.
+        volumes: names of the volumes.
+
+    Raises:
+        KeyError: if a store has no such volume.
+        ValueError: if a store holds tokens of another kind than slices.
     """
     paths: dict[str, dict[str, tuple[FloatArray, FloatArray]]] = {}
     encoders = [store.identity["encoder"] for store in stores]
@@ -111,29 +122,9 @@ def chosen_paths(
         paths[name] = {}
         for volume in volumes:
             embedding = store.read(volume)
-            assert embedding.z_mm is not None
+            if embedding.z_mm is None:
+                raise ValueError(
+                    f"embeddings must be of slices, got '{volume}' of '{store.folder}', which has no slices."
+                )
             paths[name][volume] = (embedding.tokens.double().numpy(), embedding.z_mm.double().numpy())
     return paths
-
-
-def main(
-    embeddings: Annotated[list[Path], typer.Argument(help="Folders of slice embeddings, one an encoder.")],
-    out: Annotated[Path, typer.Option(help="PNG to write.")],
-    volume: Annotated[
-        list[str] | None, typer.Option(help="Volume to draw, several times; by default the first three.")
-    ] = None,
-) -> None:
-    """Draw the slices of volumes as paths through latent space, encoders side by side.
-
-    Example: python -m common.reports.latent_paths embeddings/slab embeddings/flat --out figure_2.png
-    """
-    short_errors()
-    stores = [EmbeddingStore(folder) for folder in embeddings]
-    shared = sorted(set(stores[0].volumes).intersection(*(store.volumes for store in stores[1:])))
-    if not shared:
-        raise ValueError("embeddings must be of the same volumes, got none that all folders have.")
-    draw_paths(out, chosen_paths(stores, volume or shared[:3]))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from common.reports.ct_tokens import SLICES_PER_BATCH, Encoder
-from common.reports.similar_patches import cls_attention
+from common.embeddings.encoder_bundle import EncoderBundle
+from common.reports.ct_tokens import SLICES_PER_BATCH, cls_attention
 from common.transforms.slice_strategies import SliceStrategy
 
 FULL_COLOUR = 0.99
@@ -31,36 +32,50 @@ class PatchMaps(NamedTuple):
 
 
 def cls_attention_maps(
-    encoder: Encoder, strategy: SliceStrategy, hu: np.ndarray, box: tuple[int, int, int], amp_dtype: str
+    bundle: EncoderBundle, strategy: SliceStrategy, hu: np.ndarray, box: tuple[int, int, int]
 ) -> PatchMaps:
     """Return how the attention of each slice's CLS token in the last block is spread over the patches.
 
-    The mean over heads; what goes to CLS and registers is left out. Shown is what exceeds the even share, one
-    over the number of patches. All slices of the volume have one scale: colours compare across slices.
+    It is the mean over heads. All slices of the volume have one scale: colours compare across slices.
 
     Args:
-        encoder: of a timm VisionTransformer; its ``size_px`` is not used.
-        strategy: how slices become its images; one image a slice.
+        bundle: encoder of slices, a timm VisionTransformer.
+        strategy: how slices become its images; one image per slice.
         hu: canonical slices in HU.
         box: top, left and side of the body in pixels, as stored with the embeddings; the whole slice for
             strategies that do not crop.
-        amp_dtype: "bfloat16" for autocast, "float32" for none, as for the embeddings.
 
     Shape:
         ``hu (S, H, H)``.
     """
     region = torch.from_numpy(strategy.region(hu, box))
-    encoder = encoder._replace(size_px=strategy.side_px(region.shape[-1]))
-    device = next(encoder.network.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp_dtype == "bfloat16"):
-        parts = [cls_attention(encoder, strategy(few)).mean(1) for few in region.split(SLICES_PER_BATCH)]
-    shares = torch.cat(parts).numpy()
-    even = 1 / encoder.grid**2
-    full = max(float(np.quantile(shares, FULL_COLOUR)), 2 * even)
+    device = next(bundle.network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bundle["amp_dtype"] == "bfloat16"):
+        parts = [cls_attention(bundle, strategy(few)).mean(1) for few in region.split(SLICES_PER_BATCH)]
+    values, even, full = above_even(torch.cat(parts).numpy())
     note = (
         "Where the encoder looks: patches with more than an even share of the slice's CLS attention (last "
         f"block, mean of heads). No colour: {even:.2%}, which is even, or less; full colour: {full:.2%} or "
         "more, the same in all slices. Not evidence for a finding."
     )
     top, left, side = (pixels / hu.shape[-1] for pixels in box)
-    return PatchMaps(((shares - even) / (full - even)).clip(0, 1), (left, top, side, side), note)
+    return PatchMaps(values, (left, top, side, side), note)
+
+
+def above_even(shares: NDArray[np.floating]) -> tuple[NDArray[np.floating], float, float]:
+    """Return by how much each patch's share of the attention exceeds an even share, from 0 to 1.
+
+    Args:
+        shares: shares of the patches, ``(S, G, G)``.
+
+    Returns:
+        Numbers of that shape; the even share, which is 0 of them; and the share that is 1.
+
+    Example:
+        >>> values, even, full = above_even(np.array([[[0.25, 0.0], [0.25, 0.5]]]))
+        >>> values.round(2).tolist(), even, round(full, 2)
+        ([[[0.0, 0.0], [0.0, 1.0]]], 0.25, 0.5)
+    """
+    even = 1 / shares[0].size
+    full = max(float(np.quantile(shares, FULL_COLOUR)), 2 * even)
+    return ((shares - even) / (full - even)).clip(0, 1), even, full

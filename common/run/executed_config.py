@@ -51,14 +51,28 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
     for key, value in overrides.items():
         if value is None or value == "null":
             raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
+    return merged_config(own, files, overrides).get()
+
+
+def merged_config(own: dict[str, Any], files: Sequence[str], overrides: dict[str, Any]) -> ConfigParser:
+    """Merge config files and overrides as MONAI does, after refusing knobs that the bundle does not have.
+
+    Args:
+        own: content of the bundle's own file, whose knobs count.
+        files: that file, or another in its place, and further ones.
+        overrides: knobs of the command line.
+
+    Raises:
+        FileNotFoundError: if a further file is not there.
+        ValueError: if one of them names something unknown, or gives it another kind of value.
+    """
     for further in files[1:]:
-        overrides_of_file = _read_object("config_file", further)
-        _refuse_unknown(overrides_of_file, own, f"'{further}'")
+        _refuse_unknown(_read_object("config_file", further), own, f"'{further}'")
     _refuse_unknown(overrides, own, "the command line")
     parser = ConfigParser()
     parser.read_config(files)
     parser.update(pairs=overrides)
-    return parser.get()
+    return parser
 
 
 def _read_object(name: str, path: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def dense_overlay(
 
     from common.ct.files import ct_file, read_grid
     from common.reports.ct_tokens import read_images, spread_slices
-    from common.reports.dense_overlay import draw_overlay
+    from common.reports.patch_rows import draw_labels
+    from common.reports.slice_grid import write_figure
     from common.transforms.dense_labels import pad_mask_to_square, patch_shares
     from data_prep.totalsegmentator import read_full_label_map
 
@@ -37,15 +38,11 @@ def dense_overlay(
     chosen = spread_slices(len(ids), slices)
     whole = patch_shares(ids[chosen], (0, 0, ids.shape[1]), grid, len(names)).toarray()
     cropped = labels.shares.toarray().reshape(len(ids), -1)[chosen]
-    shape = (len(chosen), grid, grid, len(names))
     pixels = np.bincount(ids[chosen].ravel(), minlength=len(names))
     shown = [int(index) for index in pixels[1:].argsort()[::-1][:18] + 1 if pixels[index] > 0]
-    rows = (("through the image's crop", cropped), ("of the whole slice", whole))
-    draw_overlay(
-        out,
-        read_images(ct, size_px),
-        chosen,
-        [(name, part.reshape(shape)[..., shown]) for name, part in rows],
-        ids[chosen],
-        [(index, names[index]) for index in shown],
-    )
+    rows = [
+        (name, part.reshape(len(chosen), grid, grid, len(names))[..., shown])
+        for name, part in (("through the image's crop", cropped), ("of the whole slice", whole))
+    ]
+    images = read_images(ct, size_px).some(chosen)
+    write_figure(out, draw_labels(images, rows, ids[chosen], [(index, names[index]) for index in shown]))

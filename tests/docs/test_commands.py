@@ -11,9 +11,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -193,8 +195,8 @@ def check_python(words: list[str]) -> None:
         if module == "monai.bundle":
             check_bundle(rest)
             return
-        name = "data_prep.__main__" if module == "data_prep" else module
-        check_typer(importlib.import_module(name), rest)
+        is_package = (REPOSITORY / module.replace(".", "/") / "__main__.py").is_file()
+        check_typer(importlib.import_module(f"{module}.__main__" if is_package else module), rest)
         return
     if words[0] == "-c":
         compile(words[1], "-c", "exec")
@@ -241,7 +243,12 @@ def parse(command: object, words: list[str]) -> None:
     """Parse words as a command line of click, and of its sub-command, without calling either."""
     if words in ([], ["--help"]):  # a command that is only named
         return
-    context = command.make_context("command", list(words))
+    with ExitStack() as stack:
+        for parameter in command.params:
+            info = getattr(getattr(parameter, "type_descriptor", None), "parameter_info", None)
+            if getattr(info, "exists", False):  # the pages name data that is not here
+                stack.enter_context(patch.object(info, "exists", False))
+        context = command.make_context("command", list(words))
     if hasattr(command, "resolve_command"):
         _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         parse(inner, rest)

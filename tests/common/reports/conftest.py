@@ -1,14 +1,22 @@
-"""A small CT on disk and an encoder bundle to look at it with."""
+"""A small CT on disk, and an encoder bundle to look at it with."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
+
+from common.embeddings.encoder_bundle import EncoderBundle
+from common.reports.__main__ import app
+from common.reports.ct_tokens import open_slice_encoder
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "dale_ct_2s"
 SMALL = {"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+SMALL |= {"amp_dtype": "float32", "strategies": ["cropped_32"], "layer_scale_init": 1.0}
 
 
 @pytest.fixture
@@ -23,18 +31,30 @@ def ct_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_json(tmp_path: Path) -> Path:
-    path = tmp_path / "small.json"
-    path.write_text(json.dumps(SMALL))
-    return path
-
-
-@pytest.fixture
-def options(small_json: Path) -> list[str]:
-    """Options of every picture command."""
-    return ["--bundle", str(BUNDLE), "--weights", "random", "--overrides", str(small_json), "--size-px", "32"]
-
-
-@pytest.fixture
 def bundle() -> Path:
     return BUNDLE
+
+
+@pytest.fixture
+def open_small(tmp_path: Path) -> Callable[..., EncoderBundle]:
+    """Open a ViT of four patches by four, with random weights of one seed; keywords change its config."""
+
+    def opened(**changes: Any) -> EncoderBundle:
+        path = tmp_path / "small.json"
+        path.write_text(json.dumps(SMALL | changes))
+        return open_slice_encoder(BUNDLE, "random", [path])
+
+    return opened
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Callable[..., Result]:
+    """Run a picture command with the small encoder's options behind the given words."""
+
+    def run(*words: object) -> Result:
+        path = tmp_path / "small.json"
+        path.write_text(json.dumps(SMALL))
+        options = ["--bundle", BUNDLE, "--weights", "random", "--overrides", path]
+        return CliRunner().invoke(app, [str(word) for word in (*words, *options)])
+
+    return run

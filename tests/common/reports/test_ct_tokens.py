@@ -1,20 +1,24 @@
+"""Slices and tokens lie upright, whatever the encoder was shown."""
+
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+from torch.nn import functional as F
 
+from common.embeddings.encoder_bundle import EncoderBundle
 from common.networks.encoder import save_encoder
 from common.reports.ct_tokens import (
+    cls_attention,
     encode,
-    open_encoder,
-    overlay,
+    open_slice_encoder,
     read_images,
-    show_slice,
     slices_to_show,
     spread_slices,
 )
+from common.transforms.hounsfield import normalize_hu
 
 
 def test_slices_are_cropped_and_shown_the_radiological_way(ct_path: Path) -> None:
@@ -26,44 +30,84 @@ def test_slices_are_cropped_and_shown_the_radiological_way(ct_path: Path) -> Non
     assert bright[0] < 16
     assert bright[1] < 16  # the patient's right is on the left
     assert images.box[2] < 60
+    some = images.some([7, 2])
+    assert some.titles == ["slice 7, 18 mm", "slice 2, 5 mm"]
+    torch.testing.assert_close(some.hu[1], images.hu[2])
 
 
 def test_tokens_lie_upright_whatever_the_encoder_was_shown(
-    ct_path: Path, bundle: Path, small_json: Path
+    ct_path: Path, open_small: Callable[..., EncoderBundle]
 ) -> None:
-    encoder = open_encoder(bundle, "random", [small_json], 32)
-    assert (encoder.grid, encoder.name) == (4, "dale_ct_2s")
-    hu = read_images(ct_path, 32).hu
-    upright = encode(encoder, hu)
-    assert upright.cls.shape == (9, 24)
-    assert upright.patches.shape == (9, 4, 4, 24)
-    turned = encode(encoder._replace(slice_axes="xy"), hu.mT)
-    torch.testing.assert_close(turned.cls, upright.cls)
-    torch.testing.assert_close(turned.patches.transpose(1, 2), upright.patches)
+    encoder = open_small()
+    hu = read_images(ct_path, encoder.side_px).hu
+    cls, patches = encode(encoder, hu)
+    assert (cls.shape, patches.shape) == ((9, 24), (9, 4, 4, 24))
+    turned_cls, turned = encode(open_small(slice_axes="xy"), hu.mT)
+    torch.testing.assert_close(turned_cls, cls)
+    torch.testing.assert_close(turned.transpose(1, 2), patches)
+    maps = cls_attention(encoder, hu)
+    torch.testing.assert_close(cls_attention(open_small(slice_axes="xy"), hu.mT).mT, maps)
 
 
 def test_pictures_show_an_encoder_the_slices_that_its_weights_state(
-    tmp_path: Path, bundle: Path, small_json: Path
+    tmp_path: Path, bundle: Path, open_small: Callable[..., EncoderBundle]
 ) -> None:
-    encoder = open_encoder(bundle, "random", [small_json], 32)
+    encoder = open_small()
     assert encoder.slice_axes == "yx"
     identity = {"slice_axes": "xy", "hu_window": [-940.8, 923.1, -25.03, 246.87]}
     save_encoder(encoder.network.state_dict(), tmp_path / "model.safetensors", identity)
-    stated = open_encoder(bundle, tmp_path / "model.safetensors", [small_json], 32)
+    stated = open_small(encoder_weights=str(tmp_path / "model.safetensors"))
     assert stated.slice_axes == "xy"
     assert stated.window == (-940.8, 923.1, -25.03, 246.87)
 
 
-def test_weights_bundle_and_size_are_checked(
-    tmp_path: Path, bundle: Path, small_json: Path, ct_path: Path
+def test_attention_reproduces_what_the_last_block_does(
+    ct_path: Path, open_small: Callable[..., EncoderBundle]
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"bundle must hold configs/inference.json, got none in"):
-        open_encoder(tmp_path)
-    with pytest.raises(ValueError, match="size_px must be a multiple of patch_size_px, got 30 and 8"):
-        open_encoder(bundle, "random", [small_json], 30)
-    assert open_encoder(bundle, "random", [small_json]).size_px == 256
+    encoder = open_small()
+    hu = read_images(ct_path, 32).hu[:3]
+    maps = cls_attention(encoder, hu)
+    assert maps.shape == (3, 3, 4, 4)
+    # the block's own output for CLS is the same mean of its values
+    block, seen = encoder.network.blocks[-1].attn, {}
+    block.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs[0], output=output))
+    with torch.no_grad():
+        encoder.network.forward_features(normalize_hu(hu, encoder.window))
+        values = block.qkv(seen["inputs"]).unflatten(-1, (3, 3, 8))[:, :, 2]  # (S, T, N, 8)
+        weights = torch.cat([1 - maps.flatten(2).sum(-1, keepdim=True), maps.flatten(2)], -1)
+        mixed = torch.einsum("snt,stnd->snd", weights, values).flatten(1)
+        torch.testing.assert_close(block.proj(mixed), seen["output"][:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_the_crop_that_is_embedded(ct_path: Path) -> None:
+    whole = read_images(ct_path, 60)
+    top, left, side = whole.box
+    assert whole.hu.shape[-1] == 60
+    small = F.interpolate(whole.hu, (20, 20), mode="area")
+    assert (small - read_images(ct_path, 20).hu).abs().median() < 30
+    assert 40 <= side <= 44  # the body is 41 px square
+    assert top + side <= 60
+    assert left + side <= 60
+
+
+def test_bundles_and_sizes_that_do_not_fit_are_refused(
+    tmp_path: Path, bundle: Path, open_small: Callable[..., EncoderBundle]
+) -> None:
+    assert open_small(strategies=["cropped_24"]).side_px == 24
+    small = [tmp_path / "small.json"]
+    assert open_slice_encoder(bundle, "random", small, 40).side_px == 40
+    with pytest.raises(ValueError, match="8 px, got 'cropped_30'"):
+        open_slice_encoder(bundle, "random", small, 30)
+    with pytest.raises(ValueError, match="merlin"):
+        open_slice_encoder(bundle.with_name("merlin"), "random")
+    network = {"_target_": "timm.create_model", "model_name": "resnet10t", "in_chans": 1, "num_classes": 0}
+    with pytest.raises(ValueError, match="got ResNet"):
+        open_small(network_def=network)
+
+
+def test_a_path_must_be_one_volume(ct_path: Path) -> None:
     ct_path.with_name("scan_2.nii.gz").write_bytes(ct_path.read_bytes())
-    with pytest.raises(ValueError, match=r"ct must be one volume, got 2 in .*scan_1"):
+    with pytest.raises(ValueError, match=r"got 2 in .*scan_1"):
         read_images(ct_path.parent, 32)
 
 
@@ -78,12 +122,3 @@ def test_slices_asked_for_must_be_there() -> None:
     for place in (-1, 4):
         with pytest.raises(ValueError, match=rf"slices must be 0 to 3 in this scan, got {place}\."):
             slices_to_show([0, place], 4, 2)
-
-
-def test_overlay_covers_the_slice() -> None:
-    axes = Figure().subplots()
-    show_slice(axes, torch.zeros(1, 32, 32), "title")
-    overlay(axes, np.zeros((4, 4)), 32)
-    slice_image, cells = axes.get_images()
-    assert cells.get_extent() == slice_image.get_extent()
-    assert axes.get_title() == "title"

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from PIL import Image
-from typer.testing import CliRunner
+import torch
+from matplotlib.figure import Figure
 
 from common.embeddings.store import EmbeddingStore
-from common.reports.latent_paths import chosen_paths, main, principal_plane
+from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.reports.latent_paths import chosen_paths, draw_path, heights, principal_plane
 
 
 def test_the_plane_keeps_the_distances_of_a_flat_path() -> None:
@@ -31,7 +31,19 @@ def test_share_is_that_of_the_two_largest_eigenvalues() -> None:
     assert principal_plane(tokens)[1] == pytest.approx(values[:2].sum() / values.sum())
 
 
-def test_command_draws_encoders_side_by_side(write_paths: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_path_is_drawn_in_the_plane_with_its_heights() -> None:
+    tokens, z_mm = np.random.default_rng(2).standard_normal((9, 4)), np.arange(9) * 2.5 + 10
+    axes = Figure().subplots()
+    share = draw_path(axes, tokens, z_mm)
+    places, expected = principal_plane(tokens)
+    (points,) = axes.collections
+    np.testing.assert_allclose(points.get_offsets(), places)
+    np.testing.assert_allclose(points.get_array(), np.arange(9) / 8)
+    assert share == expected
+    assert heights(np.array([3.0])).tolist() == [0]  # a single slice
+
+
+def test_encoders_that_share_a_name_go_by_their_folders(write_paths: Callable[..., Path]) -> None:
     folders = [write_paths("line"), write_paths("tangle")]
     paths = chosen_paths([EmbeddingStore(folder) for folder in folders], ["valid_2_a_1"])
     assert list(paths) == ["line", "tangle"]
@@ -39,20 +51,11 @@ def test_command_draws_encoders_side_by_side(write_paths: Callable[..., Path], t
     assert len(tokens) == len(z_mm) > 16
     twice = chosen_paths([EmbeddingStore(folder) for folder in (folders[0], *folders)], ["valid_2_a_1"])
     assert list(twice) == [str(folders[0]), "tangle"]  # named alike: here they are even the same folder
-    app = typer.Typer()
-    app.command()(main)
-    for rows, volumes in ((1, ["--volume", "valid_2_a_1"]), (3, [])):
-        out = tmp_path / f"{rows}.png"
-        answer = CliRunner().invoke(app, [*map(str, folders), "--out", str(out), *volumes])
-        assert answer.exit_code == 0, answer.output
-        assert Image.open(out).height == pytest.approx(130 * (3.7 * rows + 0.6), abs=2)
 
 
-def test_command_says_when_no_volume_is_in_all_folders(
-    write_paths: Callable[..., Path], tmp_path: Path
-) -> None:
-    app = typer.Typer()
-    app.command()(main)
-    folders = [write_paths("line"), write_paths("tangle", split="train")]
-    answer = CliRunner().invoke(app, [*map(str, folders), "--out", str(tmp_path / "a.png")])
-    assert str(answer.exception) == "embeddings must be of the same volumes, got none that all folders have."
+def test_embeddings_without_slices_are_refused(tmp_path: Path) -> None:
+    identity = dict.fromkeys(("encoder", "encoder_id", "preprocessing", "slice_order"), "3d")
+    with EmbeddingStoreWriter(tmp_path, identity | {"token_kind": "grid"}, "float32") as writer:
+        writer.add("p1", torch.zeros(4, 3), (1, 1, 1))
+    with pytest.raises(ValueError, match="'p1'"):
+        chosen_paths([EmbeddingStore(tmp_path)], ["p1"])

@@ -1,40 +1,40 @@
 """A map is the CLS attention above its even share, in its place in the slice."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from common.reports.ct_tokens import Encoder, open_encoder
+from common.embeddings.encoder_bundle import EncoderBundle
 from common.reports.patch_maps import PatchMaps, cls_attention_maps
 from common.transforms.hounsfield import normalize_hu
 from common.transforms.slice_strategies import SliceStrategy
 
-BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "dale_ct_2s"
 SIDE, BOX = 60, (6, 15, 30)  # top, left, side
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> Encoder:
+def encoder(open_small: Callable[..., EncoderBundle]) -> EncoderBundle:
     """A ViT whose heads attend, to patches of 8 px."""
-    small = tmp_path / "small.json"
-    small.write_text('{"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}')
-    opened = open_encoder(BUNDLE, "random", [small], 32)
+    return attentive(open_small())
+
+
+def attentive(encoder: EncoderBundle) -> EncoderBundle:
     with torch.no_grad():
-        opened.network.blocks[-1].attn.qkv.weight.mul_(60)
-    return opened
+        encoder.network.blocks[-1].attn.qkv.weight.mul_(60)
+    return encoder
 
 
 def slices(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(-1000, 500, (count, SIDE, SIDE)).astype(np.int16)
 
 
-def maps_of(encoder: Encoder, name: str, hu: np.ndarray, box: tuple[int, int, int] = BOX) -> PatchMaps:
-    return cls_attention_maps(encoder, SliceStrategy(name, 8), hu, box, "float32")
+def maps_of(encoder: EncoderBundle, name: str, hu: np.ndarray, box: tuple[int, int, int] = BOX) -> PatchMaps:
+    return cls_attention_maps(encoder, SliceStrategy(name, 8), hu, box)
 
 
-def shares_of(encoder: Encoder, images: torch.Tensor) -> np.ndarray:
+def shares_of(encoder: EncoderBundle, images: torch.Tensor) -> np.ndarray:
     """Softmax of the CLS query on all keys, written out; ``(S, G, G)``."""
     block, seen = encoder.network.blocks[-1], {}
     handle = block.attn.register_forward_pre_hook(lambda module, inputs: seen.update(tokens=inputs[0]))
@@ -49,7 +49,7 @@ def shares_of(encoder: Encoder, images: torch.Tensor) -> np.ndarray:
     return torch.stack(heads).mean(0).unflatten(1, (grid, grid)).numpy()
 
 
-def test_maps_are_the_share_above_even_on_one_scale(encoder: Encoder) -> None:
+def test_maps_are_the_share_above_even_on_one_scale(encoder: EncoderBundle) -> None:
     hu = slices(35)  # more than a batch
     maps = maps_of(encoder, "cropped_32", hu)
     strategy = SliceStrategy("cropped_32", 8)
@@ -63,7 +63,7 @@ def test_maps_are_the_share_above_even_on_one_scale(encoder: Encoder) -> None:
     assert f"full colour: {full:.2%}" in maps.note
 
 
-def test_whole_slices_are_covered_whole_and_sides_are_the_strategys(encoder: Encoder) -> None:
+def test_whole_slices_are_covered_whole_and_sides_are_the_strategys(encoder: EncoderBundle) -> None:
     whole = (0, 0, SIDE)
     raw = maps_of(encoder, "raw_32", slices(2), whole)
     assert raw.values.shape == (2, 4, 4)
@@ -72,7 +72,7 @@ def test_whole_slices_are_covered_whole_and_sides_are_the_strategys(encoder: Enc
     assert maps_of(encoder, "cropped_full", slices(2)).values.shape == (2, 3, 3)  # 24 of 30 px
 
 
-def test_attention_that_is_even_has_no_colour(encoder: Encoder) -> None:
+def test_attention_that_is_even_has_no_colour(encoder: EncoderBundle) -> None:
     with torch.no_grad():
         encoder.network.blocks[-1].attn.qkv.weight.zero_()
     maps = maps_of(encoder, "raw_32", slices(3), (0, 0, SIDE))
@@ -80,8 +80,10 @@ def test_attention_that_is_even_has_no_colour(encoder: Encoder) -> None:
     assert "full colour: 12.50% or more" in maps.note
 
 
-def test_an_encoder_that_sees_slices_transposed_gives_upright_maps(encoder: Encoder) -> None:
-    hu = slices(2)
-    upright = maps_of(encoder, "raw_32", hu, (0, 0, SIDE))
-    turned = maps_of(encoder._replace(slice_axes="xy"), "raw_32", hu.transpose(0, 2, 1).copy(), (0, 0, SIDE))
+def test_an_encoder_that_sees_slices_transposed_gives_upright_maps(
+    encoder: EncoderBundle, open_small: Callable[..., EncoderBundle]
+) -> None:
+    hu, whole = slices(2), (0, 0, SIDE)
+    upright = maps_of(encoder, "raw_32", hu, whole)
+    turned = maps_of(attentive(open_small(slice_axes="xy")), "raw_32", hu.transpose(0, 2, 1).copy(), whole)
     np.testing.assert_allclose(turned.values, upright.values.transpose(0, 2, 1), atol=1e-5)

@@ -1,0 +1,177 @@
+"""Pictures of CTs and of what encoders make of them: ``python -m common.reports --help``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.run.short_errors import short_errors
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Bundle = Annotated[Path, typer.Option(exists=True, help="Encoder bundle, such as bundles/dale_ct_2s.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Its weights. Default: the bundle's own; 'random' for none.")
+]
+Overrides = Annotated[
+    list[Path] | None,
+    typer.Option(exists=True, help="Further config file of the bundle, such as demo/inference.json."),
+]
+SizePx = Annotated[
+    int | None, typer.Option(help="Side of the images. Default: that of the images that the bundle embeds.")
+]
+Out = Annotated[Path, typer.Option(dir_okay=False, help="PNG to write.")]
+Slices = Annotated[
+    list[int] | None,
+    typer.Option(help="Slice, counted from 0 at the feet; once for each. Default: spread over the scan."),
+]
+
+
+class Shown(StrEnum):
+    """What a row shows of each patch."""
+
+    COMPONENTS = "components"
+    ATTENTION = "attention"
+    LIKENESS = "likeness"
+
+
+@app.callback()
+def begin() -> None:
+    """Draw what encoders make of CTs."""
+    short_errors()
+
+
+@app.command(
+    epilog="Example: python -m common.reports patches ct.nii.gz --bundle bundles/dale_ct_2s --out ct.png. "
+    "For a probe, add --probes bundles/eval_dense_2d/runs/dale_ct_2s --name liver --name heart"
+)
+def patches(
+    ct: Annotated[
+        Path,
+        typer.Argument(exists=True, help="One CT: NIfTI in HU, npz, or a zip or folder of a DICOM series."),
+    ],
+    bundle: Bundle,
+    out: Out,
+    show: Annotated[
+        list[Shown] | None,
+        typer.Option(
+            help="Row to draw; once for each. Principal components as colours, where the CLS token looks, "
+            "which patches are like a chosen one. Default: all three, or with --name none."
+        ),
+    ] = None,
+    patch: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Row and column of the patch that others are compared with. Default: the middle."),
+    ] = None,
+    probes: Annotated[
+        Path | None, typer.Option(exists=True, help="Output folder of eval_dense_2d, for the same encoder.")
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Finding or organ whose probability is mapped; once for each, all of one task."),
+    ] = None,
+    slices: Slices = None,
+    weights: Weights = None,
+    overrides: Overrides = None,
+    size_px: SizePx = None,
+) -> None:
+    """Draw slices of a CT, and rows that show what an encoder makes of their patches."""
+    if bool(name) != bool(probes):
+        raise typer.BadParameter("--name and --probes go together.")
+    from common.reports.ct_tokens import (
+        cls_attention,
+        encode,
+        open_slice_encoder,
+        read_images,
+        slices_to_show,
+    )
+    from common.reports.patch_rows import (
+        attention_row,
+        components_row,
+        likeness_row,
+        probability_rows,
+        probe_of,
+    )
+    from common.reports.slice_grid import Row, slice_grid, write_figure
+
+    encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
+    probe = probe_of(probes, name, encoder.name) if probes and name else None
+    scan = read_images(ct, encoder.side_px)
+    images = scan.some(slices_to_show(slices, len(scan.hu), 6))
+    hu, tokens = images.hu, encode(encoder, images.hu)[1]
+    rows = {
+        Shown.COMPONENTS: lambda: components_row(hu, tokens),
+        Shown.ATTENTION: lambda: attention_row(hu, cls_attention(encoder, hu)),
+        Shown.LIKENESS: lambda: likeness_row(hu, tokens, patch),
+    }
+    drawn = [Row(hu, images.titles), *(rows[shown]() for shown in show or ([] if probe else Shown))]
+    if probe and name:
+        drawn += probability_rows(hu, tokens, *probe, name)
+    write_figure(out, slice_grid(drawn, f"{scan.name}: patch tokens of {encoder.name}")[0])
+
+
+@app.command(
+    epilog="Example: python -m common.reports levels a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s "
+    "--out levels.png"
+)
+def levels(
+    query: Annotated[Path, typer.Argument(exists=True, help="CT whose slices are looked for.")],
+    others: Annotated[list[Path], typer.Argument(exists=True, help="CTs to find them in.")],
+    bundle: Bundle,
+    out: Out,
+    slices: Slices = None,
+    weights: Weights = None,
+    overrides: Overrides = None,
+    size_px: SizePx = None,
+) -> None:
+    """Find the levels of a scan's slices in other scans by CLS tokens: by likeness, and by a ridge to mm.
+
+    The other scans are sorted, the most alike first.
+    """
+    from common.reports.ct_tokens import encode, open_slice_encoder, read_images, slices_to_show
+    from common.reports.scan_levels import Scan, draw_levels, fit_positions, match_levels, read_positions
+    from common.reports.slice_grid import write_figure
+
+    encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
+    images = [read_images(path, encoder.side_px) for path in (query, *others)]
+    chosen = slices_to_show(slices, len(images[0].hu), 5)
+    cls = [encode(encoder, scan.hu)[0].double().numpy() for scan in images]
+    fit = fit_positions(cls[0], images[0].z_mm)
+    scans = [
+        Scan(scan, tokens, match_levels(cls[0], tokens), read_positions(fit, tokens, scan.z_mm))
+        for scan, tokens in zip(images, cls, strict=True)
+    ]
+    scans[1:] = sorted(scans[1:], key=lambda scan: -scan.match.of_volumes)
+    title = f"Slices of {images[0].name} in other scans, by CLS tokens of {encoder.name}"
+    write_figure(out, draw_levels(scans, chosen, title))
+    for scan, _, match, reading in scans:
+        off = f"r {reading.correlation:.3f}, {reading.error_mm:.1f} mm off, up to an offset"
+        typer.echo(f"{scan.name}: cos {match.of_volumes:.3f}, {off}")
+
+
+@app.command(
+    epilog="Example: python -m common.reports paths embeddings/slab embeddings/flat --out figure_2.png"
+)
+def paths(
+    embeddings: Annotated[
+        list[Path], typer.Argument(exists=True, help="Folders of slice embeddings, one per encoder.")
+    ],
+    out: Out,
+    volume: Annotated[
+        list[str] | None, typer.Option(help="Volume to draw; once for each. Default: the first three.")
+    ] = None,
+) -> None:
+    """Draw the slices of volumes as paths through latent space, encoders side by side."""
+    from common.embeddings.store import EmbeddingStore
+    from common.reports.latent_paths import chosen_paths, draw_paths
+
+    stores = [EmbeddingStore(folder) for folder in embeddings]
+    shared = sorted(set(stores[0].volumes).intersection(*(store.volumes for store in stores[1:])))
+    if not shared:
+        raise ValueError(f"No volume is in all of {', '.join(map(str, embeddings))}.")
+    draw_paths(out, chosen_paths(stores, volume or shared[:3]))
+
+
+if __name__ == "__main__":
+    app()
