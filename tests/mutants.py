@@ -83,8 +83,7 @@ MUTANTS = (
         "common/metrics/organ_span.py", "(predicted[1] - 1, true[1] - 1)", "(predicted[1] - 1, true[1] - 2)"
     ),
     Mutant("common/metrics/paired_samples.py", "groups / (groups - 1) * ", ""),
-    Mutant("common/metrics/participation_ratio.py", "(len(sums) - 1) * ((without", "((without"),
-    Mutant("common/metrics/patient_ranking.py", "false + tied / 2", "false + tied"),
+    Mutant("common/metrics/effective_rank.py", "(len(sums) - 1) * ((without", "((without"),
     Mutant("common/metrics/slice_order.py", "near.sum(1).argmin()", "near.sum(1).argmax()"),
     Mutant("common/shards/slabs.py", " + 0.5)", ")"),
     Mutant("common/shards/slabs.py", "np.minimum(starts, max(num_slices - length, 0))", "starts"),

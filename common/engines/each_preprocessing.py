@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.handlers.results_table import print_whole, read_rows, results_table
+from common.reports.results_csv import read_rows
+from common.reports.results_table import print_whole, results_table
 from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import STRATEGIES
 
@@ -43,8 +44,8 @@ def run_strategy(strategy: str, bundle: Path, folders: dict[str, str], further: 
         folder = Path(pattern.replace("{}", strategy))
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{knob} must be a folder of embeddings, got '{folder}', which does not exist, for "
-                f"'{strategy}'. Embed the volumes with it, or name the strategies with --strategy."
+                f"No embeddings of '{strategy}' in '{folder}' (--{knob}). Embed the volumes with it, or "
+                "choose other strategies with --strategy."
             )
         command += [f"--{knob}", str(folder)]
     return [*command, *further]
@@ -73,7 +74,7 @@ def main(
         if code:
             Console(stderr=True).print(f"'{name}' failed, see above. The same command goes on from there.")
             raise typer.Exit(code)
-    rows = [row for row in read_rows(results_csv) if row["protocol"].startswith("preprocessing_")]
+    rows = [row for row in read_rows(results_csv) if row.protocol.startswith("preprocessing_")]
     print_whole(results_table(rows))
 
 

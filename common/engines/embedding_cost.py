@@ -19,7 +19,7 @@ from rich.console import Console
 from common.embeddings.sources import ct_sources
 from common.embeddings.store import EmbeddingStore
 from common.engines.each_preprocessing import TABLE_VI
-from common.handlers.results_table import add_rows, code_version, config_hash
+from common.reports.results_csv import NAN, add_rows, result_rows
 from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import SliceStrategy
 
@@ -143,18 +143,14 @@ def main(
     chosen = names[:: max(len(names) // volumes, 1)][:volumes]
     for name in strategy or TABLE_VI:
         cost, identity = embedding_cost(config_file, name, dataset_dir, chosen, knobs)
-        shared = {
-            "encoder": str(identity["encoder"]),
-            "protocol": f"preprocessing_{name}",
-            "dataset": dataset,
-            "low": "",
-            "high": "",
-            "n": str(len(chosen)),
-            "seeds": "",
-            "commit": code_version(),
-            "config_hash": config_hash({"knobs": {k: str(v) for k, v in knobs.items()}} | identity),
-        }
-        rows = [{"metric": metric, "value": f"{value:.6f}", **shared} for metric, value in cost.items()]
+        rows = result_rows(
+            {metric: (value, NAN, NAN) for metric, value in cost.items()},
+            encoder=str(identity["encoder"]),
+            protocol=f"preprocessing_{name}",
+            dataset=dataset,
+            n=len(chosen),
+            config={"knobs": {k: str(v) for k, v in knobs.items()}} | identity,
+        )
         add_rows(results_csv, rows)
         Console().print(
             f"{name}: {cost['slices_per_second']:.1f} slices/s, {cost['tokens_per_slice']:.0f} tokens a slice"

@@ -1,4 +1,4 @@
-"""How directly the embeddings of a volume lead from its first slice to its last."""
+"""How direct the path of a volume's embeddings is from its first slice to its last."""
 
 # S slices, D embedding
 
@@ -35,9 +35,9 @@ DISTANCES: Mapping[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
 def latent_continuity(embeddings: ArrayLike, distance: str = "cosine") -> float:
     """Return the distance between the first and the last slice over the sum of those between neighbours.
 
-    The straighter the path the larger the score. For the metrics ``chord`` and ``geodesic`` it is at most 1;
-    of the paper's cosine distance, about half the square of the angle, a straight path of many small steps
-    scores their number. Scores of volumes with different numbers of slices cannot be compared.
+    The straighter the path, the larger the score. For the metrics ``chord`` and ``geodesic`` it is at most 1.
+    The paper's cosine distance is about half the square of the angle, so that a straight path of many small
+    steps scores their number: volumes with different numbers of slices cannot be compared.
 
     Source: DALE-CT V-D and Table V; the metrics are our addition.
 
