@@ -22,7 +22,7 @@ TITLES = {
     "IV": "Table IV: RAD-ChestCT",
     "VI": "Table VI: preprocessing",
 }
-COST = {"slices_per_second": "slices/s", "tokens_per_slice": "tokens a slice"}
+COST = {"slices_per_second": "slices/s", "tokens_per_slice": "tokens per slice"}
 
 Values = dict[tuple[str, str], dict[str, ResultRow]]
 """Encoder and protocol to metric to row."""

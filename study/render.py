@@ -259,7 +259,7 @@ class Page:
             costs = [f"{row.value:.0f}" if row else "" for row in cost]
             less = self.less(strategy, "table_vi auprc")
             lines.append([strategy.replace("_", " "), *self.macro(REFERENCE, protocol)[:2], less, *costs])
-        heads = ("strategy", "AUROC", "AUPRC", f"AUPRC less {lines[0][0]}'s", "slices/s", "tokens a slice")
+        heads = ("strategy", "AUROC", "AUPRC", f"AUPRC less {lines[0][0]}'s", "slices/s", "tokens per slice")
         return markdown(heads, lines)
 
     def paper_vi(self) -> str:

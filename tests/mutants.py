@@ -67,6 +67,8 @@ MUTANTS = (
     Mutant("common/metrics/multilabel.py", "array[defined].mean()", "np.nan_to_num(array).mean()"),
     Mutant("common/metrics/bootstrap.py", "(sums.tied @ weight) / 2", "(sums.tied @ weight)"),
     Mutant("common/metrics/bootstrap.py", "2 * (1 + smaller)", "2 * smaller"),
+    Mutant("common/metrics/bootstrap.py", "if not is_merged:", "if is_merged:"),
+    Mutant("common/metrics/bootstrap.py", "level[chosen], groups[chosen]", "level[chosen], level[chosen]"),
     Mutant("common/metrics/bootstrap.py", "(1 - confidence) / 2, ", "(1 - confidence), "),
     Mutant("common/metrics/calibration.py", ", weights=bins.counts", ""),
     Mutant("common/metrics/effective_rank.py", "centred - centred.mean(0)", "centred"),

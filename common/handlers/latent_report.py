@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
-from rich.console import Console
 from rich.table import Table
 
 from common.engines.latent_geometry import LatentGeometryEvaluator
@@ -15,6 +14,7 @@ from common.metrics.paired_samples import Comparison
 from common.reports.latent_paths import chosen_paths, draw_paths
 from common.reports.probe_tables import write_table
 from common.reports.results_csv import NAN, ResultRow, add_rows, read_rows, result_rows
+from common.reports.results_table import print_whole
 from common.reports.world_model import draw_continuity, draw_world_model
 
 CLASSIFICATION = {
@@ -75,7 +75,7 @@ class LatentReport:
         write_table(self.output_dir / "comparisons.csv", comparisons)
         table = self._table_v(engine)
         write_table(self.output_dir / "table_v.csv", table)
-        _print(table, len(engine.volumes))
+        print_whole(_laid_out(table, f"Table V, {len(engine.volumes)} volumes"))
         self._draw(engine)
         add_rows(self.results_csv, self._rows(engine))
 
@@ -149,8 +149,8 @@ def _tests(comparison: Comparison) -> dict[str, float]:
     return {"p_wilcoxon": p_wilcoxon, "p_permutation": p_permutation, "patients": num_patients}
 
 
-def _print(rows: list[dict[str, str]], num_volumes: int) -> None:
-    table = Table(*rows[0], title=f"Table V, {num_volumes} volumes")
+def _laid_out(rows: list[dict[str, str]], title: str) -> Table:
+    table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=max(Console().width, 150)).print(table)
+    return table

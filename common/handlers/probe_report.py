@@ -58,9 +58,9 @@ class ProbeReport:
             tokens are slices; None for the weights alone.
 
     Raises:
-        ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT has other slices
-            than its embedding.
-        FileNotFoundError: if ``ct_dir`` is no folder, or holds no CT of a volume to show.
+        ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT does not have
+            as many slices as its embedding.
+        FileNotFoundError: if ``ct_dir`` is not a folder, or has no CT of a volume to show.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ProbeReport:
 
         Raises:
             ValueError: if a volume of ``attention_volumes`` is not in the test set.
-            FileNotFoundError: if ``ct_dir`` is no folder.
+            FileNotFoundError: if ``ct_dir`` is not a folder.
         """
         if self.ct_dir is not None and not Path(self.ct_dir).is_dir():
             raise FileNotFoundError(f"No folder '{self.ct_dir}' (ct_dir).")

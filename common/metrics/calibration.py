@@ -89,7 +89,8 @@ def brier_score(probabilities: ArrayLike, targets: ArrayLike) -> FloatArray:
         array([0.25, 0.  ])
     """
     distance = np.asarray(probabilities, np.float64) - np.asarray(targets, np.float64)
-    return np.square(distance).mean(0)
+    score: FloatArray = np.square(distance).mean(0)
+    return score
 
 
 def wilson_interval(shares: ArrayLike, counts: ArrayLike) -> tuple[FloatArray, FloatArray]:

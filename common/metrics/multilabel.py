@@ -219,7 +219,9 @@ def operating_points(scores: ArrayLike, targets: ArrayLike) -> OperatingPoints:
 def ratio(numerator: FloatArray, denominator: ArrayLike) -> FloatArray:
     """Divide element by element; nan where the denominator is 0."""
     below = np.asarray(denominator, dtype=np.float64)
-    return np.divide(numerator, below, out=np.full(np.shape(numerator), np.nan), where=below > 0)
+    out = np.full(np.shape(numerator), np.nan)
+    np.divide(numerator, below, out=out, where=below > 0)
+    return out
 
 
 def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:

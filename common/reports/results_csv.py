@@ -47,7 +47,7 @@ class ResultRow(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What names the row: encoder, protocol, dataset and metric."""
+        """What identifies the row: encoder, protocol, dataset and metric."""
         return self[:4]
 
     @property

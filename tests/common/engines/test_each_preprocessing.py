@@ -78,5 +78,5 @@ def test_folders_are_looked_for_before_the_first_run(tmp_path, commands):
     assert isinstance(answer.exception, FileNotFoundError)
     assert f"'raw_256' in '{tmp_path}/train/raw_256' (--train_embeddings_dir)" in str(answer.exception)
     answer = invoke("--train-embeddings-dir", tmp_path, "--test-embeddings-dir", f"{tmp_path}/{{}}")
-    assert "train_embeddings_dir must hold {} in place of the strategy" in str(answer.exception)
+    assert "train_embeddings_dir must contain {} in place of the strategy" in str(answer.exception)
     assert commands == []

@@ -44,7 +44,7 @@ def test_knobs_are_literals_or_text():
         "c": "$None",
     }
     for words, odd in ((["--a", "1", "--b"], "--b"), (["a", "1"], "a")):
-        with pytest.raises(ValueError, match=f"knobs must be pairs --name value, got '{odd}' alone"):
+        with pytest.raises(ValueError, match=f"pairs --name value, got '{odd}' on its own"):
             knobs_of(words)
 
 
