@@ -130,9 +130,12 @@ class LatentReport:
             config=self.config,
         )
         rows: list[ResultRow] = []
-        for row in engine.state.table:
-            numbers = {row["measure"]: (row["value"], row["low"], row["high"])}
-            rows += make(numbers, encoder=row["encoder"], n=row["n"])
+        for encoder in engine.stores:
+            lines = [line for line in engine.state.table if line["encoder"] == encoder]
+            numbers = {line["measure"]: (line["value"], line["low"], line["high"]) for line in lines}
+            made = make(numbers, encoder=encoder, n=len(engine.volumes))
+            # a measure may be undefined in some of the volumes
+            rows += [row._replace(n=line["n"]) for row, line in zip(made, lines, strict=True)]
         for measure, comparison in engine.state.comparisons.items():
             value, _, low, high, n = comparison.difference
             numbers = {

@@ -156,6 +156,6 @@ def test_command_line_runs_from_any_folder_with_a_file_of_overrides(
     assert answer.returncode == 0, answer.stderr
     rows = read_rows(tmp_path / "results" / "eval_ct_rate.csv")
     assert len(rows) == 12
-    assert {row["seeds"] for row in rows} == {"42", "", "42 43"}
+    assert {row.seeds for row in rows} == {"42", "", "42 43"}
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["pooler"] == "max"
     assert (tmp_path / "mlflow.db").is_file()

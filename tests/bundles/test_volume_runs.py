@@ -204,7 +204,7 @@ def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -
     app.command()(neighbour_probe.main)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "retrieval" in {row["protocol"] for row in read_rows(folder / "neighbours.csv")}
+    assert "retrieval" in {row.protocol for row in read_rows(folder / "neighbours.csv")}
 
     classes = [label.name for label in load_labels("rad_chestct")]
     rows = [",".join(["VolumeName", *classes])]
@@ -228,9 +228,9 @@ def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -
     evaluation = ConfigWorkflow(config, workflow_type="train", logging_file=False, **settings | tracking)
     evaluation.initialize()
     evaluation.run()
-    frozen = [row for row in read_rows(folder / "rad_results.csv") if row["protocol"] == "frozen"]
-    assert {row["encoder"] for row in frozen} == {"merlin"}
-    assert {row["n"] for row in frozen} == {"4"}
+    frozen = [row for row in read_rows(folder / "rad_results.csv") if row.protocol == "frozen"]
+    assert {row.encoder for row in frozen} == {"merlin"}
+    assert {row.n for row in frozen} == {4}
 
 
 @each_bundle
