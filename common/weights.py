@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common.handlers.results_table import COLUMNS, read_rows
 from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
 from common.networks.timm_keys import to_timm_keys
+from common.reports.results_csv import read_rows
+from common.reports.results_table import COLUMNS
 from common.run.atomic_file import atomic_file
 from common.run.short_errors import short_errors
 from common.transforms.hounsfield import hu_window
@@ -257,7 +258,7 @@ def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, A
 
 
 def _results_section(title: str, encoder: str, results: list[Path]) -> str:
-    rows = [row for path in results for row in read_rows(path) if row["encoder"] == encoder]
+    rows = [row for path in results for row in read_rows(path) if row.encoder == encoder]
     if not rows:
         return ""
     lines = [
@@ -266,9 +267,9 @@ def _results_section(title: str, encoder: str, results: list[Path]) -> str:
     ]
     lines += ["|---|---|---|---|---|---|"]
     for row in rows:
-        interval = f"{float(row['low']):.4f} to {float(row['high']):.4f}" if row["low"] else ""
-        name = COLUMNS.get(row["metric"], row["metric"])
-        cells = (row["protocol"], row["dataset"], name, f"{float(row['value']):.4f}", interval, row["n"])
+        interval = "" if math.isnan(row.low) else f"{row.low:.4f} to {row.high:.4f}"
+        name = COLUMNS.get(row.metric, row.metric)
+        cells = (row.protocol, row.dataset, name, f"{row.value:.4f}", interval, str(row.n))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,17 +1,19 @@
 """Print Tables III, IV and VI as Markdown: our results, and the paper's figures beside them.
 
-``python -m docs.render_results results/*.csv`` prints every row that the results hold. With ``--paper``, the
-paper's figures stand beside: for data at full scale, never for synthetic data.
+``python -m docs.render_results results/*.csv`` prints every row of the results. With ``--paper`` the paper's
+figures stand beside them: for data at full scale, never for synthetic data.
 """
 
 import csv
+import math
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from common.handlers.results_table import COLUMNS, read_rows
+from common.reports.results_csv import ResultRow, read_rows
+from common.reports.results_table import COLUMNS
 from common.run.short_errors import short_errors
 
 PAPER = Path(__file__).with_name("paper_results.csv")
@@ -20,51 +22,51 @@ TITLES = {
     "IV": "Table IV: RAD-ChestCT",
     "VI": "Table VI: preprocessing",
 }
-COST = {"slices_per_second": "slices/s", "tokens_per_slice": "tokens a slice"}
+COST = {"slices_per_second": "slices/s", "tokens_per_slice": "tokens per slice"}
 
-Values = dict[tuple[str, str], dict[str, dict[str, str]]]
+Values = dict[tuple[str, str], dict[str, ResultRow]]
+"""Encoder and protocol to metric to row."""
 
 
-def table_of(row: dict[str, str]) -> str | None:
-    """Say in which table a result stands; None for one that stands in none."""
-    if row["protocol"].startswith("preprocessing_"):
+def table_of(row: ResultRow) -> str | None:
+    """Name the table that a result belongs to; None if there is none."""
+    if row.protocol.startswith("preprocessing_"):
         return "VI"
-    if row["dataset"] == "rad_chestct":
+    if row.dataset == "rad_chestct":
         return "IV"
-    if row["dataset"] == "ct_rate" and row["protocol"] != "retrieval":
+    if row.dataset == "ct_rate" and row.protocol != "retrieval":
         return "III"
     return None
 
 
-def cell(row: dict[str, str] | None, signed: bool = False) -> str:
+def cell(numbers: tuple[float, float, float] | None, signed: bool = False) -> str:
     """Write a value as the paper does, without the leading zero, with its interval where it has one.
 
     Args:
-        row: of a results CSV; None, or one without a value, gives an empty cell.
+        numbers: value, low and high; None, or nan as the value, gives an empty cell.
         signed: whether it is a difference.
     """
-    texts = [row[name] for name in ("value", "low", "high")] if row else []
-    numbers = [_number(text, signed) for text in texts if text not in ("", "nan")]
-    return "".join(numbers) if len(numbers) < 3 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+    texts = [_number(number, signed) for number in numbers or () if not math.isnan(number)]
+    return "".join(texts) if len(texts) < 3 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
-def _number(text: str, signed: bool) -> str:
-    return re.sub(r"^([+-]?)0\.", r"\1.", f"{float(text):{'+' if signed else ''}.3f}")
+def _number(number: float, signed: bool) -> str:
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{number:{'+' if signed else ''}.3f}")
 
 
-def markdown(rows: list[dict[str, str]], with_paper: bool) -> str:
+def markdown(rows: list[ResultRow], with_paper: bool) -> str:
     """Lay out all tables.
 
     Args:
-        rows: of results CSVs; of two rows with the same key the later counts.
-        with_paper: whether the paper's figures are to stand beside ours.
+        rows: rows of results CSVs; of two with the same key the later one counts.
+        with_paper: whether the paper's figures are shown beside ours.
     """
     values: dict[str, Values] = {}
     for row in rows:
         table = table_of(row)
         if table is not None:
-            of_line = values.setdefault(table, {}).setdefault((row["encoder"], row["protocol"]), {})
-            of_line[row["metric"]] = row
+            of_line = values.setdefault(table, {}).setdefault((row.encoder, row.protocol), {})
+            of_line[row.metric] = row
     lines = []
     for table, title in TITLES.items():
         if table in values:
@@ -84,14 +86,15 @@ def _lines(values: Values, table: str, with_paper: bool) -> list[str]:
     for (encoder, protocol), own in values.items():
         if not COLUMNS.keys() & own.keys():
             continue
-        counted = next(own[metric]["n"] for metric in COLUMNS if metric in own)
+        counted = next(own[metric].n for metric in COLUMNS if metric in own)
+        found = (own[metric].numbers if metric in own else None for metric in COLUMNS)
         cells = [
             f"`{encoder}`",
             protocol,
-            *(cell(own.get(metric), "-" in protocol) for metric in COLUMNS),
-            counted,
+            *(cell(numbers, "-" in protocol) for numbers in found),
+            str(counted),
         ]
-        cells += [f"{float(own[metric]['value']):.0f}" if metric in own else "" for metric in cost]
+        cells += [f"{own[metric].value:.0f}" if metric in own else "" for metric in cost]
         if with_paper:
             theirs = paper.get((encoder, protocol))
             names = ("auroc", "auprc", "f1", "balanced_accuracy")

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from common.handlers.results_table import FIELDS, read_rows
+from common.cohort.csv_table import table_rows
+from common.reports.results_csv import FIELDS, ResultRow, read_rows
 from common.run.atomic_file import atomic_file
 from docs.render_results import PAPER, cell
 from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS
@@ -39,7 +40,7 @@ GEOMETRY = (
 """What is shown of Table V's measures; docs/study/results.csv has all."""
 
 Row = dict[str, str]
-Results = dict[tuple[str, str, str], Row]
+Results = dict[tuple[str, str, str], ResultRow]
 """By encoder, protocol and metric."""
 
 REPEATED = {
@@ -73,7 +74,8 @@ def keep(study: Path) -> None:
             f"study must hold done/*.json, got none in '{study}'. Run python -m study.run."
         )
     KEPT.mkdir(parents=True, exist_ok=True)
-    rows = [row for path in sorted((study / "results").glob("*.csv")) for row in read_rows(path)]
+    results = sorted((study / "results").glob("*.csv"))
+    rows = (row for path in results for row in table_rows(path, "results", FIELDS))
     _write_csv(KEPT / "results.csv", FIELDS, rows)
     _write_csv(KEPT / "differences.csv", DIFFERENCES, _differences(study / "differences"))
     _write_csv(KEPT / "stages.csv", STAGE, records)
@@ -101,8 +103,8 @@ def _write_csv(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
 def _results(path: Path) -> Results:
     results: Results = {}
     for row in read_rows(path):
-        dataset = f" {row['dataset']}" if row["protocol"].startswith("dense_") else ""
-        results[row["encoder"], row["protocol"] + dataset, row["metric"]] = row
+        dataset = f" {row.dataset}" if row.protocol.startswith("dense_") else ""
+        results[row.encoder, row.protocol + dataset, row.metric] = row
     return results
 
 
@@ -135,19 +137,24 @@ class Page:
             }
         with (KEPT / "stages.csv").open(newline="", encoding="utf-8") as file:
             self.stages = sorted(csv.DictReader(file), key=lambda stage: stage["finished"])
-        self.commits = sorted({row["commit"] for row in self.rows.values()})
+        self.commits = sorted({row.commit for row in self.rows.values()})
 
     def macro(self, encoder: str, protocol: str, signed: bool = False) -> list[str]:
         """Return the cells of AUROC, AUPRC, F1 and balanced accuracy."""
         metrics = ("auroc", "auprc", "f1", "balanced_accuracy")
-        return [
-            cell(self.rows.get((encoder, protocol, f"macro_{metric}")), signed=signed) for metric in metrics
-        ]
+        return [self.cell(encoder, protocol, f"macro_{metric}", signed) for metric in metrics]
+
+    def cell(self, encoder: str, protocol: str, metric: str, signed: bool = False) -> str:
+        """Return one result with its interval; empty where it was not measured."""
+        row = self.rows.get((encoder, protocol, metric))
+        return cell(row.numbers if row else None, signed)
 
     def less(self, encoder: str, measure: str) -> str:
         """Return the paired difference to the reference, with its interval."""
         row = self.differences.get((encoder, measure))
-        return cell(row | {"value": row["difference"]}, signed=True) if row else ""
+        if row is None:
+            return ""
+        return cell((float(row["difference"]), float(row["low"]), float(row["high"])), signed=True)
 
     def theirs(self, table: str, encoder: str, protocol: str) -> str:
         """Return the paper's AUROC and AUPRC."""
@@ -222,18 +229,20 @@ class Page:
         paper = [self.paper["V", arm, "mil_probe"] for arm in ("slab", "flat")]
         lines = []
         for metric in ("auroc", "auprc"):
-            own = [cell(self.rows.get((encoder, "mil_probe", f"macro_{metric}"))) for encoder in (slab, flat)]
+            own = [self.cell(encoder, "mil_probe", f"macro_{metric}") for encoder in (slab, flat)]
             row = self.differences.get((slab, f"table_v {metric}"))
             p = f"{float(row['p']):.2g}" if row else ""
             theirs = " and ".join(row[metric] for row in paper)
             lines.append([f"macro {metric.upper()}", *own, self.less(slab, f"table_v {metric}"), p, theirs])
         for measure in GEOMETRY:
-            own = [cell(self.rows.get((encoder, "latent_geometry", measure))) for encoder in (slab, flat)]
+            own = [self.cell(encoder, "latent_geometry", measure) for encoder in (slab, flat)]
             pair, tests = f"{slab} - {flat}", (measure, f"{measure}_p_wilcoxon", f"{measure}_p_permutation")
             difference, *ps = (self.rows.get((pair, "latent_geometry", name)) for name in tests)
-            p = ", ".join(f"{float(row['value']):.2g}" for row in ps if row)
+            p = ", ".join(f"{row.value:.2g}" for row in ps if row)
             theirs = " and ".join(row["latent_continuity"] for row in paper) if measure == GEOMETRY[0] else ""
-            lines.append([f"`{measure}`", *own, cell(difference, signed=True), p, theirs])
+            lines.append(
+                [f"`{measure}`", *own, cell(difference.numbers if difference else None, True), p, theirs]
+            )
         return markdown(("measure", "12 mm slab", "single slice", "difference", "p", "paper"), lines)
 
     def table_vi(self) -> str:
@@ -247,10 +256,10 @@ class Page:
                 self.rows.get((REFERENCE, protocol, name))
                 for name in ("slices_per_second", "tokens_per_slice")
             ]
-            costs = [f"{float(row['value']):.0f}" if row else "" for row in cost]
+            costs = [f"{row.value:.0f}" if row else "" for row in cost]
             less = self.less(strategy, "table_vi auprc")
             lines.append([strategy.replace("_", " "), *self.macro(REFERENCE, protocol)[:2], less, *costs])
-        heads = ("strategy", "AUROC", "AUPRC", f"AUPRC less {lines[0][0]}'s", "slices/s", "tokens a slice")
+        heads = ("strategy", "AUROC", "AUPRC", f"AUPRC less {lines[0][0]}'s", "slices/s", "tokens per slice")
         return markdown(heads, lines)
 
     def paper_vi(self) -> str:
@@ -288,7 +297,7 @@ class Page:
             pairs = [
                 (self.earlier.get((name, *key)), self.rows.get((name, *key))) for key in REPEATED.values()
             ]
-            shown = ([_short(cell(row)) for row in pair] for pair in pairs)
+            shown = ([_short(cell(row.numbers if row else None)) for row in pair] for pair in pairs)
             lines.append([f"`{name}`", *(" / ".join(two) if all(two) else "" for two in shown)])
         return markdown(("encoder", *(f"{name}, earlier / this" for name in REPEATED)), lines)
 

@@ -386,10 +386,10 @@ def _differences(size: Size, out: Path) -> list[list[str]]:
     files = {name: out / "eval_ct_rate" / name / "test_predictions.csv" for name in names}
     dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)]
     strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
-    paired, folder = "common.handlers.paired_differences", out / "differences"
+    paired, folder = "common.reports.paired_differences", out / "differences"
     return [
         module(paired, *files.values(), "--out", folder / "table_iii.csv"),
         module(paired, files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),
         module(paired, *strategies, "--out", folder / "table_vi.csv"),
-        module("common.handlers.dense_differences", *dense, "--out", folder / "table_i.csv"),
+        module(paired, *dense, "--out", folder / "table_i.csv"),
     ]

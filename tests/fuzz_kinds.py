@@ -24,7 +24,7 @@ from common.embeddings.dense_labels import DenseLabels, read_dense_labels, write
 from common.embeddings.sources import ct_sources
 from common.embeddings.store import EmbeddingStore
 from common.embeddings.store_writer import EmbeddingStoreWriter
-from common.handlers.results_table import FIELDS, read_rows
+from common.reports.results_csv import FIELDS, read_rows
 from common.run.executed_config import executed_config
 from common.shards.shards import ShardSet, write_shard
 from common.shards.volume import VolumeSlices
@@ -164,7 +164,7 @@ def tables(folder: Path) -> None:
         [[name, *["1"] * (len(METADATA_COLUMNS) - 1)] for name in names],
     )
     table("split.csv", ["volume", "patient", "split"], [[name[:11], name[:7], "train"] for name in names])
-    table("results.csv", list(FIELDS), [["0.5"] * len(FIELDS) for _ in names])
+    table("results.csv", list(FIELDS), [["1"] * len(FIELDS) for _ in names])
     rows = [["a", name, label, 0.5, 0.4, 1] for name in names for label in ("Emphysema", "Atelectasis")]
     table("predictions.csv", list(PREDICTION_COLUMNS), rows)
     (folder / "no_chest.txt").write_text("\n".join(names), encoding="utf-8")

@@ -111,6 +111,8 @@ MUTANTS = (
     Mutant("common/metrics/multilabel.py", "array[defined].mean()", "np.nan_to_num(array).mean()"),
     Mutant("common/metrics/bootstrap.py", "(sums.tied @ weight) / 2", "(sums.tied @ weight)"),
     Mutant("common/metrics/bootstrap.py", "2 * (1 + smaller)", "2 * smaller"),
+    Mutant("common/metrics/bootstrap.py", "if not is_merged:", "if is_merged:"),
+    Mutant("common/metrics/bootstrap.py", "level[chosen], groups[chosen]", "level[chosen], level[chosen]"),
     Mutant("common/metrics/bootstrap.py", "(1 - confidence) / 2, ", "(1 - confidence), "),
     Mutant("common/metrics/calibration.py", ", weights=bins.counts", ""),
     Mutant("common/metrics/effective_rank.py", "centred - centred.mean(0)", "centred"),
@@ -127,8 +129,7 @@ MUTANTS = (
         "common/metrics/organ_span.py", "(predicted[1] - 1, true[1] - 1)", "(predicted[1] - 1, true[1] - 2)"
     ),
     Mutant("common/metrics/paired_samples.py", "groups / (groups - 1) * ", ""),
-    Mutant("common/metrics/participation_ratio.py", "(len(sums) - 1) * ((without", "((without"),
-    Mutant("common/metrics/patient_ranking.py", "false + tied / 2", "false + tied"),
+    Mutant("common/metrics/effective_rank.py", "(len(sums) - 1) * ((without", "((without"),
     Mutant("common/metrics/slice_order.py", "near.sum(1).argmin()", "near.sum(1).argmax()"),
     Mutant("common/shards/slabs.py", " + 0.5)", ")"),
     Mutant("common/shards/slabs.py", "np.minimum(starts, max(num_slices - length, 0))", "starts"),

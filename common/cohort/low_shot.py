@@ -1,4 +1,4 @@
-"""Probes with few labels: a share of the training patients, the smaller share inside the larger one."""
+"""Training sets with few labels: a share of the patients, a smaller share being part of a larger one."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ def low_shot_split(
 ) -> dict[str, list[str]]:
     """Split a cohort as :func:`common.cohort.patient_split.split_by_patient` does, and keep few to train on.
 
-    The training patients are put in one order that the seed decides, and the first ceil(fraction x patients)
-    are kept: so 1 % is part of 10 %. The validation patients stay all: the curve shows what labels to train
-    on are worth, the choice of probe and thresholds being equally good at every point.
+    The seed puts the training patients in one order, and the first ceil(fraction x patients) are kept, so
+    that 1 % is part of 10 %. All validation patients are kept: the curve shows what training labels are
+    worth, with a choice of probe and thresholds that is equally good at every point.
 
     Args:
         volumes: volumes of all patients to draw from.
@@ -27,7 +27,7 @@ def low_shot_split(
         ``train`` and ``validation``: volumes, in the given order.
 
     Raises:
-        ValueError: if the fraction is out of its range, or as ``split_by_patient``.
+        ValueError: if the fraction is out of range, or as ``split_by_patient``.
 
     Example:
         >>> volumes = [f"train_{patient}_a_1" for patient in range(1, 11)]

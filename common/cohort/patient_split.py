@@ -1,4 +1,4 @@
-"""Split a cohort by patient, so that no patient's scans stand on both sides."""
+"""Split a cohort by patient, so that no patient has scans on both sides."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,16 @@ import numpy as np
 def patient_of(volume: str) -> str:
     """Return the patient a volume belongs to: its name's first two fields.
 
-    CT-RATE counts patients anew in each of its splits, so that the number alone does not name one.
-    RAD-ChestCT does not publish whose its volumes are: each stands for a patient.
+    CT-RATE starts counting patients again in each of its splits, so that the number alone does not name one.
+    RAD-ChestCT does not publish which volumes share a patient: each counts as a patient.
 
     Args:
         volume: CT-RATE's name such as ``train_1_a_1``: split, patient, scan, reconstruction; or RAD-ChestCT's
             such as ``trn00001``.
 
     Raises:
-        ValueError: if the name has another form, such as that of a DICOM series, whose first numbers are
-            those of an organisation.
+        ValueError: if the name has another form, such as that of a DICOM series, whose first numbers name
+            an organisation.
 
     Example:
         >>> patient_of("train_12_a_1"), patient_of("valid_12_b_2"), patient_of("tst00012")
@@ -28,7 +28,7 @@ def patient_of(volume: str) -> str:
     if match is None or re.fullmatch(r"[0-9]+(_[0-9]+){4,}", volume):
         raise ValueError(
             "volume must be named <split>_<patient>_<scan>_<reconstruction>, or trn, val or tst and a "
-            f"number, got '{volume}'. Rename it, so that scans of one patient can be told."
+            f"number, got '{volume}'. Rename it, so that scans of one patient can be recognised."
         )
     return match[1]
 
@@ -45,11 +45,11 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
 
 
 def split_by_patient(volumes: Sequence[str], num_val_patients: int, seed: int) -> dict[str, list[str]]:
-    """Draw the patients of the validation set; the others are for training.
+    """Draw patients for validation; the others are for training.
 
-    Source: DALE-CT IV-B, 1,000 patients. The draw is NumPy's legacy one over the patients in natural order,
+    Source: DALE-CT IV-B, 1,000 patients. NumPy's legacy generator draws from the patients in natural order,
     so that the order of the volumes does not matter. The authors' released code draws in the order of the
-    label table, which gives the same patients wherever the table is in natural order.
+    label table, which gives the same patients where the table is in natural order.
 
     Args:
         volumes: volumes of all patients to draw from; another set of patients is another draw.
@@ -60,7 +60,7 @@ def split_by_patient(volumes: Sequence[str], num_val_patients: int, seed: int) -
         ``train`` and ``validation``: volumes, in the given order.
 
     Raises:
-        ValueError: if the draw would leave no patient on one side.
+        ValueError: if one side would have no patient.
 
     Example:
         >>> split_by_patient(["train_1_a_1", "train_1_a_2", "train_2_a_1"], num_val_patients=1, seed=42)
@@ -81,20 +81,20 @@ def split_three_ways(
 ) -> dict[str, list[str]]:
     """Deal patients to training, validation and test.
 
-    Source: DALE-CT IV-A, 70/10/20 of the annotated scans' patients. The draw is NumPy's legacy permutation of
-    the patients in alphabetical order, as in the authors' released code. That the numbers for training and
-    validation are rounded down, and the rest is for the test, is our choice.
+    Source: DALE-CT IV-A, 70/10/20 of the annotated scans' patients. NumPy's legacy generator permutes the
+    patients in alphabetical order, as in the authors' released code. Our choice: the numbers for training
+    and validation are rounded down, and the rest is for the test.
 
     Args:
         volumes: in any order.
         seed: seed of the draw; the authors use 42.
-        percent: of the patients, for training, validation and test.
+        percent: percent of the patients for training, validation and test.
 
     Returns:
         ``train``, ``validation`` and ``test``: volumes, in the given order.
 
     Raises:
-        ValueError: if the percentages do not add up to 100, or leave no patient on one side.
+        ValueError: if the percentages do not add up to 100, or one side would have no patient.
 
     Example:
         >>> sides = split_three_ways([f"valid_{patient}_a_1" for patient in range(1, 11)], seed=42)
@@ -114,8 +114,8 @@ def split_three_ways(
     empty = [side for side, members in sides.items() if not members]
     if empty:
         raise ValueError(
-            f"volumes must be of enough patients for {percent} percent of them on each side, "
-            f"got {len(order)} patients, none for '{empty[0]}'."
+            f"volumes must have enough patients for a {percent} percent split, got {len(order)}: none for "
+            f"'{empty[0]}'."
         )
     return _sides(volumes, sides)
 

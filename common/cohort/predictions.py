@@ -1,4 +1,4 @@
-"""Predictions of a probe on a test set, in a plain file that other programs read."""
+"""Predictions of a probe on a test set, in a plain CSV that other programs can read."""
 
 # N volumes, C classes
 
@@ -16,14 +16,14 @@ COLUMNS = ("encoder", "volume", "class", "probability", "threshold", "label")
 
 
 class Predictions(NamedTuple):
-    """What one probe says of a set of volumes, and what is true.
+    """What one probe predicts for a set of volumes, and what is true.
 
     Attributes:
-        encoder: whose embeddings the probe reads.
+        encoder: encoder whose embeddings the probe reads.
         volumes: N names.
         class_names: C names.
         probabilities: float64 ``(N, C)``.
-        thresholds: float64 ``(C,)``; a class is called where its probability is at least as high.
+        thresholds: float64 ``(C,)``; a class is called positive from this probability on.
         labels: float64 ``(N, C)`` of 0 and 1.
     """
 
@@ -36,7 +36,7 @@ class Predictions(NamedTuple):
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Write a CSV with one row for each volume and class; numbers come back as the same float64.
+    """Write a CSV with one row per volume and class, whose numbers are read back as the same float64.
 
     Args:
         path: file to write or replace; its folder must exist.
@@ -59,12 +59,12 @@ def read_predictions(path: str | Path) -> Predictions:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no CSV in UTF-8, lacks a column, has no row or not one for each volume and
-            class, or a number is none.
+        ValueError: if the file is not a CSV in UTF-8, lacks a column, does not have one row per volume and
+            class, or holds text where a number belongs.
     """
     rows = list(table_rows(path, "predictions", COLUMNS))
     if not rows:
-        raise ValueError(f"predictions must have rows, got none in '{path}'.")
+        raise ValueError(f"No predictions in '{path}': it has a header only.")
     encoders, of_row, class_of_row, *numbers = ([row[column] for row in rows] for column in COLUMNS)
     volumes, class_names = list(dict.fromkeys(of_row)), list(dict.fromkeys(class_of_row))
     expected = [(volume, name) for volume in volumes for name in class_names]
@@ -79,5 +79,5 @@ def read_predictions(path: str | Path) -> Predictions:
             np.array(cells, dtype=np.float64).reshape(shape) for cells in numbers
         )
     except ValueError as error:
-        raise ValueError(f"predictions must be numbers, got others in '{path}' ({error}).") from error
+        raise ValueError(f"Cannot read '{path}': {error} in a column of numbers.") from error
     return Predictions(encoders[0], volumes, class_names, probabilities, thresholds[0], labels)

@@ -1,11 +1,12 @@
-"""The choice among learning rates, and among the steps they were validated at, for each linear probe."""
+"""Chooses the learning rate and the step of each linear probe, by validation."""
 
 # L learning rates, C classes of a task
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from common.embeddings.dense_cohort import TOKEN_KINDS
@@ -15,26 +16,36 @@ Key = tuple[str, str]
 """Kind of token and task."""
 
 
+class ChosenLayer(TypedDict):
+    """A linear probe with its weights when it was chosen."""
+
+    auprc: float  # validation macro AUPRC
+    rate: int  # place among the learning rates
+    step: int  # optimizer steps taken
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
 class BestLayers:
-    """The learning rate and step with the highest validation macro AUPRC so far, for each kind and task.
+    """Keeps the learning rate and step with the highest validation macro AUPRC, for each kind and task.
 
     Ties keep the earlier step, and within a step the learning rate that is named first.
 
     Attributes:
-        chosen: kind and task to ``auprc``, ``rate`` (place), ``step``, ``weight`` and ``bias``.
+        chosen: kind and task to the best probe so far.
     """
 
     def __init__(self) -> None:
-        self.chosen: dict[Key, dict[str, Any]] = {}
+        self.chosen: dict[Key, ChosenLayer] = {}
 
-    def offer(self, key: Key, auprc: np.ndarray, step: int, network: DenseProbes) -> None:
-        """Keep the best learning rate of a validation if it beats the best so far.
+    def offer(self, key: Key, auprc: NDArray[np.float64], step: int, network: DenseProbes) -> None:
+        """Keep the best learning rate of this validation if it beats the best so far.
 
         Args:
             key: kind of token and task.
-            auprc: macro AUPRC ``(L,)``, NaN for a probe that diverged.
+            auprc: macro AUPRC ``(L,)``, nan for a probe that diverged.
             step: optimizer steps taken.
-            network: from which the weights are copied.
+            network: probes whose weights are copied.
         """
         rate = int(np.nanargmax(auprc))
         if key in self.chosen and auprc[rate] <= self.chosen[key]["auprc"]:
@@ -58,10 +69,11 @@ class BestLayers:
             layer.bias.copy_(chosen["bias"])
         return layer
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, ChosenLayer]:
         """Return tensors and plain numbers only."""
         return {"/".join(key): value for key, value in self.chosen.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, ChosenLayer]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.chosen = {tuple(key.split("/")): value for key, value in state.items()}  # type: ignore[misc]
+        pairs = {key: key.partition("/") for key in state}
+        self.chosen = {(kind, task): state[key] for key, (kind, _, task) in pairs.items()}

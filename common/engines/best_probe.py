@@ -1,4 +1,4 @@
-"""The choice among the probes of a grid, and among the steps at which they were validated."""
+"""Chooses the probe of a grid and the step, by validation."""
 
 # L * K probes of the grid, N volumes, C classes
 
@@ -12,12 +12,12 @@ from common.networks.mil_probe import ProbeGrid
 
 
 class BestProbe:
-    """The probe and step with the highest validation macro AUPRC so far, with its weights and thresholds.
+    """Keeps the probe and step with the highest validation macro AUPRC, with its weights and thresholds.
 
     Ties keep the earlier step, and within a step the probe that the grid names first.
 
     Attributes:
-        auprc: its validation macro AUPRC; NaN before the first validation.
+        auprc: its validation macro AUPRC; nan before the first validation.
         index: its place in ``ProbeGrid.names``.
         step: optimizer steps it was trained for.
         parameters: its state dictionary.
@@ -34,12 +34,12 @@ class BestProbe:
     def offer(
         self, auprc: np.ndarray, step: int, network: ProbeGrid, scores: np.ndarray, targets: np.ndarray
     ) -> None:
-        """Keep the best probe of a validation if it beats the best so far.
+        """Keep the best probe of this validation if it beats the best so far.
 
         Args:
-            auprc: macro AUPRC of every probe, NaN for one that diverged.
+            auprc: macro AUPRC of every probe, nan for one that diverged.
             step: optimizer steps taken.
-            network: the grid, from which the weights are copied.
+            network: grid whose weights are copied.
             scores: validation scores.
             targets: validation labels.
 

@@ -3,30 +3,51 @@
 # N rows of a kind of token, M probes' classes, C classes, R resamples
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common.embeddings.dense_cohort import DenseCohort
-from common.metrics.bootstrap import interval, macro_means, resample_weights
+from common.metrics.bootstrap import interval, macro_means, resample_weights, resampled_areas
 from common.metrics.multilabel import auroc_and_average_precision, average_precision
-from common.metrics.patient_ranking import rank_by_patient, resampled_areas
 
 SCORE_BYTES = 2**30
-"""Memory for scores; our choice. More classes than fit are scored in passes over the tokens."""
+"""Memory for scores; our choice. More classes than fit are scored in several passes over the tokens."""
+
+MAX_LEVELS = 4096
+"""Distinct scores of positives that resamples tell apart; our choice: the areas are off by less than 1e-3."""
+
+
+class ClassScores(TypedDict):
+    """What is measured of one class on all test tokens."""
+
+    auroc: float
+    auprc: float
+    positives: int
+    prevalence: float
+
+
+class DenseResults(TypedDict):
+    """One linear probe on the test set; the metrics are "auroc" and "auprc"."""
+
+    per_class: dict[str, ClassScores]
+    macro: dict[str, tuple[float, tuple[float, float]]]  # mean of the averaged classes, 95 % interval
+    resampled: dict[str, NDArray[np.float64]]  # that mean on each resample of the patients, (R,)
+    left_out: list[str]  # classes that do not count in the means
 
 
 def each_column(
     cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
-) -> Iterator[np.ndarray]:
-    """Score all rows and yield the logits of one column after the other.
+) -> Iterator[NDArray[np.float32]]:
+    """Score all rows and yield the logits column by column.
 
     Args:
-        cohort: whose tokens.
-        kind: of token.
-        weight: of linear probes, one row a column of scores.
-        bias: of the same.
+        cohort: volumes whose tokens are scored.
+        kind: kind of token.
+        weight: weights of linear probes, one row per column of scores.
+        bias: their biases.
 
     Shape:
         ``weight (M, D)``, ``bias (M,)``. Yields float32 ``(N,)``.
@@ -44,14 +65,16 @@ def each_column(
         yield from scores
 
 
-def validation_auprc(cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
+def validation_auprc(
+    cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
+) -> NDArray[np.float64]:
     """Return the AUPRC of every class of every probe.
 
     Args:
         cohort: validation volumes.
-        kind: of token.
-        weight: of L probes for all classes of all tasks.
-        bias: of the same.
+        kind: kind of token.
+        weight: weights of L probes for all classes of all tasks.
+        bias: their biases.
 
     Shape:
         ``weight (L, C, D)``, ``bias (L, C)``. Output: ``(L, C)``, nan where a class has no positive, and for
@@ -79,49 +102,51 @@ def report_on_test(
     averaged: Callable[[str, int], bool],
     num_resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> DenseResults:
     """Measure one probe: every class, and the macro means with intervals over resampled patients.
 
     Args:
         cohort: test volumes.
-        kind: of token.
-        first_column: of the task, in the columns of the cohort.
+        kind: kind of token.
+        first_column: the task's first column among those of the cohort.
         layer: the probe.
-        class_names: of the task.
-        averaged: whether a class, by its name and its number of positives, counts in the macro means.
+        class_names: classes of the task.
+        averaged: whether a class, by its name and number of positives, counts in the macro means.
         num_resamples: R.
-        seed: of the resamples, which are the same for all probes on the same patients.
-
-    Returns:
-        ``per_class[name]``: ``auroc``, ``auprc``, ``positives`` and ``prevalence``; ``macro[metric]``: mean
-        over the averaged classes where it is defined, and ``(low, high)``; ``resampled[metric]``: that mean
-        on each resample, ``(R,)``; ``left_out``: names of the others.
+        seed: seed of the resamples, which are the same for all probes on the same patients.
     """
-    weights = resample_weights(cohort.patients, num_resamples, seed)
+    # float64, for a resample may hold more than 2 ** 24 tokens
+    weights = resample_weights(cohort.patients, num_resamples, seed).astype(np.float64)
     patient_of_row = cohort.patient_of_row(kind)
-    per_class: dict[str, Any] = {}
-    drawn_classes: dict[str, list[Any]] = {"auroc": [], "auprc": []}
-    left_out: list[str] = []
+    per_class: dict[str, ClassScores] = {}
+    drawn: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+    counted: list[str] = []
     scored = each_column(cohort, kind, layer.weight.detach(), layer.bias.detach())
     for column, (name, scores) in enumerate(zip(class_names, scored, strict=True)):
         target = cohort.targets(kind, first_column + column)
         positives = int(target.sum())
-        areas = auroc_and_average_precision(scores[:, None], target[:, None])
-        values = {metric: float(area[0]) for metric, area in zip(("auroc", "auprc"), areas, strict=True)}
-        per_class[name] = values | {"positives": positives, "prevalence": positives / len(target)}
-        if not averaged(name, positives):
-            left_out.append(name)
-            continue
-        ranking = rank_by_patient(scores, target, patient_of_row, len(cohort.patients))
-        for metric, drawn in zip(("auroc", "auprc"), resampled_areas(ranking, weights), strict=True):
-            drawn_classes[metric].append(drawn)
-    counted = [name for name in class_names if name not in left_out]
-    resampled = {
-        metric: macro_means(np.reshape(drawn, (len(counted), num_resamples)).T)
-        for metric, drawn in drawn_classes.items()
+        auroc, auprc = auroc_and_average_precision(scores[:, None], target[:, None])
+        per_class[name] = {
+            "auroc": float(auroc[0]),
+            "auprc": float(auprc[0]),
+            "positives": positives,
+            "prevalence": positives / len(target),
+        }
+        if averaged(name, positives):
+            counted.append(name)
+            drawn.append(resampled_areas(scores, target, patient_of_row, weights, MAX_LEVELS))
+    of_metric = np.reshape(drawn, (len(counted), 2, num_resamples))
+    resampled = {"auroc": macro_means(of_metric[:, 0].T), "auprc": macro_means(of_metric[:, 1].T)}
+    values = {
+        "auroc": [per_class[name]["auroc"] for name in counted],
+        "auprc": [per_class[name]["auprc"] for name in counted],
     }
-    macro = {
-        metric: (float(macro_means([per_class[name][metric] for name in counted])), interval(means))
-        for metric, means in resampled.items()
+    return {
+        "per_class": per_class,
+        "macro": {
+            metric: (float(macro_means(values[metric])), interval(means))
+            for metric, means in resampled.items()
+        },
+        "resampled": resampled,
+        "left_out": [name for name in class_names if name not in counted],
     }
-    return {"per_class": per_class, "macro": macro, "resampled": resampled, "left_out": left_out}

@@ -1,8 +1,8 @@
 """Table VI in one command: the bundle eval_preprocessing once for each strategy, then one table.
 
 ``python -m common.engines.each_preprocessing --help``. Each run is a process of its own, so that the
-embeddings of one strategy at a time are in memory. A run that is finished only writes its results again; one
-that was stopped goes on.
+embeddings of one strategy at a time are in memory. A finished run only writes its results again; a stopped
+one resumes.
 """
 
 import subprocess
@@ -13,21 +13,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.handlers.results_table import print_whole, read_rows, results_table
+from common.reports.results_csv import read_rows
+from common.reports.results_table import print_whole, results_table
 from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import STRATEGIES
 
 TABLE_VI = tuple(name for name in STRATEGIES if not name.endswith("_items"))
-"""Its seven strategies, of which the tiles are joined as the paper says."""
+"""Its seven strategies. Tiles are joined, as in the paper."""
 
 
 def run_strategy(strategy: str, bundle: Path, folders: dict[str, str], further: list[str]) -> list[str]:
     """Return the command that evaluates one strategy.
 
     Args:
-        strategy: takes the place of ``{}`` in the folders.
+        strategy: name that replaces ``{}`` in the folders.
         bundle: evaluation bundle.
-        folders: knob to folder of embeddings, with ``{}``.
+        folders: knob to folder of embeddings, with ``{}`` for the strategy.
         further: arguments for every run; ``--config_file`` among them replaces the bundle's own.
 
     Raises:
@@ -39,12 +40,12 @@ def run_strategy(strategy: str, bundle: Path, folders: dict[str, str], further: 
         command += ["--config_file", str(bundle / "configs" / "train.json")]
     for knob, pattern in folders.items():
         if "{}" not in pattern:
-            raise ValueError(f"{knob} must hold {{}} in place of the strategy, got '{pattern}'.")
+            raise ValueError(f"{knob} must contain {{}} in place of the strategy, got '{pattern}'.")
         folder = Path(pattern.replace("{}", strategy))
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{knob} must be a folder of embeddings, got '{folder}', which does not exist, for "
-                f"'{strategy}'. Embed the volumes with it, or name the strategies with --strategy."
+                f"No embeddings of '{strategy}' in '{folder}' (--{knob}). Embed the volumes with it, or "
+                "choose other strategies with --strategy."
             )
         command += [f"--{knob}", str(folder)]
     return [*command, *further]
@@ -52,8 +53,8 @@ def run_strategy(strategy: str, bundle: Path, folders: dict[str, str], further: 
 
 def main(
     context: typer.Context,
-    train_embeddings_dir: Annotated[str, typer.Option(help="Folder of train, {} for the strategy.")],
-    test_embeddings_dir: Annotated[str, typer.Option(help="Folder of valid, {} for the strategy.")],
+    train_embeddings_dir: Annotated[str, typer.Option(help="Training embeddings, {} for the strategy.")],
+    test_embeddings_dir: Annotated[str, typer.Option(help="Test embeddings, {} for the strategy.")],
     strategy: Annotated[
         list[str] | None, typer.Option(help="Strategy; may be repeated. [default: the seven of Table VI]")
     ] = None,
@@ -66,14 +67,16 @@ def main(
     short_errors()
     folders = {"train_embeddings_dir": train_embeddings_dir, "test_embeddings_dir": test_embeddings_dir}
     further = ["--results_csv", str(results_csv), *context.args]
-    # all folders are looked for before the first run, which may take an hour
+    # looks for all folders before the first run, which may take an hour
     commands = {name: run_strategy(name, bundle, folders, further) for name in strategy or TABLE_VI}
     for name, command in commands.items():
         code = subprocess.run(command, check=False).returncode
         if code:
-            Console(stderr=True).print(f"'{name}' failed, see above. The same command goes on from there.")
+            Console(stderr=True).print(
+                f"'{name}' failed, see above. Run the same command again to resume there."
+            )
             raise typer.Exit(code)
-    rows = [row for row in read_rows(results_csv) if row["protocol"].startswith("preprocessing_")]
+    rows = [row for row in read_rows(results_csv) if row.protocol.startswith("preprocessing_")]
     print_whole(results_table(rows))
 
 

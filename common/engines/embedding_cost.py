@@ -1,4 +1,4 @@
-"""What a preprocessing strategy costs to embed, beside its scores in Table VI.
+"""What embedding with a preprocessing strategy costs, to be shown beside its scores in Table VI.
 
 ``python -m common.engines.embedding_cost --help``. Each strategy runs alone, through an encoder bundle's own
 inference.json, on the same few volumes: reading, preprocessing, encoding and writing. Nothing is kept.
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from monai.bundle import ConfigWorkflow
+from monai.bundle.workflows import ConfigWorkflow
 from rich.console import Console
 
 from common.embeddings.sources import ct_sources
 from common.embeddings.store import EmbeddingStore
 from common.engines.each_preprocessing import TABLE_VI
-from common.handlers.results_table import add_rows, code_version, config_hash
+from common.reports.results_csv import NAN, add_rows, result_rows
 from common.run.short_errors import short_errors
 from common.transforms.slice_strategies import SliceStrategy
 
@@ -47,17 +47,17 @@ def embedding_cost(
     volumes: Sequence[str],
     knobs: dict[str, Any],
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Embed some volumes by one strategy into a folder that is then thrown away.
+    """Embed some volumes with one strategy, into a folder that is then deleted, and time it.
 
     Args:
         config_files: inference.json of an encoder bundle, and files that override it.
         strategy: name of the strategy.
         dataset_dir: folder of the volumes.
-        volumes: which of them.
-        knobs: further knobs of the bundle.
+        volumes: names of those to embed.
+        knobs: other knobs of the bundle.
 
     Returns:
-        ``slices_per_second`` and ``tokens_per_slice``; and the identity of the embeddings.
+        ``slices_per_second`` and ``tokens_per_slice``, and the identity of the embeddings.
     """
     with tempfile.TemporaryDirectory() as folder:
         subset = Path(folder) / "subset.csv"
@@ -76,9 +76,8 @@ def embedding_cost(
             **knobs,
         )
         workflow.initialize()
-        evaluator = workflow.parser.get_parsed_content(
-            "evaluator"
-        )  # thus the encoder is loaded before the clock
+        # the encoder is loaded before the clock starts
+        evaluator = workflow.parser.get_parsed_content("evaluator")
         started = time.perf_counter()
         evaluator.run()
         seconds = time.perf_counter() - started
@@ -98,13 +97,13 @@ def embedding_cost(
 
 
 def knobs_of(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``--name value`` pairs, values as Python literals where they are some.
+    """Read ``--name value`` pairs; a value that is a Python literal is read as one.
 
     Args:
-        words: of a command line.
+        words: words of a command line.
 
     Raises:
-        ValueError: if a name has no value, or a value no name.
+        ValueError: if a name has no value, or a value has no name.
 
     Example:
         >>> knobs_of(["--embed_dim", "128", "--amp_dtype", "float32"])
@@ -113,7 +112,7 @@ def knobs_of(words: Sequence[str]) -> dict[str, Any]:
     pairs = list(zip(words[::2], words[1::2], strict=False))
     odd = [word for word in words[::2] if not word.startswith("--")] or (words[-1:] if len(words) % 2 else [])
     if odd:
-        raise ValueError(f"knobs must be pairs --name value, got '{odd[0]}' alone.")
+        raise ValueError(f"Options must be pairs --name value, got '{odd[0]}' on its own.")
     knobs: dict[str, Any] = {}
     for name, value in pairs:
         try:
@@ -130,35 +129,30 @@ def main(
     strategy: Annotated[
         list[str] | None, typer.Option(help="Strategy; may be repeated. [default: the seven of Table VI]")
     ] = None,
-    volumes: Annotated[int, typer.Option(help="Volumes to embed; the first batches count, too.", min=1)] = 32,
+    volumes: Annotated[int, typer.Option(help="Volumes to embed. Warm-up is timed too.", min=1)] = 32,
     dataset: Annotated[str, typer.Option(help="Name of the data in the results.")] = "ct_rate",
     results_csv: Annotated[Path, typer.Option(help="CSV of all evaluations.")] = Path(
         "results/eval_preprocessing.csv"
     ),
 ) -> None:
-    """Measure slices a second and tokens a slice of each strategy; other arguments are the bundle's knobs."""
+    """Measure slices per second and tokens per slice of each strategy; other arguments are bundle knobs."""
     short_errors()
     knobs = knobs_of(context.args)
     names = [source.volume for source in ct_sources(dataset_dir)[0]]
     chosen = names[:: max(len(names) // volumes, 1)][:volumes]
     for name in strategy or TABLE_VI:
         cost, identity = embedding_cost(config_file, name, dataset_dir, chosen, knobs)
-        shared = {
-            "encoder": str(identity["encoder"]),
-            "protocol": f"preprocessing_{name}",
-            "dataset": dataset,
-            "low": "",
-            "high": "",
-            "n": str(len(chosen)),
-            "seeds": "",
-            "commit": code_version(),
-            "config_hash": config_hash({"knobs": {k: str(v) for k, v in knobs.items()}} | identity),
-        }
-        rows = [{"metric": metric, "value": f"{value:.6f}", **shared} for metric, value in cost.items()]
-        add_rows(results_csv, rows)
-        Console().print(
-            f"{name}: {cost['slices_per_second']:.1f} slices/s, {cost['tokens_per_slice']:.0f} tokens a slice"
+        rows = result_rows(
+            {metric: (value, NAN, NAN) for metric, value in cost.items()},
+            encoder=str(identity["encoder"]),
+            protocol=f"preprocessing_{name}",
+            dataset=dataset,
+            n=len(chosen),
+            config={"knobs": {k: str(v) for k, v in knobs.items()}} | identity,
         )
+        add_rows(results_csv, rows)
+        speed, tokens = cost["slices_per_second"], cost["tokens_per_slice"]
+        Console().print(f"{name}: {speed:.1f} slices/s, {tokens:.0f} tokens per slice")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -3,7 +3,8 @@
 # N volumes, S slices, R resamples
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from common.engines.stride_robustness import stride_scores
 from common.engines.world_model import label_free, organ_spans, slices_of, z_position
 from common.metrics.gap_curve import matched_slices
 from common.metrics.latent_continuity import DISTANCES, latent_continuity
-from common.metrics.paired_samples import compare_pairs, mean_over_volumes
+from common.metrics.paired_samples import Mean, compare_pairs, mean_over_volumes
 
 logger = logging.getLogger(__name__)
 
 SAMPLINGS = ("stored", "matched")
-"""All slices, as the paper scores them; and slices of the same distance in every volume."""
+"""All slices, as the paper scores them; and slices equally far apart in every volume."""
 
 
 def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, EmbeddingStore]:
     """Open the embeddings of two encoders.
 
     Args:
-        slab_dir: of the encoder pre-trained on slabs.
-        flat_dir: of the one pre-trained on single slices.
+        slab_dir: embeddings of the encoder pre-trained on slabs.
+        flat_dir: embeddings of the one pre-trained on single slices.
 
     Returns:
         Encoder's name to its embeddings, in this order.
@@ -40,21 +41,21 @@ def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, Embedding
     stores = [EmbeddingStore(folder) for folder in (slab_dir, flat_dir)]
     names = [store.identity["encoder"] for store in stores]
     if names[0] == names[1]:
-        raise ValueError(f"the two encoders must have different names, got '{names[0]}' twice.")
+        raise ValueError(
+            f"'{slab_dir}' and '{flat_dir}' both hold embeddings of '{names[0]}'. Give those of two encoders."
+        )
     for store, name in zip(stores, names, strict=True):
         if store.identity["token_kind"] != "slice":
-            raise ValueError(
-                f"embeddings must be of slices, got tokens of kind '{store.identity['token_kind']}' for "
-                f"'{name}'."
-            )
+            kind = store.identity["token_kind"]
+            raise ValueError(f"embeddings must be of slices, got tokens of kind '{kind}' for '{name}'.")
     return dict(zip(names, stores, strict=True))
 
 
 def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[str]:
-    """List the volumes that all encoders embedded and that have enough slices.
+    """List the volumes that both encoders embedded and that have enough slices.
 
     Args:
-        stores: of :func:`open_pair`.
+        stores: embeddings from :func:`open_pair`.
         min_slices: 16 in the authors' re-created probe.
 
     Raises:
@@ -66,23 +67,23 @@ def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[s
         counts = [of[volume] for of in lengths]
         if len(set(counts)) > 1:
             raise ValueError(
-                f"encoders must have embedded the same slices, got {counts} of volume '{volume}'."
+                f"The encoders embedded different numbers of slices of '{volume}': {counts}. Embed it again."
             )
     volumes = [volume for volume in shared if lengths[0][volume] >= min_slices]
     if not volumes:
         raise ValueError(
-            f"encoders must share volumes of at least {min_slices} slices, got none of {len(shared)} shared."
+            f"None of the {len(shared)} volumes that both encoders embedded has {min_slices} slices or more."
         )
     left_out = len(set().union(*lengths)) - len(volumes)
     if left_out:
         logger.warning(
-            "%d volumes are left out: not embedded by both, or of under %d slices.", left_out, min_slices
+            "%d volumes left out: not embedded by both, or fewer than %d slices.", left_out, min_slices
         )
     return volumes
 
 
 class LatentGeometryEvaluator(Engine):
-    """Measure two encoders on the same volumes, one volume an iteration, and compare them at the end.
+    """Measure two encoders on the same volumes, one volume per iteration, and compare them at the end.
 
     ``engine.state.continuity``: encoder, sampling and distance to ``(N,)``. When completed,
     ``engine.state.table``: rows of ``encoder, measure, value, error, low, high, n`` in the order of Table V
@@ -94,18 +95,18 @@ class LatentGeometryEvaluator(Engine):
     Source: DALE-CT V-D, Table V and Figure 2; its released world-model probes.
 
     Args:
-        stores: of :func:`open_pair`.
-        volumes: of :func:`shared_volumes`.
-        sample_mm: distance of slices in the matched sampling.
-        gaps_mm: of the distance-gap curve.
-        split_percent: of patients, to fit, choose and test read-outs.
-        split_seed: of the split.
+        stores: embeddings from :func:`open_pair`.
+        volumes: volumes from :func:`shared_volumes`.
+        sample_mm: distance between slices in the matched sampling.
+        gaps_mm: gaps of the distance-gap curve.
+        split_percent: percent of patients to fit, choose and test read-outs on.
+        split_seed: seed of the split.
         num_resamples: R.
-        seed: of the resamples.
-        dense_labels_dir: of ``python -m data_prep dense-labels``, for organ spans; None leaves them out.
-        probe_dirs: of each encoder, its MIL probe for stride robustness; None leaves it out.
+        seed: seed of the resamples.
+        dense_labels_dir: from ``python -m data_prep dense-labels``, for organ spans; None leaves them out.
+        probe_dirs: MIL probe of each encoder, for stride robustness; None leaves it out.
         labels_csv: labels of the probes' classes; needed with ``probe_dirs``.
-        strides: every how many slices.
+        strides: every how many slices the probes see.
         handlers: Ignite handlers.
     """
 
@@ -113,6 +114,7 @@ class LatentGeometryEvaluator(Engine):
 
     def __init__(
         self,
+        *,
         stores: dict[str, EmbeddingStore],
         volumes: Sequence[str],
         sample_mm: float,
@@ -136,10 +138,7 @@ class LatentGeometryEvaluator(Engine):
         self.dense_labels_dir, self.probe_dirs, self.labels_csv = dense_labels_dir, probe_dirs, labels_csv
         self.strides = list(strides)
         self.state.continuity = {
-            (encoder, sampling, distance): np.full(len(self.volumes), np.nan)
-            for encoder in stores
-            for sampling in SAMPLINGS
-            for distance in DISTANCES
+            key: np.full(len(self.volumes), np.nan) for key in product(stores, SAMPLINGS, DISTANCES)
         }
         self.state.table, self.state.comparisons, self.state.world = [], {}, {}
         self.add_event_handler(Events.COMPLETED, self._conclude)
@@ -155,35 +154,23 @@ class LatentGeometryEvaluator(Engine):
         for encoder, store in self.stores.items():
             (slices,) = slices_of(store, [volume])
             chosen = matched_slices(slices.z_mm, self.sample_mm)
-            for sampling, tokens in zip(SAMPLINGS, (slices.tokens, slices.tokens[chosen]), strict=True):
-                for distance in DISTANCES:
-                    if len(tokens) > 1:
-                        score = latent_continuity(tokens, distance)
-                        self.state.continuity[encoder, sampling, distance][place] = score
-        return [
-            {
-                f"{encoder}/continuity_cosine": float(
-                    self.state.continuity[encoder, "stored", "cosine"][place]
-                )
-                for encoder in self.stores
-            }
-        ]
+            sampled = zip(SAMPLINGS, (slices.tokens, slices.tokens[chosen]), strict=True)
+            for (sampling, tokens), distance in product(sampled, DISTANCES):
+                if len(tokens) > 1:
+                    score = latent_continuity(tokens, distance)
+                    self.state.continuity[encoder, sampling, distance][place] = score
+        paper = {encoder: self.state.continuity[encoder, "stored", "cosine"] for encoder in self.stores}
+        return [{f"{encoder}/continuity_cosine": float(of[place]) for encoder, of in paper.items()}]
 
     def _conclude(self, engine: Engine) -> None:
         for (encoder, sampling, distance), scores in self.state.continuity.items():
-            name = f"continuity_{distance}" + ("_matched" if sampling == "matched" else "")
-            self._add(encoder, name, mean_over_volumes(scores, self.volumes, self.num_resamples, self.seed))
+            mean = mean_over_volumes(scores, self.volumes, self.num_resamples, self.seed)
+            self._add(encoder, _continuity(sampling, distance), mean)
         first, second = self.stores
-        for sampling in SAMPLINGS:
-            for distance in DISTANCES:
-                name = f"continuity_{distance}" + ("_matched" if sampling == "matched" else "")
-                self.state.comparisons[name] = compare_pairs(
-                    self.state.continuity[first, sampling, distance],
-                    self.state.continuity[second, sampling, distance],
-                    self.volumes,
-                    self.num_resamples,
-                    self.seed,
-                )
+        for sampling, distance in product(SAMPLINGS, DISTANCES):
+            one, other = (self.state.continuity[name, sampling, distance] for name in (first, second))
+            comparison = compare_pairs(one, other, self.volumes, self.num_resamples, self.seed)
+            self.state.comparisons[_continuity(sampling, distance)] = comparison
         for place, (encoder, store) in enumerate(self.stores.items()):
             self._world_model(encoder, store, place)
 
@@ -198,27 +185,24 @@ class LatentGeometryEvaluator(Engine):
         for gap, mean in zip(self.gaps_mm, world["gap_curve"], strict=True):
             self._add(encoder, f"distance_at_{gap:g}_mm", mean)
         if self.dense_labels_dir is not None:
-            world["organ_spans"] = self._organ_spans(encoder, store, self.dense_labels_dir)
+            labels_dir = self.dense_labels_dir
+            world["organ_spans"] = organ_spans(store, self.split, labels_dir, self.num_resamples, self.seed)
+            self._add_all(encoder, world["organ_spans"], "organ_span_{1}/{0}")
         if self.probe_dirs is not None:
-            world["strides"] = self._strides(encoder, store, self.probe_dirs[place])
+            given = (self.probe_dirs[place], str(self.labels_csv), self.strides)
+            world["strides"] = stride_scores(store, *given, self.num_resamples, self.seed)
+            self._add_all(encoder, world["strides"], "stride_{0}_{1}")
         self.state.world[encoder] = world
 
-    def _organ_spans(self, encoder: str, store: EmbeddingStore, labels_dir: str | Path) -> dict[str, Any]:
-        spans = organ_spans(store, self.split, labels_dir, self.num_resamples, self.seed)
-        for organ, means in spans.items():
-            for name, mean in means.items():
-                self._add(encoder, f"organ_span_{name}/{organ}", mean)
-        return spans
+    def _add_all(self, encoder: str, means: Mapping[Any, Mapping[str, Mean]], measure: str) -> None:
+        for of_what, by_name in means.items():
+            for name, mean in by_name.items():
+                self._add(encoder, measure.format(of_what, name), mean)
 
-    def _strides(self, encoder: str, store: EmbeddingStore, probe_dir: str | Path) -> dict[int, Any]:
-        scores = stride_scores(
-            store, probe_dir, str(self.labels_csv), self.strides, self.num_resamples, self.seed
-        )
-        for stride, means in scores.items():
-            for name, mean in means.items():
-                self._add(encoder, f"stride_{stride}_{name}", mean)
-        return scores
-
-    def _add(self, encoder: str, measure: str, mean: Any) -> None:  # noqa: ANN401 (a Mean)
+    def _add(self, encoder: str, measure: str, mean: Mean) -> None:
         self.state.table.append({"encoder": encoder, "measure": measure, **mean._asdict()})
         self.state.metrics[f"{encoder}/{measure}"] = mean.value
+
+
+def _continuity(sampling: str, distance: str) -> str:
+    return f"continuity_{distance}" + ("_matched" if sampling == "matched" else "")

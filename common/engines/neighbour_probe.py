@@ -1,18 +1,17 @@
-"""What the neighbours of a volume say: kNN and retrieval on pooled embeddings, with nothing trained.
+"""What a volume's nearest neighbours say about it: kNN and retrieval on averaged slices, with no training.
 
-``python -m common.engines.neighbour_probe --help``. A volume is the average of its slices; similarity is the
-cosine.
+``python -m common.engines.neighbour_probe --help``. Distances are cosine.
 """
 
 # N volumes, D embedding, C classes
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 
 from common.cohort.labels_csv import read_labels
@@ -20,44 +19,37 @@ from common.cohort.patient_split import split_by_patient
 from common.embeddings.bags import EmbeddingBags, labelled_volumes
 from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_evaluation import Measured, Prediction, measure
-from common.handlers.mlflow_rows import log_rows
-from common.handlers.results_table import (
-    add_rows,
-    code_version,
-    config_hash,
-    print_whole,
-    results_table,
-)
 from common.labels import load_labels
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, interval, resample_weights
 from common.metrics.multilabel import f1_thresholds, macro
 from common.metrics.neighbours import WEIGHTS, Neighbours, cosine_neighbours, knn_scores, retrieval_report
+from common.reports.mlflow_rows import log_rows
+from common.reports.results_csv import NAN, add_rows, result_rows
+from common.reports.results_table import print_whole, results_table
 from common.run.short_errors import short_errors
 
-logger = logging.getLogger(__name__)
 
-
-def average_embeddings(bags: EmbeddingBags) -> torch.Tensor:
+def average_embeddings(bags: EmbeddingBags) -> NDArray[np.float32]:
     """Average the slices of each volume.
 
     Args:
         bags: volumes.
 
     Shape:
-        Output: ``(N, D)`` float32.
+        Output: ``(N, D)``.
     """
-    return torch.stack([bags[index]["tokens"].float().mean(0) for index in range(len(bags))])
+    return torch.stack([bags[index]["tokens"].float().mean(0) for index in range(len(bags))]).numpy()
 
 
 def knn_measured(
-    cohorts: dict[str, EmbeddingBags], ks: list[int], weights: np.ndarray
+    cohorts: dict[str, EmbeddingBags], ks: list[int], weights: NDArray[np.float32]
 ) -> dict[str, Measured]:
-    """Measure kNN for every k and weighting; thresholds are those of the best F1 on validation.
+    """Measure kNN for every k and weighting, with the thresholds of the best F1 on validation.
 
     Args:
         cohorts: "train", the bank; "validation"; "test".
-        ks: neighbours to ask.
-        weights: of :func:`common.metrics.bootstrap.resample_weights` for the test set.
+        ks: numbers of neighbours to ask.
+        weights: resamples of the test set, from :func:`common.metrics.bootstrap.resample_weights`.
 
     Returns:
         Protocol, such as "knn_5_majority", to what was measured on the test set.
@@ -70,8 +62,7 @@ def knn_measured(
     measured = {}
     for k in ks:
         first = {
-            side: Neighbours(found.places[:, :k], found.similarities[:, :k])
-            for side, found in nearest.items()
+            side: Neighbours(found.places[:, :k], found.distances[:, :k]) for side, found in nearest.items()
         }
         for weighting in WEIGHTS:
             scores = {side: knn_scores(found, labels, weighting) for side, found in first.items()}
@@ -86,10 +77,10 @@ def retrieval_values(cohorts: dict[str, EmbeddingBags], ks: list[int]) -> dict[s
 
     Args:
         cohorts: "train", the bank; "test", the queries.
-        ks: how many neighbours to look at.
+        ks: numbers of neighbours to look at.
 
     Returns:
-        Metric, such as "macro_recall_at_5" and "recall_at_5/Emphysema", to value; NaN where undefined.
+        Metric, such as "macro_recall_at_5" and "recall_at_5/Emphysema", to value; nan where undefined.
     """
     bank, test = cohorts["train"], cohorts["test"]
     nearest = cosine_neighbours(average_embeddings(test), average_embeddings(bank), max(ks))
@@ -106,16 +97,18 @@ def retrieval_values(cohorts: dict[str, EmbeddingBags], ks: list[int]) -> dict[s
 def main(
     train_embeddings: Annotated[Path, typer.Option(help="Embeddings of the volumes to search in.")],
     train_labels: Annotated[Path, typer.Option(help="Their label table: VolumeName and the classes.")],
-    test_embeddings: Annotated[Path, typer.Option(help="Embeddings of the volumes that ask.")],
+    test_embeddings: Annotated[Path, typer.Option(help="Embeddings of the test volumes.")],
     test_labels: Annotated[Path, typer.Option(help="Their label table.")],
     k: Annotated[
         list[int] | None, typer.Option(help="Neighbours; may be repeated. [default: 1, 5, 20]")
     ] = None,
     label_set: Annotated[str, typer.Option(help="Classes: a list of common/labels.")] = "ct_rate",
     dataset: Annotated[str, typer.Option(help="Name of the data in the results.")] = "ct_rate",
-    num_val_patients: Annotated[int, typer.Option(help="Patients of the first to set thresholds on.")] = 1000,
-    split_seed: Annotated[int, typer.Option(help="Of their draw.")] = 42,
-    num_resamples: Annotated[int, typer.Option(help="Of the bootstrap over patients.")] = 2000,
+    num_val_patients: Annotated[
+        int, typer.Option(help="Training patients kept to set thresholds on.")
+    ] = 1000,
+    split_seed: Annotated[int, typer.Option(help="Seed of their draw.")] = 42,
+    num_resamples: Annotated[int, typer.Option(help="Bootstrap resamples of patients.")] = 2000,
     results_csv: Annotated[Path, typer.Option(help="CSV of all evaluations.")] = Path(
         "results/neighbours.csv"
     ),
@@ -123,7 +116,7 @@ def main(
         str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow store.")
     ] = "sqlite:///mlflow.db",
 ) -> None:
-    """Ask the nearest training volumes (cosine of averaged slices) for labels; see which are retrieved."""
+    """Predict labels from the nearest training volumes (cosine of averaged slices), and measure retrieval."""
     short_errors()
     ks = sorted(set(k or [1, 5, 20]))
     names = [label.name for label in load_labels(label_set)]
@@ -136,36 +129,32 @@ def main(
     cohorts["test"] = EmbeddingBags(test_embeddings, test_labels, names)
     check_cohorts(cohorts)
     weights = resample_weights(groups_of(cohorts["test"].volumes, "patients"), num_resamples, RESAMPLING_SEED)
-    rows = [
-        {"protocol": protocol, "metric": f"macro_{metric}", **_numbers(value, own.resampled[metric])}
+    numbers = {
+        protocol: {
+            f"macro_{metric}": (value, *interval(own.resampled[metric]))
+            for metric, value in own.values.items()
+        }
         for protocol, own in knn_measured(cohorts, ks, weights).items()
-        for metric, value in own.values.items()
-    ]
-    rows += [
-        {"protocol": "retrieval", "metric": metric, **_numbers(value)}
-        for metric, value in retrieval_values(cohorts, ks).items()
-    ]
-    settings = {"ks": ks, "num_val_patients": num_val_patients, "split_seed": split_seed}
-    shared = {
-        "encoder": str(cohorts["test"].identity["encoder"]),
-        "dataset": dataset,
-        "n": str(len(cohorts["test"])),
-        "seeds": "",
-        "commit": code_version(),
-        "config_hash": config_hash(settings | cohorts["test"].identity),
     }
-    complete = [row | shared for row in rows]
-    add_rows(results_csv, complete)
-    log_rows(complete, tracking_uri, "neighbours")
-    print_whole(results_table([row for row in complete if row["protocol"] != "retrieval"]))
-    for row in complete:
-        if row["protocol"] == "retrieval" and row["metric"].startswith("macro_"):
-            Console().print(f"{row['metric'].removeprefix('macro_')}: {float(row['value']):.4f}")
-
-
-def _numbers(value: float, resampled: np.ndarray | None = None) -> dict[str, str]:
-    low, high = ("", "") if resampled is None else (f"{bound:.6f}" for bound in interval(resampled))
-    return {"value": f"{value:.6f}", "low": low, "high": high}
+    retrieval = retrieval_values(cohorts, ks)
+    numbers["retrieval"] = {metric: (value, NAN, NAN) for metric, value in retrieval.items()}
+    settings = {"ks": ks, "num_val_patients": num_val_patients, "split_seed": split_seed}
+    rows = []
+    for protocol, of_protocol in numbers.items():
+        rows += result_rows(
+            of_protocol,
+            encoder=str(cohorts["test"].identity["encoder"]),
+            protocol=protocol,
+            dataset=dataset,
+            n=len(cohorts["test"]),
+            config=settings | cohorts["test"].identity,
+        )
+    add_rows(results_csv, rows)
+    log_rows(rows, tracking_uri, "neighbours")
+    print_whole(results_table([row for row in rows if row.protocol != "retrieval"]))
+    for metric, value in retrieval.items():
+        if metric.startswith("macro_"):
+            Console().print(f"{metric.removeprefix('macro_')}: {value:.4f}")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -17,9 +17,9 @@ from common.ct.checks import ChestCTs, chest_cts
 from common.ct.rejection import RejectedVolume
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.rejected_volumes import REJECTED, report_rejected
 from common.embeddings.sources import CTSource
 from common.embeddings.store import EmbeddingStore
-from common.handlers.rejected_volumes import REJECTED, report_rejected
 from common.networks.mil_probe import load_probe
 from common.reports.attended_slices import write_attended_slices
 from common.reports.ct_report import Finding, write_ct_report

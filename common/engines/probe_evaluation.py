@@ -12,8 +12,6 @@ import torch
 
 from common.embeddings.bags import EmbeddingBags, labelled_volumes
 from common.embeddings.part import IDENTITY_KEYS
-from common.handlers.mlflow_rows import log_rows
-from common.handlers.results_table import add_rows, code_version, config_hash
 from common.labels import load_labels
 from common.labels.class_map import map_classes
 from common.metrics.bootstrap import (
@@ -22,11 +20,14 @@ from common.metrics.bootstrap import (
     groups_of,
     interval,
     macro_means,
+    paired_difference,
     resample_weights,
 )
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 from common.networks.poolers import pad_bags
+from common.reports.mlflow_rows import log_rows
+from common.reports.results_csv import add_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
@@ -184,15 +185,16 @@ def evaluate_probes(
         measured[protocol] = measure(predict(probe_dir, own, device), own, weights)
         logger.info("%s: %s", protocol, {key: round(v, 4) for key, v in measured[protocol].values.items()})
     settings = {"label_set": label_set, "prefix": prefix, "num_resamples": num_resamples}
-    shared = {
-        "encoder": str(first.identity["encoder"]),
-        "dataset": dataset,
-        "n": str(len(first)),
-        "seeds": "",
-        "commit": code_version(),
-        "config_hash": config_hash(settings | first.identity),
-    }
-    rows = [row | shared for row in _rows(measured)]
+    rows = []
+    for protocol, numbers in _numbers(measured).items():
+        rows += result_rows(
+            numbers,
+            encoder=str(first.identity["encoder"]),
+            protocol=protocol,
+            dataset=dataset,
+            n=len(first),
+            config=settings | first.identity,
+        )
     add_rows(results_csv, rows)
     log_rows(rows, tracking_uri, experiment)
     return measured
@@ -205,25 +207,21 @@ def _test_bags(folder: str, labels_csv: str | Path, names: list[str], prefix: st
     return EmbeddingBags(folder, labels_csv, names, volumes)
 
 
-def _rows(measured: Mapping[str, Measured]) -> list[dict[str, str]]:
-    reference, rows = next(iter(measured)), []
-    for protocol, own in measured.items():
-        for metric, value in own.values.items():
-            rows.append(_row(protocol, metric, value, own.resampled[metric]))
-    for protocol, own in list(measured.items())[1:]:
-        for metric, value in own.values.items():
-            difference = value - measured[reference].values[metric]
-            resampled = own.resampled[metric] - measured[reference].resampled[metric]
-            rows.append(_row(f"{protocol}-{reference}", metric, difference, resampled))
-    return rows
-
-
-def _row(protocol: str, metric: str, value: float, resampled: np.ndarray) -> dict[str, str]:
-    low, high = interval(resampled)
-    return {
-        "protocol": protocol,
-        "metric": f"macro_{metric}",
-        "value": f"{value:.6f}",
-        "low": f"{low:.6f}",
-        "high": f"{high:.6f}",
+def _numbers(measured: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """By protocol and metric; after the protocols themselves how each differs from the first."""
+    own = {
+        protocol: {
+            f"macro_{name}": (value, *interval(of.resampled[name])) for name, value in of.values.items()
+        }
+        for protocol, of in measured.items()
     }
+    (reference, first), *others = measured.items()
+    for protocol, of in others:
+        differences = {
+            name: paired_difference(
+                np.append(of.values[name], of.resampled[name]), np.append(value, first.resampled[name])
+            )
+            for name, value in first.values.items()
+        }
+        own[f"{protocol}-{reference}"] = {f"macro_{name}": d[:3] for name, d in differences.items()}
+    return own

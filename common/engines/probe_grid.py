@@ -29,7 +29,13 @@ from common.metrics.bootstrap import (
     interval_report,
     resample_weights,
 )
-from common.metrics.multilabel import average_precision, f1_thresholds, macro, multilabel_report
+from common.metrics.multilabel import (
+    MultilabelReport,
+    average_precision,
+    f1_thresholds,
+    macro,
+    multilabel_report,
+)
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 from common.networks.poolers import pad_bags
 
@@ -238,7 +244,7 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.state.reports = {"probe": report, "prevalence": prevalence_report(targets, names)}
         self.state.metrics |= {f"test_macro_{metric}": value for metric, value in report["macro"].items()}
 
-    def _report_of_seed(self, probe: MILProbe) -> dict[str, Any]:
+    def _report_of_seed(self, probe: MILProbe) -> MultilabelReport:
         """Test a probe with thresholds of its own."""
         val_scores = self._probe_scores(probe, "validation")
         thresholds = f1_thresholds(val_scores, self.val_bags.labels.numpy())
@@ -268,7 +274,7 @@ class ProbeGridTrainer(SupervisedTrainer):
             yield rows, self.readers[cohort](range(rows.start, rows.stop))
 
 
-def prevalence_report(targets: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+def prevalence_report(targets: np.ndarray, class_names: Sequence[str]) -> MultilabelReport:
     """Report on a probe that knows nothing: it gives all volumes one score and calls them all positive.
 
     Args:

@@ -1,4 +1,4 @@
-"""A probe's scores when it sees every k-th slice only."""
+"""How well a probe does when it sees only every k-th slice."""
 
 # N volumes, S slices, C classes
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from common.cohort.patient_split import natural_order, patient_of
 from common.embeddings.bags import EmbeddingBags
 from common.embeddings.part import IDENTITY_KEYS
 from common.embeddings.store import EmbeddingStore
-from common.metrics.bootstrap import interval, macro_means, resample_weights
-from common.metrics.multilabel import auroc, average_precision, macro
+from common.metrics.bootstrap import bootstrap, groups_of, interval, macro_means, resample_weights
+from common.metrics.multilabel import auroc_and_average_precision, macro
 from common.metrics.paired_samples import Mean
-from common.metrics.patient_ranking import rank_by_patient, resampled_areas
 from common.networks.mil_probe import load_probe
+
+FloatArray = NDArray[np.float64]
 
 
 def stride_scores(
@@ -32,12 +33,12 @@ def stride_scores(
     Source: DALE-CT's released stride probe: k of 1, 2, 4 and 8, probes of Table V.
 
     Args:
-        store: of slice embeddings.
-        probe_dir: of an evaluation, for the same encoder.
+        store: slice embeddings.
+        probe_dir: folder of an evaluation of the same encoder.
         labels_csv: labels of the probe's classes.
-        strides: k.
+        strides: every how many slices.
         num_resamples: resamples of patients.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Returns:
         Stride to ``macro_auroc`` and ``macro_auprc``.
@@ -49,21 +50,18 @@ def stride_scores(
     for name in (*IDENTITY_KEYS, "dim"):
         if card[name] != store.identity[name]:
             raise ValueError(
-                f"probe must be of {name} '{store.identity[name]}' as the embeddings, got '{card[name]}' in "
-                f"'{probe_dir}'."
+                f"The probe in '{probe_dir}' was trained with {name} '{card[name]}', but the embeddings have "
+                f"'{store.identity[name]}'. Train a probe on these embeddings."
             )
     if min(strides) < 1:
         raise ValueError(f"strides must be positive, got {list(strides)}.")
     bags = EmbeddingBags(store.folder, labels_csv, card["class_names"])
-    of_volume = [patient_of(volume) for volume in bags.volumes]
-    patients = sorted(set(of_volume), key=natural_order)
-    weights = resample_weights(patients, num_resamples, seed)
-    place = np.array([patients.index(patient) for patient in of_volume])
-    return {stride: _scores(_logits(probe, bags, stride), bags, place, weights) for stride in strides}
+    weights = resample_weights(groups_of(bags.volumes, "patients"), num_resamples, seed)
+    return {stride: _scores(_logits(probe, bags, stride), bags, weights) for stride in strides}
 
 
 @torch.no_grad()
-def _logits(probe: torch.nn.Module, bags: EmbeddingBags, stride: int) -> np.ndarray:
+def _logits(probe: torch.nn.Module, bags: EmbeddingBags, stride: int) -> FloatArray:
     """Return ``(N, C)``."""
     logits = []
     for index in range(len(bags)):
@@ -73,20 +71,12 @@ def _logits(probe: torch.nn.Module, bags: EmbeddingBags, stride: int) -> np.ndar
     return np.stack(logits)
 
 
-def _scores(
-    logits: np.ndarray, bags: EmbeddingBags, place: np.ndarray, weights: np.ndarray
-) -> dict[str, Mean]:
-    targets = bags.labels.numpy().astype(int)
-    areas = [
-        resampled_areas(rank_by_patient(logits[:, c], targets[:, c], place, weights.shape[1]), weights)
-        for c in range(targets.shape[1])
-    ]
+def _scores(logits: FloatArray, bags: EmbeddingBags, weights: NDArray[np.float32]) -> dict[str, Mean]:
+    targets = bags.labels.numpy()
+    samples = bootstrap(logits, targets, np.zeros(targets.shape[1]), weights)
     found = {}
-    for which, (name, metric) in enumerate((("macro_auroc", auroc), ("macro_auprc", average_precision))):
-        value, undefined = macro(metric(logits, targets), bags.class_names)
-        counted = [
-            of_class[which] for of_class, c in zip(areas, bags.class_names, strict=True) if c not in undefined
-        ]
-        low, high = interval(macro_means(np.reshape(counted, (len(counted), len(weights))).T))
-        found[name] = Mean(value, float("nan"), low, high, len(bags))
+    for name, of_class in zip(("auroc", "auprc"), auroc_and_average_precision(logits, targets), strict=True):
+        value, _ = macro(of_class, bags.class_names)
+        ends = interval(macro_means(samples[name]))
+        found[f"macro_{name}"] = Mean(value, float("nan"), *ends, len(bags))
     return found

@@ -1,4 +1,4 @@
-"""What the slice embeddings of a cohort know of where a slice lies: probes of the body along the table."""
+"""What slice embeddings know about where in the body a slice lies: the world-model probes."""
 
 # S slices, D embedding, R resamples
 
@@ -14,11 +14,11 @@ from common.embeddings.dense_labels import read_dense_labels
 from common.embeddings.store import EmbeddingStore
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, macro_means, resample_weights
+from common.metrics.effective_rank import jackknife, participation_ratio, spectral_effective_rank
 from common.metrics.gap_curve import gap_curve
 from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
-from common.metrics.participation_ratio import jackknife, participation_ratio, spectral_effective_rank
 from common.metrics.slice_order import agreement, order_by_nearest_neighbours, order_by_principal_axis
 
 FloatArray = NDArray[np.float64]
@@ -28,10 +28,10 @@ JACKKNIFE_GROUPS = 20
 """Groups of patients left out one by one; our choice."""
 
 MIN_SHARE = 1e-4
-"""Share of a slice from which an organ is there. Source: DALE-CT's released organ-span probe."""
+"""Share of a slice from which an organ is in it. Source: DALE-CT's released organ-span probe."""
 
 MIN_SCANS = 5
-"""Test scans that must show an organ for it to be scored; our choice, upstream's 40 are of 86."""
+"""Test scans that must show an organ for it to be scored. Our choice; upstream: 40 of 86."""
 
 ORGANS: Mapping[str, tuple[str, ...]] = {
     "heart": ("heart",),
@@ -65,8 +65,8 @@ def slices_of(store: EmbeddingStore, volumes: Sequence[str]) -> Iterator[Slices]
     """Read volumes one by one.
 
     Args:
-        store: of slice embeddings.
-        volumes: names.
+        store: slice embeddings.
+        volumes: names of the volumes.
 
     Raises:
         ValueError: if the store has no positions of slices.
@@ -74,7 +74,7 @@ def slices_of(store: EmbeddingStore, volumes: Sequence[str]) -> Iterator[Slices]
     for volume in volumes:
         embedding = store.read(volume)
         if embedding.z_mm is None:
-            raise ValueError(f"embeddings must hold z_mm of each slice, got none for volume '{volume}'.")
+            raise ValueError(f"The embedding of '{volume}' has no slice positions (z_mm). Embed it again.")
         z_mm = embedding.z_mm.double().numpy()
         yield Slices(volume, embedding.tokens.double().numpy(), z_mm - z_mm[0])
 
@@ -90,10 +90,10 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
     Source: DALE-CT's released world-model probes (fraction only).
 
     Args:
-        store: of slice embeddings.
+        store: slice embeddings.
         split: volumes of ``train``, ``validation`` and ``test``, disjoint in patients.
         num_resamples: R.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Returns:
         ``r2_fraction``, ``r2_mm``, ``mae_fraction`` and ``mae_mm`` as :class:`Mean`, and ``predicted_mm`` and
@@ -142,15 +142,15 @@ def label_free(
     """Measure order, distance by gap, and the directions in use, none of which needs a label.
 
     Args:
-        store: of slice embeddings.
-        volumes: names.
-        gaps_mm: of the curve.
+        store: slice embeddings.
+        volumes: names of the volumes.
+        gaps_mm: gaps of the curve.
         num_resamples: R.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Returns:
         ``tau_principal_axis`` and ``tau_nearest_neighbours``: mean |Kendall's tau|; ``effective_rank`` and
-        ``participation_ratio`` of all slices; ``gap_curve``: one :class:`Mean` a gap; all as :class:`Mean`.
+        ``participation_ratio`` of all slices; ``gap_curve``: one per gap; all as :class:`Mean`.
     """
     groups = {patient: index for index, patient in enumerate(sorted({patient_of(v) for v in volumes}))}
     num_groups = min(JACKKNIFE_GROUPS, len(groups))
@@ -184,23 +184,23 @@ def organ_spans(
 ) -> dict[str, dict[str, Mean]]:
     """Read where organs begin and end: ridge from CLS to their shares, cut at a share of the curve's maximum.
 
-    Penalty and cut are those of the best mean IoU over validation scans and organs.
+    Penalty and cut are those with the best mean IoU over validation scans and organs.
 
     Source: DALE-CT's released organ-span probe.
 
     Args:
-        store: of slice embeddings.
+        store: slice embeddings.
         split: volumes of ``train``, ``validation`` and ``test``.
-        labels_dir: of ``python -m data_prep dense-labels``.
+        labels_dir: labels from ``python -m data_prep dense-labels``.
         num_resamples: R.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ValueError: if no validation scan shows an organ.
 
     Returns:
-        By organ that at least ``MIN_SCANS`` test scans show, and "mean" over them in each scan: ``iou``,
-        ``boundary_mm`` and ``miss_rate`` (no slice predicted) as :class:`Mean`.
+        Organ that at least ``MIN_SCANS`` test scans show, and "mean" of these, to ``iou``, ``boundary_mm``
+        and ``miss_rate`` (no slice predicted) as :class:`Mean`.
     """
     of_train = _sum(
         moments(volume.tokens, _shares(labels_dir, volume.volume))
@@ -218,7 +218,7 @@ def organ_spans(
     )  # fmt: skip
     means = macro_means(ious.transpose(1, 2, 0, 3).reshape(*ious.shape[1:3], -1))
     if np.isnan(means).all():
-        raise ValueError(f"validation must show some of {list(ORGANS)}, got none in {len(ious)} volumes.")
+        raise ValueError(f"None of the {len(ious)} validation volumes shows one of {list(ORGANS)}.")
     penalty, cut = np.unravel_index(int(means.argmax()), means.shape)
     names = list(split["test"])
     scores = np.array(
@@ -255,7 +255,7 @@ def _predicted(
 
 
 def _scan_scores(predicted: FloatArray, true: FloatArray, z_mm: FloatArray, cut: float) -> FloatArray:
-    """IoU, boundary error and whether it was missed, of each organ; nan for those that the scan lacks."""
+    """IoU, boundary error and whether it was missed, per organ; nan for those that the scan lacks."""
     scores = np.full((true.shape[1], 3), np.nan)
     for organ in range(true.shape[1]):
         span = longest_run(true[:, organ] > MIN_SHARE)

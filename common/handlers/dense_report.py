@@ -1,20 +1,35 @@
 """What the dense evaluation leaves: chosen probes, Table I's rows, all classes as table and picture."""
 
-import csv
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 
 from common.engines.dense_probe import DenseProbeTrainer
-from common.handlers.results_table import add_rows, code_version, config_hash
+from common.engines.dense_scores import DenseResults
 from common.networks.dense_probe import save_dense_probe
+from common.reports.probe_tables import write_table
+from common.reports.results_csv import add_rows, result_rows
 from common.run.atomic_file import atomic_file
 
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}
+
+
+class DenseCard(TypedDict):
+    """What is kept beside a chosen probe's weights, along with the identity of its embeddings."""
+
+    kind: str  # of token: "cls" or "patch"
+    task: str  # label set
+    class_names: list[str]  # in the order of the probe's outputs
+    learning_rate: float
+    step: int  # optimizer steps taken when it was chosen
+    seed: int
+    validation_macro_auprc: float  # what it was chosen for
+    test: dict[str, float | None]  # macro AUROC and AUPRC; None where undefined
+    left_out: list[str]  # classes that do not count in the means
 
 
 class DenseReport:
@@ -22,7 +37,7 @@ class DenseReport:
 
     Files, for both kinds of token and both tasks: ``<kind>_<task>.safetensors`` and ``.json`` (see
     :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class;
-    ``resamples.npz`` for :mod:`common.handlers.dense_differences`. Rows in the results CSV: protocol
+    ``resamples.npz`` for :mod:`common.reports.paired_differences`. Rows in the results CSV: protocol
     ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with intervals.
 
     Args:
@@ -36,7 +51,7 @@ class DenseReport:
         self, output_dir: str | Path, results_csv: str | Path, seed: int, config: dict[str, Any]
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.results_csv = Path(results_csv)
+        self.results_csv = results_csv
         self.seed = seed
         self.config = config
 
@@ -47,80 +62,68 @@ class DenseReport:
     def _write(self, engine: DenseProbeTrainer) -> None:
         if getattr(engine.state, "stopped_early", False):
             return
-        cohort, version, rows = engine.test_cohort, code_version(), []
+        cohort, rows = engine.test_cohort, []
+        encoder = cohort.identity["encoder"]
+        drawn: dict[str, Any] = {"encoder": encoder, "volumes": cohort.volumes}
         for (kind, task), report in engine.state.reports.items():
-            chosen = engine.best.chosen[kind, task]
-            rate = engine.probes.learning_rates[chosen["rate"]]
-            card = {
-                "kind": kind,
-                "task": task,
-                "class_names": engine.class_names[task],
-                "learning_rate": rate,
-                "step": chosen["step"],
-                "seed": self.seed,
-                "validation_macro_auprc": chosen["auprc"],
-                **{name: value for name, value in cohort.identity.items() if name != "dtype"},
-                "test": {name: _json_number(mean) for name, (mean, _) in report["macro"].items()},
-                "left_out": report["left_out"],
-            }
-            save_dense_probe(self.output_dir, kind, task, engine.best.layer((kind, task)), card)
-            write_classes(self.output_dir / f"{kind}_{task}.csv", report)
-            title = f"{cohort.identity['encoder']}, {KIND_NAMES[kind]}, {task}"
-            draw_classes(
-                self.output_dir / f"{kind}_{task}.png", report, f"{title}: lr {rate:g}, step {chosen['step']}"
+            self._write_probe(engine, kind, task, report)
+            rows += result_rows(
+                {f"macro_{metric}": (mean, *ends) for metric, (mean, ends) in report["macro"].items()},
+                encoder=encoder,
+                protocol=f"dense_{kind}",
+                dataset=task,
+                n=len(cohort.volumes),
+                config=self.config,
+                seeds=str(self.seed),
             )
-            rows += [
-                {
-                    "encoder": cohort.identity["encoder"],
-                    "protocol": f"dense_{kind}",
-                    "dataset": task,
-                    "metric": f"macro_{metric}",
-                    "value": f"{mean:.6f}",
-                    "low": f"{low:.6f}",
-                    "high": f"{high:.6f}",
-                    "n": str(len(cohort.volumes)),
-                    "seeds": str(self.seed),
-                    "commit": version,
-                    "config_hash": config_hash(self.config),
-                }
-                for metric, (mean, (low, high)) in report["macro"].items()
-            ]
-        drawn: dict[str, Any] = {
-            f"{kind} {task} {metric}": np.append(report["macro"][metric][0], means)
-            for (kind, task), report in engine.state.reports.items()
-            for metric, means in report["resampled"].items()
-        }
-        drawn |= {
-            f"{kind} {task} classes": [name for name in report["per_class"] if name not in report["left_out"]]
-            for (kind, task), report in engine.state.reports.items()
-        }
+            for metric, means in report["resampled"].items():
+                drawn[f"{kind} {task} {metric}"] = np.append(report["macro"][metric][0], means)
+            drawn[f"{kind} {task} classes"] = [n for n in report["per_class"] if n not in report["left_out"]]
         with atomic_file(self.output_dir / "resamples.npz", "wb") as file:
-            np.savez(file, encoder=cohort.identity["encoder"], volumes=cohort.volumes, **drawn)
+            np.savez(file, **drawn)
         add_rows(self.results_csv, rows)
 
+    def _write_probe(self, engine: DenseProbeTrainer, kind: str, task: str, report: DenseResults) -> None:
+        identity, chosen = engine.test_cohort.identity, engine.best.chosen[kind, task]
+        rate = engine.probes.learning_rates[chosen["rate"]]
+        card: DenseCard = {
+            "kind": kind,
+            "task": task,
+            "class_names": engine.class_names[task],
+            "learning_rate": rate,
+            "step": chosen["step"],
+            "seed": self.seed,
+            "validation_macro_auprc": chosen["auprc"],
+            "test": {name: _json_number(mean) for name, (mean, _) in report["macro"].items()},
+            "left_out": report["left_out"],
+        }
+        origin = {name: value for name, value in identity.items() if name != "dtype"}
+        save_dense_probe(self.output_dir, kind, task, engine.best.layer((kind, task)), {**card, **origin})
+        write_table(self.output_dir / f"{kind}_{task}.csv", class_rows(report))
+        title = f"{identity['encoder']}, {KIND_NAMES[kind]}, {task}: lr {rate:g}, step {chosen['step']}"
+        draw_classes(self.output_dir / f"{kind}_{task}.png", report, title)
 
-def write_classes(path: Path, report: dict[str, Any]) -> None:
-    """Write one row a class: its metrics, how often it occurs, and whether it counts in the means.
+
+def class_rows(report: DenseResults) -> list[dict[str, Any]]:
+    """Return one row per class: its metrics, how often it occurs, and whether it counts in the means.
 
     Args:
-        path: file to write.
-        report: of ``report_on_test``.
+        report: results of ``report_on_test``.
     """
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["class", "auroc", "auprc", "prevalence", "positives", "averaged"])
-        for name, values in report["per_class"].items():
-            numbers = [f"{values[metric]:.6f}" for metric in ("auroc", "auprc", "prevalence")]
-            averaged = int(name not in report["left_out"])
-            writer.writerow([name, *numbers, values["positives"], averaged])
+    return [
+        {"class": name}
+        | {metric: f"{value:.6f}" for metric, value in values.items() if metric != "positives"}
+        | {"positives": values["positives"], "averaged": int(name not in report["left_out"])}
+        for name, values in report["per_class"].items()
+    ]
 
 
-def draw_classes(path: Path, report: dict[str, Any], title: str) -> None:
-    """Draw AUROC and AUPRC of each averaged class as points, with its prevalence, by AUPRC.
+def draw_classes(path: Path, report: DenseResults, title: str) -> None:
+    """Draw AUROC and AUPRC of each averaged class as points, with its prevalence, in order of AUPRC.
 
     Args:
         path: PNG to write.
-        report: of ``report_on_test``.
+        report: results of ``report_on_test``.
         title: first line of the picture.
     """
     averaged = {
@@ -130,9 +133,9 @@ def draw_classes(path: Path, report: dict[str, Any], title: str) -> None:
     places = np.arange(len(names))
     figure = Figure(figsize=(8, 1.8 + 0.2 * len(names)), layout="constrained")
     axes = figure.subplots()
-    auprc, auroc, prevalence = (
-        [averaged[name][metric] for name in names] for metric in ("auprc", "auroc", "prevalence")
-    )
+    auprc = [averaged[name]["auprc"] for name in names]
+    auroc = [averaged[name]["auroc"] for name in names]
+    prevalence = [averaged[name]["prevalence"] for name in names]
     axes.hlines(places, prevalence, auprc, color="#ee6677", linewidth=2.5, alpha=0.35)
     axes.scatter(auprc, places, color="#ee6677", s=28, label="AUPRC", zorder=3)
     axes.scatter(prevalence, places, color="black", marker="|", s=60, label="prevalence: AUPRC of chance")

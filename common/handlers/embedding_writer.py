@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
+from common.embeddings.rejected_volumes import report_rejected
 from common.embeddings.slice_batches import SliceBatches
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_outputs import VolumeOutput, VolumeOutputs
-from common.handlers.rejected_volumes import report_rejected
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
+from common.embeddings.rejected_volumes import report_rejected
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_batches import VolumeBatches
-from common.handlers.rejected_volumes import report_rejected
 
 
 class GridWriter:

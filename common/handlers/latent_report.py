@@ -1,21 +1,21 @@
-"""What the latent geometry of two encoders leaves behind: Table V, Figure 2 and the world-model probes."""
+"""What comparing two encoders' latent geometry leaves: Table V, Figure 2 and the world-model probes."""
 
-import csv
-import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
-from rich.console import Console
 from rich.table import Table
 
 from common.engines.latent_geometry import LatentGeometryEvaluator
-from common.handlers.results_table import add_rows, code_version, config_hash, read_rows
+from common.metrics.paired_samples import Comparison
 from common.reports.latent_paths import chosen_paths, draw_paths
+from common.reports.probe_tables import write_table
+from common.reports.results_csv import NAN, ResultRow, add_rows, read_rows, result_rows
+from common.reports.results_table import print_whole
 from common.reports.world_model import draw_continuity, draw_world_model
-from common.run.atomic_file import atomic_file
 
 CLASSIFICATION = {
     "macro_auroc": "Macro AUROC",
@@ -23,7 +23,6 @@ CLASSIFICATION = {
     "macro_f1": "Macro F1",
     "macro_balanced_accuracy": "Balanced accuracy",
 }
-COLUMNS = ("encoder", "measure", "value", "error", "low", "high", "n")
 
 
 class LatentReport:
@@ -36,15 +35,16 @@ class LatentReport:
     Args:
         output_dir: folder of the files.
         results_csv: CSV of all evaluations; made when missing.
-        classification_csv: results of the encoders' MIL probes; without it, or them, Table V says "not run".
+        classification_csv: results of the encoders' MIL probes; Table V says "not run" of those it lacks.
         dataset: name of the data.
-        figure_volumes: volumes of Figure 2; None for three spread over all.
+        figure_volumes: volumes of Figure 2; None for three spread evenly over all.
         seed: seed of the run.
         config: settings that the numbers depend on, JSON values; their hash goes into the rows.
     """
 
     def __init__(
         self,
+        *,
         output_dir: str | Path,
         results_csv: str | Path,
         classification_csv: str | Path | None,
@@ -54,7 +54,7 @@ class LatentReport:
         config: dict[str, Any],
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.results_csv = Path(results_csv)
+        self.results_csv = results_csv
         self.classification_csv = classification_csv
         self.dataset = dataset
         self.figure_volumes = figure_volumes
@@ -67,22 +67,15 @@ class LatentReport:
 
     def _write(self, engine: LatentGeometryEvaluator) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        _write_csv(self.output_dir / "latent_geometry.csv", COLUMNS, engine.state.table)
+        write_table(self.output_dir / "latent_geometry.csv", engine.state.table)
         comparisons = [
-            {
-                "measure": measure,
-                **comparison.difference._asdict(),
-                "p_wilcoxon": comparison.p_wilcoxon,
-                "p_permutation": comparison.p_permutation,
-                "patients": comparison.num_patients,
-            }
+            {"measure": measure, **comparison.difference._asdict(), **_tests(comparison)}
             for measure, comparison in engine.state.comparisons.items()
         ]
-        columns = ("measure", "value", "error", "low", "high", "n", "p_wilcoxon", "p_permutation", "patients")
-        _write_csv(self.output_dir / "comparisons.csv", columns, comparisons)
+        write_table(self.output_dir / "comparisons.csv", comparisons)
         table = self._table_v(engine)
-        _write_csv(self.output_dir / "table_v.csv", ("metric", *engine.stores), table)
-        _print(table, len(engine.volumes))
+        write_table(self.output_dir / "table_v.csv", table)
+        print_whole(_laid_out(table, f"Table V, {len(engine.volumes)} volumes"))
         self._draw(engine)
         add_rows(self.results_csv, self._rows(engine))
 
@@ -100,85 +93,67 @@ class LatentReport:
     def _table_v(self, engine: LatentGeometryEvaluator) -> list[dict[str, str]]:
         """Rows of the paper's table, and below them what it leaves open."""
         path = self.classification_csv
-        stored = read_rows(path) if path is not None and Path(path).is_file() else []
         scores = {
-            (row["encoder"], row["metric"]): float(row["value"])
-            for row in stored
-            if row["protocol"] == "mil_probe" and row["dataset"] == self.dataset
-        }
-        rows = []
-        for metric, name in CLASSIFICATION.items():
-            values = {encoder: scores.get((encoder, metric)) for encoder in engine.stores}
-            cells = {e: "not run" if value is None else f"{value:.4f}" for e, value in values.items()}
-            rows.append({"metric": name, **cells})
-        measured = {(row["encoder"], row["measure"]): row for row in engine.state.table}
-        for measure, comparison in engine.state.comparisons.items():
-            cells = {}
-            for encoder in engine.stores:
-                row = measured[encoder, measure]
-                cells[encoder] = (
-                    f"{row['value']:.4f} ± {row['error']:.4f} ({row['low']:.4f}-{row['high']:.4f})"
-                )
-            rows.append({"metric": measure, **cells})
-            rows.append({"metric": "", **dict.fromkeys(engine.stores, "")} | _test_cells(engine, comparison))
-        return rows
-
-    def _rows(self, engine: LatentGeometryEvaluator) -> list[dict[str, str]]:
-        version = code_version()
-        common = {
-            "protocol": "latent_geometry",
-            "dataset": self.dataset,
-            "seeds": str(self.seed),
-            "commit": version,
-            "config_hash": config_hash(self.config),
+            (row.encoder, row.metric): f"{row.value:.4f}"
+            for row in (read_rows(path) if path is not None and Path(path).is_file() else [])
+            if row.protocol == "mil_probe" and row.dataset == self.dataset
         }
         rows = [
-            {
-                "encoder": row["encoder"],
-                "metric": row["measure"],
-                **{name: _number(row[name]) for name in ("value", "low", "high")},
-                "n": str(row["n"]),
-                **common,
-            }
-            for row in engine.state.table
+            {"metric": name}
+            | {encoder: scores.get((encoder, metric), "not run") for encoder in engine.stores}
+            for metric, name in CLASSIFICATION.items()
         ]
-        pair = " - ".join(engine.stores)
+        measured = {(row["encoder"], row["measure"]): row for row in engine.state.table}
+        first, second = engine.stores
         for measure, comparison in engine.state.comparisons.items():
-            difference = comparison.difference
-            values = {
-                measure: (difference.value, difference.low, difference.high),
-                f"{measure}_p_wilcoxon": (comparison.p_wilcoxon, math.nan, math.nan),
-                f"{measure}_p_permutation": (comparison.p_permutation, math.nan, math.nan),
+            cells = {
+                encoder: "{value:.4f} ± {error:.4f} ({low:.4f}-{high:.4f})".format(
+                    **measured[encoder, measure]
+                )
+                for encoder in engine.stores
             }
-            for metric, numbers in values.items():
-                cells = dict(zip(("value", "low", "high"), map(_number, numbers), strict=True))
-                rows.append({"encoder": pair, "metric": metric, **cells, "n": str(difference.n), **common})
+            rows.append({"metric": measure, **cells})
+            difference = (
+                f"difference {comparison.difference.value:+.4f} ({comparison.difference.low:+.4f} to "
+                f"{comparison.difference.high:+.4f}), p {comparison.p_wilcoxon:.2g} (Wilcoxon), "
+                f"{comparison.p_permutation:.2g} (permutation)"
+            )
+            rows.append({"metric": "", first: difference, second: ""})
+        return rows
+
+    def _rows(self, engine: LatentGeometryEvaluator) -> list[ResultRow]:
+        make = partial(
+            result_rows,
+            protocol="latent_geometry",
+            dataset=self.dataset,
+            seeds=str(self.seed),
+            config=self.config,
+        )
+        rows: list[ResultRow] = []
+        for encoder in engine.stores:
+            lines = [line for line in engine.state.table if line["encoder"] == encoder]
+            numbers = {line["measure"]: (line["value"], line["low"], line["high"]) for line in lines}
+            made = make(numbers, encoder=encoder, n=len(engine.volumes))
+            # a measure may be undefined in some of the volumes
+            rows += [row._replace(n=line["n"]) for row, line in zip(made, lines, strict=True)]
+        for measure, comparison in engine.state.comparisons.items():
+            value, _, low, high, n = comparison.difference
+            numbers = {
+                measure: (value, low, high),
+                f"{measure}_p_wilcoxon": (comparison.p_wilcoxon, NAN, NAN),
+                f"{measure}_p_permutation": (comparison.p_permutation, NAN, NAN),
+            }
+            rows += make(numbers, encoder=" - ".join(engine.stores), n=n)
         return rows
 
 
-def _test_cells(engine: LatentGeometryEvaluator, comparison: Any) -> dict[str, str]:  # noqa: ANN401
-    difference = comparison.difference
-    first = next(iter(engine.stores))
-    text = (
-        f"difference {difference.value:+.4f} ({difference.low:+.4f} to {difference.high:+.4f}), "
-        f"p {comparison.p_wilcoxon:.2g} (Wilcoxon), {comparison.p_permutation:.2g} (permutation)"
-    )
-    return {first: text}
+def _tests(comparison: Comparison) -> dict[str, float]:
+    _, p_wilcoxon, p_permutation, num_patients = comparison
+    return {"p_wilcoxon": p_wilcoxon, "p_permutation": p_permutation, "patients": num_patients}
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def _print(rows: list[dict[str, str]], num_volumes: int) -> None:
-    table = Table(*rows[0], title=f"Table V, {num_volumes} volumes")
+def _laid_out(rows: list[dict[str, str]], title: str) -> Table:
+    table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=max(Console().width, 150)).print(table)
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    return table

@@ -18,6 +18,7 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see 
 from mlflow.exceptions import MlflowException  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 
+from common.reports.mlflow_rows import experiment_id  # noqa: E402 (see above)
 from common.run.atomic_file import atomic_file  # noqa: E402 (see above)
 from common.run.executed_config import plain_knobs  # noqa: E402 (see above)
 
@@ -176,22 +177,3 @@ class MLflowRun:
             status = RunStatus.KILLED if stopped else RunStatus.FAILED
             client.set_terminated(self.run_id, RunStatus.to_string(status))
         raise error  # Ignite holds an exception for handled as soon as there is a handler
-
-
-def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """Find an experiment by its name, or make it.
-
-    Args:
-        client: of the store.
-        tracking_uri: the store.
-        name: of the experiment.
-    """
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return str(experiment.experiment_id)
-    # MLflow would put the files of a database store under the working directory of the first run
-    location = None
-    if tracking_uri.startswith("sqlite:///"):
-        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-        location = (database.parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -12,9 +12,24 @@ from ignite.engine import Events
 from common.cohort.predictions import write_predictions
 from common.engines.probe_grid import ProbeGridTrainer
 from common.handlers.probe_pictures import read_slices, volumes_to_show
-from common.handlers.probe_tables import class_rows, seed_rows, threshold_rows, write_table
 from common.networks.mil_probe import save_probe
 from common.reports.probe_curves import KINDS, draw_attention, draw_classes, draw_per_class
+from common.reports.probe_tables import class_rows, seed_rows, threshold_rows, write_table
+
+
+class ProbeCard(TypedDict):
+    """What ``probe.json`` says about the chosen probe, along with the identity of its embeddings."""
+
+    pooler: str
+    learning_rate: float
+    step: int  # optimizer steps taken when it was chosen
+    seed: int
+    validation_macro_auprc: float  # what it was chosen for
+    class_names: list[str]  # in the order of the probe's outputs
+    thresholds: list[float]  # probability from which each class is called positive
+    test: dict[str, float | None]  # macro metrics; None where undefined
+    test_intervals: dict[str, list[float | None]]  # their 95 % intervals
+    undefined_classes: dict[str, list[str]]  # metric to the classes left out of its mean
 
 
 class ProbeReport:
@@ -24,21 +39,20 @@ class ProbeReport:
     ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.predictions`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
-    each slice, or token of another kind, in some volumes. A head that is no ``MILProbe`` (gated ABMIL,
-    transformer) has neither of the last two, and ``load_probe`` does not read it.
+    each slice, or token of another kind, in some volumes.
 
     Args:
         output_dir: folder of the files.
-        seed: seed of the run, remembered in ``probe.json``.
-        attention_volumes: test volumes whose slices' weights are shown; if none is named, of each class the
-            true positive that the probe is surest of, eight at most.
-        ct_dir: folder with the CTs of the test volumes, as embedded, to show slices of the most weight where
+        seed: seed of the run, kept in ``probe.json``.
+        attention_volumes: test volumes whose slices' weights are shown; if none is named, the true positive
+            of each class that the probe is surest of, eight at most.
+        ct_dir: folder with the CTs of the test volumes, as embedded, to show the slices of most weight where
             tokens are slices; None for the weights alone.
 
     Raises:
-        ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT has other slices
-            than its embedding.
-        FileNotFoundError: if ``ct_dir`` is no folder, or holds no CT of a volume to show.
+        ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT does not have
+            as many slices as its embedding.
+        FileNotFoundError: if ``ct_dir`` is not a folder, or has no CT of a volume to show.
     """
 
     def __init__(
@@ -58,13 +72,13 @@ class ProbeReport:
 
         Raises:
             ValueError: if a volume of ``attention_volumes`` is not in the test set.
-            FileNotFoundError: if ``ct_dir`` is no folder.
+            FileNotFoundError: if ``ct_dir`` is not a folder.
         """
         if self.ct_dir is not None and not Path(self.ct_dir).is_dir():
-            raise FileNotFoundError(f"ct_dir must be a folder, got '{self.ct_dir}', which is none.")
+            raise FileNotFoundError(f"No folder '{self.ct_dir}' (ct_dir).")
         unknown = [volume for volume in self.attention_volumes if volume not in engine.test_bags.volumes]
         if unknown:
-            raise ValueError(f"attention_volumes must be of the test set, got '{unknown[0]}'.")
+            raise ValueError(f"attention_volumes must be in the test set, got '{unknown[0]}'.")
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: ProbeGridTrainer) -> None:
@@ -72,7 +86,8 @@ class ProbeReport:
             return
         state, bags = engine.state, engine.test_bags
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        save_probe(self.output_dir, engine.chosen_probe(), self._card(engine))
+        origin = {name: value for name, value in bags.identity.items() if name != "dtype"}
+        save_probe(self.output_dir, engine.chosen_probe(), {**self._card(engine), **origin})
         write_predictions(self.output_dir / "test_predictions.csv", state.predictions)
         write_predictions(self.output_dir / "validation_predictions.csv", state.validation)
         seeds = [self.seed, *engine.further_seeds]
@@ -91,7 +106,7 @@ class ProbeReport:
             draw_classes(self.output_dir / f"{kind}.png", kind, state.predictions, per_class, title)
         self._show_attention(engine)
 
-    def _card(self, engine: ProbeGridTrainer) -> dict[str, Any]:
+    def _card(self, engine: ProbeGridTrainer) -> ProbeCard:
         best, bags, report = engine.best, engine.test_bags, engine.state.reports["probe"]
         pooler, learning_rate = engine.grid.names[best.index]
         intervals = engine.state.intervals["probe"]["macro"]
@@ -103,7 +118,6 @@ class ProbeReport:
             "validation_macro_auprc": best.auprc,
             "class_names": bags.class_names,
             "thresholds": best.thresholds.tolist(),
-            **{name: value for name, value in bags.identity.items() if name != "dtype"},
             "test": {name: _json_number(value) for name, value in report["macro"].items()},
             "test_intervals": {name: [*map(_json_number, ends)] for name, ends in intervals.items()},
             "undefined_classes": report["undefined"],
@@ -137,8 +151,8 @@ class ProbeReport:
         for volume, of_ct in slices.items():
             if len(of_ct) != len(weights[volume]):
                 raise ValueError(
-                    f"ct_dir must hold the CT that was embedded, got {len(of_ct)} slices and "
-                    f"{len(weights[volume])} embeddings for volume '{volume}'."
+                    f"The CT of '{volume}' in '{ct_dir}' has {len(of_ct)} slices, its embedding "
+                    f"{len(weights[volume])}. Point ct_dir to the CTs that were embedded."
                 )
         rows = [
             {"volume": volume, unit: place, "weight": f"{weight:.8f}"}

@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from common.losses.sigreg import unit_directions
 from common.run.distributed import gather_over_ranks
 
 
@@ -73,7 +73,7 @@ class VISReg(nn.Module):
             mean = samples.mean(1, keepdim=True)
             centred = samples - mean
             std = (centred.square().mean(1, keepdim=True) + EPSILON).sqrt()
-            directions = self._directions(samples, step)
+            directions = unit_directions(samples.shape[2], self.num_directions, step).to(samples)
             ordered = ((centred / std.detach()) @ directions).sort(1).values
             places = (torch.arange(num_samples).to(samples) + 0.5) / num_samples
             quantiles = math.sqrt(2) * torch.erfinv(2 * places - 1)
@@ -83,12 +83,6 @@ class VISReg(nn.Module):
                 + shape_weight * (ordered - quantiles[:, None]).square().mean()
                 + centre_weight * mean.square().mean()
             )
-
-    def _directions(self, samples: torch.Tensor, step: int) -> torch.Tensor:
-        """Unit vectors (K, M), drawn on the CPU so that every device has the same."""
-        generator = torch.Generator().manual_seed(step)
-        drawn = torch.randn(samples.shape[2], self.num_directions, generator=generator)
-        return functional.normalize(drawn, dim=0).to(samples)
 
 
 EPSILON = 1e-12

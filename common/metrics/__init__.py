@@ -1,1 +1,1 @@
-"""What encoders and probes are measured by."""
+"""Measures of encoders and probes."""

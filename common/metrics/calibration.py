@@ -1,4 +1,4 @@
-"""How far probabilities are what they say."""
+"""How well predicted probabilities agree with what occurs."""
 
 # N samples, M bins
 
@@ -27,13 +27,13 @@ class Reliability(NamedTuple):
 
 
 def reliability(probabilities: ArrayLike, targets: ArrayLike, num_bins: int = 10) -> Reliability:
-    """Cut samples into bins of equal number by probability, and compare what was predicted and what occurred.
+    """Group samples into bins of equal size by probability, to compare what was predicted with what occurred.
 
-    Source: the reliability diagram; bins of equal number, as rare findings have most of their probabilities
-    near 0, are our choice.
+    Source: the reliability diagram. Bins of equal size are our choice: rare findings have most of their
+    probabilities near 0.
 
     Args:
-        probabilities: of one class.
+        probabilities: probabilities of one class.
         targets: 0 or 1.
         num_bins: M, or the number of samples if that is smaller.
 
@@ -62,10 +62,10 @@ def reliability(probabilities: ArrayLike, targets: ArrayLike, num_bins: int = 10
 
 
 def expected_calibration_error(bins: Reliability) -> float:
-    """Return the mean distance of predicted and observed shares, weighted by the bins' samples.
+    """Return the mean distance between predicted and observed shares, weighted by samples per bin.
 
     Args:
-        bins: of :func:`reliability`.
+        bins: bins from :func:`reliability`.
 
     Example:
         >>> expected_calibration_error(reliability([0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0], num_bins=2))
@@ -75,7 +75,7 @@ def expected_calibration_error(bins: Reliability) -> float:
 
 
 def brier_score(probabilities: ArrayLike, targets: ArrayLike) -> FloatArray:
-    """Return the mean squared distance of probability and target of each class.
+    """Return the mean squared distance between probability and target, per class.
 
     Args:
         probabilities: from 0 to 1.
@@ -89,17 +89,18 @@ def brier_score(probabilities: ArrayLike, targets: ArrayLike) -> FloatArray:
         array([0.25, 0.  ])
     """
     distance = np.asarray(probabilities, np.float64) - np.asarray(targets, np.float64)
-    return np.square(distance).mean(0)
+    score: FloatArray = np.square(distance).mean(0)
+    return score
 
 
 def wilson_interval(shares: ArrayLike, counts: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Return the 95 % score interval of shares of given counts.
+    """Return the 95 % score interval of shares.
 
     Source: Wilson (1927).
 
     Args:
         shares: from 0 to 1.
-        counts: what each is a share of.
+        counts: number of samples that each is a share of.
 
     Shape:
         both ``(M,)``. Output: low and high ``(M,)``.

@@ -1,18 +1,26 @@
-"""Effective rank of a batch of embeddings: the first sign of a collapsing encoder."""
+"""How many directions embeddings use: the first sign of a collapsing encoder, with errors over patients."""
 
+# N embeddings, D embedding
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
 
 
 def effective_rank(embeddings: torch.Tensor) -> float:
     """Return exp(entropy) of the normalized singular values of the centred embeddings.
 
-    1 when all embeddings lie on one line, min(N - 1, D) when they fill the space evenly; 0 when they all
-    agree; nan when one is not finite.
+    1 when all embeddings lie on one line, min(N - 1, D) when they fill the space evenly, 0 when they are all
+    the same, nan when one is not finite.
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
 
     Args:
-        embeddings: one embedding a row.
+        embeddings: one embedding per row.
 
     Shape:
         Input ``(N, D)``.
@@ -31,7 +39,85 @@ def effective_rank(embeddings: torch.Tensor) -> float:
         singular = singular[
             singular > 1e-6 * embeddings.detach().float().abs().max() * max(embeddings.shape) ** 0.5
         ]
-        if len(singular) == 0:
-            return 0.0
-        shares = singular / singular.sum()
-        return float(torch.exp(-(shares * shares.log()).sum()))
+        return _exp_entropy(singular.double().cpu().numpy())
+
+
+def participation_ratio(covariance: ArrayLike) -> float:
+    """Return (sum of the eigenvalues)^2 over the sum of their squares: 1 on a line, D where all are equal.
+
+    Source: DALE-CT's released world-model probes, P0.
+
+    Args:
+        covariance: covariance of the embeddings.
+
+    Shape:
+        ``(D, D)``. Output: nan where nothing varies.
+
+    Example:
+        >>> participation_ratio(np.diag([2.0, 2.0, 0.0]))
+        2.0
+    """
+    matrix = np.asarray(covariance, np.float64)
+    squares = (matrix**2).sum()  # of a symmetric matrix the sum of the squared eigenvalues
+    return float(np.trace(matrix) ** 2 / squares) if squares > 0 else float("nan")
+
+
+def spectral_effective_rank(covariance: ArrayLike) -> float:
+    """Return exp(entropy) of the normalized singular values of the embeddings that have this covariance.
+
+    Source: as :func:`effective_rank`.
+
+    Args:
+        covariance: covariance of the embeddings.
+
+    Shape:
+        ``(D, D)``. Output: nan where nothing varies.
+
+    Example:
+        >>> round(spectral_effective_rank(np.diag([4.0, 4.0, 4.0])), 6)
+        3.0
+    """
+    values = np.sqrt(np.linalg.eigvalsh(np.asarray(covariance, np.float64)).clip(min=0))
+    return _exp_entropy(values[values > 1e-9 * values.max()]) or float("nan")
+
+
+def covariance_of(sums: Sequence[FloatArray]) -> FloatArray:
+    """Return the covariance of embeddings from the sums of their parts, ``(1 + D, 1 + D)`` each.
+
+    Args:
+        sums: ``features`` of :class:`common.metrics.linear_readout.Moments`, one per part.
+    """
+    total = np.sum(sums, axis=0)
+    mean = total[0, 1:] / total[0, 0]
+    covariance: FloatArray = total[1:, 1:] / total[0, 0] - np.outer(mean, mean)
+    return covariance
+
+
+def jackknife(
+    sums: Sequence[FloatArray], measure: Callable[[FloatArray], float]
+) -> tuple[float, float, float, float]:
+    """Return a measure of the covariance, its standard error and 95 % interval, by leaving out each group.
+
+    A bootstrap would repeat embeddings, which lowers ranks; leaving out a group of patients does not.
+
+    Args:
+        sums: one per group of patients, see :func:`covariance_of`.
+        measure: such as :func:`participation_ratio`.
+
+    Raises:
+        ValueError: if there are fewer than two groups.
+    """
+    if len(sums) < 2:
+        raise ValueError(f"sums must be of at least two groups of patients, got {len(sums)}.")
+    value = measure(covariance_of(sums))
+    without = np.array(
+        [measure(covariance_of([*sums[:group], *sums[group + 1 :]])) for group in range(len(sums))]
+    )
+    error = float(np.sqrt((len(sums) - 1) * ((without - without.mean()) ** 2).mean()))
+    return value, error, value - 1.96 * error, value + 1.96 * error
+
+
+def _exp_entropy(values: FloatArray) -> float:
+    """Exponential of the entropy of the values' shares in their sum; 0 of none."""
+    shares = values / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(values) else 0.0

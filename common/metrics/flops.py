@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 PEAK_BF16_FLOPS: Mapping[str, float] = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bfloat16 operations a second, by what the device's name holds. Source: the maker's data sheets."""
+"""Dense bfloat16 operations per second, by a part of the device's name. Source: the maker's data sheets."""
 
 
 def training_flops(encoder: nn.Module, views: Mapping[int, int]) -> int:
@@ -42,7 +42,7 @@ def training_flops(encoder: nn.Module, views: Mapping[int, int]) -> int:
 
 
 def peak_bf16_flops(device: torch.device) -> float | None:
-    """Return a device's dense bfloat16 operations a second, or None where we do not know them.
+    """Return a device's dense bfloat16 operations per second, or None where we do not know them.
 
     Example:
         >>> peak_bf16_flops(torch.device("cpu"))

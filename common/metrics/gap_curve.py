@@ -1,4 +1,4 @@
-"""How far apart embeddings are by how far apart their slices lie."""
+"""How the distance between embeddings grows with the distance between their slices."""
 
 # S slices, K gaps, D embedding
 
@@ -13,13 +13,13 @@ FloatArray = NDArray[np.float64]
 
 
 def matched_slices(z_mm: ArrayLike, step_mm: float) -> NDArray[np.intp]:
-    """Choose the slices nearest to positions ``step_mm`` apart, from the first slice on, each at most once.
+    """Choose slices about ``step_mm`` apart, each at most once, so that volumes of any spacing compare.
 
-    Volumes of different spacing become comparable. One that is coarser than the step keeps all slices.
+    They are the nearest to positions counted from the first slice. A coarser volume keeps all its slices.
 
     Args:
         z_mm: position of each slice, ascending.
-        step_mm: between the positions.
+        step_mm: distance between the positions.
 
     Shape:
         ``(S,)``. Output: indices, ascending.
@@ -47,15 +47,15 @@ def gap_curve(
 ) -> FloatArray:
     """Return the mean distance between slices of a volume that lie each gap apart.
 
-    For every slice the partner is the one nearest to the gap above it, if it is off by less than half the
-    smallest step between gaps, 0 included; so spacings need not divide the gaps.
+    Each slice is paired with the one nearest to the gap above it, if that is off by less than half the
+    smallest step between gaps (0 included), so that spacings need not divide the gaps.
 
     Source: DALE-CT's released world-model probes, there by number of slices.
 
     Args:
-        embeddings: of the slices.
+        embeddings: embeddings of the slices.
         z_mm: position of each slice, ascending.
-        gaps_mm: ascending.
+        gaps_mm: gaps, ascending.
         distance: one of ``common.metrics.latent_continuity.DISTANCES``.
 
     Shape:

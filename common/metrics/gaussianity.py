@@ -6,15 +6,15 @@ import torch
 
 
 def kolmogorov_smirnov(samples: torch.Tensor) -> torch.Tensor:
-    """Return each dimension's largest distance between its empirical and the standard normal distribution.
+    """Return the largest distance between each dimension's distribution and the standard normal one.
 
     0 is perfect, 1 the worst; N samples of the standard normal have about 0.87 / sqrt(N). SIGReg looks in
-    random directions, this along the axes, which it has never seen.
+    random directions, this one along the axes, which SIGReg never sees.
 
     Source: the Kolmogorov-Smirnov statistic; our choice of a measure.
 
     Args:
-        samples: one sample a row.
+        samples: one sample per row.
 
     Shape:
         Input ``(N, K)``. Output: float32 ``(K,)``.

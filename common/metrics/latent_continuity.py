@@ -1,4 +1,4 @@
-"""How directly the embeddings of a volume lead from its first slice to its last."""
+"""How direct the path of a volume's embeddings is from its first slice to its last."""
 
 # S slices, D embedding
 
@@ -10,24 +10,17 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 
-def _cosine(one: FloatArray, other: FloatArray) -> FloatArray:
-    # 1 less the product, of unit vectors: this is 0 where they are equal
-    return ((one - other) ** 2).sum(-1) / 2
-
-
-def _chord(one: FloatArray, other: FloatArray) -> FloatArray:
-    return np.linalg.norm(one - other, axis=-1)
-
-
-def _geodesic(one: FloatArray, other: FloatArray) -> FloatArray:
-    # stable for close vectors, where the arc cosine of a rounded product is noise
-    return 2 * np.arctan2(np.linalg.norm(one - other, axis=-1), np.linalg.norm(one + other, axis=-1))
+def _length(vectors: FloatArray) -> FloatArray:
+    lengths: FloatArray = np.linalg.norm(vectors, axis=-1)
+    return lengths
 
 
 DISTANCES: Mapping[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
-    "cosine": _cosine,
-    "chord": _chord,
-    "geodesic": _geodesic,
+    # 1 less the product of unit vectors, but 0 where they are equal
+    "cosine": lambda one, other: _length(one - other) ** 2 / 2,
+    "chord": lambda one, other: _length(one - other),
+    # stable for close vectors, where the arc cosine of a rounded product is noise
+    "geodesic": lambda one, other: 2 * np.arctan2(_length(one - other), _length(one + other)),
 }
 """Distances of unit vectors. The paper's is ``cosine``, which is no metric: a score of it may pass 1."""
 
@@ -35,9 +28,9 @@ DISTANCES: Mapping[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
 def latent_continuity(embeddings: ArrayLike, distance: str = "cosine") -> float:
     """Return the distance between the first and the last slice over the sum of those between neighbours.
 
-    The straighter the path the larger the score. For the metrics ``chord`` and ``geodesic`` it is at most 1;
-    of the paper's cosine distance, about half the square of the angle, a straight path of many small steps
-    scores their number. Scores of volumes with different numbers of slices cannot be compared.
+    The straighter the path, the larger the score. For the metrics ``chord`` and ``geodesic`` it is at most 1.
+    The paper's cosine distance is about half the square of the angle, so that a straight path of many small
+    steps scores their number: volumes with different numbers of slices cannot be compared.
 
     Source: DALE-CT V-D and Table V; the metrics are our addition.
 

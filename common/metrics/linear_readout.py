@@ -1,4 +1,4 @@
-"""Ridge regression from slice embeddings, by moments: volumes come and go one by one."""
+"""Ridge regression from slice embeddings by moments, so that volumes are read one by one and not kept."""
 
 # S slices, D embedding, T targets
 
@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from common.metrics.multilabel import ratio
+
 FloatArray = NDArray[np.float64]
 
 PENALTIES = tuple(float(value) for value in np.logspace(-7, 1, 17))
-"""Ridge penalties tried, relative to the features' mean variance. Ours; upstream: 13 over six decades."""
+"""Ridge penalties tried, relative to the features' mean variance. Our choice; upstream: 13, six decades."""
 
 
 class Moments(NamedTuple):
@@ -34,7 +36,7 @@ def moments(embeddings: ArrayLike, targets: ArrayLike) -> Moments:
     """Return the moments of a volume's slices.
 
     Args:
-        embeddings: of the slices.
+        embeddings: embeddings of the slices.
         targets: what to read from them.
 
     Shape:
@@ -54,7 +56,7 @@ def moments(embeddings: ArrayLike, targets: ArrayLike) -> Moments:
 
 
 def ridge(of: Moments, penalties: ArrayLike = PENALTIES) -> FloatArray:
-    """Fit for every penalty. Features are centred by the fit; the constant is not penalised.
+    """Fit once per penalty. The fit centres the features, and does not penalise the constant.
 
     Args:
         of: moments of the training slices.
@@ -89,8 +91,8 @@ def read_out(fit: ArrayLike, embeddings: ArrayLike) -> FloatArray:
     """Apply a fit of :func:`ridge`.
 
     Args:
-        fit: for one penalty or for several.
-        embeddings: of the slices.
+        fit: weights for one penalty or several.
+        embeddings: embeddings of the slices.
 
     Shape:
         ``fit (..., 1 + D, T)``, ``embeddings (S, D)``. Output: ``(..., S, T)``.
@@ -101,13 +103,13 @@ def read_out(fit: ArrayLike, embeddings: ArrayLike) -> FloatArray:
 
 
 def r_squared(predicted: ArrayLike, targets: ArrayLike) -> FloatArray:
-    """Return the share of the variance that is explained, of each target.
+    """Return the share of each target's variance that is explained.
 
     Source: equals ``sklearn.metrics.r2_score``.
 
     Args:
-        predicted: of all test slices.
-        targets: of the same.
+        predicted: predictions for all test slices.
+        targets: what is true of them.
 
     Shape:
         Both ``(S, T)``. Output: ``(T,)``, nan for a target that does not vary.
@@ -118,5 +120,4 @@ def r_squared(predicted: ArrayLike, targets: ArrayLike) -> FloatArray:
     """
     target = np.asarray(targets, np.float64)
     residual = ((np.asarray(predicted, np.float64) - target) ** 2).sum(0)
-    total = ((target - target.mean(0)) ** 2).sum(0)
-    return 1 - np.divide(residual, total, out=np.full_like(total, np.nan), where=total > 0)
+    return 1 - ratio(residual, ((target - target.mean(0)) ** 2).sum(0))

@@ -3,13 +3,27 @@
 # P probes (any leading axes), N samples, C classes
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+
+class MultilabelReport(TypedDict):
+    """The four metrics of Tables III and IV: ``auroc``, ``auprc``, ``f1`` and ``balanced_accuracy``.
+
+    Attributes:
+        macro: metric to its mean over the classes where it is defined.
+        undefined: metric to the names of the other classes.
+        per_class: class to metric to value, nan where undefined.
+    """
+
+    macro: dict[str, float]
+    undefined: dict[str, list[str]]
+    per_class: dict[str, dict[str, float]]
 
 
 class _Positives(NamedTuple):
@@ -69,7 +83,7 @@ def average_precision(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
 
 
 def auroc_and_average_precision(scores: ArrayLike, targets: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Return :func:`auroc` and :func:`average_precision` for the price of one of them.
+    """Return :func:`auroc` and :func:`average_precision` at the cost of one of them.
 
     Args:
         scores: higher means more likely; any monotone scale.
@@ -91,7 +105,7 @@ def f1_thresholds(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
     Source: DALE-CT IV-B: thresholds are optimized on the validation set.
 
     Args:
-        scores: of the validation set.
+        scores: scores on the validation set.
         targets: 0 or 1.
 
     Shape:
@@ -116,7 +130,7 @@ def f1(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArr
     Args:
         scores: higher means more likely.
         targets: 0 or 1.
-        thresholds: of each class.
+        thresholds: one per class.
 
     Shape:
         scores ``(..., N, C)``, targets ``(N, C)``, thresholds ``(..., C)``. Output: ``(..., C)`` float64, nan
@@ -130,7 +144,7 @@ def f1(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArr
         array([0.8])
     """
     hits, num_predicted, num_positive, _ = _confusion(scores, targets, thresholds)
-    return np.where(num_positive > 0, _ratio(2 * hits, num_predicted + num_positive), np.nan)
+    return np.where(num_positive > 0, ratio(2 * hits, num_predicted + num_positive), np.nan)
 
 
 def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArray:
@@ -141,7 +155,7 @@ def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLi
     Args:
         scores: higher means more likely.
         targets: 0 or 1.
-        thresholds: of each class.
+        thresholds: one per class.
 
     Shape:
         scores ``(..., N, C)``, targets ``(N, C)``, thresholds ``(..., C)``. Output: ``(..., C)`` float64, nan
@@ -155,8 +169,8 @@ def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLi
         array([0.75])
     """
     hits, num_predicted, num_positive, num_negative = _confusion(scores, targets, thresholds)
-    specificity = 1 - _ratio(num_predicted - hits, num_negative)
-    return (_ratio(hits, num_positive) + specificity) / 2
+    specificity = 1 - ratio(num_predicted - hits, num_negative)
+    return (ratio(hits, num_positive) + specificity) / 2
 
 
 class OperatingPoints(NamedTuple):
@@ -198,8 +212,16 @@ def operating_points(scores: ArrayLike, targets: ArrayLike) -> OperatingPoints:
     num_positive = np.full(hits.shape, target.sum())
     precision = np.divide(hits, called, out=np.ones(hits.shape), where=called > 0)
     return OperatingPoints(
-        _ratio(hits, num_positive), _ratio(called - hits, len(target) - num_positive), precision
+        ratio(hits, num_positive), ratio(called - hits, len(target) - num_positive), precision
     )
+
+
+def ratio(numerator: FloatArray, denominator: ArrayLike) -> FloatArray:
+    """Divide element by element; nan where the denominator is 0."""
+    below = np.asarray(denominator, dtype=np.float64)
+    out = np.full(np.shape(numerator), np.nan)
+    np.divide(numerator, below, out=out, where=below > 0)
+    return out
 
 
 def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
@@ -207,7 +229,7 @@ def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
 
     Args:
         values: the metric of each class, nan where undefined.
-        names: of the classes.
+        names: names of the classes.
 
     Shape:
         values ``(C,)``. Output: a float, nan if no class is defined, and a list.
@@ -229,7 +251,7 @@ def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
 
 def multilabel_report(
     scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike, names: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+) -> MultilabelReport:
     """Return AUROC, AUPRC, F1 and balanced accuracy as macro means and by class.
 
     Source: DALE-CT IV-B, the four metrics of Tables III and IV.
@@ -237,13 +259,11 @@ def multilabel_report(
     Args:
         scores: higher means more likely.
         targets: 0 or 1.
-        thresholds: of each class, from the validation set.
-        names: of the classes.
+        thresholds: one per class, from the validation set.
+        names: names of the classes.
 
     Shape:
-        scores and targets ``(N, C)``, thresholds ``(C,)``. Output: ``macro[metric]`` a float over the defined
-        classes, ``undefined[metric]`` the names of the others, ``per_class[name][metric]`` a float, nan where
-        undefined; the metrics are ``auroc``, ``auprc``, ``f1`` and ``balanced_accuracy``.
+        scores and targets ``(N, C)``, thresholds ``(C,)``.
 
     Raises:
         ValueError: if shapes do not agree, scores or thresholds are nan or targets are not 0 or 1.
@@ -354,8 +374,3 @@ def _checked(scores: ArrayLike, targets: ArrayLike) -> tuple[FloatArray, FloatAr
         value = target[sample, label]
         raise ValueError(f"targets must be 0 or 1, got {value} for sample {sample}, class {label}.")
     return score, target
-
-
-def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-    """Divide; nan where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 SHARES_OF_PEAK = tuple(float(value) for value in np.arange(0.05, 0.96, 0.05).round(2))
-"""Thresholds tried, as shares of the curve's maximum. Source: DALE-CT's released organ-span probe."""
+"""Thresholds to try, as shares of the curve's maximum. Source: DALE-CT's released organ-span probe."""
 
 
 class SpanScore(NamedTuple):
@@ -26,7 +26,7 @@ class SpanScore(NamedTuple):
 
 
 def longest_run(present: ArrayLike) -> tuple[int, int] | None:
-    """Return first and one past the last slice of the longest run; of several, the first; None without any.
+    """Return the first slice of the longest run, and one past its last; None if no slice is present.
 
     Args:
         present: whether each slice shows the organ.
@@ -70,7 +70,7 @@ def span_score(predicted: tuple[int, int] | None, true: tuple[int, int], z_mm: A
 
     Args:
         predicted: first and one past the last slice, or None.
-        true: of the same form.
+        true: the same.
         z_mm: position of each slice, ascending.
 
     Example:

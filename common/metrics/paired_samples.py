@@ -1,4 +1,4 @@
-"""Means over volumes with errors that respect patients, and two encoders compared on the same volumes."""
+"""Means over volumes with errors over patients, and two encoders compared on the same volumes."""
 
 # N volumes, G patients, R resamples
 
@@ -41,9 +41,9 @@ class Comparison(NamedTuple):
 
     Args:
         difference: mean of the differences.
-        p_wilcoxon: signed-rank test of the patients' mean differences, two-sided.
-        p_permutation: of random flips of their signs, two-sided.
-        num_patients: pairs that the tests are of.
+        p_wilcoxon: two-sided signed-rank test of the patients' mean differences.
+        p_permutation: two-sided test by random flips of their signs.
+        num_patients: pairs that are tested.
     """
 
     difference: Mean
@@ -55,14 +55,14 @@ class Comparison(NamedTuple):
 def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: int, seed: int) -> Mean:
     """Return a mean over volumes with its error and interval; volumes where it is undefined are left out.
 
-    Scans of a patient are not independent: the standard error is that of a mean of clusters, and resamples
-    draw patients. They are the same for all encoders on the same volumes.
+    Scans of one patient are not independent: the standard error is that of a mean of clusters, and resamples
+    draw patients. Resamples are the same for all encoders on the same volumes.
 
     Args:
-        values: one a volume, nan where undefined.
-        volumes: their names, which say the patient.
+        values: one per volume, nan where undefined.
+        volumes: their names, which contain the patient.
         num_resamples: R.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Shape:
         ``values (N,)``.
@@ -96,15 +96,15 @@ def compare_pairs(
 ) -> Comparison:
     """Compare a measure of two encoders on the same volumes.
 
-    Tests are of one number a patient, the mean of its volumes' differences. Source: DALE-CT Table V has no
-    test; these are ours.
+    The tests use one number per patient, the mean of the differences of its volumes. Source: our choice;
+    DALE-CT Table V has no test.
 
     Args:
-        values: of the one encoder.
-        others: of the other.
-        volumes: names.
+        values: values of the one encoder.
+        others: values of the other.
+        volumes: names of the volumes.
         num_resamples: R.
-        seed: of the resamples and the flips.
+        seed: seed of the resamples and the flips.
 
     Shape:
         Both ``(N,)``.

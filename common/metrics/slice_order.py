@@ -1,4 +1,4 @@
-"""How well the order of a volume's slices is seen in their embeddings, without any label."""
+"""How well the order of a volume's slices can be recovered from their embeddings, without any label."""
 
 # S slices, D embedding
 
@@ -10,7 +10,7 @@ FloatArray = NDArray[np.float64]
 
 
 def _shuffled(num_slices: int) -> NDArray[np.intp]:
-    """Return slices in no order: among equals the first wins, and must not be the right one by its place."""
+    """Return slices in random order: ties go to the first, which must not be the right one by its place."""
     return np.random.default_rng(0).permutation(num_slices)
 
 
@@ -18,7 +18,7 @@ def order_by_principal_axis(embeddings: ArrayLike) -> NDArray[np.intp]:
     """Order slices by their place along the first principal axis of the volume's embeddings.
 
     Args:
-        embeddings: of the slices.
+        embeddings: embeddings of the slices.
 
     Shape:
         ``(S, D)``. Output: ``(S,)``, the slices in order; one end is as good as the other.
@@ -36,13 +36,14 @@ def order_by_principal_axis(embeddings: ArrayLike) -> NDArray[np.intp]:
 
 
 def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
-    """Order slices by a path that always goes on to the nearest slice not yet visited, by cosine distance.
+    """Order slices along a path that always goes to the nearest slice not yet visited, by cosine distance.
 
-    It starts where the mean distance to all others is largest: at an end, if there is one. Source: DALE-CT's
-    released world-model probes; the start is our choice.
+    It starts where the mean distance to all others is largest: at an end, if there is one.
+
+    Source: DALE-CT's released world-model probes; the start is our choice.
 
     Args:
-        embeddings: of the slices.
+        embeddings: embeddings of the slices.
 
     Shape:
         ``(S, D)``. Output: ``(S,)``, the slices in order.
@@ -75,7 +76,7 @@ def agreement(order: ArrayLike) -> float:
         ``(S,)``, at least two.
 
     Raises:
-        ValueError: if it is no order of slices.
+        ValueError: if it is not an order of slices.
 
     Example:
         >>> agreement([3, 2, 1, 0]), round(agreement([1, 2, 3, 0]), 9)

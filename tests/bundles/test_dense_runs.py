@@ -14,9 +14,9 @@ from scipy.sparse import csr_matrix
 
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store_writer import EmbeddingStoreWriter
-from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.networks.dense_probe import load_dense_probe
+from common.reports.results_csv import read_rows
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SCHEDULE = {"max_steps": 40, "val_interval": 20, "checkpoint_every": 20, "log_every": 20}
@@ -103,20 +103,18 @@ def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
     evaluation = dense(learning_rates=[3.0, 0.1])
     evaluation.initialize()
     evaluation.run()
-    rows = {
-        (row["protocol"], row["dataset"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")
-    }
+    rows = {(row.protocol, row.dataset, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     assert len(rows) == 8
     found = rows["dense_patch", "rexgroundingct", "macro_auroc"]
-    assert float(found["value"]) > 0.9
-    assert float(found["low"]) < float(found["value"]) < float(found["high"])
-    assert found["n"] == "4"
+    assert found.value > 0.9
+    assert found.low < found.value < found.high
+    assert found.n == 4
     _, card = load_dense_probe(tmp_path / "out", "patch", "totalsegmentator")
     assert card["encoder"] == "slab"
     record, files = run_in_mlflow(tmp_path, "eval_dense_2d")
     assert record.info.status == "FINISHED"
     assert record.data.metrics["test_macro_auroc/patch/rexgroundingct"] == pytest.approx(
-        float(found["value"]), abs=1e-6
+        found.value, abs=1e-6
     )
     assert {"patch_rexgroundingct.png", "cls_totalsegmentator.csv", "executed_config.json"} <= files
 
@@ -144,16 +142,16 @@ def test_table_v_in_one_command(geometry: Make, cohort: Path, tmp_path: Path) ->
     evaluation = geometry(dense_labels_dir=cohort / "labels", gaps_mm=[10, 20], split_percent=[50, 20, 30])
     evaluation.initialize()
     evaluation.run()
-    rows = {(row["encoder"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
-    assert float(rows["slab", "z_position_r2_mm"]["value"]) > 0.8
-    assert float(rows["flat", "z_position_r2_mm"]["value"]) < 0.3
-    assert float(rows["slab - flat", "continuity_geodesic"]["low"]) > 0
+    rows = {(row.encoder, row.metric): row for row in read_rows(tmp_path / "results.csv")}
+    assert rows["slab", "z_position_r2_mm"].value > 0.8
+    assert rows["flat", "z_position_r2_mm"].value < 0.3
+    assert rows["slab - flat", "continuity_geodesic"].low > 0
     assert ("slab", "organ_span_iou/heart") in rows
     assert (tmp_path / "out" / "table_v.csv").read_text().startswith("metric,slab,flat\nMacro AUROC,not run")
     record, files = run_in_mlflow(tmp_path, "eval_slab_depth")
     assert record.info.status == "FINISHED"
     assert record.data.metrics["slab/z_position_r2_mm"] == pytest.approx(
-        float(rows["slab", "z_position_r2_mm"]["value"]), rel=1e-5
+        rows["slab", "z_position_r2_mm"].value, rel=1e-5
     )
     assert {"figure_2.png", "world_model.png", "comparisons.csv"} <= files
 

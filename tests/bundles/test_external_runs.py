@@ -12,11 +12,11 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from common.embeddings.store_writer import EmbeddingStoreWriter
-from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.labels.class_map import class_map
 from common.networks.mil_probe import load_probe, save_probe
 from common.networks.poolers import POOLERS, GatedAttentionPool, build_pooler, pad_bags
+from common.reports.results_csv import read_rows
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
@@ -116,11 +116,7 @@ def save(trainer: Any, folder: Path) -> None:
 
 
 def values_of(path: Path) -> dict[tuple[str, str], float]:
-    return {
-        (row["protocol"], row["metric"]): float(row["value"])
-        for row in read_rows(path)
-        if row["encoder"] == "dale_ct_2s"
-    }
+    return {(row.protocol, row.metric): row.value for row in read_rows(path) if row.encoder == "dale_ct_2s"}
 
 
 def test_a_probe_of_one_site_is_tested_frozen_beside_one_of_the_other(run: Run, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from monai.bundle import ConfigWorkflow
 
 from common.embeddings.part import IDENTITY_KEYS
 from common.embeddings.store_writer import EmbeddingStoreWriter
-from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.networks.mil_probe import load_probe
+from common.reports.results_csv import read_rows
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "eval_ct_rate"
 CLASSES = [label.name for label in load_labels("ct_rate")]
@@ -84,16 +84,16 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     macro = evaluation.trainer.state.reports["probe"]["macro"]
     assert macro["auroc"] > 0.8
     rows = {
-        (row["encoder"], row["metric"]): row
+        (row.encoder, row.metric): row
         for row in read_rows(tmp_path / "results" / "eval_ct_rate.csv")
-        if row["protocol"] == "mil_probe"
+        if row.protocol == "mil_probe"
     }
-    assert float(rows["dale_ct_2s", "macro_auroc"]["value"]) == pytest.approx(macro["auroc"], abs=1e-6)
-    assert float(rows["prevalence", "macro_auroc"]["value"]) == 0.5
-    assert rows["dale_ct_2s", "macro_f1"]["dataset"] == "ct_rate"
-    assert rows["dale_ct_2s", "macro_f1"]["n"] == "20"
+    assert rows["dale_ct_2s", "macro_auroc"].value == pytest.approx(macro["auroc"], abs=1e-6)
+    assert rows["prevalence", "macro_auroc"].value == 0.5
+    assert rows["dale_ct_2s", "macro_f1"].dataset == "ct_rate"
+    assert rows["dale_ct_2s", "macro_f1"].n == 20
     row = rows["dale_ct_2s", "macro_auroc"]
-    assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    assert row.low <= row.value <= row.high
     _, card = load_probe(tmp_path / "out")
     assert card["class_names"] == CLASSES
     assert card["encoder"] == "dale_ct_2s"
@@ -156,6 +156,6 @@ def test_command_line_runs_from_any_folder_with_a_file_of_overrides(
     assert answer.returncode == 0, answer.stderr
     rows = read_rows(tmp_path / "results" / "eval_ct_rate.csv")
     assert len(rows) == 12
-    assert {row["seeds"] for row in rows} == {"42", "", "42 43"}
+    assert {row.seeds for row in rows} == {"42", "", "42 43"}
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["pooler"] == "max"
     assert (tmp_path / "mlflow.db").is_file()

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from common.embeddings.store import EmbeddingStore
 from common.engines import neighbour_probe
-from common.handlers.results_table import read_rows
 from common.labels import load_labels
+from common.reports.results_csv import read_rows
 from common.run.short_errors import first_cause
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -187,9 +187,9 @@ def test_every_protocol_takes_the_bags_as_they_are(embedding, tmp_path):
     evaluation = ConfigWorkflow(config, workflow_type="train", **settings)
     evaluation.initialize()
     evaluation.run()
-    rows = [row for row in read_rows(tmp_path / "eval_ct_rate.csv") if row["encoder"] == "merlin"]
-    assert {"macro_auroc", "macro_auprc"} <= {row["metric"] for row in rows}
-    assert {row["n"] for row in rows if row["metric"] == "macro_auprc"} == {"6"}
+    rows = [row for row in read_rows(tmp_path / "eval_ct_rate.csv") if row.encoder == "merlin"]
+    assert {"macro_auroc", "macro_auprc"} <= {row.metric for row in rows}
+    assert {row.n for row in rows if row.metric == "macro_auprc"} == {6}
     retrieve_and_transfer(embedding, labels_dir, tmp_path)
 
 
@@ -204,7 +204,7 @@ def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -
     app.command()(neighbour_probe.main)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "retrieval" in {row["protocol"] for row in read_rows(folder / "neighbours.csv")}
+    assert "retrieval" in {row.protocol for row in read_rows(folder / "neighbours.csv")}
 
     classes = [label.name for label in load_labels("rad_chestct")]
     rows = [",".join(["VolumeName", *classes])]
@@ -228,9 +228,9 @@ def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -
     evaluation = ConfigWorkflow(config, workflow_type="train", logging_file=False, **settings | tracking)
     evaluation.initialize()
     evaluation.run()
-    frozen = [row for row in read_rows(folder / "rad_results.csv") if row["protocol"] == "frozen"]
-    assert {row["encoder"] for row in frozen} == {"merlin"}
-    assert {row["n"] for row in frozen} == {"4"}
+    frozen = [row for row in read_rows(folder / "rad_results.csv") if row.protocol == "frozen"]
+    assert {row.encoder for row in frozen} == {"merlin"}
+    assert {row.n for row in frozen} == {4}
 
 
 @each_bundle

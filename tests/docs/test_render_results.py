@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from common.handlers.results_table import FIELDS, add_rows
+from common.reports.results_csv import NAN, ResultRow, add_rows
 from docs.render_results import cell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAPER = REPOSITORY / "docs" / "paper_results.csv"
 
 
-def row(
-    protocol: str, metric: str, value: str, low: str = "", high: str = "", **others: str
-) -> dict[str, str]:
-    shared = {"encoder": "dale_ct_2s", "dataset": "rad_chestct", "n": "41"}
-    own = {"protocol": protocol, "metric": metric, "value": value, "low": low, "high": high}
-    return dict.fromkeys(FIELDS, "") | shared | own | others
+def row(protocol: str, metric: str, *numbers: float, dataset: str = "rad_chestct") -> ResultRow:
+    return ResultRow("dale_ct_2s", protocol, dataset, metric, *numbers)._replace(n=41)
 
 
 def rendered(path: Path, *further: str) -> str:
@@ -28,13 +24,13 @@ def rendered(path: Path, *further: str) -> str:
 
 def test_rows_stand_in_their_tables_with_intervals_costs_and_the_papers_figures(tmp_path):
     rows = [
-        row("frozen", "macro_auroc", "0.601", "0.5238", "0.6693"),
-        row("frozen", "macro_f1", "0.254"),
-        row("retrained-frozen", "macro_auroc", "-0.1075", "-0.2252", "0.0085"),
-        row("preprocessing_raw_144", "macro_auroc", "0.8", dataset="ct_rate"),
-        row("preprocessing_raw_144", "slices_per_second", "349.2", dataset="ct_rate"),
-        row("preprocessing_raw_144", "tokens_per_slice", "82.0", dataset="ct_rate"),
-        row("retrieval", "macro_recall_at_5", "0.1", dataset="ct_rate"),
+        row("frozen", "macro_auroc", 0.601, 0.5238, 0.6693),
+        row("frozen", "macro_f1", 0.254),
+        row("retrained-frozen", "macro_auroc", -0.1075, -0.2252, 0.0085),
+        row("preprocessing_raw_144", "macro_auroc", 0.8, dataset="ct_rate"),
+        row("preprocessing_raw_144", "slices_per_second", 349.2, dataset="ct_rate"),
+        row("preprocessing_raw_144", "tokens_per_slice", 82.0, dataset="ct_rate"),
+        row("retrieval", "macro_recall_at_5", 0.1, dataset="ct_rate"),
     ]
     add_rows(tmp_path / "results.csv", rows)
     text = rendered(tmp_path / "results.csv", "--paper")
@@ -62,14 +58,14 @@ def test_model_cards_state_the_papers_figures_as_the_table_does(bundle):
 
 
 @pytest.mark.parametrize(
-    ("text", "signed", "expected"),
+    ("value", "signed", "expected"),
     [
-        ("0.6014", False, ".601"),
-        ("-0.05", True, "-.050"),
-        ("1.5", False, "1.500"),
-        ("10.04", True, "+10.040"),
-        ("nan", False, ""),
+        (0.6014, False, ".601"),
+        (-0.05, True, "-.050"),
+        (1.5, False, "1.500"),
+        (10.04, True, "+10.040"),
+        (NAN, False, ""),
     ],
 )
-def test_numbers_are_written_as_in_the_paper(text, signed, expected):
-    assert cell(row("mil_probe", "macro_f1", text), signed) == expected
+def test_numbers_are_written_as_in_the_paper(value, signed, expected):
+    assert cell((value, NAN, NAN), signed) == expected

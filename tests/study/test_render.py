@@ -3,25 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from common.handlers.results_table import FIELDS, add_rows
+from common.reports.results_csv import ResultRow, add_rows
 from study import render
 from study.run import write_record
 
-Row = dict[str, str]
 
-
-def row(
-    encoder: str, protocol: str, metric: str, value: str, low: str = "", high: str = "", **others: str
-) -> Row:
-    own = {
-        "encoder": encoder,
-        "protocol": protocol,
-        "metric": metric,
-        "value": value,
-        "low": low,
-        "high": high,
-    }
-    return dict.fromkeys(FIELDS, "") | {"dataset": "ct_rate", "n": "120", "commit": "abc"} | own | others
+def row(encoder: str, protocol: str, metric: str, *numbers: float, dataset: str = "ct_rate") -> ResultRow:
+    return ResultRow(encoder, protocol, dataset, metric, *numbers)._replace(n=120, commit="abc")
 
 
 @pytest.fixture
@@ -29,15 +17,15 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished study of a few rows, and a page of its own."""
     folder = tmp_path / "study"
     rows = [
-        row("dale_ct_2s", "mil_probe", "macro_auroc", "0.601", "0.5238", "0.6693"),
-        row("dale_ct_2s", "mil_probe", "macro_auprc", "0.25"),
-        row("dale_ct_0", "mil_probe", "macro_auprc", "0.2"),
-        row("dale_ct_0", "dense_patch", "macro_auprc", "0.1", dataset="totalsegmentator"),
-        row("dale_ct_0", "retrained-frozen", "macro_auroc", "-0.107", "-0.2", "0.01", dataset="rad_chestct"),
-        row("dale_ct_2s", "preprocessing_raw_48", "macro_auroc", "0.8"),
-        row("dale_ct_2s", "preprocessing_raw_48", "slices_per_second", "349.2"),
-        row("dale_ct_0", "latent_geometry", "continuity_cosine", "1.5", "1.25", "1.75"),
-        row("2s_wide_knots", "mil_probe", "macro_auroc", "0.5"),
+        row("dale_ct_2s", "mil_probe", "macro_auroc", 0.601, 0.5238, 0.6693),
+        row("dale_ct_2s", "mil_probe", "macro_auprc", 0.25),
+        row("dale_ct_0", "mil_probe", "macro_auprc", 0.2),
+        row("dale_ct_0", "dense_patch", "macro_auprc", 0.1, dataset="totalsegmentator"),
+        row("dale_ct_0", "retrained-frozen", "macro_auroc", -0.107, -0.2, 0.01, dataset="rad_chestct"),
+        row("dale_ct_2s", "preprocessing_raw_48", "macro_auroc", 0.8),
+        row("dale_ct_2s", "preprocessing_raw_48", "slices_per_second", 349.2),
+        row("dale_ct_0", "latent_geometry", "continuity_cosine", 1.5, 1.25, 1.75),
+        row("2s_wide_knots", "mil_probe", "macro_auroc", 0.5),
     ]
     add_rows(folder / "results" / "all.csv", rows)
     (folder / "differences").mkdir()
@@ -58,8 +46,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(render, "PAGE", tmp_path / "results.md")
     (tmp_path / "kept").mkdir()
     earlier = [
-        row("dale_ct_2s", "mil_probe", "macro_auprc", "0.31"),
-        row("dale_ct_1s", "frozen", "macro_auroc", "0.5"),
+        row("dale_ct_2s", "mil_probe", "macro_auprc", 0.31),
+        row("dale_ct_1s", "frozen", "macro_auroc", 0.5),
     ]
     add_rows(tmp_path / "kept" / "earlier_training.csv", earlier)
     return folder

@@ -77,7 +77,7 @@ def test_three_ways_are_numpys_legacy_permutation_of_patients_in_alphabetical_or
 @pytest.mark.parametrize(
     ("num_patients", "percent", "message"),
     [
-        (9, (70, 10, 20), r"enough patients for \(70, 10, 20\) .*, got 9 patients, none for 'validation'\."),
+        (9, (70, 10, 20), r"enough patients for a \(70, 10, 20\) .*, got 9: none for 'validation'\."),
         (9, (70, 10, 10), r"percent must be positive and add up to 100, got \(70, 10, 10\)\."),
         (9, (90, 10, 0), r"percent must be positive and add up to 100, got \(90, 10, 0\)\."),
     ],

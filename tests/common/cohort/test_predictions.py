@@ -44,9 +44,9 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a,b\n1,2\n", r"predictions must have the column 'encoder', got \['a', 'b'\] in '.*test.csv'"),
-        (",".join(COLUMNS) + "\n", "predictions must have rows, got none in '.*test.csv'"),
-        (",".join(COLUMNS) + "\ne,v,A,0.1.2,0.5,1\n", r"must be numbers, got others in '.*test.csv' \(could"),
-        (",".join(COLUMNS) + "\ne,v,A,0.1\n", "predictions must be numbers, got others in '.*test.csv'"),
+        (",".join(COLUMNS) + "\n", "No predictions in '.*test.csv'"),
+        (",".join(COLUMNS) + "\ne,v,A,0.1.2,0.5,1\n", r"Cannot read '.*test.csv': could .* '0.1.2'"),
+        (",".join(COLUMNS) + "\ne,v,A,0.1\n", "Cannot read '.*test.csv': could not"),
     ],
 )
 def test_foreign_or_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.engines import each_preprocessing as module
-from common.handlers.results_table import FIELDS, add_rows
+from common.reports.results_csv import ResultRow, add_rows
 
 
 def folders(root: Path, *strategies: str) -> list[str]:
@@ -27,12 +27,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if "broken" in command:
             return subprocess.CompletedProcess(command, 3)
         folder = Path(command[command.index("--train_embeddings_dir") + 1])
-        row = dict.fromkeys(FIELDS, "") | {
-            "encoder": "dale_ct_2s",
-            "protocol": f"preprocessing_{folder.name}",
-            "metric": "macro_auroc",
-            "value": "0.75",
-        }
+        row = ResultRow("dale_ct_2s", f"preprocessing_{folder.name}", "ct_rate", "macro_auroc", 0.75)
         add_rows(command[command.index("--results_csv") + 1], [row])
         return subprocess.CompletedProcess(command, 0)
 
@@ -81,7 +76,7 @@ def test_a_failing_run_ends_the_sweep_and_is_named(tmp_path, commands):
 def test_folders_are_looked_for_before_the_first_run(tmp_path, commands):
     answer = invoke(*folders(tmp_path, "raw_144"))
     assert isinstance(answer.exception, FileNotFoundError)
-    assert f"got '{tmp_path}/train/raw_256', which does not exist, for 'raw_256'" in str(answer.exception)
+    assert f"'raw_256' in '{tmp_path}/train/raw_256' (--train_embeddings_dir)" in str(answer.exception)
     answer = invoke("--train-embeddings-dir", tmp_path, "--test-embeddings-dir", f"{tmp_path}/{{}}")
-    assert "train_embeddings_dir must hold {} in place of the strategy" in str(answer.exception)
+    assert "train_embeddings_dir must contain {} in place of the strategy" in str(answer.exception)
     assert commands == []

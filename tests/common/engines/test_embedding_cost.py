@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from common.engines import embedding_cost as module
 from common.engines.embedding_cost import knobs_of, tokens_per_slice
-from common.handlers.results_table import read_rows
+from common.reports.results_csv import read_rows
 from common.transforms.slice_strategies import SliceStrategy
 
 CONFIG = Path(__file__).resolve().parents[3] / "bundles" / "dale_ct_2s" / "configs" / "inference.json"
@@ -44,7 +44,7 @@ def test_knobs_are_literals_or_text():
         "c": "$None",
     }
     for words, odd in ((["--a", "1", "--b"], "--b"), (["a", "1"], "a")):
-        with pytest.raises(ValueError, match=f"knobs must be pairs --name value, got '{odd}' alone"):
+        with pytest.raises(ValueError, match=f"pairs --name value, got '{odd}' on its own"):
             knobs_of(words)
 
 
@@ -62,9 +62,9 @@ def test_cost_lands_beside_the_score_of_a_strategy(tmp_path, monkeypatch):
     arguments += [word for name, value in TINY.items() for word in (f"--{name}", value)]
     answer = CliRunner().invoke(module.app, [*map(str, arguments)])
     assert answer.exit_code == 0, answer.exception
-    rows = {(row["protocol"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
-    assert float(rows["preprocessing_raw_32", "tokens_per_slice"]["value"]) == 4 * 4 + 1
-    assert float(rows["preprocessing_raw_full", "tokens_per_slice"]["value"]) == 6 * 6 + 1
+    rows = {(row.protocol, row.metric): row for row in read_rows(tmp_path / "results.csv")}
+    assert rows["preprocessing_raw_32", "tokens_per_slice"].value == 4 * 4 + 1
+    assert rows["preprocessing_raw_full", "tokens_per_slice"].value == 6 * 6 + 1
     speed = rows["preprocessing_raw_32", "slices_per_second"]
-    assert float(speed["value"]) > 0
-    assert (speed["encoder"], speed["n"]) == ("dale_ct_2s", "2")
+    assert speed.value > 0
+    assert (speed.encoder, speed.n) == ("dale_ct_2s", 2)

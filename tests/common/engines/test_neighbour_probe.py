@@ -13,8 +13,8 @@ from common.cohort.patient_split import split_by_patient
 from common.embeddings.bags import EmbeddingBags
 from common.engines import neighbour_probe as module
 from common.engines.neighbour_probe import average_embeddings
-from common.handlers.results_table import read_rows
 from common.labels import load_labels
+from common.reports.results_csv import read_rows
 
 CT_RATE = [label.name for label in load_labels("ct_rate")]
 
@@ -45,7 +45,7 @@ def invoke(given: dict[str, Path], tmp_path: Path, *further: object) -> Any:
 def test_rows_are_scikit_learns_knn_on_average_embeddings(given, tmp_path):
     answer = invoke(given, tmp_path, "--k", 5, "--k", 3)
     assert answer.exit_code == 0, answer.output
-    rows = {(row["protocol"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
+    rows = {(row.protocol, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     split = split_by_patient(list(read_labels(given["train-labels"], [])), 6, 42)
     bank = EmbeddingBags(given["train-embeddings"], given["train-labels"], CT_RATE, split["train"])
     test = EmbeddingBags(given["test-embeddings"], given["test-labels"], CT_RATE)
@@ -63,17 +63,17 @@ def test_rows_are_scikit_learns_knn_on_average_embeddings(given, tmp_path):
             values["auprc"].append(average_precision_score(truth, scores))
         for metric, of_classes in values.items():
             row = rows[f"knn_{k}_{weighting}", f"macro_{metric}"]
-            assert float(row["value"]) == pytest.approx(np.mean(of_classes), abs=2e-6)
-            assert float(row["low"]) < float(row["value"]) < float(row["high"])
-            assert (row["encoder"], row["dataset"], row["n"]) == ("dale_ct_2s", "ct_rate", "24")
-    assert float(rows["knn_5_majority", "macro_auroc"]["value"]) > 0.6
-    assert f"recall_at_5: {float(rows['retrieval', 'macro_recall_at_5']['value']):.4f}" in answer.output
+            assert row.value == pytest.approx(np.mean(of_classes), abs=2e-6)
+            assert row.low < row.value < row.high
+            assert (row.encoder, row.dataset, row.n) == ("dale_ct_2s", "ct_rate", 24)
+    assert rows["knn_5_majority", "macro_auroc"].value > 0.6
+    assert f"recall_at_5: {rows['retrieval', 'macro_recall_at_5'].value:.4f}" in answer.output
 
 
 def test_thresholds_are_the_best_f1_on_validation(given, tmp_path):
     answer = invoke(given, tmp_path, "--k", 5)
     assert answer.exit_code == 0, answer.output
-    rows = {(row["protocol"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
+    rows = {(row.protocol, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     split = split_by_patient(list(read_labels(given["train-labels"], [])), 6, 42)
     bank, validation = (
         EmbeddingBags(given["train-embeddings"], given["train-labels"], CT_RATE, split[side])
@@ -83,9 +83,9 @@ def test_thresholds_are_the_best_f1_on_validation(given, tmp_path):
     f1s = []
     for c in range(18):
         classifier = KNeighborsClassifier(5, metric="cosine")
-        classifier.fit(average_embeddings(bank).numpy(), bank.labels[:, c].int().numpy())
+        classifier.fit(average_embeddings(bank), bank.labels[:, c].int().numpy())
         scores = {
-            name: classifier.predict_proba(average_embeddings(bags).numpy())[:, 1]
+            name: classifier.predict_proba(average_embeddings(bags))[:, 1]
             for name, bags in (("validation", validation), ("test", test))
         }
         truth = validation.labels[:, c].numpy()
@@ -98,18 +98,18 @@ def test_thresholds_are_the_best_f1_on_validation(given, tmp_path):
             )
         called, labels = scores["test"] >= threshold - 1e-9, test.labels[:, c].numpy() == 1
         f1s.append(2 * (called & labels).sum() / (called.sum() + labels.sum()))
-    assert float(rows["knn_5_majority", "macro_f1"]["value"]) == pytest.approx(np.mean(f1s), abs=2e-6)
+    assert rows["knn_5_majority", "macro_f1"].value == pytest.approx(np.mean(f1s), abs=2e-6)
 
 
 def test_retrieval_is_reported_by_label(given, tmp_path):
     invoke(given, tmp_path, "--k", 5)
     rows = {
-        row["metric"]: row for row in read_rows(tmp_path / "results.csv") if row["protocol"] == "retrieval"
+        row.metric: row.value for row in read_rows(tmp_path / "results.csv") if row.protocol == "retrieval"
     }
-    by_class = [float(rows[f"recall_at_5/{name}"]["value"]) for name in CT_RATE]
-    assert float(rows["macro_recall_at_5"]["value"]) == pytest.approx(np.nanmean(by_class), abs=2e-6)
+    by_class = [rows[f"recall_at_5/{name}"] for name in CT_RATE]
+    assert rows["macro_recall_at_5"] == pytest.approx(np.nanmean(by_class), abs=2e-6)
     assert not math.isnan(by_class[0])
-    assert float(rows["macro_precision_at_5"]["value"]) > float(rows["macro_prevalence"]["value"])
+    assert rows["macro_precision_at_5"] > rows["macro_prevalence"]
 
 
 def test_embeddings_of_two_encoders_are_refused(given, tmp_path, write_cohort):

@@ -10,11 +10,11 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1
 from common.embeddings.bags import EmbeddingBags
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.probe_evaluation import Prediction, evaluate_probes, measure, predict
-from common.handlers.results_table import read_rows
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler, pad_bags
+from common.reports.results_csv import read_rows
 
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
 DIM = 19
@@ -119,7 +119,7 @@ def test_rows_hold_frozen_retrained_other_views_and_paired_differences(test_set,
     views = {"right": str(test_set[0]), "transposed": str(turned), "flipped": None}
     measured = evaluate(tmp_path, labels_csv, probes=probes, embeddings=views)
     assert list(measured) == ["frozen", "retrained", "frozen_transposed"]
-    rows = {(row["protocol"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
+    rows = {(row.protocol, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     assert {protocol for protocol, _ in rows} == {
         *measured,
         "retrained-frozen",
@@ -130,12 +130,10 @@ def test_rows_hold_frozen_retrained_other_views_and_paired_differences(test_set,
         difference = measured[protocol].values["auroc"] - measured["frozen"].values["auroc"]
         paired = measured[protocol].resampled["auroc"] - measured["frozen"].resampled["auroc"]
         low, high = interval(paired)
-        assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx(
-            [difference, low, high], abs=1e-6
-        )
+        assert row.numbers == pytest.approx((difference, low, high), abs=1e-6)
     row = rows["frozen", "macro_f1"]
-    assert (row["encoder"], row["dataset"], row["n"]) == ("dale_ct_2s", "rad_chestct", "33")
-    assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    assert (row.encoder, row.dataset, row.n) == ("dale_ct_2s", "rad_chestct", 33)
+    assert row.low <= row.value <= row.high
 
 
 def test_embeddings_of_another_encoder_are_refused(test_set, bags, tmp_path):

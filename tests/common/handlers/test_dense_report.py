@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from common.embeddings.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
-from common.handlers.dense_differences import dense_differences
 from common.handlers.dense_report import DenseReport, draw_classes
-from common.handlers.results_table import read_rows
 from common.networks.dense_probe import DenseProbes, load_dense_probe
 from common.optimizers.warmup_cosine import warmup_cosine
+from common.reports.paired_differences import dense_differences
+from common.reports.results_csv import read_rows
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_pat
     trainer.run()
     difference = dense_differences(tmp_path / "out", [tmp_path / "out"])
     assert [row["difference"] for row in difference] == [0.0] * 8
-    rows = {(r["protocol"], r["dataset"], r["metric"]): r for r in read_rows(tmp_path / "results.csv")}
+    rows = {(r.protocol, r.dataset, r.metric): r for r in read_rows(tmp_path / "results.csv")}
     assert len(rows) == 8
     for (kind, task), report in trainer.state.reports.items():
         layer, card = load_dense_probe(tmp_path / "out", kind, task)
@@ -59,10 +59,8 @@ def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_pat
         assert (card["encoder"], card["seed"], card["kind"]) == ("dale_ct_2s", 7, kind)
         row = rows[f"dense_{kind}", task, "macro_auprc"]
         mean, (low, high) = report["macro"]["auprc"]
-        assert [float(row[name]) for name in ("value", "low", "high")] == pytest.approx(
-            [mean, low, high], abs=1e-6
-        )
-        assert row["n"] == "6"
+        assert row.numbers == pytest.approx((mean, low, high), abs=1e-6)
+        assert row.n == 6
         with (tmp_path / "out" / f"{kind}_{task}.csv").open(newline="") as file:
             classes = {line["class"]: line for line in csv.DictReader(file)}
         assert list(classes) == card["class_names"]

@@ -7,14 +7,17 @@ from PIL import Image
 
 from common.engines.latent_geometry import LatentGeometryEvaluator, open_pair, shared_volumes
 from common.handlers.latent_report import LatentReport
-from common.handlers.results_table import FIELDS, add_rows, read_rows
+from common.reports.results_csv import ResultRow, add_rows, read_rows
 
 
 def run(write_paths: Callable[..., Path], out: Path, classification: Path | None) -> LatentGeometryEvaluator:
     stores = open_pair(write_paths("circle"), write_paths("tangle"))
-    report = LatentReport(out, out / "results.csv", classification, "ct_rate", None, 1, {"seed": 1})
+    report = LatentReport(
+        **{"output_dir": out, "results_csv": out / "results.csv", "classification_csv": classification},
+        **{"dataset": "ct_rate", "figure_volumes": None, "seed": 1, "config": {"seed": 1}},
+    )
     engine = LatentGeometryEvaluator(
-        *(stores, shared_volumes(stores, 16)),
+        **{"stores": stores, "volumes": shared_volumes(stores, 16)},
         **{"sample_mm": 8.0, "gaps_mm": [10], "split_percent": [60, 10, 30], "split_seed": 42},
         **{"num_resamples": 50, "seed": 1, "handlers": [report]},
     )
@@ -25,8 +28,7 @@ def run(write_paths: Callable[..., Path], out: Path, classification: Path | None
 def test_table_v_joins_classification_and_geometry(
     write_paths: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = dict.fromkeys(FIELDS, "") | {"encoder": "circle", "metric": "macro_auroc", "value": "0.7838"}
-    add_rows(tmp_path / "mil.csv", [row | {"protocol": "mil_probe", "dataset": "ct_rate"}])
+    add_rows(tmp_path / "mil.csv", [ResultRow("circle", "mil_probe", "ct_rate", "macro_auroc", 0.7838)])
     engine = run(write_paths, tmp_path / "out", tmp_path / "mil.csv")
     with (tmp_path / "out" / "table_v.csv").open(newline="") as file:
         table = {line["metric"]: line for line in csv.DictReader(file)}
@@ -45,12 +47,13 @@ def test_every_measure_and_difference_is_a_row_of_results(
     write_paths: Callable[..., Path], tmp_path: Path
 ) -> None:
     engine = run(write_paths, tmp_path, None)
-    rows = {(row["encoder"], row["metric"]): row for row in read_rows(tmp_path / "results.csv")}
+    rows = {(row.encoder, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     assert len(rows) == len(engine.state.table) + 3 * len(engine.state.comparisons)
     for line in engine.state.table:
         row = rows[line["encoder"], line["measure"]]
-        assert float(row["value"]) == pytest.approx(line["value"], rel=1e-5)
-        assert (row["protocol"], row["dataset"], row["n"]) == ("latent_geometry", "ct_rate", str(line["n"]))
+        numbers = [line[name] for name in ("value", "low", "high")]
+        assert row.numbers == pytest.approx(numbers, rel=1e-5, nan_ok=True)
+        assert (row.protocol, row.dataset, row.n) == ("latent_geometry", "ct_rate", line["n"])
     difference = rows["circle - tangle", "continuity_geodesic"]
-    assert float(difference["low"]) < float(difference["value"]) < float(difference["high"])
-    assert float(rows["circle - tangle", "continuity_geodesic_p_permutation"]["value"]) < 0.01
+    assert difference.low < difference.value < difference.high
+    assert rows["circle - tangle", "continuity_geodesic_p_permutation"].value < 0.01

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from common.metrics.bootstrap import bootstrap, interval, macro_means, resample_weights, two_sided_p
+from common.metrics.bootstrap import (
+    bootstrap,
+    interval,
+    macro_means,
+    resample_weights,
+    resampled_areas,
+    two_sided_p,
+)
 
 # N samples, C classes, R resamples: all different
 N, C, R = 67, 4, 11
@@ -128,3 +135,60 @@ def test_shapes_that_do_not_agree_are_refused() -> None:
     message = r"must have shapes \(N, C\), \(N, C\) and \(R, N\), got \(67, 4\), \(67, 4\) and \(5, 66\)"
     with pytest.raises(ValueError, match=message):
         bootstrap(scores, targets, THRESHOLDS, np.ones((5, 66)))
+
+
+def draw(seed: int, samples: int, patients: int, ties: bool):
+    rng = np.random.default_rng(seed)
+    targets = rng.random(samples) < 0.2
+    scores = rng.standard_normal(samples) + targets
+    scores = scores.round(1) if ties else scores
+    weights = rng.multinomial(patients, np.full(patients, 1 / patients), size=7).astype(float)
+    return scores.astype(np.float32), targets, rng.integers(0, patients, samples), weights
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_areas_are_sklearns_with_the_draws_as_weights(ties: bool) -> None:
+    scores, targets, patients, weights = draw(0, samples=503, patients=11, ties=ties)
+    auroc, auprc = resampled_areas(scores, targets, patients, weights)
+    for resample, weight in enumerate(weights):
+        of_sample = weight[patients]
+        assert auroc[resample] == pytest.approx(
+            sklearn_metrics.roc_auc_score(targets, scores, sample_weight=of_sample), abs=1e-12
+        )
+        assert auprc[resample] == pytest.approx(
+            sklearn_metrics.average_precision_score(targets, scores, sample_weight=of_sample), abs=1e-12
+        )
+
+
+def test_areas_are_those_of_the_repeated_samples() -> None:
+    scores, targets, patients, weights = draw(1, samples=211, patients=5, ties=True)
+    _, auprc = resampled_areas(scores, targets, patients, weights)
+    rows = np.concatenate(
+        [np.flatnonzero(patients == p) for p, n in enumerate(weights[3]) for _ in range(int(n))]
+    )
+    assert auprc[3] == pytest.approx(
+        sklearn_metrics.average_precision_score(targets[rows], scores[rows]), abs=1e-12
+    )
+
+
+def test_shared_levels_change_the_areas_by_less_than_a_thousandth() -> None:
+    scores, targets, patients, weights = draw(2, samples=60_000, patients=13, ties=False)
+    exact = resampled_areas(scores, targets, patients, weights)
+    shared = resampled_areas(scores, targets, patients, weights, max_levels=1024)
+    for one, other in zip(exact, shared, strict=True):
+        assert 0 < np.abs(one - other).max() < 1e-3
+
+
+def test_a_resample_without_a_positive_is_undefined() -> None:
+    weights = np.array([[0.0, 2, 1], [1, 1, 1], [3, 0, 0]])
+    auroc, auprc = resampled_areas([0.3, 0.2, 0.1], [1, 0, 0], [0, 1, 2], weights)
+    assert np.isnan(auroc).tolist() == [True, False, True]
+    assert np.isnan(auprc).tolist() == [True, False, False]
+    assert np.isnan(resampled_areas([0.3, 0.2], [0, 0], [0, 1], np.ones((1, 2)))).all()
+
+
+def test_areas_of_what_has_no_order_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one shape \(N,\), got \(2,\), \(3,\) and \(2,\)"):
+        resampled_areas([0.1, 0.2], [0, 1, 0], [0, 1], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="scores must not be nan, got nan for sample 1"):
+        resampled_areas([0.1, float("nan")], [0, 1], [0, 1], np.ones((1, 2)))

@@ -56,7 +56,7 @@ def test_pictures_show_an_encoder_the_slices_that_its_weights_state(
     assert encoder.slice_axes == "yx"
     identity = {"slice_axes": "xy", "hu_window": [-940.8, 923.1, -25.03, 246.87]}
     save_encoder(encoder.network.state_dict(), tmp_path / "model.safetensors", identity)
-    stated = open_small(encoder_weights=str(tmp_path / "model.safetensors"))
+    stated = open_slice_encoder(bundle, tmp_path / "model.safetensors", [tmp_path / "small.json"])
     assert stated.slice_axes == "xy"
     assert stated.window == (-940.8, 923.1, -25.03, 246.87)
 

@@ -1,4 +1,4 @@
-"""Tables of a tested probe as CSV: its classes, its thresholds, its seeds. Undefined is "nan"."""
+"""A tested probe as tables for CSV files: its classes, thresholds and seeds. Undefined is "nan"."""
 
 # N volumes, C classes
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.cohort.predictions import Predictions
+from common.metrics.bootstrap import IntervalReport
 from common.metrics.calibration import brier_score, expected_calibration_error, reliability
-from common.metrics.multilabel import balanced_accuracy, f1
+from common.metrics.multilabel import MultilabelReport, balanced_accuracy, f1
 from common.run.atomic_file import atomic_file
 
 METRICS = ("auroc", "auprc", "f1", "balanced_accuracy")
@@ -31,9 +33,9 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def class_rows(
-    reports: Mapping[str, Any], intervals: Mapping[str, Any], test: Predictions
+    reports: Mapping[str, MultilabelReport], intervals: Mapping[str, IntervalReport], test: Predictions
 ) -> list[dict[str, Any]]:
-    """Return one row a class: its metrics with intervals, its calibration, and how often it occurs.
+    """Return one row per class: its metrics with intervals, its calibration, and how often it occurs.
 
     Args:
         reports: ``engine.state.reports``.
@@ -61,7 +63,7 @@ def class_rows(
 
 
 def threshold_rows(validation: Predictions, test: Predictions) -> list[dict[str, Any]]:
-    """Return what each threshold does on the volumes it was chosen on and on the test set, one row a class.
+    """Return what each threshold does on the volumes it was chosen on and on the test set, one row per class.
 
     Args:
         validation: predictions on the validation set.
@@ -88,8 +90,8 @@ def threshold_rows(validation: Predictions, test: Predictions) -> list[dict[str,
     return rows
 
 
-def seed_rows(seeds: Sequence[int], reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a seed with the macro metrics of the chosen probe.
+def seed_rows(seeds: Sequence[int], reports: Sequence[MultilabelReport]) -> list[dict[str, Any]]:
+    """Return one row per seed with the macro metrics of the chosen probe.
 
     Args:
         seeds: the run's own first.
@@ -101,5 +103,5 @@ def seed_rows(seeds: Sequence[int], reports: Sequence[Mapping[str, Any]]) -> lis
     ]
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: NDArray[np.bool_]) -> float:
     return float(values.mean()) if len(values) else float("nan")

@@ -3,20 +3,20 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from common.handlers.mlflow_rows import log_rows
-from common.handlers.results_table import FIELDS
+from common.reports.mlflow_rows import log_rows
+from common.reports.results_csv import ResultRow
 
 
-def row(**values: str) -> dict[str, str]:
-    return {**dict.fromkeys(FIELDS, ""), "encoder": "dale_ct_2s", "dataset": "rad_chestct", **values}
+def row(protocol: str, metric: str, value: float, *interval: float, encoder: str = "dale_ct_2s") -> ResultRow:
+    return ResultRow(encoder, protocol, "rad_chestct", metric, value, *interval, n=360)
 
 
 def test_rows_become_a_finished_run_with_their_intervals(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     rows = [
-        row(protocol="frozen", metric="macro_auroc", value="0.7", low="0.6", high="0.8", n="360"),
-        row(protocol="frozen", metric="macro_f1", value="nan"),
-        row(protocol="knn_5", metric="macro_auroc", value="0.65"),
+        row("frozen", "macro_auroc", 0.7, 0.6, 0.8),
+        row("frozen", "macro_f1", float("nan")),
+        row("knn_5", "macro_auroc", 0.65),
     ]
     log_rows(rows, uri, "eval_rad_chestct")
     client = MlflowClient(uri)
@@ -37,4 +37,8 @@ def test_rows_of_several_encoders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows must be of one encoder and data set, got \[\]"):
         log_rows([], f"sqlite:///{tmp_path}/mlflow.db", "x")
     with pytest.raises(ValueError, match=r"got \[\('dale_ct_0', 'rad_chestct'\), \('dale_ct_2s'"):
-        log_rows([row(), row(encoder="dale_ct_0")], f"sqlite:///{tmp_path}/mlflow.db", "x")
+        log_rows(
+            [row("a", "b", 1.0), row("a", "b", 1.0, encoder="dale_ct_0")],
+            f"sqlite:///{tmp_path}/mlflow.db",
+            "x",
+        )

@@ -8,8 +8,14 @@ import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from common.cohort.predictions import Predictions, write_predictions
-from common.handlers.paired_differences import differences_table, main, paired_differences
-from common.metrics.bootstrap import resample_weights
+from common.metrics.bootstrap import resample_weights, two_sided_p
+from common.reports.paired_differences import (
+    MEASURES,
+    dense_differences,
+    differences_table,
+    main,
+    paired_differences,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CLASSES = ["Emphysema", "Lung nodule"]
@@ -76,17 +82,13 @@ def test_pairing_narrows_the_interval_of_encoders_that_agree() -> None:
 def test_other_volumes_classes_and_labels_are_refused() -> None:
     first = predictions("first", 0.4, seed=1)
     renamed = first._replace(encoder="b", volumes=["valid_99_a_1", *VOLUMES[1:]])
-    with pytest.raises(
-        ValueError, match=r"same volumes, got 60 for 'first' and 60 for 'b', .*: 'valid_1_a_1'"
-    ):
+    with pytest.raises(ValueError, match="'first' and 'b' .* volumes, 60 and 60: 'valid_1_a_1'"):
         paired_differences(first, [renamed], num_resamples=R)
-    with pytest.raises(
-        ValueError, match=r"same classes in one order, got \['Emphysema', 'Lung nodule'\] for"
-    ):
+    with pytest.raises(ValueError, match=r"different classes: \['Emphysema', 'Lung nodule'\] and \['Lung"):
         paired_differences(first, [first._replace(class_names=CLASSES[::-1])], num_resamples=R)
     labels = LABELS.copy()
     labels[7, 1] = 1 - labels[7, 1]
-    with pytest.raises(ValueError, match="must have the same labels, got others for volume 'valid_4_b_1'"):
+    with pytest.raises(ValueError, match="different labels for volume 'valid_4_b_1'"):
         paired_differences(first, [first._replace(labels=labels)], num_resamples=R)
 
 
@@ -105,7 +107,7 @@ def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
     for seed, (encoder, signal) in enumerate((("weak", 0.2), ("strong", 0.8))):
         paths.append(tmp_path / f"{encoder}.csv")
         write_predictions(paths[-1], predictions(encoder, signal, seed))
-    command = [sys.executable, "-m", "common.handlers.paired_differences", str(paths[0]), *map(str, paths)]
+    command = [sys.executable, "-m", "common.reports.paired_differences", str(paths[0]), *map(str, paths)]
     command += ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
     answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "AUPRC" in answer.stdout
@@ -125,3 +127,56 @@ def test_command_tells_evaluations_of_one_encoder_apart_by_their_folders(tmp_pat
     with (tmp_path / "paired.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["encoder"], row["reference"]) for row in rows} == {("cropped", "raw"), ("0", "raw")}
+
+
+AVERAGED = "patch totalsegmentator classes"
+
+
+def write_resamples(
+    folder: Path, encoder: str, volumes: list[str], seed: int, size: int = 201, classes: str = "heart"
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    values = {measure: rng.random(size) for measure in MEASURES}
+    folder.mkdir()
+    further = {"encoder": encoder, "volumes": volumes, AVERAGED: [classes, "liver"]}
+    np.savez(folder / "resamples.npz", **further, **values)
+    return values
+
+
+def test_differences_are_taken_resample_by_resample(tmp_path):
+    first = write_resamples(tmp_path / "a", "a", ["v1", "v2"], 0)
+    second = write_resamples(tmp_path / "b", "b", ["v1", "v2"], 1)
+    rows = dense_differences(tmp_path / "a", [tmp_path / "b"])
+    assert [row["measure"] for row in rows] == list(MEASURES)
+    assert {(row["encoder"], row["reference"]) for row in rows} == {("b", "a")}
+    for row in rows:
+        difference = second[row["measure"]] - first[row["measure"]]
+        assert row["difference"] == difference[0]
+        assert (row["low"], row["high"]) == pytest.approx(np.quantile(difference[1:], [0.025, 0.975]))
+        assert row["p"] == two_sided_p(difference[1:])
+
+
+def test_the_command_knows_dense_evaluations_and_leaves_out_the_reference(tmp_path, capsys):
+    for seed, name in enumerate("abc"):
+        write_resamples(tmp_path / name, name, ["v1"], seed)
+    main(tmp_path / "a", [tmp_path / name for name in "abc"], out=tmp_path / "new" / "d.csv")
+    assert "patch rexgroundingct auprc" in capsys.readouterr().out
+    with (tmp_path / "new" / "d.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["encoder"] for row in rows] == ["b"] * 8 + ["c"] * 8
+    assert [row["measure"] for row in rows[:8]] == list(MEASURES)
+
+
+def test_other_volumes_and_missing_evaluations_are_refused(tmp_path):
+    write_resamples(tmp_path / "a", "a", ["v1"], 0)
+    write_resamples(tmp_path / "b", "b", ["v2"], 0)
+    with pytest.raises(ValueError, match="b' and '.*a' have different volumes"):
+        dense_differences(tmp_path / "a", [tmp_path / "b"])
+    write_resamples(tmp_path / "c", "c", ["v1"], 0, classes="lung")
+    with pytest.raises(ValueError, match=f"c' and '.*a' have different {AVERAGED}"):
+        dense_differences(tmp_path / "a", [tmp_path / "c"])
+    write_resamples(tmp_path / "d", "d", ["v1"], 0, size=101)
+    with pytest.raises(ValueError, match="d' has 100 resamples and '.*a' has 200"):
+        dense_differences(tmp_path / "a", [tmp_path / "d"])
+    with pytest.raises(FileNotFoundError, match=r"No resamples\.npz in '.*none'"):
+        dense_differences(tmp_path / "a", [tmp_path / "none"])

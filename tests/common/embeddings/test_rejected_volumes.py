@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from common.ct.rejection import EXCLUDED, RejectedError
-from common.handlers.rejected_volumes import report_rejected
+from common.embeddings.rejected_volumes import report_rejected
 
 CUT = RejectedError("unreadable", "cut\noff").of("b")
 TWICE = RejectedError("duplicate", "two files").of("a")

@@ -7,9 +7,9 @@ import pytest
 from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score
 
 from common.cohort.predictions import Predictions
-from common.handlers.probe_tables import METRICS, class_rows, seed_rows, threshold_rows, write_table
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import multilabel_report
+from common.reports.probe_tables import METRICS, class_rows, seed_rows, threshold_rows, write_table
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 

@@ -1,0 +1,175 @@
+"""The results of all evaluations in one tidy CSV: what a row is, and how rows are made, added and read."""
+
+import csv
+import fcntl
+import hashlib
+import json
+import math
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.cohort.csv_table import table_rows
+from common.run.atomic_file import atomic_file
+
+NAN = math.nan
+
+
+class ResultRow(NamedTuple):
+    """One measured number and where it comes from. Its fields are the columns of the CSV, in order.
+
+    Attributes:
+        encoder: whose embeddings were evaluated, or "prevalence", the floor.
+        protocol: name of the evaluation.
+        dataset: name of the data.
+        metric: what was measured.
+        value: the number; nan where it is undefined.
+        low: lower end of its 95 % interval; nan without one.
+        high: upper end; nan without one.
+        n: number of test volumes.
+        seeds: seeds of training, separated by blanks.
+        commit: version of the code, of :func:`code_version`.
+        config_hash: stands for the settings, of :func:`config_hash`.
+    """
+
+    encoder: str
+    protocol: str
+    dataset: str
+    metric: str
+    value: float
+    low: float = NAN
+    high: float = NAN
+    n: int = 0
+    seeds: str = ""
+    commit: str = ""
+    config_hash: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What identifies the row: encoder, protocol, dataset and metric."""
+        return self[:4]
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Value, low and high."""
+        return self.value, self.low, self.high
+
+
+FIELDS = ResultRow._fields
+
+
+def result_rows(
+    numbers: Mapping[str, tuple[float, float, float]],
+    *,
+    encoder: str,
+    protocol: str,
+    dataset: str,
+    n: int,
+    config: Mapping[str, Any],
+    seeds: str = "",
+) -> list[ResultRow]:
+    """Make the rows of one evaluation, one per metric.
+
+    Args:
+        numbers: metric to value, low and high; the latter two nan without an interval.
+        encoder: whose embeddings were evaluated.
+        protocol: name of the evaluation.
+        dataset: name of the data.
+        n: number of test volumes.
+        config: settings that the numbers depend on, JSON values; their hash goes into the rows.
+        seeds: seeds of training.
+    """
+    commit, settings = code_version(), config_hash(config)
+    return [
+        ResultRow(
+            encoder, protocol, dataset, metric, *ends, n=n, seeds=seeds, commit=commit, config_hash=settings
+        )
+        for metric, ends in numbers.items()
+    ]
+
+
+def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:
+    """Add rows to a results CSV; a row of the same encoder, protocol, dataset and metric is replaced.
+
+    The file is written anew and appears only when whole; other rows keep their text. A lock beside it keeps
+    two evaluations from losing each other's rows.
+
+    Args:
+        path: CSV to add to; made when missing.
+        rows: what to add.
+
+    Raises:
+        ValueError: if the present file is not a results CSV.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        by_key = {row.key: cells for cells, row in (_read(path) if path.is_file() else [])}
+        by_key |= {row.key: _cells(row) for row in rows}
+        with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([FIELDS, *by_key.values()])
+
+
+def read_rows(path: str | Path) -> list[ResultRow]:
+    """Read a results CSV.
+
+    Args:
+        path: file of :func:`add_rows`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a CSV in UTF-8, has other columns, or holds text where a number belongs.
+    """
+    return [row for _, row in _read(path)]
+
+
+def _read(path: str | Path) -> list[tuple[list[str], ResultRow]]:
+    """Rows as they stand in the file, and what they mean."""
+    found = []
+    for cells in table_rows(path, "results", FIELDS):
+        if set(cells) != set(FIELDS):
+            raise ValueError(f"results must have the columns {FIELDS}, got {list(cells)} in '{path}'.")
+        encoder, protocol, dataset, metric, value, low, high, n, *origin = texts = [cells[f] for f in FIELDS]
+        try:
+            numbers = (float(value), float(low or NAN), float(high or NAN), int(n or 0))
+        except ValueError as error:
+            raise ValueError(f"value, low, high and n must be numbers, got {cells} in '{path}'.") from error
+        found.append((texts, ResultRow(encoder, protocol, dataset, metric, *numbers, *origin)))
+    return found
+
+
+def _cells(row: ResultRow) -> list[str]:
+    ends = ["" if math.isnan(end) else f"{end:.6g}" for end in (row.low, row.high)]
+    return [*row.key, f"{row.value:.6g}", *ends, str(row.n), row.seeds, row.commit, row.config_hash]
+
+
+def code_version() -> str:
+    """Return the git commit of this code, with ``-dirty`` if files differ; "unknown" outside a checkout."""
+    # git may know the folder around an unzipped bundle, but not this file
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return "unknown"
+    return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return twelve hexadecimal digits that stand for a configuration, whatever the order of its keys.
+
+    Args:
+        config: JSON values.
+
+    Example:
+        >>> config_hash({"seed": 42, "lr": 0.1}) == config_hash({"lr": 0.1, "seed": 42}) != config_hash({})
+        True
+    """
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _git(*arguments: str) -> str | None:
+    command, folder = ["git", *arguments], Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
