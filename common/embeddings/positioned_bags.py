@@ -1,13 +1,14 @@
 """Bags whose slices know where they lie along the table, for heads that look at the sequence."""
 
-# N volumes, T slices of all volumes, D embedding
+# S slices of a volume, D embedding
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from common.embeddings.bags import EmbeddingBags, open_embeddings
+from common.embeddings.bags import EmbeddingBags
 from common.embeddings.store import EmbeddingStore
 
 
@@ -17,8 +18,7 @@ class PositionedBags(EmbeddingBags):
     The positions rise from feet to head and are 0 in the middle of the volume, for scans share no origin.
     They have the number type of the embeddings; in 16 bits they are exact to a quarter of a millimetre.
 
-    Attributes:
-        tokens: ``(T, D + 1)``; ``identity["dim"]`` stays D.
+    A bag is ``(S, D + 1)``; ``identity["dim"]`` stays D.
 
     Args:
         embeddings_dir: folder of a store with positions, thus of slices.
@@ -41,16 +41,19 @@ class PositionedBags(EmbeddingBags):
         encoder: str | None = None,
     ) -> None:
         super().__init__(embeddings_dir, labels_csv, class_names, volumes, encoder)
-        store = open_embeddings(embeddings_dir, encoder)
-        if not isinstance(store, EmbeddingStore) or "z_mm" not in store.fields:
+        if not isinstance(self.store, EmbeddingStore) or "z_mm" not in self.store.fields:
             raise ValueError(
                 "embeddings_dir must hold embeddings of slices with positions, got none in "
                 f"'{embeddings_dir}'. Embed the volumes with an encoder bundle of slices."
             )
-        positions = [_centred(store.read(volume).z_mm) for volume in self.volumes]
-        self.tokens = torch.cat([self.tokens, torch.cat(positions).to(self.tokens.dtype)[:, None]], dim=1)
+        self.positions = [_centred(self.store.view(volume, "z_mm")) for volume in self.volumes]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """As of :class:`EmbeddingBags`, but the tokens are a copy with the positions beside them."""
+        bag = super().__getitem__(index)
+        positions = self.positions[index].to(bag["tokens"].dtype)[:, None]
+        return bag | {"tokens": torch.cat([bag["tokens"], positions], dim=1)}
 
 
-def _centred(z_mm: torch.Tensor | None) -> torch.Tensor:
-    assert z_mm is not None  # the store has the field
+def _centred(z_mm: torch.Tensor) -> torch.Tensor:
     return z_mm.float() - (z_mm[0] + z_mm[-1]).float() / 2

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.embeddings.bag_batches import pad_bags
+from common.embeddings.bag_batches import chunks, pad_bags
 from common.embeddings.bags import EmbeddingBags, labelled_volumes
 from common.embeddings.part import IDENTITY_KEYS
 from common.handlers.mlflow_rows import log_rows
@@ -30,7 +30,6 @@ from common.networks.mil_probe import load_probe
 
 logger = logging.getLogger(__name__)
 
-BAGS_PER_CHUNK = 64  # volumes scored at once; bounds memory, changes no number
 RANKING = ("auroc", "auprc")
 
 
@@ -81,8 +80,7 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
     probe = probe.to(device).eval()
     parts = []
     with torch.no_grad():
-        for first in range(0, len(bags), BAGS_PER_CHUNK):
-            places = range(first, min(first + BAGS_PER_CHUNK, len(bags)))
+        for places in chunks(bags):
             padded, mask = pad_bags([bags[place]["tokens"].to(device) for place in places])
             parts.append(probe(padded, mask).double().sigmoid().cpu())
     thresholds = np.asarray(card["thresholds"], dtype=np.float64)

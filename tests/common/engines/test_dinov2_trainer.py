@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         engine.network.mask_token.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"got nan at step 1; its slabs are listed in '.*Lower lr"):
         engine.run()
-    assert engine.state.iteration == 2  # no step was built on it
+    assert engine.state.iteration == 1
     assert (tmp_path / "not_finite_step_00000001_rank_0.json").is_file()
 
 

@@ -105,7 +105,7 @@ def train_alone(
     for _ in range(2):
         torch.manual_seed(SEED)
         probes.append(
-            MILProbe(build_pooler(pooler, bags.tokens.shape[1]), bags.tokens.shape[1], len(CLASSES)).double()
+            MILProbe(build_pooler(pooler, bags.identity["dim"]), bags.identity["dim"], len(CLASSES)).double()
         )
     before, probe = probes
     optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.95)
@@ -329,11 +329,20 @@ def test_grid_refuses_cohorts_that_do_not_belong_together(
 
 
 @pytest.mark.parametrize("cohort", ["train", "validation", "test"])
-def test_embedding_with_nan_is_named_before_training(cohorts: dict[str, EmbeddingBags], cohort: str) -> None:
-    cohorts[cohort].tokens[int(cohorts[cohort].offsets[3]), 2] = math.nan
-    trainer = build(cohorts, max_steps=3)
-    volume = cohorts[cohort].volumes[3]
-    with pytest.raises(ValueError, match=f"must be finite, got NaN or Inf for volume '{volume}' of {cohort}"):
+def test_embedding_with_nan_is_named_before_training(
+    cohorts: dict[str, EmbeddingBags], tmp_path: Path, cohort: str
+) -> None:
+    arrays = {}
+    for name, bags in cohorts.items():
+        (tmp_path / name).mkdir()
+        for index, volume in enumerate(bags.volumes):
+            tokens = bags[index]["tokens"].numpy().copy()
+            if (name, index) == (cohort, 3):
+                tokens[1, 2] = np.nan
+            np.save(tmp_path / name / f"{volume}.npy", tokens)
+        arrays[name] = EmbeddingBags(tmp_path / name, tmp_path / f"{name}_labels.csv", CLASSES)
+    trainer = build(arrays, max_steps=3)
+    with pytest.raises(ValueError, match=f"NaN or Inf in 1 of .* for volume '{cohorts[cohort].volumes[3]}'"):
         trainer.run()
     assert trainer.state.iteration == 0
 
