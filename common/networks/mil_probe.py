@@ -187,7 +187,9 @@ class ProbeGrid(nn.Module):
         summed = torch.stack([of_one.sum(1) for of_one in of_poolers], dim=1).flatten(0, 1)
         if len(bags) == 1:
             return (summed @ slices)[:, None]
-        owner = torch.repeat_interleave(torch.arange(len(bags)), torch.tensor(lengths))
+        owner = torch.repeat_interleave(
+            torch.arange(len(bags)), torch.tensor(lengths), output_size=len(slices)
+        )
         is_own = (owner == torch.arange(len(bags))[:, None]).to(slices.device, non_blocking=True)
         # one block for each bag: what another bag's slices would add is an exact 0
         blocks = torch.where(is_own, summed[:, None], 0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional
 from torch.utils.data import Dataset
 
@@ -263,3 +264,29 @@ def test_bfloat16_autocast_leaves_the_loss_in_float32():
     assert float(engine.state.output[0]["loss"]) == pytest.approx(
         float(exact.state.output[0]["loss"]), rel=0.02
     )
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, monkeypatch, auxiliary):
+    engine = trainer(steps=1, auxiliary=auxiliary, measure_every=2)
+    heads = [engine.network, *([engine.auxiliary_loss] if auxiliary else [])]
+    fake_gpu.take(*heads, optimizer=engine.optimizer)
+    engine.state.device = fake_gpu.device
+    batch = Samples().collate([Samples()[position] for position in range(5)])[0]
+    places = {"position": batch.pop("position")}  # of the step's record, which stays on the CPU
+    reached = []
+
+    def backward(loss):
+        reached.append(loss.device.type)
+        for parameter in engine.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with fake_gpu.mode:
+        engine.state.iteration = 1
+        (means,) = engine._iteration(engine, fake_gpu.given(batch) | places)
+        engine.state.iteration = 2
+        with pytest.raises(DataDependentOutputException):  # the control
+            engine._iteration(engine, fake_gpu.given(batch) | places)
+    assert reached == ["cuda"] * 2
+    assert {value.device.type for value in means.values()} == {engine.state.cls.device.type} == {"cuda"}
