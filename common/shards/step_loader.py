@@ -1,12 +1,18 @@
 """Loads the batches of a run step by step, from any step on."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from common.shards.slab_dataset import SlabViews, StepBatches
+
+SHARED_MEMORY = Path("/dev/shm")
+SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
 
 
 def _leave_the_group(worker: int) -> None:
@@ -32,7 +38,8 @@ class StepLoader(DataLoader):
         prefetch_factor: batches that each worker reads ahead, each of ``draws_per_slab`` steps.
 
     Raises:
-        ValueError: if data set and sampler differ in ``draws_per_slab``.
+        ValueError: if data set and sampler differ in ``draws_per_slab``, or what the workers read ahead does
+            not fit into the shared memory.
     """
 
     batch_sampler: StepBatches
@@ -61,9 +68,27 @@ class StepLoader(DataLoader):
             prefetch_factor=prefetch_factor,
             worker_init_fn=_leave_the_group,
         )
+        if num_workers and SHARED_MEMORY.is_dir():  # a Linux
+            self._check_shared_memory(num_workers * (prefetch_factor or 2) + 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         handed_out = self.batch_sampler.start_step % self.batch_sampler.draws_per_slab
         for steps in super().__iter__():
             yield from steps[handed_out:]
             handed_out = 0
+
+    def _check_shared_memory(self, num_batches: int) -> None:
+        """Refuse batches on their way that together outgrow what is free, which would end in a bus error."""
+        sampler = self.batch_sampler
+        first = sampler.rank * sampler.batch_size
+        tried = range(first, first + min(SLABS_TRIED, sampler.batch_size))
+        arrays = [value for place in tried for sample in self.dataset[place] for value in sample.values()]
+        sizes = [value.nbytes for value in arrays if isinstance(value, np.ndarray)]
+        needed = sum(sizes) * sampler.batch_size / len(tried) * num_batches
+        ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), shutil.disk_usage(SHARED_MEMORY).free
+        if needed * ranks > free:
+            raise ValueError(
+                f"num_workers must leave room in {SHARED_MEMORY}, got {self.num_workers}: {num_batches} "
+                f"batches of {sampler.batch_size} for each of {ranks} ranks take {needed * ranks / 1e9:.1f} GB, "
+                f"and {free / 1e9:.1f} GB are free. Lower num_workers, or enlarge it (docker run --shm-size)."
+            )

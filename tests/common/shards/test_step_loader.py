@@ -2,12 +2,16 @@
 
 import multiprocessing
 import os
+import shutil
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from common.shards import step_loader
 from common.shards.slab_dataset import SlabViews, StepBatches
 from common.shards.step_loader import StepLoader
 from common.transforms.multi_crop import RandSlabMultiCrop
@@ -89,3 +93,27 @@ def test_a_signal_to_the_trainers_group_leaves_its_workers_alone(slabs):
     next(batches)
     [worker] = multiprocessing.active_children()
     assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+
+
+@pytest.mark.parametrize("draws_per_slab", [1, 3])
+def test_batches_that_outgrow_the_shared_memory_are_refused_before_the_workers_start(
+    slabs, monkeypatch, draws_per_slab
+):
+    tensors = [
+        [tensor for tensor in batch.values() if isinstance(tensor, torch.Tensor)]
+        for batch in steps(slabs(draws_per_slab), 60)
+    ]
+    of_batch = np.mean([sum(tensor.nbytes for tensor in batch) for batch in tensors])
+    free = {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    options = {"num_workers": 2, "prefetch_factor": 4}
+    needed = of_batch * draws_per_slab * (2 * 4 + 1) * 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    free[step_loader.SHARED_MEMORY] = 1.5 * needed
+    steps(slabs(draws_per_slab), 0, **options)
+    free[step_loader.SHARED_MEMORY] = 0.5 * needed
+    with pytest.raises(ValueError, match=r"num_workers must leave room in .*, got 2: .* 8 ranks take .* GB"):
+        steps(slabs(draws_per_slab), 0, **options)
+    steps(slabs(draws_per_slab), 1)  # without workers there is none
+    monkeypatch.setattr(step_loader, "SHARED_MEMORY", Path("/nowhere"))
+    steps(slabs(draws_per_slab), 0, **options)
