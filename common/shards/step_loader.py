@@ -89,6 +89,6 @@ class StepLoader(DataLoader):
         if needed * ranks > free:
             raise ValueError(
                 f"num_workers must leave room in {SHARED_MEMORY}, got {self.num_workers}: {num_batches} "
-                f"batches of {sampler.batch_size} for each of {ranks} ranks take {needed * ranks / 1e9:.1f} GB, "
-                f"and {free / 1e9:.1f} GB are free. Lower num_workers, or enlarge it (docker run --shm-size)."
+                f"batches of {sampler.batch_size} for each of {ranks} ranks take {needed * ranks / 1e9:.1f} "
+                f"GB of its free {free / 1e9:.1f} GB. Lower num_workers, or enlarge it (docker --shm-size)."
             )

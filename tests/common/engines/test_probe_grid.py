@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from common.embeddings.bag_batches import ShuffledBatches, collate_bags, pad_bags
 from common.embeddings.bags import EmbeddingBags
+from common.embeddings.part import IDENTITY_KEYS
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import ProbeGridTrainer, prevalence_report
@@ -394,13 +395,7 @@ TOKENS, WIDTH = 2**15, 256  # of a bag: 16 MiB in 16 bits, 4 GiB of all bags
 def write_large(folder: Path) -> None:
     """Write bags of zeros but for some rows at random places, as sparse files."""
     rng = np.random.default_rng(3)
-    identity = {
-        "encoder": "x",
-        "encoder_id": "x",
-        "preprocessing": "x",
-        "slice_order": "x",
-        "token_kind": "grid",
-    }
+    identity = dict.fromkeys(IDENTITY_KEYS, "x") | {"token_kind": "grid"}
     for split, num_volumes in LARGE.items():
         labels = (rng.random((num_volumes, len(CLASSES))) < 0.4).astype(int)
         names = [f"{split}_{index}_a_1" for index in range(num_volumes)]
@@ -430,7 +425,8 @@ class InMemory(EmbeddingBags):
 
 def train_large(folder: Path, kind: type[EmbeddingBags]) -> ProbeGridTrainer:
     cohorts = {split: kind(folder / split, folder / f"{split}.csv", CLASSES) for split in LARGE}
-    trainer = build(cohorts, max_steps=3, val_interval=3)
+    poolers = ("max", "learned_attention")
+    trainer = build(cohorts, 3, val_interval=3, learning_rates=[0.1], poolers=poolers)
     trainer.run()
     return trainer
 
