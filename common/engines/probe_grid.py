@@ -159,7 +159,7 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         chosen = batchdata["index"].tolist()
         logits = self.inferer(self.fixed["train"][chosen], self.network, self.readers["train"](chosen))
-        targets = batchdata["labels"].to(logits).expand_as(logits)
+        targets = batchdata["labels"].to(logits, non_blocking=True).expand_as(logits)
         losses = self.loss_function(logits, targets).mean(dim=(1, 2))
         losses.sum().backward()
         self.optimizer.step()

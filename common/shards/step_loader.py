@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 from torch.utils.data import DataLoader
 
@@ -85,7 +86,7 @@ class StepLoader(DataLoader):
         arrays = [value for place in tried for sample in self.dataset[place] for value in sample.values()]
         sizes = [value.nbytes for value in arrays if isinstance(value, np.ndarray)]
         needed = sum(sizes) * sampler.batch_size / len(tried) * num_batches
-        ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), shutil.disk_usage(SHARED_MEMORY).free
+        ranks, free = idist.get_nproc_per_node(), shutil.disk_usage(SHARED_MEMORY).free
         if needed * ranks > free:
             raise ValueError(
                 f"num_workers must leave room in {SHARED_MEMORY}, got {self.num_workers}: {num_batches} "

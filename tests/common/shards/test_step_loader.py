@@ -108,7 +108,7 @@ def test_batches_that_outgrow_the_shared_memory_are_refused_before_the_workers_s
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
     options = {"num_workers": 2, "prefetch_factor": 4}
     needed = of_batch * draws_per_slab * (2 * 4 + 1) * 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr("ignite.distributed.get_nproc_per_node", lambda: 8)
     free[step_loader.SHARED_MEMORY] = 1.5 * needed
     steps(slabs(draws_per_slab), 0, **options)
     free[step_loader.SHARED_MEMORY] = 0.5 * needed
