@@ -95,8 +95,9 @@ def remember_step(engine: PretrainingEngine, loss: torch.Tensor, batch: dict[str
         loss: mean over all ranks, on the device.
         batch: as the loader gave it, on the CPU.
     """
-    places = {name: batch[name].tolist() for name in ("position", "first_slice") if name in batch}
-    engine.unchecked.append(Step(engine.state.iteration, loss, {"volume": list(batch["volume"]), **places}))
+    slabs: dict[str, list[Any]] = {"volume": list(batch["volume"])}
+    slabs |= {name: batch[name].tolist() for name in ("position", "first_slice") if name in batch}
+    engine.unchecked.append(Step(engine.state.iteration, loss, slabs))
 
 
 def stop_if_not_finite(engine: PretrainingEngine) -> None:

@@ -17,7 +17,7 @@ STEP_TIMEOUT = timedelta(hours=1)
 RUN_TIMEOUT = timedelta(days=7)
 """How late a rank may come to a meeting of a whole run: shares of an embedding run differ by hours."""
 
-_meeting: dist.ProcessGroup | None = None  # of all ranks, on CPUs, for what may take RUN_TIMEOUT
+_meeting: Any = None  # process group of all ranks, on CPUs, for what may take RUN_TIMEOUT
 
 
 def join_ranks() -> None:
