@@ -171,7 +171,7 @@ def formats(dim: int) -> list[Format]:
         Format(
             "EmbeddingStore (safetensors parts)",
             write_store,
-            lambda folder, names: EmbeddingStore(folder).read_tokens(names).numpy(),
+            lambda folder, names: packed([*map(torch.Tensor.numpy, map(EmbeddingStore(folder).view, names))]),
             read_store,
             "mapped, checked, no code",
         ),

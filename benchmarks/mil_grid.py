@@ -50,8 +50,9 @@ class Bags(Dataset):
 
     def __init__(self, lengths: np.ndarray, dim: int) -> None:
         generator = torch.Generator().manual_seed(SEED)
-        self.offsets = torch.tensor([0, *np.cumsum(lengths)])
-        self.tokens = torch.randn(int(self.offsets[-1]), dim, generator=generator).half()
+        self.lengths, self.row_bytes = torch.from_numpy(lengths), 2 * dim
+        self.tokens = torch.randn(int(self.lengths.sum()), dim, generator=generator).half()
+        self.bags = self.tokens.split(lengths.tolist())
         self.labels = (torch.rand(len(lengths), NUM_CLASSES, generator=generator) < 0.2).float()
 
     def __len__(self) -> int:
@@ -59,8 +60,7 @@ class Bags(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a bag as ``EmbeddingBags`` does."""
-        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-        return {"index": index, "tokens": tokens, "labels": self.labels[index]}
+        return {"index": index, "tokens": self.bags[index], "labels": self.labels[index]}
 
 
 def ct_rate_lengths(num_volumes: int) -> np.ndarray:
@@ -83,7 +83,7 @@ class GridStep:
 
     def pool(self) -> None:
         """Apply the poolers that have no parameters, once for all steps."""
-        self.fixed = self.grid.fixed_features(self.reader(range(len(self.reader.bounds) - 1)))
+        self.fixed = self.grid.fixed_features(self.reader(range(len(self.reader.bags))))
 
     def __call__(self) -> None:
         """Train one step."""

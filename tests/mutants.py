@@ -16,6 +16,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("common", "data_prep", "bundles", "tests", "pyproject.toml", "requirements.txt")
 TWO_RANKS = "tests/distributed/test_two_ranks.py"
+LATE_RANKS = "tests/distributed/test_late_ranks.py"
 
 
 class Mutant(NamedTuple):
@@ -165,6 +166,24 @@ MUTANTS = (
         "thresholds = f1_thresholds(val_scores * 0 + 0.5, self.val_bags",
     ),
     Mutant("common/engines/best_probe.py", "auprc[index] <= self.auprc", "auprc[index] < self.auprc"),
+    Mutant(
+        "common/run/distributed.py",
+        'os.environ.pop("SLURM_JOB_ID", None)',
+        "pass",
+        "tests/bundles/test_slurm_runs.py",
+    ),
+    Mutant("common/run/distributed.py", "dist.barrier(group=_meeting)", "dist.barrier()", LATE_RANKS),
+    Mutant("common/run/distributed.py", "everyones, own, group=_meeting", "everyones, own", LATE_RANKS),
+    Mutant("common/engines/pretraining_step.py", "if math.isfinite(loss):", "if loss == loss:"),
+    Mutant("common/engines/lejepa_trainer.py", "            stop_if_not_finite(self)\n", ""),
+    Mutant("common/engines/lejepa_trainer.py", "iteration % self.measure_every == 0", "iteration > 0"),
+    Mutant("common/embeddings/store.py", "if (volume, name) not in self._checked:", "if False:"),
+    Mutant("common/embeddings/arrays.py", "if not self._known[volume]:", "if False:"),
+    Mutant(
+        "common/embeddings/bag_batches.py", "min(BAGS_PER_CHUNK, CHUNK_BYTES // largest)", "BAGS_PER_CHUNK"
+    ),
+    Mutant("common/networks/mil_probe.py", ", output_size=len(slices)", ""),
+    Mutant("common/shards/step_loader.py", "needed * ranks > free", "needed > free"),
 )
 
 

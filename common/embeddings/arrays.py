@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.embeddings.part import DTYPES, IDENTITY_KEYS, check_finite
+from common.embeddings.part import DTYPES, IDENTITY_KEYS, check_finite, crc32
 
 SUFFIX = ".npy"
 UNKNOWN = "unknown"
@@ -40,6 +40,7 @@ class EmbeddingArrays:
             raise FileNotFoundError(f"embeddings must be in '{self.folder}', got no <volume>.npy there.")
         arrays = {path.name.removesuffix(SUFFIX): _mapped(path) for path in paths}
         self.volumes = sorted(arrays)
+        self._known = dict.fromkeys(self.volumes, False)  # and whether its values have been checked
         self.lengths = np.array([len(arrays[volume]) for volume in self.volumes])
         first = self.volumes[0]
         for volume, array in arrays.items():
@@ -56,37 +57,44 @@ class EmbeddingArrays:
             "dtype": "float16" if arrays[first].dtype == np.float16 else "float32",
         }
 
-    def read_tokens(self, volumes: Sequence[str]) -> torch.Tensor:
-        """Read the tokens of many volumes into one tensor, one volume after the other.
+    def view(self, volume: str) -> torch.Tensor:
+        """Return the tokens of a volume where they lie in their file; see ``EmbeddingStore.view``.
 
         Args:
-            volumes: names, in any order.
+            volume: name.
 
         Shape:
-            Output: ``(sum of their lengths, D)``; float64 is read as float32.
+            Output: ``(T, D)``; float64 is converted to float32, which is a copy.
 
         Raises:
             KeyError: if there is no such volume.
             ValueError: if a value is NaN or Inf.
         """
-        length_of = dict(zip(self.volumes, self.lengths.tolist(), strict=True))
-        missing = [volume for volume in volumes if volume not in length_of]
-        if missing:
-            raise KeyError(f"volume must be one of '{self.folder}', got '{missing[0]}', which has no array.")
-        total = sum(length_of[volume] for volume in volumes)
-        tokens = torch.empty(total, self.identity["dim"], dtype=DTYPES[self.identity["dtype"]])
-        first = 0
-        for volume in volumes:
-            rows = tokens[first : first + length_of[volume]]
-            rows.numpy()[...] = _mapped(self.folder / f"{volume}{SUFFIX}")
-            check_finite(rows, "tokens", volume)
-            first += len(rows)
+        if volume not in self._known:
+            raise KeyError(f"No array of volume '{volume}' in '{self.folder}'.")
+        tokens = torch.from_numpy(_mapped(self.folder / f"{volume}{SUFFIX}"))
+        tokens = tokens.to(DTYPES[self.identity["dtype"]])
+        if not self._known[volume]:
+            check_finite(tokens, "tokens", volume)
+            self._known[volume] = True
         return tokens
+
+    def checksums(self, volumes: Sequence[str]) -> list[int]:
+        """Return the CRC32 of each volume's tokens, all of which are read.
+
+        Args:
+            volumes: names.
+
+        Raises:
+            KeyError: if there is no such volume.
+            ValueError: if a value is NaN or Inf.
+        """
+        return [crc32(self.view(volume)) for volume in volumes]
 
 
 def _mapped(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"embedding must be a whole .npy array, got '{path}' ({error}).") from error
     if array.ndim != 2 or array.dtype.kind != "f" or array.dtype.itemsize > 8 or 0 in array.shape:

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from common.embeddings.bags import EmbeddingBags
 
 RESIDENT_SHARE = 0.8  # of the free memory of a GPU; our choice
+BAGS_PER_CHUNK, CHUNK_BYTES = 64, 2**27  # scored at once, at most; bounds memory, changes no number
 
 
 def collate_bags(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -32,13 +33,13 @@ def collate_bags(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class BagReader:
-    """Bags of a cohort on a device: all of them if they fit, else those that are asked for.
+    """Bags of a cohort on a device: all of them if a GPU has room, else those that are asked for.
 
     They stay in the number type of their files, 16 bits as a rule: 28 GB for the 47,000 volumes of CT-RATE at
-    1,024 numbers a slice. On a CPU they are read where they lie, be it memory or a mapped file.
+    1,024 numbers a slice. On a CPU they are read where they lie in their mapped files.
 
     Attributes:
-        resident: whether all of them lie on the device.
+        resident: all bags if they lie on a GPU, else None.
 
     Args:
         bags: cohort.
@@ -46,11 +47,10 @@ class BagReader:
     """
 
     def __init__(self, bags: EmbeddingBags, device: torch.device) -> None:
-        self.device = device
-        self.tokens, self.bounds = bags.tokens, bags.offsets.tolist()
-        self.resident = device.type == "cpu" or fits(self.tokens.nbytes, device)
-        if self.resident:
-            self.tokens = self.tokens.to(device)
+        self.bags, self.device = bags, device
+        self.resident: list[torch.Tensor] | None = None
+        if device.type != "cpu" and fits(int(bags.lengths.sum()) * bags.row_bytes, device):
+            self.resident = [bags[index]["tokens"].to(device) for index in range(len(bags))]
 
     def __call__(self, indices: Iterable[int]) -> list[torch.Tensor]:
         """Return the bags ``(S, D)`` of some volumes.
@@ -58,11 +58,27 @@ class BagReader:
         Args:
             indices: places of the volumes in the cohort.
         """
-        bags = [self.tokens[self.bounds[index] : self.bounds[index + 1]] for index in indices]
-        if self.resident:
+        if self.resident is not None:
+            return [self.resident[index] for index in indices]
+        bags = [self.bags[index]["tokens"] for index in indices]
+        if self.device.type == "cpu":
             return bags
         packed = torch.cat(bags).pin_memory().to(self.device, non_blocking=True)
         return list(packed.split([len(bag) for bag in bags]))
+
+
+def chunks(bags: EmbeddingBags) -> list[range]:
+    """Split a cohort into stretches that are small enough to be scored at once, padded and in 32 bits.
+
+    Args:
+        bags: cohort.
+
+    Returns:
+        Places of the bags of each stretch.
+    """
+    largest = int(bags.lengths.max()) * bags.row_bytes if len(bags) else 1
+    size = max(1, min(BAGS_PER_CHUNK, CHUNK_BYTES // largest))
+    return [range(first, min(first + size, len(bags))) for first in range(0, len(bags), size)]
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:

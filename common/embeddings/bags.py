@@ -1,6 +1,6 @@
 """Embeddings of volumes with labels, as bags for a probe."""
 
-# N volumes, T tokens of all volumes, S tokens of one, D embedding, C classes
+# N volumes, S tokens of one, D embedding, C classes
 
 import json
 import logging
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from common.cohort.labels_csv import read_labels
 from common.ct.names import volume_name
 from common.embeddings.arrays import UNKNOWN, EmbeddingArrays
-from common.embeddings.part import SUFFIX, crc32
+from common.embeddings.part import DTYPES, SUFFIX
 from common.embeddings.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,14 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
 
 
 class EmbeddingBags(Dataset):
-    """Embeddings and labels of a cohort in memory: bags of tokens, packed without padding.
+    """Embeddings and labels of a cohort: bags of tokens, read from mapped files when they are asked for.
+
+    Cohorts may be larger than the memory; what the memory has room for, the system keeps there.
 
     Attributes:
         volumes: names, in the order of the bags.
         class_names: names of the labels' columns.
-        tokens: tokens of all volumes ``(T, D)`` in the number type of the files.
-        offsets: first token of each bag, and T at the end, ``(N + 1,)``.
+        lengths: int64 ``(N,)``, tokens of each bag.
         labels: float32 ``(N, C)`` of 0 and 1.
         identity: encoder, encoder_id, preprocessing, slice_order, token_kind, dim and dtype of all of them.
 
@@ -103,8 +104,8 @@ class EmbeddingBags(Dataset):
 
     Raises:
         FileNotFoundError: if an embedding or the table does not exist.
-        ValueError: if labels are missing or given twice, or embeddings differ in origin or width, are empty
-            or are not finite.
+        ValueError: if labels are missing or given twice, or embeddings differ in origin or width or are
+            empty; when a bag is read for the first time, if it is not what was written or not finite.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class EmbeddingBags(Dataset):
         encoder: str | None = None,
     ) -> None:
         labels = read_labels(labels_csv, class_names)
-        store = open_embeddings(embeddings_dir, encoder)
+        self.store = store = open_embeddings(embeddings_dir, encoder)
         if volumes is None:
             volumes = labelled_volumes(embeddings_dir, labels_csv)
         self.volumes = [volume_name(volume) for volume in volumes]
@@ -137,18 +138,23 @@ class EmbeddingBags(Dataset):
             np.array([labels[volume] for volume in self.volumes], np.float32).reshape(-1, len(class_names))
         )
         self.identity = store.identity
-        self.offsets = torch.tensor([0, *np.cumsum([length_of[volume] for volume in self.volumes])]).long()
-        self.tokens = store.read_tokens(self.volumes)
+        self.lengths = torch.tensor([length_of[volume] for volume in self.volumes]).long()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token."""
+        return int(self.identity["dim"]) * DTYPES[self.identity["dtype"]].itemsize
 
     def checksum(self) -> str:
         """Return eight hexadecimal digits that tell these volumes, labels and tokens from others."""
-        listed = json.dumps([self.volumes, self.class_names, self.labels.tolist(), self.offsets.tolist()])
-        return f"{isal_zlib.crc32(listed.encode(), crc32(self.tokens) if len(self.tokens) else 0):08x}"
+        sums = self.store.checksums(self.volumes)
+        listed = json.dumps([self.volumes, self.class_names, self.labels.tolist(), sums])
+        return f"{isal_zlib.crc32(listed.encode()):08x}"
 
     def __len__(self) -> int:
         return len(self.volumes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``index``, ``tokens (S, D)`` (a view, not a copy) and ``labels (C,)`` of a volume."""
-        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        """Return ``index``, ``tokens (S, D)`` (a view of the file, not a copy) and ``labels (C,)``."""
+        tokens = self.store.view(self.volumes[index])
         return {"index": index, "tokens": tokens, "labels": self.labels[index]}

@@ -4,13 +4,12 @@ import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ignite.distributed as idist
-import torch
 
 from common.ct.rejection import RejectedVolume, is_failure
 from common.run.atomic_file import atomic_file
+from common.run.distributed import gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def report_rejected(
         ValueError: if more failed.
     """
     path = Path(output_dir) / REJECTED
-    everyones = sorted(set(_of_all_ranks(list(rejected))))
+    everyones = sorted({volume for of_rank in gather_objects(list(rejected)) for volume in of_rank})
     if idist.get_rank() == 0:
         _write(path, everyones)
     failed = [volume for volume in everyones if is_failure(volume)]
@@ -47,14 +46,6 @@ def report_rejected(
             f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
             f"They are listed in '{path}': mend them, or raise --max_rejected."
         )
-
-
-def _of_all_ranks(rejected: list[RejectedVolume]) -> list[RejectedVolume]:
-    if idist.get_world_size() == 1:
-        return rejected
-    lists: list[Any] = [None] * idist.get_world_size()
-    torch.distributed.all_gather_object(lists, rejected)
-    return [volume for of_rank in lists for volume in of_rank]
 
 
 def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:

@@ -9,7 +9,6 @@ benchmarks/embedding_store.py.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import torch
 from safetensors import safe_open
 
 from common.embeddings.part import (
-    DTYPES,
     SUFFIX,
     Embedding,
     PartHeader,
@@ -67,6 +65,7 @@ class EmbeddingStore:
                 "Run the inference.json of an encoder bundle."
             )
         self._places: dict[str, _Place] = {}
+        self._checked: set[tuple[str, str]] = set()
         first: PartHeader | None = None
         for part in parts:
             header = read_header(part)
@@ -102,13 +101,8 @@ class EmbeddingStore:
             ValueError: if it is not what was written.
         """
         place = self._place(volume)
-        tensors: dict[str, torch.Tensor] = {}
-        for name in ("tokens", *self.fields):
-            if name == "pooled":
-                tensors[name] = _tensor(place.part, name)[place.row].clone()
-            elif name != "patches":
-                stop = place.first_token + place.record["num_tokens"]
-                tensors[name] = _tensor(place.part, name)[place.first_token : stop].clone()
+        names = ["tokens", *(name for name in self.fields if name != "patches")]
+        tensors = {name: _rows(place, name).clone() for name in names}
         for name, tensor in tensors.items():
             _check_read(tensor, name, place, place.record["crc32"][name])
         return Embedding(
@@ -117,6 +111,26 @@ class EmbeddingStore:
             dict(place.record["metadata"]),
             pooled=tensors.get("pooled"),
         )
+
+    def view(self, volume: str, name: str = "tokens") -> torch.Tensor:
+        """Return a field of a volume where it lies in its file: only the pages that are used are in memory.
+
+        It is checked as a whole when it is first asked for. Do not write to it: this process shares it.
+
+        Args:
+            volume: name.
+            name: "tokens", or one of ``fields`` but the patches.
+
+        Raises:
+            KeyError: if there is no such volume.
+            ValueError: if it is not what was written.
+        """
+        place = self._place(volume)
+        rows = _rows(place, name)
+        if (volume, name) not in self._checked:
+            _check_read(rows, name, place, place.record["crc32"][name])
+            self._checked.add((volume, name))
+        return rows
 
     def checksums(self, volumes: Sequence[str]) -> list[int]:
         """Return the CRC32 of each volume's tokens, as it was written.
@@ -128,33 +142,6 @@ class EmbeddingStore:
             KeyError: if there is no such volume.
         """
         return [self._place(volume).record["crc32"]["tokens"] for volume in volumes]
-
-    def read_tokens(self, volumes: Sequence[str]) -> torch.Tensor:
-        """Read the tokens of many volumes into one tensor, one volume after the other.
-
-        Args:
-            volumes: names, in any order.
-
-        Shape:
-            Output: ``(sum of their lengths, D)`` in the number type of the store.
-
-        Raises:
-            KeyError: if there is no such volume.
-            ValueError: if one is not what was written.
-        """
-        places = [self._place(volume) for volume in volumes]
-        stops = list(accumulate(place.record["num_tokens"] for place in places))
-        tokens = torch.empty(
-            stops[-1] if stops else 0, self.identity["dim"], dtype=DTYPES[self.identity["dtype"]]
-        )
-        # part by part, so that the disk is read forwards whatever the order asked for
-        for order in sorted(range(len(places)), key=lambda i: (places[i].part, places[i].first_token)):
-            place = places[order]
-            length = place.record["num_tokens"]
-            rows = tokens[stops[order] - length : stops[order]]
-            rows.copy_(_tensor(place.part, "tokens")[place.first_token : place.first_token + length])
-            _check_read(rows, "tokens", place, place.record["crc32"]["tokens"])
-        return tokens
 
     def read_patches(self, volume: str, slices: Sequence[int] | None = None) -> torch.Tensor:
         """Read patch tokens; only those asked for are read from the disk.
@@ -225,6 +212,14 @@ def _check_same(first: PartHeader, other: PartHeader) -> None:
                 f"{key} must be the same for all embeddings, got {a!r} for volume '{names[0]}' and "
                 f"{b!r} for volume '{names[1]}'. Keep each encoder's in a folder of its own."
             )
+
+
+def _rows(place: _Place, name: str) -> torch.Tensor:
+    """Return a volume's part of a mapped tensor."""
+    mapped = _tensor(place.part, name)
+    if name == "pooled":
+        return mapped[place.row]
+    return mapped[place.first_token : place.first_token + place.record["num_tokens"]]
 
 
 def _check_read(tensor: torch.Tensor, name: str, place: _Place, expected_crc32: int) -> None:

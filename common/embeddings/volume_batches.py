@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.sources import CTSlices, CTSource
 from common.embeddings.store import stored_volumes
+from common.run.distributed import wait_for_ranks
 
 
 def unembedded(sources: Sequence[CTSource], output_dir: str | Path) -> list[CTSource]:
@@ -31,7 +32,7 @@ def unembedded(sources: Sequence[CTSource], output_dir: str | Path) -> list[CTSo
     """
     done = stored_volumes(output_dir)
     work = [source for source in sources if source.volume not in done]
-    idist.barrier()
+    wait_for_ranks()
     return work[idist.get_rank() :: idist.get_world_size()]
 
 

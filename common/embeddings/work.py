@@ -8,6 +8,7 @@ import ignite.distributed as idist
 
 from common.embeddings.sources import CTSource
 from common.embeddings.store import stored_volumes
+from common.run.distributed import wait_for_ranks
 from common.transforms.slice_strategies import SliceStrategy
 
 
@@ -60,5 +61,5 @@ def embedding_work(
         missing = tuple(strategy for strategy in strategies if source.volume not in done[strategy.name])
         if missing:
             work.append(Work(source, missing))
-    idist.barrier()
+    wait_for_ranks()
     return work[idist.get_rank() :: idist.get_world_size()]

@@ -137,7 +137,7 @@ class DenseProbeTrainer(SupervisedTrainer):
         self.optimizer.step()
         self.lr_scheduler.step()
         losses = losses.detach()
-        return [{"loss": losses[torch.isfinite(losses)].mean()}]
+        return [{"loss": torch.nanmean(torch.where(losses.isfinite(), losses, torch.nan))}]
 
     def _start_data_at_this_step(self, engine: Engine) -> None:
         """Ignite makes the iterator of the data after this event, and thus after a checkpoint was loaded."""

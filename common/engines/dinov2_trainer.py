@@ -14,12 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.engines.pretraining_step import (
-    LastStep,
+    Step,
     autocast_as,
     check_amp_dtype,
     keep_to_the_step,
     means_over_ranks,
     on_device,
+    remember_step,
     stop_if_not_finite,
 )
 from common.losses.dino import DINOLoss, IBOTLoss
@@ -28,8 +29,11 @@ from common.metrics.effective_rank import effective_rank
 from common.networks.dino_model import follow
 from common.networks.distribute import clip_by_global_norm
 from common.optimizers.dino_schedule import DINOSchedule
-from common.transforms.batch_views import GROUPS, render_views
+from common.transforms.batch_views import GROUPS, VIEW_FIELDS, render_views
 from common.transforms.hounsfield import HUWindow
+
+MASK_FIELDS = ("masks", "masked_places", "masked_weights")
+"""What of a batch the networks and iBOT's loss read on the device, beside the views."""
 
 
 class DINOv2Trainer(SupervisedTrainer):
@@ -44,8 +48,8 @@ class DINOv2Trainer(SupervisedTrainer):
     ranks: ``dino``, ``ibot`` and ``koleo``; ``teacher_entropy``, at most log(number of prototypes), and
     ``kl``, both of the DINO pairs: a constant teacher leaves nothing to tell, kl 0; ``centre_norm`` and
     ``ibot_centre_norm`` of the teacher's mean logits; ``grad_norm``. ``engine.state.cls`` holds the teacher's
-    CLS tokens of the global views ``(B, Vg, D)``. Nothing in an iteration waits for the device: whether a
-    loss was finite is looked at one step later.
+    CLS tokens of the global views ``(B, Vg, D)``. Nothing waits for the device but every ``measure_every``
+    steps, when the losses since are looked at, too.
 
     Source: DINOv2, arXiv:2304.07193, section 4; DALE-CT III-B. The gradient is clipped by the norm over the
     whole student (DINOv2: encoder and heads each).
@@ -66,15 +70,16 @@ class DINOv2Trainer(SupervisedTrainer):
         hu_window: clip window and z-score of the input.
         clip_norm: largest global norm of the gradient.
         amp_dtype: "bfloat16" for autocast, "float32" for none; losses are in float32 either way.
-        measure_every: iterations between measurements of the effective rank of ``engine.state.cls``.
+        measure_every: steps between two looks at whether the losses are finite, and measurements of the
+            effective rank of ``engine.state.cls``.
         output_dir: where the batch of a step whose loss is not finite is named.
         inferer: how views go through the student; MONAI's SimpleInferer by default.
         train_handlers: Ignite handlers.
 
     Raises:
         ValueError: if ``amp_dtype`` is neither of the two, or a weight negative.
-        FloatingPointError: in training, on every rank, if the loss of a step is not finite; names the step
-            and the file that lists the rank's batch.
+        FloatingPointError: in training, on every rank and before anything is saved, if the loss of a step is
+            not finite; names the step and the file that lists the rank's slabs.
     """
 
     def __init__(
@@ -124,15 +129,14 @@ class DINOv2Trainer(SupervisedTrainer):
         self.amp_dtype = amp_dtype
         self.measure_every = measure_every
         self.output_dir = Path(output_dir)
-        self.last_step: LastStep | None = None
+        self.unchecked: list[Step] = []
         keep_to_the_step(self)
         self._register_handlers(list(train_handlers or []))
 
     def _iteration(  # type: ignore[override]
         self, engine: Engine, batchdata: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
-        stop_if_not_finite(self)
-        batch = on_device(batchdata, self.state.device)
+        batch = on_device(batchdata, VIEW_FIELDS + MASK_FIELDS, self.state.device)
         views = dict(zip(GROUPS, render_views(batch, self.hu_window), strict=True))
         now = self.schedule.set_step(engine.state.iteration - 1)
         self.network.train()
@@ -149,11 +153,12 @@ class DINOv2Trainer(SupervisedTrainer):
         self.optimizer.step()
         follow(self.teacher, self.network, now.momentum)
         means = means_over_ranks(terms)
-        self.last_step = LastStep(engine.state.iteration, means["loss"], batchdata)
+        remember_step(self, means["loss"], batchdata)
         self.state.cls = seen["cls"]
         self.state.metrics |= {"teacher_momentum": now.momentum, "teacher_temp": now.temperature}
         self.state.metrics["weight_decay"] = max(g["weight_decay"] for g in self.optimizer.param_groups)
         if engine.state.iteration % self.measure_every == 0:
+            stop_if_not_finite(self)
             self.state.metrics["cls_effective_rank"] = effective_rank(seen["cls"].flatten(0, 1))
         return [means]
 

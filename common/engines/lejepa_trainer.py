@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from common.engines.pretraining_step import (
-    LastStep,
+    Step,
     autocast_as,
     check_amp_dtype,
     keep_to_the_step,
     means_over_ranks,
     on_device,
+    remember_step,
     stop_if_not_finite,
 )
 from common.losses.auxiliary import AuxiliaryBCELoss
@@ -28,7 +29,7 @@ from common.losses.lejepa import LeJEPALoss
 from common.metrics.effective_rank import effective_rank
 from common.metrics.gaussianity import kolmogorov_smirnov
 from common.networks.distribute import clip_by_global_norm, gradients_stay_here
-from common.transforms.batch_views import GROUPS, count_labels, render_views
+from common.transforms.batch_views import GROUPS, LABEL_FIELDS, VIEW_FIELDS, count_labels, render_views
 from common.transforms.hounsfield import HUWindow
 from common.transforms.soft_labels import finding_fractions, finding_presence
 
@@ -48,8 +49,8 @@ class LeJEPATrainer(SupervisedTrainer):
     gradient goes through it. Value and gradient are those of the whole batch, for one forward pass more.
 
     ``engine.state.output`` is MONAI's decollated ``[{"loss": ..., <term>: ...}]``, detached means over all
-    ranks; ``engine.state.cls`` the CLS tokens of the global views ``(B, Vg, D)``, detached. Nothing in an
-    iteration waits for the device: whether a loss was finite is looked at one step later.
+    ranks; ``engine.state.cls`` the CLS tokens of the global views ``(B, Vg, D)``, detached. Nothing waits for
+    the device but every ``measure_every`` steps, when the losses since are looked at, too.
 
     Source: DALE-CT III-C, Eq. 1-3. Two passes for one batch: GradCache, arXiv:2101.06983.
 
@@ -69,8 +70,9 @@ class LeJEPATrainer(SupervisedTrainer):
         rex_targets: "presence" of a finding in a crop or patch, or the "fraction" it covers (released code).
         clip_norm: largest global norm of the gradient.
         amp_dtype: "bfloat16" for autocast, "float32" for none.
-        measure_every: iterations between measurements of the CLS tokens' effective rank and of how far the
-            projections' dimensions are from normal (mean ``kolmogorov_smirnov``), on this rank's batch.
+        measure_every: steps between two looks at whether the losses are finite, and measurements of the CLS
+            tokens' effective rank and of how far the projections' dimensions are from normal (mean
+            ``kolmogorov_smirnov``), on this rank's batch.
         output_dir: where the batch of a step whose loss is not finite is named.
         micro_batch_size: slabs that go through the network at once; None for the whole batch.
         inferer: how views go through the network; MONAI's SimpleInferer by default.
@@ -79,8 +81,8 @@ class LeJEPATrainer(SupervisedTrainer):
     Raises:
         ValueError: if ``amp_dtype`` or ``rex_targets`` is neither of the two, or ``micro_batch_size`` not
             positive.
-        FloatingPointError: in training, on every rank, if the loss of a step is not finite; names the step
-            and the file that lists the rank's batch.
+        FloatingPointError: in training, on every rank and before anything is saved, if the loss of a step is
+            not finite; names the step and the file that lists the rank's slabs.
     """
 
     def __init__(
@@ -133,17 +135,16 @@ class LeJEPATrainer(SupervisedTrainer):
         self.measure_every = measure_every
         self.output_dir = Path(output_dir)
         self.micro_batch_size = micro_batch_size
-        self.last_step: LastStep | None = None
+        self.unchecked: list[Step] = []
         keep_to_the_step(self)
         self._register_handlers(list(train_handlers or []))
 
     def _iteration(  # type: ignore[override]
         self, engine: Engine, batchdata: dict[str, Any]
     ) -> list[dict[str, torch.Tensor]]:
-        stop_if_not_finite(self)
-        batch = on_device(batchdata, self.state.device)
+        names = VIEW_FIELDS if self.auxiliary_loss is None else VIEW_FIELDS + LABEL_FIELDS
+        batch = on_device(batchdata, names, self.state.device)
         batch["inputs"] = dict(zip(GROUPS, render_views(batch, self.hu_window), strict=True))
-        batch["targets"] = None
         if self.auxiliary_loss is not None:
             batch["targets"] = count_labels(batch, self.patch_size_px, self.rex_targets)
         self.network.train()
@@ -157,9 +158,10 @@ class LeJEPATrainer(SupervisedTrainer):
         self.optimizer.step()
         self.lr_scheduler.step()
         means = means_over_ranks(terms)
-        self.last_step = LastStep(engine.state.iteration, means["loss"], batchdata)
+        remember_step(self, means["loss"], batchdata)
         self.state.cls = output["cls"].detach()
         if engine.state.iteration % self.measure_every == 0:
+            stop_if_not_finite(self)
             self._measure(output)
         return [means]
 

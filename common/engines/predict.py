@@ -98,9 +98,7 @@ def predict(
     store = EmbeddingStore(output / "embeddings")
     _check_identity(card, store.identity)
     sources = {source.volume: source for source in chests.used}
-    predictions = {
-        volume: _scores(probe, card, store.read_tokens([volume]).to(torch.float32)) for volume in sources
-    }
+    predictions = {volume: _scores(probe, card, store.view(volume).to(torch.float32)) for volume in sources}
     _write(output, predictions)
     for volume in list(sources)[:num_pages]:
         doubts = chests.doubts.get(volume, [])
@@ -193,7 +191,7 @@ def _write_page(
     """Show one volume; the weights of slices where its tokens are slices."""
     hu, spacing_mm, _ = source.read()
     z_mm = (np.arange(len(hu)) * spacing_mm[2]).tolist()
-    tokens = store.read_tokens([source.volume]).to(torch.float32)
+    tokens = store.view(source.volume).to(torch.float32)
     pooler: Any = probe.pooler
     weights, maps = None, None
     if len(tokens) == len(hu) and store.identity["token_kind"] == "slice":

@@ -1,9 +1,6 @@
 """Checks of the cohorts that a probe is trained, chosen and tested on."""
 
 import logging
-from collections.abc import Sequence
-
-import torch
 
 from common.embeddings.bags import EmbeddingBags
 from common.embeddings.part import IDENTITY_KEYS
@@ -40,9 +37,8 @@ def check_cohorts(cohorts: dict[str, EmbeddingBags], resampling: str = "patients
                     f"{seen[group]}, too."
                 )
         seen |= dict.fromkeys(groups, cohort)
-        lengths = bags.offsets.diff()
-        if not bool((lengths > 0).all()):
-            volume = bags.volumes[int(lengths.argmin())]
+        if not bool((bags.lengths > 0).all()):
+            volume = bags.volumes[int(bags.lengths.argmin())]
             raise ValueError(
                 f"embedding must have at least one slice, got 0 for volume '{volume}' of {cohort}. "
                 f"Embed it again, or leave it out."
@@ -51,22 +47,3 @@ def check_cohorts(cohorts: dict[str, EmbeddingBags], resampling: str = "patients
         absent = [name for name, positives in counts if positives == 0]
         if absent:
             logger.warning("%s (%d volumes) has no positive of %s.", cohort, len(bags), absent)
-
-
-def check_finite(bags: Sequence[torch.Tensor], volumes: Sequence[str], cohort: str) -> None:
-    """Refuse embeddings with NaN or Inf, which would spoil every probe that meets them.
-
-    Args:
-        bags: embeddings ``(S, D)``.
-        volumes: their names.
-        cohort: name of the cohort.
-
-    Raises:
-        ValueError: if a bag has a number that is not finite.
-    """
-    finite = torch.stack([bag.sum(dtype=torch.float32) for bag in bags]).isfinite()
-    if not bool(finite.all()):
-        volume = volumes[int((~finite).nonzero()[0])]
-        raise ValueError(
-            f"embedding must be finite, got NaN or Inf for volume '{volume}' of {cohort}. Embed it again."
-        )

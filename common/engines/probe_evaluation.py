@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.embeddings.bag_batches import chunks
 from common.embeddings.bags import EmbeddingBags, labelled_volumes
 from common.embeddings.part import IDENTITY_KEYS
 from common.labels import load_labels
@@ -31,7 +32,6 @@ from common.reports.results_csv import add_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
-BAGS_PER_CHUNK = 64  # volumes scored at once; bounds memory, changes no number
 RANKING = ("auroc", "auprc")
 
 
@@ -82,8 +82,7 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
     probe = probe.to(device).eval()
     parts = []
     with torch.no_grad():
-        for first in range(0, len(bags), BAGS_PER_CHUNK):
-            places = range(first, min(first + BAGS_PER_CHUNK, len(bags)))
+        for places in chunks(bags):
             padded, mask = pad_bags([bags[place]["tokens"].to(device) for place in places])
             parts.append(probe(padded, mask).double().sigmoid().cpu())
     thresholds = np.asarray(card["thresholds"], dtype=np.float64)

@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from common.cohort.predictions import Predictions
-from common.embeddings.bag_batches import BagReader, ShuffledBatches
+from common.embeddings.bag_batches import BagReader, ShuffledBatches, chunks
 from common.embeddings.bags import EmbeddingBags
 from common.engines.best_probe import BestProbe
-from common.engines.probe_cohorts import check_cohorts, check_finite
+from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_seeds import train_seeds
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
@@ -40,8 +40,6 @@ from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 from common.networks.poolers import pad_bags
 
 logger = logging.getLogger(__name__)
-
-BAGS_PER_CHUNK = 64  # volumes scored at once; bounds memory, changes no number
 
 
 class ProbeGridTrainer(SupervisedTrainer):
@@ -163,7 +161,7 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         chosen = batchdata["index"].tolist()
         logits = self.inferer(self.fixed["train"][chosen], self.network, self.readers["train"](chosen))
-        targets = batchdata["labels"].to(logits).expand_as(logits)
+        targets = batchdata["labels"].to(logits, non_blocking=True).expand_as(logits)
         losses = self.loss_function(logits, targets).mean(dim=(1, 2))
         losses.sum().backward()
         self.optimizer.step()
@@ -172,14 +170,15 @@ class ProbeGridTrainer(SupervisedTrainer):
         return [{"loss": torch.nanmean(torch.where(losses.isfinite(), losses, torch.nan))}]
 
     def _pool_once(self, engine: Engine) -> None:
-        """Poolers without parameters give the same vector at every step."""
+        """Poolers without parameters give the same vector at every step; a damaged bag is found here."""
         for cohort, bags in self.cohorts.items():
             self.readers[cohort] = BagReader(bags, self.state.device)
-            features = []
-            for rows, chunk in self._chunks(cohort):
-                check_finite(chunk, bags.volumes[rows], cohort)
-                features.append(self.grid.fixed_features(chunk) if cohort != "test" else torch.empty(0))
-            self.fixed[cohort] = torch.cat(features)
+            self.fixed[cohort] = torch.cat(
+                [
+                    self.grid.fixed_features(chunk) if cohort != "test" else torch.empty(0)
+                    for _, chunk in self._chunks(cohort)
+                ]
+            )
 
     def _start_data_at_this_step(self, engine: Engine) -> None:
         """Ignite makes the iterator of the data after this event, and thus after a checkpoint was loaded."""
@@ -268,10 +267,8 @@ class ProbeGridTrainer(SupervisedTrainer):
         return torch.cat(parts).numpy()
 
     def _chunks(self, cohort: str) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        num_bags = len(self.cohorts[cohort])
-        for first in range(0, num_bags, BAGS_PER_CHUNK):
-            rows = slice(first, min(first + BAGS_PER_CHUNK, num_bags))
-            yield rows, self.readers[cohort](range(rows.start, rows.stop))
+        for places in chunks(self.cohorts[cohort]):
+            yield slice(places.start, places.stop), self.readers[cohort](places)
 
 
 def prevalence_report(targets: np.ndarray, class_names: Sequence[str]) -> MultilabelReport:

@@ -131,8 +131,8 @@ class Checkpoint:
         if self.saved_step == engine.state.iteration:
             return
         path = self.folder / f"step_{engine.state.iteration:08d}.pt"
-        if getattr(engine, "last_step", None) is not None:
-            stop_if_not_finite(cast(PretrainingEngine, engine))  # now, for the weights it made are next
+        if getattr(engine, "unchecked", None):  # steps of a pretraining engine
+            stop_if_not_finite(cast(PretrainingEngine, engine))
         # every rank takes part: each may hold a shard of every tensor
         network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
         others = {

@@ -61,7 +61,7 @@ class OnlineProbe:
 
     def _learn(self, engine: Engine) -> None:
         state: Any = engine.state
-        labels = state.batch["labels"].to(state.cls.device)
+        labels = state.batch["labels"].to(state.cls.device, non_blocking=True)
         logits = self.probe(state.cls.float().mean(1))
         self.scores.append(logits.detach())
         self.labels.append(labels)

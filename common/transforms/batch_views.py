@@ -14,6 +14,12 @@ from common.transforms.resize import resize_square, resize_squares
 from common.transforms.soft_labels import PatchCells, coverage_fractions, patch_cells
 
 GROUPS = ("global", "local")
+VIEW_FIELDS = ("global_pixels", "local_pixels", "boxes", "flips", "gamma", "blur_sigma")
+"""What of a batch ``render_views`` reads on the device."""
+
+LABEL_FIELDS = ("shape", "ts_planes", "rex_planes", "ts_plane", "rex_plane", "has_ts", "has_rex")
+"""What soft labels are counted from there, and which of them count."""
+
 Labels = Callable[[torch.Tensor, torch.Tensor, PatchCells], tuple[torch.Tensor, torch.Tensor]]
 
 

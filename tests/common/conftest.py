@@ -1,6 +1,6 @@
 """Data that several tests share: random embeddings with labels, and slabs out of arrays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store_writer import EmbeddingStoreWriter
@@ -64,6 +66,47 @@ def write_cohort(tmp_path: Path) -> WriteCohort:
         return folder, labels_csv
 
     return write
+
+
+class FakeGPU:
+    """A GPU of tensors without values: what reads one raises, and what mixes devices."""
+
+    device = torch.device("cuda")
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+
+    def given(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch as the loader gives it: on the CPU."""
+        return {
+            name: self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def holds(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return tensors as they are on the GPU."""
+        with self.mode:
+            return [self.mode.from_tensor(tensor).to(self.device) for tensor in tensors]
+
+    def take(self, *networks: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move networks here, and what an optimizer knows of them."""
+        moved = {}
+        for network in networks:
+            before = list(network.parameters())
+            network._apply(lambda tensor: self.holds(tensor)[0])
+            moved |= dict(zip(map(id, before), network.parameters(), strict=True))
+        for group in optimizer.param_groups if optimizer else ():
+            group["params"] = [moved[id(parameter)] for parameter in group["params"]]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
+    """A GPU to try code on whose machine has none; what runs on it runs under ``fake_gpu.mode``."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield FakeGPU()
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 class Scan(NamedTuple):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import dropwhile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -54,8 +55,8 @@ NOT_RUN = {
     r"docs.render_results": ("the rows of all evaluations", "docs/test_render_results.py"),
     r"^docs/export.md": ("on small networks", "bundles/test_torchscript.py"),
     r": mlflow ": ("serves until it is stopped", "common/handlers/test_mlflow_run.py"),
-    r": (srun|sbatch|scontrol) ": ("SLURM", None),
-    r"--nnodes": ("several machines", "distributed/test_two_ranks.py"),
+    r": (srun|sbatch|scontrol) ": ("SLURM", "bundles/test_slurm_runs.py"),
+    r"--nnodes": ("several machines", "bundles/test_slurm_runs.py"),
 }
 # Networks, views and schedules of every bundle made small, so that commands stay as they are shown.
 SMALL = {
@@ -169,7 +170,7 @@ def check(words: list[str]) -> None:
     """Check every word of a command without running it."""
     program, *rest = words
     if program == "srun":
-        check(rest)
+        check([*dropwhile(lambda word: word.startswith("-"), rest)])
     elif program == "torchrun":
         launched = get_args_parser().parse_args(rest)
         check(["python", *["-m"] * launched.module, launched.training_script, *launched.training_script_args])

@@ -1,5 +1,6 @@
 """Token dumps of others: plain arrays, checked like our own."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,23 @@ def dump(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_arrays_are_read_in_the_order_asked_for(dump: Path) -> None:
+def test_arrays_are_read_with_their_checksums(dump: Path) -> None:
     arrays = EmbeddingArrays(dump)
     assert arrays.volumes == ["v1", "v2"]
     assert arrays.lengths.tolist() == [3, 5]
-    tokens = arrays.read_tokens(["v2", "v1"])
-    assert tokens.dtype == torch.float16
-    np.testing.assert_array_equal(tokens, np.concatenate([np.load(dump / f"{v}.npy") for v in ("v2", "v1")]))
+    for volume in ("v2", "v1"):
+        tokens = arrays.view(volume)
+        assert tokens.dtype == torch.float16
+        np.testing.assert_array_equal(tokens, np.load(dump / f"{volume}.npy"))
+    expected = [zlib.crc32(np.load(dump / f"{volume}.npy").tobytes()) for volume in ("v2", "v1")]
+    assert arrays.checksums(["v2", "v1"]) == expected
+
+
+def test_what_is_done_to_a_view_stays_out_of_the_file(dump: Path) -> None:
+    arrays = EmbeddingArrays(dump)
+    before = arrays.view("v1").clone()
+    arrays.view("v1").zero_()
+    assert torch.equal(arrays.view("v1"), before)
 
 
 def test_arrays_do_not_say_what_made_them(dump: Path) -> None:
@@ -37,7 +48,7 @@ def test_float64_is_read_as_float32(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.full((2, 3), 1 / 3))
     arrays = EmbeddingArrays(tmp_path)
     assert arrays.identity["dtype"] == "float32"
-    assert torch.equal(arrays.read_tokens(["v"]), torch.full((2, 3), 1 / 3))
+    assert torch.equal(arrays.view("v"), torch.full((2, 3), 1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -62,14 +73,14 @@ def test_nan_names_its_volume(dump: Path) -> None:
     array[4, 1] = np.nan
     np.save(dump / "v2.npy", array)
     arrays = EmbeddingArrays(dump)
-    assert len(arrays.read_tokens(["v1"])) == 3
+    assert len(arrays.view("v1")) == 3
     with pytest.raises(ValueError, match="NaN or Inf in 1 of 5 rows for volume 'v2'"):
-        arrays.read_tokens(["v1", "v2"])
+        arrays.view("v2")
 
 
 def test_what_is_not_there_is_named(dump: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="got 'v9', which has no array"):
-        EmbeddingArrays(dump).read_tokens(["v9"])
+    with pytest.raises(KeyError, match="No array of volume 'v9'"):
+        EmbeddingArrays(dump).view("v9")
     with pytest.raises(FileNotFoundError, match=r"got no <volume>.npy there"):
         EmbeddingArrays(tmp_path / "none")
 

@@ -4,7 +4,13 @@ from typing import Any
 import pytest
 import torch
 
-from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags, fits
+from common.embeddings.bag_batches import (
+    BagReader,
+    ShuffledBatches,
+    chunks,
+    collate_bags,
+    fits,
+)
 from common.embeddings.bags import EmbeddingBags
 
 
@@ -53,11 +59,27 @@ def test_collated_bags_keep_their_lengths_and_memory() -> None:
 def test_bags_are_read_where_they_lie_on_a_cpu(write_cohort: Any) -> None:
     bags = EmbeddingBags(*write_cohort("train", 5, dtype=torch.float16), ["Emphysema"])
     reader = BagReader(bags, torch.device("cpu"))
-    assert reader.resident
+    assert reader.resident is None
     for index, bag in zip((3, 0), reader([3, 0]), strict=True):
         assert bag.dtype == torch.float16
         assert torch.equal(bag, bags[index]["tokens"])
         assert bag.data_ptr() == bags[index]["tokens"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("at_once", "expected"),
+    [(10**9, [[0, 1, 2], [3, 4]]), (2 * 11 * 7 * 2, [[0, 1], [2, 3], [4]]), (1, [[0], [1], [2], [3], [4]])],
+)
+def test_a_chunk_has_few_bags_and_few_bytes(
+    write_cohort: Any, monkeypatch: pytest.MonkeyPatch, at_once: int, expected: list[list[int]]
+) -> None:
+    given = write_cohort("train", 5, dtype=torch.float16)
+    bags = EmbeddingBags(*given, ["Emphysema"])
+    bags.lengths[:] = torch.tensor([3, 11, 5, 4, 9])  # of 7 numbers in 16 bits
+    monkeypatch.setattr("common.embeddings.bag_batches.BAGS_PER_CHUNK", 3)
+    monkeypatch.setattr("common.embeddings.bag_batches.CHUNK_BYTES", at_once)
+    assert [list(places) for places in chunks(bags)] == expected
+    assert chunks(EmbeddingBags(*given, ["Emphysema"], volumes=[])) == []
 
 
 def test_a_gpu_keeps_what_leaves_a_fifth_of_its_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +96,7 @@ def test_resident_and_streamed_bags_are_the_same(
     monkeypatch.setattr("common.embeddings.bag_batches.RESIDENT_SHARE", share)
     bags = EmbeddingBags(*write_cohort("train", 5, dtype=torch.float16), ["Emphysema"])
     reader = BagReader(bags, torch.device("cuda"))
-    assert reader.resident == (share > 0)
+    assert (reader.resident is not None) == (share > 0)
     for index, bag in zip((3, 0), reader([3, 0]), strict=True):
         assert bag.is_cuda
         assert torch.equal(bag.cpu(), bags[index]["tokens"])

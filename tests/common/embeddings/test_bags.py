@@ -1,6 +1,7 @@
 """Bags of a cohort: embeddings and labels that belong together, and nothing else."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ def test_other_volumes_labels_or_tokens_have_another_checksum(write_cohort: Any)
     folder, labels_csv = write_cohort("train", 7)
     checksum = EmbeddingBags(folder, labels_csv, CLASSES).checksum()
     assert EmbeddingBags(folder, labels_csv, CLASSES).checksum() == checksum
-    changed = EmbeddingBags(folder, labels_csv, CLASSES)
-    changed.tokens[3, 2] += 1
-    others = [changed.checksum(), EmbeddingBags(folder, labels_csv, CLASSES[::-1]).checksum()]
-    others.append(EmbeddingBags(folder, labels_csv, CLASSES, volumes=changed.volumes[::-1]).checksum())
+    others = [EmbeddingBags(folder, labels_csv, CLASSES[::-1]).checksum()]
+    turned = EmbeddingBags(folder, labels_csv, CLASSES).volumes[::-1]
+    others.append(EmbeddingBags(folder, labels_csv, CLASSES, volumes=turned).checksum())
+    shutil.rmtree(folder)
+    others.append(EmbeddingBags(*write_cohort("train", 7, signal=1e-3), CLASSES).checksum())
     first, *_ = labels_csv.read_text().splitlines()[1:]
     flipped = first[:-1] + str(1 - int(first[-1]))
     labels_csv.write_text(labels_csv.read_text().replace(first, flipped))
@@ -58,10 +60,18 @@ def test_other_volumes_labels_or_tokens_have_another_checksum(write_cohort: Any)
     assert len(EmbeddingBags(folder, labels_csv, CLASSES, volumes=[]).checksum()) == 8
 
 
-def test_bags_share_one_packed_tensor(write_cohort: Any) -> None:
+def test_a_bag_is_where_it_lies_in_its_file(write_cohort: Any) -> None:
     bags = EmbeddingBags(*write_cohort("train", 5), CLASSES)
-    assert bags.tokens.shape == (int(bags.offsets[-1]), 7)
-    assert bags[3]["tokens"].data_ptr() == bags.tokens[bags.offsets[3]].data_ptr()
+    assert bags.lengths.tolist() == [len(bags[index]["tokens"]) for index in range(5)]
+    assert bags.row_bytes == bags[3]["tokens"][0].nbytes
+    assert bags[3]["tokens"].data_ptr() == bags[3]["tokens"].data_ptr()
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (file,) = [
+        place[-1]
+        for place in mapped
+        if int(place[0].split("-")[0], 16) <= bags[3]["tokens"].data_ptr() < int(place[0].split("-")[1], 16)
+    ]
+    assert file.endswith(".embeddings.safetensors")
 
 
 @pytest.mark.parametrize("suffix", ["", ".nii.gz"])
@@ -139,8 +149,9 @@ def test_a_damaged_embedding_is_refused(write_cohort: Any) -> None:
         data[-1] ^= 1  # of z_mm or of the tokens, whichever comes last
         data[-200] ^= 1
         part.write_bytes(data)
+    bags = EmbeddingBags(folder, labels_csv, CLASSES)
     with pytest.raises(ValueError, match="tokens must have the checksum they were written with"):
-        EmbeddingBags(folder, labels_csv, CLASSES)
+        [bags[index] for index in range(3)]
 
 
 @pytest.fixture
@@ -160,8 +171,9 @@ def test_a_plain_folder_of_arrays_gives_the_same_bags(dump: tuple[Path, Path]) -
     ours = EmbeddingBags(arrays.parent / "train", labels_csv, CLASSES)
     theirs = EmbeddingBags(arrays, labels_csv, CLASSES)
     assert theirs.volumes == ours.volumes
-    assert torch.equal(theirs.tokens, ours.tokens)
-    assert torch.equal(theirs.offsets, ours.offsets)
+    assert torch.equal(theirs.lengths, ours.lengths)
+    for index in range(5):
+        assert torch.equal(theirs[index]["tokens"], ours[index]["tokens"])
     assert torch.equal(theirs.labels, ours.labels)
     assert {theirs.identity[key] for key in IDENTITY_KEYS} == {"unknown"}
     assert theirs.identity["dim"] == 7
@@ -179,7 +191,7 @@ def test_arrays_beside_a_store_are_refused(dump: tuple[Path, Path]) -> None:
 
 def test_no_volume_at_all_is_an_empty_cohort(write_cohort: Any) -> None:
     bags = EmbeddingBags(*write_cohort("train", 3), CLASSES, volumes=[])
-    assert (len(bags), bags.tokens.shape, bags.labels.shape) == (0, (0, 7), (0, 3))
+    assert (len(bags), bags.lengths.shape, bags.labels.shape) == (0, (0,), (0, 3))
 
 
 def test_labels_are_float32_for_the_loss(write_cohort: Any) -> None:

@@ -80,10 +80,12 @@ def test_patches_of_some_slices_come_in_the_order_asked_for(tmp_path: Path) -> N
         store.read_patches("b", [-1])
 
 
-def test_many_volumes_are_read_into_one_tensor_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_a_view_is_a_field_where_it_lies(tmp_path: Path) -> None:
     store = EmbeddingStore(write(tmp_path))
-    assert torch.equal(store.read_tokens("dab"), torch.cat([tokens_of(volume) for volume in "dab"]))
-    assert store.read_tokens([]).shape == (0, 7)
+    for volume in "dab":
+        assert torch.equal(store.view(volume), tokens_of(volume))
+        assert torch.equal(store.view(volume, "z_mm"), store.read(volume).z_mm)
+    assert store.view("a").data_ptr() == store.view("a").data_ptr() != store.view("b").data_ptr()
 
 
 def test_a_store_can_be_sent_to_another_process(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_copies_do_not_change_the_store(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     store = EmbeddingStore(write(tmp_path, patches=False))
-    for read in (store.read, lambda volume: store.read_tokens([volume])):
+    for read in (store.read, store.view):
         with pytest.raises(KeyError, match="volume must be one of .*got 'z', which is not embedded"):
             read("z")
     with pytest.raises(ValueError, match="patches must have been stored, got only .*--patch_tokens True"):
@@ -134,7 +136,7 @@ def test_one_changed_bit_is_noticed_where_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokens must have the checksum .* another for volume 'a' in"):
         store.read("a")
     with pytest.raises(ValueError, match="tokens must have the checksum .* Delete the file and embed"):
-        store.read_tokens(["c", "a"])
+        store.view("a")
 
 
 def test_parts_of_two_origins_are_refused(tmp_path: Path) -> None:

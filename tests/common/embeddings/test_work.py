@@ -53,7 +53,6 @@ def test_ranks_share_what_is_left(tmp_path: Path) -> None:
             "common.embeddings.work.idist",
             get_rank=lambda rank=rank: rank,
             get_world_size=lambda: 3,
-            barrier=lambda: None,
         ):
             work = embedding_work(SOURCES, STRATEGIES[:1], folders)
         shares.append("".join(item.source.volume for item in work))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.data import Dataset
 
 from common.engines.dinov2_trainer import DINOv2Trainer
@@ -169,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         engine.network.mask_token.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"got nan at step 1; its slabs are listed in '.*Lower lr"):
         engine.run()
-    assert engine.state.iteration == 2  # no step was built on it
+    assert engine.state.iteration == 1
     assert (tmp_path / "not_finite_step_00000001_rank_0.json").is_file()
 
 
@@ -187,3 +188,30 @@ def test_settings_without_sense_are_refused():
         trainer(steps=1, amp_dtype="float16")
     with pytest.raises(ValueError, match="koleo_weight must not be negative, got -0.1"):
         trainer(steps=1, koleo_weight=-0.1)
+
+
+@pytest.mark.parametrize("balance", ["sinkhorn_knopp", "centring"])
+def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, monkeypatch, balance):
+    losses = {"loss_function": DINOLoss(K, balance), "ibot_loss": IBOTLoss(K, balance)}
+    engine = trainer(steps=1, measure_every=2, **losses)
+    fake_gpu.take(engine.network, optimizer=engine.optimizer)
+    fake_gpu.take(engine.teacher, engine.loss_function, engine.ibot_loss)
+    engine.state.device = fake_gpu.device
+    batch = Samples().collate([Samples()[position] for position in range(5)])[0]
+    places = {"position": batch.pop("position")}  # of the step's record, which stays on the CPU
+    reached = []
+
+    def backward(loss):
+        reached.append(loss.device.type)
+        for parameter in engine.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with fake_gpu.mode:
+        engine.state.iteration = 1
+        (means,) = engine._iteration(engine, fake_gpu.given(batch) | places)
+        engine.state.iteration = 2
+        with pytest.raises(DataDependentOutputException):  # the control
+            engine._iteration(engine, fake_gpu.given(batch) | places)
+    assert reached == ["cuda"] * 2
+    assert {value.device.type for value in means.values()} == {engine.state.cls.device.type} == {"cuda"}

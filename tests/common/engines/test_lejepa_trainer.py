@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional
 from torch.utils.data import Dataset
 
@@ -201,14 +202,14 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert float(clipped.state.output[0]["grad_norm"]) == pytest.approx(float(norms[0]), rel=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_loss_that_is_not_finite_stops_the_run_and_lists_its_batch(steps, tmp_path):
-    engine = trainer(steps=steps, output_dir=tmp_path)
+@pytest.mark.parametrize(("measure_every", "looked_at"), [(1, 1), (2, 2), (5, 3)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_lists_its_batch(measure_every, looked_at, tmp_path):
+    engine = trainer(steps=3, measure_every=measure_every, output_dir=tmp_path)
     with torch.no_grad():
         engine.network.projector[0].weight.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match=r"got nan at step 1; its slabs are listed in '.*Lower lr"):
         engine.run()
-    assert engine.state.iteration <= 2  # no step was built on it
+    assert engine.state.iteration == looked_at
     listed = json.loads((tmp_path / "not_finite_step_00000001_rank_0.json").read_text())
     assert listed["volume"] == [f"train_{position}" for position in range(5)]
     assert listed["position"] == [0, 1, 2, 3, 4]
@@ -261,3 +262,29 @@ def test_bfloat16_autocast_leaves_the_loss_in_float32():
     assert float(engine.state.output[0]["loss"]) == pytest.approx(
         float(exact.state.output[0]["loss"]), rel=0.02
     )
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, monkeypatch, auxiliary):
+    engine = trainer(steps=1, auxiliary=auxiliary, measure_every=2)
+    heads = [engine.network, *([engine.auxiliary_loss] if auxiliary else [])]
+    fake_gpu.take(*heads, optimizer=engine.optimizer)
+    engine.state.device = fake_gpu.device
+    batch = Samples().collate([Samples()[position] for position in range(5)])[0]
+    places = {"position": batch.pop("position")}  # of the step's record, which stays on the CPU
+    reached = []
+
+    def backward(loss):
+        reached.append(loss.device.type)
+        for parameter in engine.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with fake_gpu.mode:
+        engine.state.iteration = 1
+        (means,) = engine._iteration(engine, fake_gpu.given(batch) | places)
+        engine.state.iteration = 2
+        with pytest.raises(DataDependentOutputException):  # the control
+            engine._iteration(engine, fake_gpu.given(batch) | places)
+    assert reached == ["cuda"] * 2
+    assert {value.device.type for value in means.values()} == {engine.state.cls.device.type} == {"cuda"}

@@ -8,46 +8,52 @@ import torch
 from ignite.engine import Engine, Events
 
 from common.engines.pretraining_step import (
-    LastStep,
     autocast_as,
     check_amp_dtype,
     keep_to_the_step,
     means_over_ranks,
     on_device,
+    remember_step,
     stop_if_not_finite,
 )
 
 
-def engine_after(loss: float, folder) -> SimpleNamespace:
-    batch = {"volume": ["a", "b"], "position": torch.tensor([4, 5])}
-    return SimpleNamespace(output_dir=folder, last_step=LastStep(7, torch.tensor(loss), batch))
+def engine_after(losses: list[float], folder) -> SimpleNamespace:
+    """An engine whose last step was the seventh."""
+    state = SimpleNamespace(iteration=7 - len(losses))
+    engine = SimpleNamespace(output_dir=folder, unchecked=[], state=state)
+    for loss in losses:
+        engine.state.iteration += 1
+        position = torch.tensor([2, 3]) + engine.state.iteration
+        remember_step(engine, torch.tensor(loss), {"volume": ["a", "b"], "position": position, "masks": None})
+    return engine
 
 
-def test_a_finite_loss_lets_the_run_go_on_and_is_looked_at_once(tmp_path):
-    engine = engine_after(1.0, tmp_path)
+def test_finite_losses_let_the_run_go_on_and_are_looked_at_once(tmp_path):
+    engine = engine_after([1.0, 2.0], tmp_path)
     stop_if_not_finite(engine)
-    assert engine.last_step is None
+    assert engine.unchecked == []
     stop_if_not_finite(engine)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_another_one_ends_it_and_names_its_slabs(loss, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss must be finite, got (nan|inf) at step 7"):
-        stop_if_not_finite(engine_after(loss, tmp_path / "new"))
-    listed = json.loads((tmp_path / "new" / "not_finite_step_00000007_rank_0.json").read_text())
-    assert listed == {"step": 7, "loss": str(loss), "volume": ["a", "b"], "position": [4, 5]}
+def test_the_first_other_one_ends_it_and_names_its_slabs(loss, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"got (nan|inf) at step 6"):
+        stop_if_not_finite(engine_after([1.0, loss, float("nan")], tmp_path / "new"))
+    listed = json.loads((tmp_path / "new" / "not_finite_step_00000006_rank_0.json").read_text())
+    assert listed == {"step": 6, "loss": str(loss), "volume": ["a", "b"], "position": [8, 9]}
 
 
 def test_data_start_where_a_checkpoint_left_the_run_and_the_last_loss_counts(tmp_path):
     sampler = SimpleNamespace(start_step=0)
     engine = Engine(lambda engine, batch: None)
     engine.data_loader = SimpleNamespace(batch_sampler=sampler)
-    engine.output_dir, engine.last_step = tmp_path, None
+    engine.output_dir, engine.unchecked = tmp_path, []
     engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "iteration", 3))
     keep_to_the_step(engine)
     engine.add_event_handler(
         Events.ITERATION_COMPLETED(event_filter=lambda engine, step: step == 5),
-        lambda engine: setattr(engine, "last_step", engine_after(float("nan"), tmp_path).last_step),
+        lambda engine: engine.unchecked.extend(engine_after([float("nan")], tmp_path).unchecked),
     )
     with pytest.raises(FloatingPointError):
         engine.run(range(5), max_epochs=1, epoch_length=5)
@@ -62,11 +68,12 @@ def test_means_of_one_rank_are_the_values_without_gradient_in_float32():
     assert not means["loss"].requires_grad
 
 
-def test_only_tensors_of_a_batch_go_to_the_device():
-    batch = on_device({"pixels": torch.zeros(2), "volume": ["a"], "num_global": 2}, torch.device("meta"))
+def test_only_what_is_named_goes_to_the_device():
+    given = {"pixels": torch.zeros(2), "labels": torch.zeros(3), "volume": ["a"], "num_global": 2}
+    batch = on_device(given, ["pixels", "planes"], torch.device("meta"))
+    assert batch.keys() == given.keys()
     assert batch["pixels"].device.type == "meta"
-    assert batch["volume"] == ["a"]
-    assert batch["num_global"] == 2
+    assert all(batch[name] is given[name] for name in ("labels", "volume", "num_global"))
 
 
 def test_the_precision_is_one_of_two():

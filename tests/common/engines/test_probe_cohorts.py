@@ -2,10 +2,9 @@ import logging
 from typing import Any
 
 import pytest
-import torch
 
 from common.embeddings.bags import EmbeddingBags
-from common.engines.probe_cohorts import check_cohorts, check_finite
+from common.engines.probe_cohorts import check_cohorts
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
@@ -51,7 +50,7 @@ def test_patient_on_two_sides_is_refused(cohorts: dict[str, EmbeddingBags]) -> N
 
 
 def test_volume_without_a_slice_is_named(cohorts: dict[str, EmbeddingBags]) -> None:
-    cohorts["validation"].offsets[4] = cohorts["validation"].offsets[5]
+    cohorts["validation"].lengths[4] = 0
     volume = cohorts["validation"].volumes[4]
     message = f"must have at least one slice, got 0 for volume '{volume}' of validation. Embed it again"
     with pytest.raises(ValueError, match=message):
@@ -65,19 +64,3 @@ def test_class_without_positives_is_named(
     with caplog.at_level(logging.WARNING):
         check_cohorts(cohorts)
     assert "test (9 volumes) has no positive of ['Lung nodule']" in caplog.text
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_embedding_that_is_not_finite_is_named(value: float, dtype: torch.dtype) -> None:
-    bags = [torch.ones(length, 4, dtype=dtype) for length in (3, 1, 5)]
-    check_finite(bags, ["a", "b", "c"], "train")
-    bags[2][3, 1] = value
-    with pytest.raises(
-        ValueError, match=r"must be finite, got NaN or Inf for volume 'c' of train\. Embed it"
-    ):
-        check_finite(bags, ["a", "b", "c"], "train")
-
-
-def test_large_half_precision_numbers_are_finite() -> None:
-    check_finite([torch.full((7, 4), 60000.0, dtype=torch.float16)], ["a"], "train")

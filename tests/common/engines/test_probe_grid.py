@@ -1,5 +1,9 @@
 import logging
 import math
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from common.embeddings.bag_batches import ShuffledBatches, collate_bags
 from common.embeddings.bags import EmbeddingBags
+from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.engines.best_probe import BestProbe
 from common.engines.probe_grid import ProbeGridTrainer, prevalence_report
 from common.handlers.checkpoint import Checkpoint
@@ -96,7 +102,7 @@ def train_alone(
     for _ in range(2):
         torch.manual_seed(SEED)
         probes.append(
-            MILProbe(build_pooler(pooler, bags.tokens.shape[1]), bags.tokens.shape[1], len(CLASSES)).double()
+            MILProbe(build_pooler(pooler, bags.identity["dim"]), bags.identity["dim"], len(CLASSES)).double()
         )
     before, probe = probes
     optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.95)
@@ -320,11 +326,20 @@ def test_grid_refuses_cohorts_that_do_not_belong_together(
 
 
 @pytest.mark.parametrize("cohort", ["train", "validation", "test"])
-def test_embedding_with_nan_is_named_before_training(cohorts: dict[str, EmbeddingBags], cohort: str) -> None:
-    cohorts[cohort].tokens[int(cohorts[cohort].offsets[3]), 2] = math.nan
-    trainer = build(cohorts, max_steps=3)
-    volume = cohorts[cohort].volumes[3]
-    with pytest.raises(ValueError, match=f"must be finite, got NaN or Inf for volume '{volume}' of {cohort}"):
+def test_embedding_with_nan_is_named_before_training(
+    cohorts: dict[str, EmbeddingBags], tmp_path: Path, cohort: str
+) -> None:
+    arrays = {}
+    for name, bags in cohorts.items():
+        (tmp_path / name).mkdir()
+        for index, volume in enumerate(bags.volumes):
+            tokens = bags[index]["tokens"].numpy().copy()
+            if (name, index) == (cohort, 3):
+                tokens[1, 2] = np.nan
+            np.save(tmp_path / name / f"{volume}.npy", tokens)
+        arrays[name] = EmbeddingBags(tmp_path / name, tmp_path / f"{name}_labels.csv", CLASSES)
+    trainer = build(arrays, max_steps=3)
+    with pytest.raises(ValueError, match=f"NaN or Inf in 1 of .* for volume '{cohorts[cohort].volumes[3]}'"):
         trainer.run()
     assert trainer.state.iteration == 0
 
@@ -362,3 +377,83 @@ def test_further_seeds_are_tested_with_thresholds_of_their_own(cohorts: dict[str
     # the run's own seed again: trained apart from the grid, on the same batches
     assert same == pytest.approx(own, abs=1e-6)
     assert other["auprc"] != pytest.approx(own["auprc"], abs=1e-6)
+
+
+LARGE = {"train": 208, "validation": 24, "test": 24}
+TOKENS, WIDTH = 2**15, 256  # of a bag: 16 MiB in 16 bits, 4 GiB of all bags
+
+
+def write_large(folder: Path) -> None:
+    """Write bags of zeros but for some rows at random places, as sparse files."""
+    rng = np.random.default_rng(3)
+    identity = dict.fromkeys(IDENTITY_KEYS, "x") | {"token_kind": "grid"}
+    for split, num_volumes in LARGE.items():
+        labels = (rng.random((num_volumes, len(CLASSES))) < 0.4).astype(int)
+        names = [f"{split}_{index}_a_1" for index in range(num_volumes)]
+        with EmbeddingStoreWriter(folder / split, identity, "float16") as writer:
+            for name, row in zip(names, labels, strict=True):
+                tokens = torch.zeros(TOKENS, WIDTH, dtype=torch.float16)
+                rows = torch.from_numpy(rng.choice(TOKENS, 50, replace=False))
+                tokens[rows] = torch.from_numpy(rng.standard_normal((50, WIDTH))).half()
+                tokens[rows[:20], : len(CLASSES)] += 4 * torch.from_numpy(row).half()
+                writer.add(name, tokens, (1, 1, 1))
+        for part in (folder / split).iterdir():
+            subprocess.run(["fallocate", "--dig-holes", part], check=False)  # where the file system can
+        lines = [",".join([name, *map(str, row)]) for name, row in zip(names, labels, strict=True)]
+        (folder / f"{split}.csv").write_text("\n".join([",".join(["VolumeName", *CLASSES]), *lines]) + "\n")
+
+
+class InMemory(EmbeddingBags):
+    """The same bags in memory, of which zeros that nobody wrote take none."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        bag = super().__getitem__(index)
+        tokens = torch.from_numpy(np.zeros(bag["tokens"].shape, np.float16))
+        rows = bag["tokens"].any(1)
+        tokens[rows] = bag["tokens"][rows]
+        return bag | {"tokens": tokens}
+
+
+def train_large(folder: Path, kind: type[EmbeddingBags]) -> ProbeGridTrainer:
+    cohorts = {split: kind(folder / split, folder / f"{split}.csv", CLASSES) for split in LARGE}
+    poolers = ("max", "learned_attention")
+    trainer = build(cohorts, 3, val_interval=3, learning_rates=[0.1], poolers=poolers)
+    trainer.run()
+    return trainer
+
+
+def train_with_a_gigabyte(folder: Path) -> None:
+    """Train with room for the mapped files, which take memory only while it is free, and 1 GiB besides."""
+    torch.set_num_threads(1)
+    status = Path("/proc/self/status").read_text()
+    (in_use,) = (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
+    files = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use + files + 2**30,) * 2)
+    trainer = train_large(folder, EmbeddingBags)
+    with pytest.raises(MemoryError):  # the control
+        np.empty(2**30, np.uint8)
+    torch.save(trainer.network.state_dict(), folder / "network.pt")
+    np.save(folder / "scores.npy", trainer.state.predictions.probabilities)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory that is enforced")
+def test_bags_of_four_gigabytes_train_in_one_as_they_do_in_memory(tmp_path: Path) -> None:
+    write_large(tmp_path)
+    subprocess.run(
+        [sys.executable, __file__, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer = train_large(tmp_path, InMemory)
+    torch.set_num_threads(threads)
+    found = torch.load(tmp_path / "network.pt")
+    for name, tensor in trainer.network.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    np.testing.assert_array_equal(np.load(tmp_path / "scores.npy"), trainer.state.predictions.probabilities)
+
+
+if __name__ == "__main__":
+    train_with_a_gigabyte(Path(sys.argv[1]))

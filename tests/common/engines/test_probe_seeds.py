@@ -20,7 +20,7 @@ STEPS, TOTAL, BATCH = 11, 17, 4
 def train_alone(bags: EmbeddingBags, pooler: str, learning_rate: float, seed: int) -> MILProbe:
     """The plain way: one probe, padded batches, torch's own SGD and cosine, stopped before its end."""
     torch.manual_seed(seed)
-    probe = MILProbe(build_pooler(pooler, bags.tokens.shape[1]), bags.tokens.shape[1], len(CLASSES)).double()
+    probe = MILProbe(build_pooler(pooler, bags.identity["dim"]), bags.identity["dim"], len(CLASSES)).double()
     optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.95, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=TOTAL)
     per_epoch = -(-len(bags) // BATCH)
@@ -36,7 +36,7 @@ def train_alone(bags: EmbeddingBags, pooler: str, learning_rate: float, seed: in
 
 
 def train(bags: EmbeddingBags, index: int, seeds: list[int]) -> list[MILProbe]:
-    grid = ProbeGrid(list(PAPER_POOLERS), RATES, bags.tokens.shape[1], len(CLASSES), seed=1).double()
+    grid = ProbeGrid(list(PAPER_POOLERS), RATES, bags.identity["dim"], len(CLASSES), seed=1).double()
     optimizer = torch.optim.SGD(grid.parameter_groups(), momentum=0.95, weight_decay=0.01)
     reader = BagReader(bags, torch.device("cpu"))
     return train_seeds(

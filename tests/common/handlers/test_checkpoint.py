@@ -8,7 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from common.engines.pretraining_step import LastStep
+from common.engines.pretraining_step import remember_step
 from common.handlers.checkpoint import Checkpoint
 
 
@@ -189,10 +189,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_weights_are_saved(tmp
 
     def step(engine, _):
         loss = torch.tensor(float("nan") if engine.state.iteration == 2 else 1.0)
-        engine.last_step = LastStep(engine.state.iteration, loss, {"volume": ["train_1_a_1"]})
+        remember_step(engine, loss, {"volume": ["train_1_a_1"]})
 
     engine = Engine(step)
-    engine.output_dir = tmp_path
+    engine.output_dir, engine.unchecked = tmp_path, []
     Checkpoint(tmp_path, network, optimizer, {}, interval_steps=2, keep=1, knobs={}).attach(engine)
     with pytest.raises(FloatingPointError, match="loss must be finite, got nan at step 2; its slabs are"):
         engine.run(range(3))

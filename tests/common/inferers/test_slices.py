@@ -1,5 +1,8 @@
 """One encoder for a batch of images: CLS alone or with patches, compiled or not, all the same numbers."""
 
+import copy
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -72,3 +75,14 @@ def test_compiled_gives_the_same_without_a_break_in_the_graph(encoder: torch.nn.
         for _ in range(2):
             torch.testing.assert_close(inferer(images, encoder)[0], eager, atol=1e-5, rtol=1e-4)
     assert torch._dynamo.explain(encoder)(images).graph_break_count == 0
+
+
+@torch.no_grad()
+def test_a_gpu_is_asked_for_no_value(encoder: torch.nn.Module, fake_gpu: Any) -> None:
+    on_gpu = copy.deepcopy(encoder)
+    fake_gpu.take(on_gpu)
+    (images,) = fake_gpu.holds(torch.zeros(3, 1, 32, 40))
+    with fake_gpu.mode:
+        found = SlicesInferer("float32", compiled=False, patch_tokens=True)(images, on_gpu)
+    assert [tuple(tokens.shape) for tokens in found] == [(3, 24), (3, 4 * 5, 24)]
+    assert {tokens.device.type for tokens in found} == {"cuda"}

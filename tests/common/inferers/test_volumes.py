@@ -106,3 +106,15 @@ def test_what_cannot_be_encoded_is_refused():
         VolumeInferer("float32")(torch.zeros(1, 1, 5, 1, 1), nn.Flatten())
     with pytest.raises(ValueError, match=r"at least the window \(8, 4, 4\), got \(4, 9, 8\). Pad the volume"):
         WindowsInferer((8, 4, 4), 0.5, 1, "float32")(torch.zeros(1, 1, 4, 9, 8), Patches())
+
+
+@pytest.mark.parametrize(
+    "inferer",
+    [VolumeInferer("float32"), WindowsInferer((8, 12, 16), 0.5, 3, "float32")],
+    ids=["whole", "windows"],
+)
+def test_a_gpu_is_asked_for_no_value(fake_gpu, inferer):
+    (volume,) = fake_gpu.holds(torch.zeros(1, 1, 12, 20, 17))
+    with fake_gpu.mode:
+        bag = inferer(volume, Pooling())
+    assert {bag[name].device.type for name in ("tokens", "pooled")} == {"cuda"}

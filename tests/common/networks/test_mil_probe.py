@@ -295,3 +295,15 @@ def test_missing_probe_is_refused(tmp_path: Path) -> None:
 
 def test_probe_names_are_short() -> None:
     assert probe_name("average", 0.003) == "average/lr_0.003"
+
+
+def test_a_gpu_is_asked_for_no_value_when_the_grid_scores(fake_gpu: Any) -> None:
+    network = grid()
+    fake_gpu.take(network)
+    (fixed,) = fake_gpu.holds(torch.zeros(5, 3, DIM))
+    with fake_gpu.mode:
+        on_gpu = fake_gpu.holds(*bags())
+        logits = network(fixed, on_gpu)
+        padded, mask = pad_bags(on_gpu)
+    assert (logits.shape, logits.device.type) == ((20, 5, CLASSES), "cuda")
+    assert (padded.device.type, mask.device.type) == ("cuda", "cuda")

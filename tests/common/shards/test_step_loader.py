@@ -2,13 +2,17 @@
 
 import multiprocessing
 import os
+import shutil
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from common.shards import step_loader
 from common.shards.slab_dataset import SlabViews, StepBatches
 from common.shards.step_loader import StepLoader
 from common.transforms.multi_crop import RandSlabMultiCrop
@@ -63,3 +67,24 @@ def test_a_signal_to_the_trainers_group_leaves_its_workers_alone(slabs):
     next(batches)
     [worker] = multiprocessing.active_children()
     assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+
+
+def test_batches_that_outgrow_the_shared_memory_are_refused_before_the_workers_start(slabs, monkeypatch):
+    tensors = [
+        [tensor for tensor in batch.values() if isinstance(tensor, torch.Tensor)]
+        for batch in steps(slabs, 60)
+    ]
+    of_batch = np.mean([sum(tensor.nbytes for tensor in batch) for batch in tensors])
+    free = {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    options = {"num_workers": 2, "prefetch_factor": 4}
+    needed = of_batch * (2 * 4 + 1) * 8
+    monkeypatch.setattr("ignite.distributed.get_nproc_per_node", lambda: 8)
+    free[step_loader.SHARED_MEMORY] = 1.5 * needed
+    steps(slabs, 0, **options)
+    free[step_loader.SHARED_MEMORY] = 0.5 * needed
+    with pytest.raises(ValueError, match=r"num_workers must leave room in .*, got 2: .* 8 ranks take .* GB"):
+        steps(slabs, 0, **options)
+    steps(slabs, 1)  # without workers there is none
+    monkeypatch.setattr(step_loader, "SHARED_MEMORY", Path("/nowhere"))
+    steps(slabs, 0, **options)

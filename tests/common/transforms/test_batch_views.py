@@ -5,7 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from common.engines.pretraining_step import on_device
 from common.transforms.batch_views import (
+    LABEL_FIELDS,
+    VIEW_FIELDS,
     count_labels,
     cut_views,
     render_at_once,
@@ -194,3 +197,18 @@ def test_a_ct_keeps_its_range(slabs_of):
         hu = views * WINDOW.std_hu + WINDOW.mean_hu
         assert WINDOW.min_hu - 0.01 <= hu.min() < -990
         assert 30 < hu.max() <= WINDOW.max_hu + 0.01
+
+
+@pytest.mark.parametrize("rex_labels", [finding_presence, finding_fractions])
+def test_a_gpu_is_asked_for_no_value(batch_of, fake_gpu, rex_labels):
+    batch, _ = batch_of(RandSlabMultiCrop(16, 8, patch_size_px=8, num_local=3), with_masks=True)
+    with fake_gpu.mode:
+        given = fake_gpu.given(batch)
+        moved = on_device(given, VIEW_FIELDS + LABEL_FIELDS, fake_gpu.device)
+        views = render_views(moved, WINDOW)
+        labels = count_labels(moved, 8, rex_labels)
+    assert [tuple(view.shape) for view in views] == [(3, 2, 1, 16, 16), (3, 3, 1, 8, 8)]
+    results = [*views, *(of_term for of_group in labels.values() for of_term in of_group.values())]
+    assert {result.device.type for result in results} == {"cuda"}
+    fields = {name for name, value in moved.items() if value is not given[name]}
+    assert fields == {*VIEW_FIELDS, *LABEL_FIELDS}
