@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(
             continue
         assert process.returncode == 130, printed
         assert time.monotonic() - stopped < 10
-        assert printed.rstrip().endswith("Stopped. Run the same command again: it resumes.")
+        assert printed.rstrip().endswith("Stopped. Run the same command again to go on.")
         process = start(scans, out)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
