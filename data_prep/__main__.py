@@ -76,6 +76,7 @@ def main() -> None:
     """Run the command line; a mistake in its input or a stop ends in one line rather than in a traceback."""
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # counts the cores when blosc2 is imported
     signals: list[int] = []
 
     def stop(number: int) -> None:

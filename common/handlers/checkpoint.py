@@ -35,8 +35,8 @@ class Checkpoint:
     Loads the newest checkpoint of ``folder`` when the run starts, saves every ``interval_steps`` iterations,
     at the end, and when the process gets Ctrl-C or SIGTERM (as a cluster sends before it takes the machine
     back), after which the run ends; ``engine.state`` then has ``stopped_early`` and the ``exit_status``. A
-    second signal ends the run at once. The data and all random numbers are functions of the step (see ``common.engines``), so
-    that the iteration number is all there is to remember of them.
+    second signal ends the run at once. The data and all random numbers are functions of the step (see
+    ``common.engines``), so that the iteration number is all there is to remember of them.
 
     Files appear only when whole: written aside, synced, renamed. Rank 0 writes; every rank reads. A
     checkpoint holds the whole network under plain names, however it is spread over the ranks, so that a run

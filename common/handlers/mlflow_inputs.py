@@ -11,8 +11,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 def dataset_input(path: str | Path, context: str) -> DatasetInput:
     """Describe a folder or file that a run reads.
 
-    ``mlflow.data`` would import pandas and read the data; this looks at names and sizes only, which the digest
-    stands for.
+    ``mlflow.data`` would import pandas and read the data; this looks at names and sizes only, and the digest
+    is theirs.
 
     Args:
         path: folder of shards or embeddings, or a file.

@@ -40,8 +40,8 @@ class MLflowRun:
     MONAI's handler adopts whatever run is active and leaves it RUNNING when training fails, so that the next
     run's metrics land in it. Here a run belongs to an output folder: it is created when training starts at
     step 0, found again when training resumes, and ends FINISHED, FAILED (an exception) or KILLED (asked to
-    stop). Files are uploaded by a thread, each once, also where a run is resumed. Attach it after the handlers
-    whose files it uploads. Rank 0 alone records; others say that they failed, for then rank 0 waits for them
+    stop). A thread uploads files, each once, also where a run is resumed. Attach it after the handlers whose
+    files it uploads. Rank 0 alone records; others say that they failed, for then rank 0 waits for them
     until it is killed.
 
     Args:

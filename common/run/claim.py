@@ -14,7 +14,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".in_use"
+LOCK = ".lock"
 MAX_COMMAND_CHARS = 120
 
 _for_good = ExitStack()
@@ -68,6 +68,7 @@ def claimed(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             _held.remove(path)
+            file.truncate(0)
 
 
 def _me() -> dict[str, str | int]:
@@ -78,7 +79,9 @@ def _me() -> dict[str, str | int]:
 
 def _in_use(path: Path) -> BlockingIOError:
     who = _holder(path)
-    return BlockingIOError(f"Folder '{path.parent}' is in use by {who}. Wait for it, stop it, or write elsewhere.")
+    return BlockingIOError(
+        f"Folder '{path.parent}' is in use by {who}. Wait for it, stop it, or write elsewhere."
+    )
 
 
 def _holder(path: Path) -> str:

@@ -17,4 +17,6 @@ def must_exist(**paths: str | Path | None) -> None:
     """
     for option, path in paths.items():
         if path is not None and not Path(path).exists():
-            raise FileNotFoundError(f"Cannot find {option}: '{path}' does not exist. Pass another --{option}.")
+            raise FileNotFoundError(
+                f"Cannot find {option}: '{path}' does not exist. Pass another --{option}."
+            )

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from data_prep.commands.options import MaxRejected, Out, Scheduler, SlicesPerShard, Workers
-from data_prep.commands.prepare import prepare
-from data_prep.nifti import find_volumes
 
 
 def nifti(
-    folder: Annotated[Path, typer.Argument(help="NIfTI volumes in HU, with sub-folders.", metavar="IN")],
+    folder: Annotated[
+        Path, typer.Argument(help="NIfTI volumes in HU, with sub-folders.", metavar="IN", exists=True)
+    ],
     out: Out,
     split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
     masks: Annotated[
@@ -23,5 +23,8 @@ def nifti(
     scheduler: Scheduler = None,
 ) -> None:
     """Write a folder of NIfTI volumes into shards."""
+    from data_prep.commands.prepare import prepare
+    from data_prep.nifti import find_volumes
+
     sources, rejected = find_volumes(folder, split, masks)
     prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)

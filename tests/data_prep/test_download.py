@@ -52,7 +52,7 @@ class Run:
 def tree(folder: Path) -> dict[str, bytes]:
     """Files of a download without its own list of them."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    own = {".download/verified.csv", ".download/lock"}
+    own = {".download/verified.csv", ".download/.lock"}
     return {name: path.read_bytes() for name, path in files.items() if name not in own}
 
 
