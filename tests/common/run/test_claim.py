@@ -43,9 +43,7 @@ def test_a_folder_in_use_is_refused_with_the_process_named_until_that_is_killed(
     os.kill(holder.child, signal.SIGKILL)  # type: ignore[attr-defined]
 
 
-def test_ranks_of_one_run_share_the_folder_of_rank_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_of_one_run_share_the_folder_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = start(tmp_path, RANK="0")
     monkeypatch.setenv("RANK", "1")
     claim(tmp_path)
