@@ -1,7 +1,6 @@
 """What Ctrl-C and SIGTERM do to a process and to those forked from it."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,8 @@ def test_a_stop_passes_what_handles_exceptions():
 
 
 def test_a_second_signal_does_not_wait():
-    code = "\ntry:\n    os.kill(os.getpid(), 2); time.sleep(9)\nfinally:\n    os.kill(os.getpid(), 2); print('late')"
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    code = f"\ntry:\n    {kill}; time.sleep(9)\nfinally:\n    {kill}; print('late')"
     assert (run(code).returncode, run(code).stdout) == (130, "")
 
 
