@@ -43,7 +43,7 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:  # noqa: ANN401 (Click's)
         """Find the command to run and import it."""
         name, stub, rest = super().resolve_command(ctx, args)
-        return name, stub and _imported(stub.name.replace("-", "_")), rest
+        return name, stub and _imported(str(stub.name).replace("-", "_")), rest
 
 
 def _imported(name: str) -> Any:  # noqa: ANN401 (Click's)

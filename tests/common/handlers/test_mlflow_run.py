@@ -20,6 +20,7 @@ from common.handlers.mlflow_run import MLflowRun
 from common.run.stop import Stopped
 
 CONFIG = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
+LOST = RuntimeError("the loss went away")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def run(
     start=0,
     fail_at=None,
     stop_at=None,
-    error=RuntimeError("the loss went away"),
+    error=LOST,
 ):
     def step(engine, _):
         if engine.state.iteration == fail_at:
