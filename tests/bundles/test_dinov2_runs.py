@@ -75,7 +75,7 @@ def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weig
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's worker as well, as clusters do
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said[-3000:]
-    assert "Asked to stop" in said
+    assert "Stopped: saved step" in said
     assert not (out / "model.safetensors").exists()
     newest = max(out.glob("checkpoints/step_*.pt"))
     assert_same(resumed(runs, newest, tmp_path / "resumed"), unbroken, rtol=0, atol=0)
