@@ -1,7 +1,6 @@
 """Downloads files of a dataset on the hub: several at a time, verified, and so that a rerun goes on."""
 
 import csv
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from common.run.atomic_file import atomic_file
+from common.run.claim import claimed
 from data_prep.hub_access import explained, one_line
 from data_prep.hub_files import RemoteFile
 
@@ -293,13 +293,8 @@ def _pool(jobs: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
 def _state(out: Path) -> Iterator[tuple[Path, TextIO]]:
     """Lock a download; yields an empty folder for files under way and the open list of verified files."""
     folder = out / STATE
-    folder.mkdir(parents=True, exist_ok=True)
     staging = folder / "partial"
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BlockingIOError(f"out must serve one download at a time, got '{out}' in use.") from error
+    with claimed(folder):
         shutil.rmtree(staging, ignore_errors=True)
         try:
             with (folder / "verified.csv").open("a+", newline="", encoding="utf-8") as verified:

@@ -171,11 +171,11 @@ def output_errors(out: Path) -> Iterator[None]:
         out: the folder.
 
     Raises:
-        OutputError: in place of an ``OSError``; not of one that says that a file is not there.
+        OutputError: in place of an ``OSError``; not of one that says that a file is not there or in use.
     """
     try:
         yield
-    except (FileNotFoundError, OutputError):
+    except (FileNotFoundError, BlockingIOError, OutputError):
         raise
     except OSError as error:
         raise OutputError(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.ct.rejection import RejectedVolume, is_failure
+from common.run.claim import claimed
 from common.shards.index import ShardIndex, load_index
 from common.shards.shards import SHARD_NAME, parse_shard_name
 from data_prep.cohort_tables import write_manifest, write_rejected
@@ -111,7 +111,9 @@ def write_shards(
     if slices_per_shard < 1:
         raise ValueError(f"slices_per_shard must be positive, got {slices_per_shard}.")
     parse_shard_name(f"{split}-000000.tar")
-    with _alone_in(out):
+    with ExitStack() as until_done:
+        with output_errors(out):
+            until_done.enter_context(claimed(out))
         shards, unplanned = plan_shards(sources, out, split, client, slices_per_shard, progress)
         _refuse_strangers(out, split, shards, {source.volume for source in sources})
         missing = [shard for shard in shards if not _is_finished(shard)]
@@ -213,19 +215,3 @@ def _holds_others(shard: Path, volumes: set[str]) -> bool:
     except (FileNotFoundError, ValueError):  # not whole: it is written again
         return False
     return bool(found) and not found & volumes
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends."""
-    with output_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"out must be written by one run at a time, got another in '{out}'."
-            ) from error
-        yield

@@ -223,6 +223,7 @@ def _train(
         "name": name,
         "dataset_dir": out / "shards",
         "output_dir": out / "encoders" / name,
+        "run_name": name,
         "amp_dtype": amp_dtype,
     }
     return bundle(f"bundles/{root}", configs, **own, encoder_weights=weights_of(name, out), **knobs)

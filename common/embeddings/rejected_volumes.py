@@ -18,7 +18,7 @@ REJECTED = "rejected.csv"
 
 def report_rejected(
     output_dir: str | Path, rejected: Sequence[RejectedVolume], num_volumes: int, max_rejected: float
-) -> None:
+) -> int:
     """Write ``rejected.csv`` of all ranks' volumes, or remove that of an earlier run, and judge their share.
 
     All ranks must call it; rank 0 writes.
@@ -29,6 +29,9 @@ def report_rejected(
         num_volumes: of the whole run.
         max_rejected: share of volumes that may fail.
 
+    Returns:
+        Number of volumes that failed.
+
     Raises:
         ValueError: if more failed.
     """
@@ -37,15 +40,29 @@ def report_rejected(
     if idist.get_rank() == 0:
         _write(path, everyones)
     failed = [volume for volume in everyones if is_failure(volume)]
-    if failed:
-        logger.warning("%d volumes were not embedded, see '%s'.", len(failed), path)
-    share = len({volume.volume for volume in failed}) / max(num_volumes, 1)
+    num_failed = len({volume.volume for volume in failed})
+    share = num_failed / max(num_volumes, 1)
     if share > max_rejected:
         raise ValueError(
             f"rejected volumes must be at most {max_rejected:.2%}, got {share:.2%} "
             f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
-            f"They are listed in '{path}': mend them, or raise --max_rejected."
+            f"They are listed in '{path}': fix them, or raise --max_rejected."
         )
+    return num_failed
+
+
+def log_embedded(output_dir: str | Path, num_volumes: int, num_failed: int) -> None:
+    """Say on rank 0, as the last line of a run, what lies where and what does not.
+
+    Args:
+        output_dir: folder of the embeddings.
+        num_volumes: of the whole run.
+        num_failed: of these that have no embedding.
+    """
+    if idist.get_rank() == 0:
+        left_out = f"; {num_failed} rejected, listed in '{Path(output_dir) / REJECTED}'" if num_failed else ""
+        embedded = num_volumes - num_failed
+        logger.info("Done: embeddings of %d volumes in '%s'%s.", embedded, output_dir, left_out)
 
 
 def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:

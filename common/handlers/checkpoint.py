@@ -1,9 +1,8 @@
 """Checkpoints that let a killed run go on with the same command and end in the same weights."""
 
 import logging
-import signal
+import os
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import ignite.distributed as idist
@@ -21,20 +20,23 @@ from torch.optim import Optimizer
 
 from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
 from common.run.atomic_file import atomic_file
+from common.run.stop import on_stop, raise_stopped
 
 logger = logging.getLogger(__name__)
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 AGREE_EVERY = 10  # iterations between two looks, over all ranks, at whether one was asked to stop
+STOPPING = b"\nStopping when this step is saved. Ctrl-C again stops at once.\n"
 
 
 class Checkpoint:
     """Save and restore everything a run's future depends on.
 
     Loads the newest checkpoint of ``folder`` when the run starts, saves every ``interval_steps`` iterations,
-    at the end, and when the process gets SIGTERM (as a cluster sends before it takes the machine back), after
-    which the run ends. The data and all random numbers are functions of the step (see ``common.engines``), so
-    that the iteration number is all there is to remember of them.
+    at the end, and when the process gets Ctrl-C or SIGTERM (as a cluster sends before it takes the machine
+    back), after which the run ends; ``engine.state`` then has ``stopped_early`` and the ``exit_status``. A
+    second signal ends the run at once. The data and all random numbers are functions of the step (see
+    ``common.engines``), so that the iteration number is all there is to remember of them.
 
     Files appear only when whole: written aside, synced, renamed. Rank 0 writes; every rank reads. A
     checkpoint holds the whole network under plain names, however it is spread over the ranks, so that a run
@@ -81,7 +83,7 @@ class Checkpoint:
         self.knobs = knobs
         self.keep_every = keep_every
         self.only_finite = only_finite
-        self.asked_to_stop = False
+        self.asked_to_stop = 0  # number of the signal
         self.saved_step = -1  # known to every rank, when the file of rank 0 may not be there yet
 
     def attach(self, engine: Engine) -> None:
@@ -91,6 +93,7 @@ class Checkpoint:
         engine.add_event_handler(Events.STARTED, self._come_last)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_asked)
         engine.add_event_handler(Events.COMPLETED, self._save)
+        engine.add_event_handler(Events.COMPLETED, lambda: on_stop(raise_stopped))
 
     def newest(self) -> Path | None:
         """Return the checkpoint of the highest step, or None."""
@@ -167,13 +170,13 @@ class Checkpoint:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval_steps), self._save)
 
     def _listen(self, engine: Engine) -> None:
-        try:
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
-        except ValueError:  # Python allows this in the main thread only
-            logger.warning("SIGTERM does not save a checkpoint: the run is not in the main thread.")
+        on_stop(self._ask_to_stop)
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop = True
+    def _ask_to_stop(self, number: int) -> None:
+        self.asked_to_stop = number
+        on_stop(raise_stopped)
+        if idist.get_rank() == 0:
+            os.write(2, STOPPING)  # logging may be what was interrupted
 
     def _stop_if_asked(self, engine: Engine) -> None:
         asked = self.asked_to_stop
@@ -181,8 +184,8 @@ class Checkpoint:
             # ranks may get the signal at different steps, and one that stops alone leaves the others waiting
             if engine.state.iteration % AGREE_EVERY:
                 return
-            asked = bool(idist.all_reduce(int(asked), op="MAX"))
+            asked = int(idist.all_reduce(asked, op="MAX"))
         if asked:
-            logger.warning("Asked to stop: saving step %d and ending.", engine.state.iteration)
             engine.state.stopped_early = True  # type: ignore[attr-defined]
+            engine.state.exit_status = 128 + asked  # type: ignore[attr-defined]
             engine.terminate()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.rejected_volumes import report_rejected
+from common.embeddings.rejected_volumes import log_embedded, report_rejected
 from common.embeddings.slice_batches import SliceBatches
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_outputs import VolumeOutput, VolumeOutputs
@@ -123,7 +123,7 @@ class EmbeddingWriter:
             self.num_slices += task.num_slices
         self.bar.update()
         speed = self.num_slices / (time.monotonic() - self.started)
-        self.bar.set_postfix({"slices/s": f"{speed:.0f}"}, refresh=False)
+        self.bar.set_postfix({"slices/s": f"{speed:.3g}"}, refresh=False)
 
     def _close(self) -> None:
         self.pool.shutdown()
@@ -142,8 +142,9 @@ class EmbeddingWriter:
         self._close()
         seconds = time.monotonic() - self.started
         logger.info(
-            "Embedded %d volumes, %d slices, in %.1f s: %.1f slices/s.",
+            "Embedded %d volumes, %d slices, in %.1f s: %.3g slices/s.",
             *(self.num_embedded, self.num_slices, seconds, self.num_slices / seconds),
         )
         rejected = [*self.rejected, *self.batches.rejected]
-        report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        failed = report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        log_embedded(self.output_dir, self.num_volumes, failed)

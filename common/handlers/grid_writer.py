@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.rejected_volumes import report_rejected
+from common.embeddings.rejected_volumes import log_embedded, report_rejected
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_batches import VolumeBatches
 
@@ -99,4 +99,5 @@ class GridWriter:
     def _finish(self, engine: Engine) -> None:
         self._close()
         rejected = [*self.rejected, *self.batches.rejected]
-        report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        failed = report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        log_embedded(self.output_dir, self.num_volumes, failed)

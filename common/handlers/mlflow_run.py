@@ -1,11 +1,13 @@
 """One MLflow run per training run: never merged into another, never left RUNNING by a crash."""
 
-import glob
+import getpass
 import json
 import logging
 import math
 import os
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see 
 from mlflow.exceptions import MlflowException  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 
+from common.handlers.mlflow_inputs import dataset_input  # noqa: E402 (see above)
+from common.handlers.mlflow_uploads import Uploads  # noqa: E402 (see above)
 from common.reports.mlflow_rows import experiment_id  # noqa: E402 (see above)
+from common.reports.results_csv import code_version  # noqa: E402 (see above)
 from common.run.atomic_file import atomic_file  # noqa: E402 (see above)
-from common.run.executed_config import plain_knobs  # noqa: E402 (see above)
+from common.run.executed_config import config_files, plain_knobs  # noqa: E402 (see above)
 
 logger = logging.getLogger(__name__)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # names each table of a new store
 
 MEMORY = "mlflow_run.json"  # of the output folder: which run it is
 MAX_PARAM_CHARS = 6000  # MLflow's own limit on a parameter's value
@@ -35,8 +41,9 @@ class MLflowRun:
     MONAI's handler adopts whatever run is active and leaves it RUNNING when training fails, so that the next
     run's metrics land in it. Here a run belongs to an output folder: it is created when training starts at
     step 0, found again when training resumes, and ends FINISHED, FAILED (an exception) or KILLED (asked to
-    stop). Attach it after the handlers whose files it uploads. Rank 0 alone records; others say that they
-    failed, for then rank 0 waits for them until it is killed.
+    stop). A thread uploads files, each once, also where a run is resumed. Attach it after the handlers whose
+    files it uploads. Rank 0 alone records; others say that they failed, for then rank 0 waits for them
+    until it is killed.
 
     Args:
         tracking_uri: MLflow store or server, such as ``sqlite:///mlflow.db`` or ``http://127.0.0.1:5000``.
@@ -48,6 +55,7 @@ class MLflowRun:
         optimizer: its first learning rate is recorded as ``lr``.
         artifacts: patterns, relative to ``output_dir``, of files to upload: at the start, after a step and at
             the end.
+        datasets: what each data set is to the run, such as "training", to its folder or file.
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class MLflowRun:
         log_every: int,
         optimizer: torch.optim.Optimizer | None = None,
         artifacts: list[str] | None = None,
+        datasets: Mapping[str, str | Path] | None = None,
     ) -> None:
         self.tracking_uri = tracking_uri
         self.experiment = experiment
@@ -69,7 +78,7 @@ class MLflowRun:
         self.log_every = log_every
         self.optimizer = optimizer
         self.artifacts = artifacts or []
-        self.uploaded: dict[str, int] = {}
+        self.datasets = datasets or {}
         self.run_id = ""
 
     def attach(self, engine: Engine) -> None:
@@ -88,6 +97,7 @@ class MLflowRun:
         self.last_step = engine.state.iteration
         if self.last_step == 0 or not self._go_on():
             self._create()
+        self.uploads = Uploads(self.client, self.run_id, self.output_dir, self.artifacts)
         self._upload(engine)
         logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
 
@@ -102,6 +112,8 @@ class MLflowRun:
             return False
         try:
             self.client.update_run(known["run_id"], status=RunStatus.to_string(RunStatus.RUNNING))
+            if "error" in self.client.get_run(known["run_id"]).data.tags:  # of the attempt before
+                self.client.delete_tag(known["run_id"], "error")
         except MlflowException as error:  # a relative store of another working directory, or one deleted
             logger.warning("The run goes on as a new one of MLflow, which lacks the old: %s", error)
             return False
@@ -123,8 +135,17 @@ class MLflowRun:
         ]
         for first in range(0, len(params), MAX_PARAMS_PER_CALL):
             self.client.log_batch(self.run_id, params=params[first : first + MAX_PARAMS_PER_CALL])
-        tags = {"output_dir": str(self.output_dir.resolve()), "world_size": str(idist.get_world_size())}
+        tags = {
+            "output_dir": str(self.output_dir.resolve()),
+            "world_size": str(idist.get_world_size()),
+            "mlflow.source.name": (config_files(sys.argv) or [Path(sys.argv[0]).name])[0],
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": code_version(),
+            "mlflow.user": _user(),
+        }
         self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        inputs = [dataset_input(path, context) for context, path in self.datasets.items()]
+        self.client.log_inputs(self.run_id, inputs)
         self.client.log_dict(self.run_id, self.config, "executed_config.json")
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.output_dir / MEMORY, "w") as file:
@@ -152,28 +173,31 @@ class MLflowRun:
         self.client.log_batch(self.run_id, metrics=metrics)
 
     def _upload(self, engine: Engine) -> None:
-        for pattern in self.artifacts:
-            for name in sorted(glob.glob(pattern, root_dir=self.output_dir)):
-                path = self.output_dir / name
-                changed = path.stat().st_mtime_ns
-                if self.uploaded.get(name) != changed:
-                    self.client.log_artifact(
-                        self.run_id, str(path), artifact_path=os.path.dirname(name) or None
-                    )
-                    self.uploaded[name] = changed
+        self.uploads.start()
 
     def _finish(self, engine: Engine) -> None:
         if engine.state.output:  # with what handlers measured at the end
             self._log(engine)
-        self._upload(engine)
-        status = RunStatus.KILLED if getattr(engine.state, "stopped_early", False) else RunStatus.FINISHED
+        stopped = getattr(engine.state, "stopped_early", False)
+        if not stopped:  # whoever stops a run does not wait, and a resumed one uploads what is left
+            self.uploads.start()
+            self.uploads.wait()
+        status = RunStatus.KILLED if stopped else RunStatus.FINISHED
         self.client.set_terminated(self.run_id, RunStatus.to_string(status))
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
         if self.run_id:
             client = MlflowClient(self.tracking_uri)
-            client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:500])
             stopped = isinstance(error, KeyboardInterrupt)
+            if not stopped:
+                client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:500])
             status = RunStatus.KILLED if stopped else RunStatus.FAILED
             client.set_terminated(self.run_id, RunStatus.to_string(status))
         raise error  # Ignite holds an exception for handled as soon as there is a handler
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's number without a name
+        return str(os.getuid())

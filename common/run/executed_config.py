@@ -1,5 +1,7 @@
 """The config that a ``python -m monai.bundle run`` command executes, read again and checked."""
 
+from __future__ import annotations
+
 import ast
 import difflib
 import json
@@ -7,9 +9,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from monai.bundle import ConfigParser
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
 
 MONAI_ARGUMENTS = (
     *("config_file", "meta_file", "logging_file", "args_file", "tracking", "workflow_type"),
@@ -40,13 +43,10 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
             define or gives it another kind of value, or an override is a bare None, which MONAI ignores.
     """
     own = json.loads((Path(bundle_root) / "configs" / name).read_text())
-    overrides = _overrides(sys.argv if argv is None else argv)
-    if "args_file" in overrides:
-        overrides = _read_object("args_file", str(overrides["args_file"])) | overrides
-    files = overrides.pop("config_file", None)
-    if files is None:
+    argv = sys.argv if argv is None else argv
+    overrides, files = _overrides(argv), config_files(argv)
+    if not files:
         return own
-    files = [files] if isinstance(files, str) else list(files)
     overrides = {key: value for key, value in overrides.items() if key not in MONAI_ARGUMENTS}
     for key, value in overrides.items():
         if value is None or value == "null":
@@ -69,10 +69,29 @@ def merged_config(own: dict[str, Any], files: Sequence[str], overrides: dict[str
     for further in files[1:]:
         _refuse_unknown(_read_object("config_file", further), own, f"'{further}'")
     _refuse_unknown(overrides, own, "the command line")
+    from monai.bundle import ConfigParser  # here: all above is told without its 10 s of imports
+
     parser = ConfigParser()
     parser.read_config(files)
     parser.update(pairs=overrides)
     return parser
+
+
+def config_files(argv: Sequence[str]) -> list[str]:
+    """Return the config files that a MONAI command names, none for another command.
+
+    Args:
+        argv: command line.
+
+    Raises:
+        FileNotFoundError: if ``args_file`` is not there.
+
+    Example:
+        >>> config_files(["monai.bundle", "run", "--config_file", "configs/train.json"])
+        ['configs/train.json']
+    """
+    files = _overrides(argv).get("config_file", [])
+    return [files] if isinstance(files, str) else list(files)
 
 
 def _read_object(name: str, path: str) -> dict[str, Any]:
@@ -102,6 +121,8 @@ def _overrides(argv: Sequence[str]) -> dict[str, Any]:
             pairs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pairs[name] = value
+    if "args_file" in pairs:
+        pairs = _read_object("args_file", str(pairs["args_file"])) | pairs
     return pairs
 
 

@@ -1,25 +1,35 @@
-"""Errors of users end in one line that says what to mend, not in MONAI's stack of resolved references."""
+"""A command says what its user needs to know: an error or a stop in one line, and no noise of libraries."""
 
 import os
 import sys
 import traceback
+import warnings
 from types import TracebackType
 
-USER_ERRORS = (ValueError, KeyError, FileNotFoundError, FloatingPointError)
+from common.run.stop import Stopped, on_stop, raise_stopped
+
+USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
+MONAIS_WRAPPERS = ("Failed to instantiate component", "Failed to evaluate ")
+NOISE = (
+    (FutureWarning, "`torch.jit.interface` is deprecated"),  # raised by the import of torchvision
+)
+"""Warnings about lines of libraries that no user can change: category and how the message starts."""
 
 
 def short_errors() -> None:
-    """Show of an uncaught error and its causes only the first that a user can mend, if there is one.
+    """Show of an uncaught error only what a user can fix, and end at Ctrl-C or SIGTERM with one line.
 
     MONAI wraps an error of a component in one of its own for each reference on the way, the last line of
     which tells how to debug MONAI. With ``DALE_CT_TRACEBACK=1`` in the environment everything is shown.
     """
-    if not os.environ.get("DALE_CT_TRACEBACK"):
-        sys.excepthook = _show
+    on_stop(raise_stopped)
+    sys.excepthook = _show
+    for category, start in NOISE:
+        warnings.filterwarnings("ignore", message=start, category=category)
 
 
 def first_cause(error: BaseException) -> BaseException | None:
-    """Return the first of an error and its causes that a user can mend; None if there is none.
+    """Return the first of an error and its causes that a user can fix; None if there is none.
 
     What MONAI wraps around it is a RuntimeError; what ours was raised from is a library's words for it.
 
@@ -46,9 +56,19 @@ def first_cause(error: BaseException) -> BaseException | None:
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    everything = bool(os.environ.get("DALE_CT_TRACEBACK"))
+    if everything:
+        traceback.print_exception(error)
+    if isinstance(error, Stopped):
+        sys.stderr.write(f"\n{error} Run the same command again to go on.\n")
+        sys.exit(error.exit_status)
+    if everything:
+        return
     cause = first_cause(error)
     if cause is None:
-        traceback.print_exception(kind, error, trace)
+        while isinstance(error, RuntimeError) and str(error).startswith(MONAIS_WRAPPERS) and error.__cause__:
+            error = error.__cause__
+        traceback.print_exception(error)
         return
     message = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
     sys.stderr.write(f"{type(cause).__name__}: {message} (DALE_CT_TRACEBACK=1 shows where.)\n")

@@ -6,13 +6,12 @@ from typing import Annotated, Literal
 import typer
 
 from data_prep.commands.options import MaxRejected, Out, Scheduler, SlicesPerShard, Workers
-from data_prep.commands.prepare import prepare
-from data_prep.ct_rate import find_ct_rate
-from data_prep.rexgroundingct import read_annotations
 
 
 def ct_rate(
-    root: Annotated[Path, typer.Option(help="CT-RATE as downloaded: the folder that holds dataset/.")],
+    root: Annotated[
+        Path, typer.Option(help="CT-RATE as downloaded: the folder that holds dataset/.", exists=True)
+    ],
     split: Annotated[Literal["train", "valid"], typer.Option(help="Split to convert.")],
     out: Out,
     form: Annotated[
@@ -36,6 +35,10 @@ def ct_rate(
         raise ValueError(
             "--rexgroundingct and --rexgroundingct-masks must be given together, got one of them."
         )
+    from data_prep.commands.prepare import prepare
+    from data_prep.ct_rate import find_ct_rate
+    from data_prep.rexgroundingct import read_annotations
+
     annotations = (
         read_annotations(rexgroundingct, rexgroundingct_masks)
         if rexgroundingct is not None and rexgroundingct_masks is not None

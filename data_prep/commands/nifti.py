@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from data_prep.commands.options import MaxRejected, Out, Scheduler, SlicesPerShard, Workers
-from data_prep.commands.prepare import prepare
-from data_prep.nifti import find_volumes
 
 
 def nifti(
     folder: Annotated[
-        Path, typer.Argument(help="Volumes in HU (NIfTI, MetaImage, NRRD), with sub-folders.", metavar="IN")
+        Path,
+        typer.Argument(
+            help="Volumes in HU (NIfTI, MetaImage, NRRD), with sub-folders.", metavar="IN", exists=True
+        ),
     ],
     out: Out,
     split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
@@ -25,5 +26,8 @@ def nifti(
     scheduler: Scheduler = None,
 ) -> None:
     """Write a folder of volumes, one file each, into shards."""
+    from data_prep.commands.prepare import prepare
+    from data_prep.nifti import find_volumes
+
     sources, rejected = find_volumes(folder, split, masks)
     prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 Out = Annotated[Path, typer.Option(help="Folder for shards, manifest.csv and rejected.csv.")]
-Shards = Annotated[Path, typer.Argument(help="Folder of shards that data_prep wrote.", metavar="SHARDS")]
+Shards = Annotated[
+    Path, typer.Argument(help="Folder of shards that data_prep wrote.", metavar="SHARDS", exists=True)
+]
 SlicesPerShard = Annotated[
     int, typer.Option(help="A shard takes volumes until the next would exceed this.", min=1)
 ]

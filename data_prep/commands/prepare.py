@@ -39,15 +39,11 @@ def prepare(
         scheduler: see ``dask_client``.
 
     Raises:
-        typer.Exit: with status 1 if too many volumes were rejected, 130 if the user stops the run.
+        typer.Exit: with status 1 if too many volumes were rejected.
     """
-    try:
-        with dask_client(scheduler, workers) as client, progress_bars() as progress:
-            here = [source.absolute() for source in sources]  # workers may stand in another folder
-            summary = write_shards(here, rejected, out.absolute(), split, client, slices_per_shard, progress)
-    except KeyboardInterrupt:
-        console.print("Stopped. Run the same command again: it resumes.")
-        raise typer.Exit(130) from None
+    with dask_client(scheduler, workers) as client, progress_bars() as progress:
+        here = [source.absolute() for source in sources]  # workers may stand in another folder
+        summary = write_shards(here, rejected, out.absolute(), split, client, slices_per_shard, progress)
     _finish(summary, out, max_rejected)
 
 
@@ -59,9 +55,9 @@ def _finish(summary: Summary, out: Path, max_rejected: float) -> None:
     for name, value in _rows(summary):
         table.add_row(name, value)
     Console().print(table)
-    if summary.rejected:
-        listed = escape(str(out / REJECTED))
-        console.print(f"Volumes that were left out are listed in {listed}.", soft_wrap=True)
+    left_out = f"; {len(summary.rejected):,} left out, listed in {REJECTED}" if summary.rejected else ""
+    what = f"{summary.num_volumes:,} volumes in {summary.num_shards:,} shards"
+    console.print(f"Done: {what} in {escape(str(out))}{left_out}.", soft_wrap=True)
     if summary.rejected_share > max_rejected:
         console.print(
             f"rejected volumes must be at most {max_rejected:.2%}, got {summary.rejected_share:.2%} "

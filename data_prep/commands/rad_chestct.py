@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 import typer
 
 from data_prep.commands.options import MaxRejected, Out, Scheduler, SlicesPerShard, Workers
-from data_prep.commands.prepare import prepare
-from data_prep.rad_chestct_folder import find_rad_chestct
 
 
 def rad_chestct(
-    root: Annotated[Path, typer.Option(help="RAD-ChestCT as downloaded: npz volumes and CSV tables.")],
+    root: Annotated[
+        Path, typer.Option(help="RAD-ChestCT as downloaded: npz volumes and CSV tables.", exists=True)
+    ],
     split: Annotated[
         Literal["train", "valid", "test"], typer.Option(help="Split to convert: trn*, val* or tst*.npz.")
     ],
@@ -25,5 +25,8 @@ def rad_chestct(
     scheduler: Scheduler = None,
 ) -> None:
     """Write RAD-ChestCT into shards, with the 16 classes that it shares with CT-RATE."""
+    from data_prep.commands.prepare import prepare
+    from data_prep.rad_chestct_folder import find_rad_chestct
+
     sources, rejected = find_rad_chestct(root, split, totalsegmentator)
     prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)

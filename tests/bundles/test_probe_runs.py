@@ -101,7 +101,7 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "eval_ct_rate"]
     (record,) = client.search_runs([experiment.experiment_id])
-    assert record.info.run_name == "dale_ct_2s"
+    assert record.info.run_name == "eval_ct_rate/out"
     assert record.info.status == "FINISHED"
     assert record.data.metrics["test_macro_auroc"] == pytest.approx(macro["auroc"])
     of_probes = [name for name in record.data.metrics if name.startswith("val_macro_auprc/")]

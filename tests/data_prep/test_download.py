@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common.run.claim import claimed
 from data_prep.download import (
     FailedFile,
     Plan,
@@ -52,7 +52,7 @@ class Run:
 def tree(folder: Path) -> dict[str, bytes]:
     """Files of a download without its own list of them."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    own = {".download/verified.csv", ".download/lock"}
+    own = {".download/verified.csv", ".download/.lock"}
     return {name: path.read_bytes() for name, path in files.items() if name not in own}
 
 
@@ -208,11 +208,8 @@ def test_a_download_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_two_downloads_to_one_folder_are_refused(start_hub: Any, tmp_path: Path) -> None:
     hub = start_hub(REPO)
     fill(hub, SMALL)
-    (tmp_path / ".download").mkdir()
-    with (tmp_path / ".download" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match="out must serve one download at a time, got '.*' in use"):
-            Run(hub, tmp_path)
+    with claimed(tmp_path / ".download"), pytest.raises(BlockingIOError, match="in use by process"):
+        Run(hub, tmp_path)
     assert Run(hub, tmp_path).failed == []
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.handlers.rejected_volumes import report_rejected
 from torch import distributed as dist
 
 from common.ct.rejection import RejectedVolume
+from common.embeddings.rejected_volumes import report_rejected
 from common.run import distributed
 
 pytestmark = pytest.mark.two_ranks

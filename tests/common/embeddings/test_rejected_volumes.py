@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from common.ct.rejection import EXCLUDED, RejectedError
-from common.embeddings.rejected_volumes import report_rejected
+from common.embeddings.rejected_volumes import log_embedded, report_rejected
 
 CUT = RejectedError("unreadable", "cut\noff").of("b")
 TWICE = RejectedError("duplicate", "two files").of("a")
@@ -14,13 +14,17 @@ LEFT_OUT = RejectedError(EXCLUDED, "no chest").of("c")
 
 
 def test_the_list_is_sorted_and_complete_and_goes_with_the_last_of_them(tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    report_rejected(tmp_path / "out", [CUT, TWICE, LEFT_OUT, CUT], num_volumes=10, max_rejected=0.2)
+    caplog.set_level(logging.INFO)
+    failed = report_rejected(tmp_path / "out", [CUT, TWICE, LEFT_OUT, CUT], num_volumes=10, max_rejected=0.2)
     with (tmp_path / "out" / "rejected.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["volume", "reason", "detail"]
     assert rows[1:] == [["a", "duplicate", "two files"], ["b", "unreadable", "cut off"], list(LEFT_OUT)]
-    assert "2 volumes were not embedded" in caplog.text
+    assert failed == 2
+    log_embedded(tmp_path / "out", 10, failed)
+    (line,) = caplog.messages
+    assert "8 volumes" in line
+    assert f"2 rejected, listed in '{tmp_path / 'out' / 'rejected.csv'}'" in line
     report_rejected(tmp_path / "out", [], num_volumes=10, max_rejected=0.2)
     assert not (tmp_path / "out" / "rejected.csv").exists()
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from common.engines.pretraining_step import remember_step
 from common.handlers.checkpoint import Checkpoint
+from common.run.stop import Stopped
 
 
 class Killed(Exception):
@@ -22,7 +23,9 @@ def run(
     kill_at: int | None = None,
     knobs=None,
     keep: int = 2,
-    sigterm_at: int | None = None,
+    signal_at: int | None = None,
+    numbers: tuple[int, ...] = (signal.SIGTERM,),
+    ended: dict | None = None,
     keep_every: int = 0,
 ):
     """Train a little network on data that is a function of the step, as our engines do."""
@@ -36,8 +39,9 @@ def run(
         seen.append(engine.state.iteration)
         if engine.state.iteration == kill_at:
             raise Killed
-        if engine.state.iteration == sigterm_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if engine.state.iteration == signal_at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
         x = torch.randn(5, 3, generator=torch.Generator().manual_seed(engine.state.iteration))
         optimizer.zero_grad()
         network(x).square().sum().backward()
@@ -57,11 +61,14 @@ def run(
     )
     engine.state.epoch_length = steps
     checkpoint.attach(engine)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         engine.run(range(steps), max_epochs=1, epoch_length=steps)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if ended is not None:
+        ended.update(vars(engine.state))
     return network.state_dict(), optimizer.state_dict(), seen
 
 
@@ -112,7 +119,7 @@ def test_a_finished_run_does_nothing_when_run_again(tmp_path):
 
 
 def test_sigterm_saves_the_step_and_ends_the_run(tmp_path):
-    _, _, seen = run(tmp_path, steps=11, sigterm_at=4)
+    _, _, seen = run(tmp_path, steps=11, signal_at=4)
     assert seen == [1, 2, 3, 4]
     assert (tmp_path / "step_00000004.pt").is_file()
     unbroken, _, _ = run(tmp_path / "unbroken", steps=11)
@@ -199,3 +206,38 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_weights_are_saved(tmp
     (listed,) = tmp_path.iterdir()
     assert listed.name == f"not_finite_step_00000002_rank_{rank}.json"
     assert "train_1_a_1" in listed.read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_is_as_sigterm_and_the_run_knows_its_exit_status(tmp_path, number, status, capfd):
+    unbroken, _, _ = run(tmp_path / "a", steps=7)
+    ended: dict = {}
+    run(tmp_path / "b", steps=7, signal_at=4, numbers=(number,), ended=ended)
+    assert (ended["iteration"], ended["stopped_early"], ended["exit_status"]) == (4, True, status)
+    assert capfd.readouterr().err.count("Ctrl-C again stops at once") == 1
+    resumed, _, seen = run(tmp_path / "b", steps=7)
+    assert seen == [5, 6, 7]
+    for name, tensor in unbroken.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path, steps=7, signal_at=4, numbers=(signal.SIGINT, signal.SIGINT))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003.pt"]
+
+
+def test_ctrl_c_after_the_last_step_ends_what_handlers_do_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "_tidy_up", lambda checkpoint: None)
+    before = signal.getsignal(signal.SIGINT)
+    engine = Engine(lambda engine, batch: None)
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    Checkpoint(tmp_path, network, optimizer, {}, interval_steps=9, keep=1, knobs={}).attach(engine)
+    engine.add_event_handler(Events.COMPLETED, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        with pytest.raises(Stopped):
+            engine.run([0, 0], max_epochs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002.pt"]

@@ -1,6 +1,7 @@
 """One MLflow run per training run, in a real SQLite store."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,8 +17,10 @@ from ignite.engine import Engine, Events
 from mlflow.tracking import MlflowClient
 
 from common.handlers.mlflow_run import MLflowRun
+from common.run.stop import Stopped
 
 CONFIG = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
+LOST = RuntimeError("the loss went away")
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +28,19 @@ def store(tmp_path_factory):
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
-def run(store, folder, name, steps=5, start=0, fail_at=None, stop_at=None):
+def run(
+    store,
+    folder,
+    name,
+    steps=5,
+    start=0,
+    fail_at=None,
+    stop_at=None,
+    error=LOST,
+):
     def step(engine, _):
         if engine.state.iteration == fail_at:
-            raise RuntimeError("the loss went away")
+            raise error
         if engine.state.iteration == stop_at:
             engine.state.stopped_early = True
             engine.terminate()
@@ -47,6 +59,7 @@ def run(store, folder, name, steps=5, start=0, fail_at=None, stop_at=None):
         log_every=2,
         optimizer=optimizer,
         artifacts=["*.png", "checkpoints/*.pt"],
+        datasets={"training": Path(__file__).parent, "test": Path(__file__)},
     )
     handler.attach(engine)
     engine.run([0] * steps, max_epochs=1, epoch_length=steps)
@@ -118,9 +131,32 @@ def test_a_resumed_run_goes_on_in_its_own_record(store, tmp_path):
     with pytest.raises(RuntimeError, match="the loss went away"):
         run(store, tmp_path, "resumed", fail_at=3)
     first = runs(store)["resumed"].info.run_id
+    assert "the loss went away" in runs(store)["resumed"].data.tags["error"]
     run(store, tmp_path, "resumed", steps=6, start=2)
     assert runs(store)["resumed"].info.run_id == first
     assert runs(store)["resumed"].info.status == "FINISHED"
+    assert "error" not in runs(store)["resumed"].data.tags
+
+
+def test_a_run_left_by_ctrl_c_is_killed_and_is_no_error(store, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(store, tmp_path, "left", fail_at=3, error=Stopped(signal.SIGINT))
+    assert runs(store)["left"].info.status == "KILLED"
+    assert "error" not in runs(store)["left"].data.tags
+
+
+def test_a_run_says_what_it_read_and_what_ran(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["monai/bundle/__main__.py", "run", "--config_file", "b/configs/train.json"]
+    )
+    run(store, tmp_path, "described")
+    record = runs(store)["described"]
+    datasets = {item.tags[0].value: item.dataset.name for item in record.inputs.dataset_inputs}
+    assert datasets == {"training": "common/handlers", "test": "handlers/test_mlflow_run.py"}
+    tags = record.data.tags
+    assert tags["mlflow.source.name"] == "b/configs/train.json"
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", tags["mlflow.source.git.commit"])
+    assert tags["mlflow.user"]
 
 
 def test_steps_recorded_before_a_kill_are_not_recorded_again(store, tmp_path):

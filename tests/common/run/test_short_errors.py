@@ -54,3 +54,31 @@ def test_an_error_that_is_the_users_nowhere_is_none():
     error = RuntimeError("Failed to instantiate component")
     error.__cause__ = ZeroDivisionError()
     assert first_cause(error) is None
+
+
+def test_a_components_other_error_is_shown_without_what_monai_wraps_around_it():
+    script = WRAPPED.format(error="ZeroDivisionError('in the component')")
+    inner = "raise RuntimeError(\"Failed to instantiate component 'x' with keywords: a\") from inner"
+    outer = "raise RuntimeError('Failed to evaluate ConfigExpression') from outer"
+    script = script.replace(
+        'raise RuntimeError("Failed to instantiate component") from inner',
+        f"""try:
+        {inner}
+    except RuntimeError as outer:
+        {outer}""",
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    ).stderr
+    assert said.count("Traceback") == 1
+    assert said.rstrip().endswith("ZeroDivisionError: in the component")
+    assert "Failed to" not in said
+
+
+@pytest.mark.parametrize(
+    "error", ["PermissionError(13, 'Permission denied', '/a')", "BlockingIOError('in use')"]
+)
+def test_an_error_of_the_system_is_one_line(error):
+    (line,) = stderr_of(error).splitlines()
+    assert line.startswith(error.split("(")[0])
+    assert "/a" in line or "in use" in line

@@ -196,6 +196,6 @@ def test_a_killed_download_goes_on(
         assert (out / path).read_bytes() == hub.files[path]
     assert [len(hub.asked("GET", path)) for path in paths] == [1, 1, 2]
     assert re.search(r"files fetched +│ +1", again.stdout), again.stdout
-    assert sorted(path.name for path in (out / ".download").iterdir()) == ["lock", "verified.csv"]
+    assert sorted(path.name for path in (out / ".download").iterdir()) == [".lock", "verified.csv"]
     assert not [path for path, _ in hub.headers if not re.match("/(api/datasets|datasets|store)/", path)]
     assert not [headers for _, headers in hub.headers if "torch" in headers.get("user-agent", "")]
