@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from common.ct import nifti as nifti_ct
 from common.ct import npz as npz_ct
+from common.ct.checks import check_hu, find_doubts
 from common.ct.geometry import StoredCT, StoredGrid, canonical_shape
-from common.ct.nifti import AIR_HU, Rescale
+from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError
 from common.shards.volume import VOLUME_NAME, VolumeSlices
 from data_prep.rexgroundingct import Annotation, read_findings
@@ -83,12 +84,8 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
         RejectedError: if anything about the CT or a mask is not what it must be.
     """
     ct = read_ct(source)
-    if ct.lowest_hu > AIR_HU:
-        raise RejectedError(
-            "not in HU",
-            f"a CT in HU must hold air, {AIR_HU} or less, "
-            f"got values from {ct.lowest_hu:g} HU as {source.form}",
-        )
+    check_hu(ct)
+    doubts, _ = find_doubts(ct.hu, ct.spacing_mm)
     return VolumeSlices(
         volume=source.volume,
         ct=ct.hu,
@@ -101,6 +98,7 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
         split=source.split,
         source=source.source,
         source_sha256=ct.sha256,
+        doubts="; ".join(doubt.text for doubt in doubts),
     )
 
 

@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 
 from common.ct.geometry import (
+    HUValues,
     StoredCT,
     StoredGrid,
     canonical_shape,
@@ -116,13 +117,10 @@ def read_ct(files: Sequence[Path]) -> StoredCT:
     grid = _grid(headers)
     canonical_shape(grid)
     stored = np.empty((len(headers), *headers[0].shape), np.int16)
-    digests, lowest_hu = [], math.inf
-    for hu_slice, header in zip(stored, headers, strict=True):
-        slice_lowest_hu, digest = _read_slice(header, hu_slice)
-        lowest_hu = min(lowest_hu, slice_lowest_hu)
-        digests.append(digest)
+    seen = HUValues()
+    digests = [_read_slice(header, out, seen) for out, header in zip(stored, headers, strict=True)]
     slices, spacing_mm = canonical_slices(stored.transpose(2, 1, 0), grid.affine)
-    return StoredCT(slices, lowest_hu, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest())
+    return StoredCT(slices, seen, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest())
 
 
 def parse(path: Path, source: Path | io.BytesIO, **options: Any) -> FileDataset:  # noqa: ANN401 (pydicom's own)
@@ -336,8 +334,8 @@ def _even_step(heights: np.ndarray, headers: Sequence[SliceHeader]) -> float:
     return step
 
 
-def _read_slice(header: SliceHeader, out: np.ndarray) -> tuple[float, bytes]:
-    """Read a slice in HU into ``out``; return its lowest HU before the clip and the digest of its file."""
+def _read_slice(header: SliceHeader, out: np.ndarray, seen: HUValues) -> bytes:
+    """Read a slice in HU into ``out``; return the digest of its file."""
     path = header.path
     with _rejecting(path):
         content = path.read_bytes()
@@ -349,10 +347,10 @@ def _read_slice(header: SliceHeader, out: np.ndarray) -> tuple[float, bytes]:
             values = dataset.pixel_array
         if values.shape != header.shape:
             raise ValueError(f"pixels of shape {values.shape} under a header of {header.shape}")
-        lowest_hu = store_hu(values, header.slope, header.intercept, out)
-    if not math.isfinite(lowest_hu):
+        is_finite = store_hu(values, header.slope, header.intercept, out, seen)
+    if not is_finite:
         raise RejectedError("non-finite voxels", f"voxels must be finite, got NaN or infinity in '{path}'")
-    return lowest_hu, hashlib.sha256(content).digest()
+    return hashlib.sha256(content).digest()
 
 
 def _decoded(dataset: FileDataset) -> np.ndarray:

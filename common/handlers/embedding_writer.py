@@ -19,7 +19,7 @@ from common.embeddings.part import DTYPES, check_finite
 from common.embeddings.slice_batches import SliceBatches
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_outputs import VolumeOutput, VolumeOutputs
-from common.handlers.rejected_volumes import report_rejected
+from common.handlers.rejected_volumes import report_doubts, report_rejected
 
 logger = logging.getLogger(__name__)
 
@@ -147,3 +147,4 @@ class EmbeddingWriter:
         )
         rejected = [*self.rejected, *self.batches.rejected]
         report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        report_doubts(next(iter(self.writers.values())).folder)

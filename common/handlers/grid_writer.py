@@ -13,7 +13,7 @@ from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_batches import VolumeBatches
-from common.handlers.rejected_volumes import report_rejected
+from common.handlers.rejected_volumes import report_doubts, report_rejected
 
 
 class GridWriter:
@@ -85,6 +85,7 @@ class GridWriter:
                 pooled=pooled,
                 grid_shape=bag["grid"][0].tolist(),
                 axcodes=self.axcodes,
+                **state.batch["notes"],
             )
         self.bar.update()
 
@@ -100,3 +101,4 @@ class GridWriter:
         self._close()
         rejected = [*self.rejected, *self.batches.rejected]
         report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        report_doubts(self.output_dir)

@@ -10,6 +10,7 @@ import ignite.distributed as idist
 import torch
 
 from common.ct.rejection import RejectedVolume, is_failure
+from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.atomic_file import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,23 @@ def report_rejected(
             f"rejected volumes must be at most {max_rejected:.2%}, got {share:.2%} "
             f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
             f"They are listed in '{path}': mend them, or raise --max_rejected."
+        )
+
+
+def report_doubts(folder: str | Path) -> None:
+    """Say in one line how many embedded volumes are doubtful; call it after ``report_rejected``.
+
+    Args:
+        folder: of the embedding store, into which all ranks have written.
+    """
+    if idist.get_rank() > 0 or not stored_volumes(folder):
+        return
+    store = EmbeddingStore(folder)
+    if doubts := store.doubts():
+        volume, texts = next(iter(doubts.items()))
+        logger.warning(
+            "%d of %d embedded volumes are doubtful, such as '%s': %s. EmbeddingStore('%s').doubts() lists all.",
+            *(len(doubts), len(store), volume, texts[0], folder),
         )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.ct.rejection import RejectedVolume, is_failure
 from data_prep.cluster import dask_client
-from data_prep.cohort_tables import REJECTED
+from data_prep.cohort_tables import MANIFEST, REJECTED
 from data_prep.commands.console import console, progress_bars
 from data_prep.source_volume import SourceVolume
 from data_prep.write_shards import Summary, write_shards
@@ -62,6 +62,12 @@ def _finish(summary: Summary, out: Path, max_rejected: float) -> None:
     if summary.rejected:
         listed = escape(str(out / REJECTED))
         console.print(f"Volumes that were left out are listed in {listed}.", soft_wrap=True)
+    if summary.num_doubtful:
+        console.print(
+            f"{summary.num_doubtful} of {summary.num_volumes} volumes are doubtful: see column 'doubts' of "
+            f"{escape(str(out / MANIFEST))}.",
+            soft_wrap=True,
+        )
     if summary.rejected_share > max_rejected:
         console.print(
             f"rejected volumes must be at most {max_rejected:.2%}, got {summary.rejected_share:.2%} "
