@@ -225,7 +225,7 @@ def heart_left_mm(anatomy: Anatomy) -> float:
 
 
 def lung_at_the_edges(anatomy: Anatomy) -> float:
-    """Share of the lungs' width that lies on the first or the last row of the image, where lungs are largest."""
+    """Share of the lungs' width on the first or last row of the image, at the height where they are largest."""
     area = anatomy.lungs.sum((1, 2))
     lung = anatomy.lungs[area >= area.max() / 2]
     width = np.count_nonzero(lung.any((0, 1)))

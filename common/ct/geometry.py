@@ -149,8 +149,8 @@ def canonical_hu(
         Input ``(X, Y, Z)``. Output ``(Z, H, W)``.
 
     Returns:
-        int16 HU rounded and clipped to ``STORED_HU_RANGE``, the spacing in mm as (x, y, z), and what the values
-        were before the clip.
+        int16 HU rounded and clipped to ``STORED_HU_RANGE``, the spacing in mm as (x, y, z), and what
+        the values were before the clip.
 
     Raises:
         RejectedError: if a voxel is not finite, or the affine is not that of an axial scan.

@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import HUValues, StoredCT, StoredGrid, canonical_shape, check_spacing, shown_mm, store_hu
+from common.ct.geometry import (
+    HUValues,
+    StoredCT,
+    StoredGrid,
+    canonical_shape,
+    check_spacing,
+    shown_mm,
+    store_hu,
+)
 from common.ct.nifti_file import NiftiHeader, open_nifti, read_header
 from common.ct.orientation import axial_slices, voxel_axes
 from common.ct.rejection import RejectedError

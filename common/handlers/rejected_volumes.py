@@ -62,7 +62,8 @@ def report_doubts(folder: str | Path) -> None:
     if doubts := store.doubts():
         volume, texts = next(iter(doubts.items()))
         logger.warning(
-            "%d of %d embedded volumes are doubtful, such as '%s': %s. EmbeddingStore('%s').doubts() lists all.",
+            "%d of %d embedded volumes are doubtful, such as '%s': %s. "
+            "EmbeddingStore('%s').doubts() lists them.",
             *(len(doubts), len(store), volume, texts[0], folder),
         )
 
