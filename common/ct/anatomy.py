@@ -154,11 +154,12 @@ def _find_lungs(grid: Coarse, body: np.ndarray) -> np.ndarray:
     has_body = body.any(2)
     from_front = np.logical_or.accumulate(has_body, 1)
     from_back = np.logical_or.accumulate(has_body[:, ::-1], 1)[:, ::-1]
-    air = (~is_gas & (area_cm2 >= MIN_LUNG_CM2))[pieces] & (from_front & from_back)[:, :, None]
+    is_lung = np.asarray(~is_gas & (area_cm2 >= MIN_LUNG_CM2))
+    air = is_lung[pieces] & (from_front & from_back)[:, :, None]
     labels, number = ndimage.label(air)
     sizes = np.bincount(labels.ravel(), minlength=number + 1)
     sizes[0] = 0
-    return (sizes * grid.litres >= MIN_LUNG_LITRES)[labels]
+    return np.asarray(sizes * grid.litres >= MIN_LUNG_LITRES)[labels]
 
 
 def _find_spine(
@@ -225,11 +226,12 @@ def heart_left_mm(anatomy: Anatomy) -> float:
 
 
 def lung_at_the_edges(anatomy: Anatomy) -> float:
-    """Share of the lungs' width on the first or last row of the image, at the height where they are largest."""
+    """Share of the lungs' width on the first or last row of the image, where they are largest."""
     area = anatomy.lungs.sum((1, 2))
     lung = anatomy.lungs[area >= area.max() / 2]
     width = np.count_nonzero(lung.any((0, 1)))
-    return max(float(np.median(np.count_nonzero(lung[:, row], axis=1))) for row in (0, -1)) / max(width, 1)
+    on_edges = np.median(lung[:, (0, -1)].sum(2), axis=0)
+    return float(on_edges.max()) / max(width, 1)
 
 
 def lung_on_the_smaller_side(anatomy: Anatomy) -> float:

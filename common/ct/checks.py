@@ -285,7 +285,7 @@ def judge(measures: Mapping[str, float], rules: Sequence[Rule] = CHEST_RULES) ->
 
     Example:
         >>> [doubt.text for doubt in judge({"back": 0.21, "lungs": 180, "heart": math.nan})]
-        ['the spine is in front: ... (place of the spine, 0 front to 1 back: 0.21; at least 0.5)']
+        ['the spine is in front: ... (place of the spine, 0 front to 1 back: 0.21, expected at least 0.5)']
     """
     doubts = []
     for rule in rules:
@@ -293,7 +293,7 @@ def judge(measures: Mapping[str, float], rules: Sequence[Rule] = CHEST_RULES) ->
         if value < rule.low or value > rule.high:
             why = rule.too_low if value < rule.low else rule.too_high
             unit = f" {rule.unit}" if rule.unit else ""
-            text = f"{why} ({rule.measure}: {value:.4g}{unit}; {_range(rule)})"
+            text = f"{why} ({rule.measure}: {value:.4g}{unit}, expected {_range(rule)})"
             doubts.append(Doubt(rule.name, text, rule.refused))
     return doubts
 

@@ -61,9 +61,8 @@ class HUValues:
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             return False
         self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
-        rows, columns = (max(1, side // 64) for side in hu.shape[:2])
-        few = hu[::rows, ::columns].clip(-(2**20), 2**20)
-        self.parts.append(few.astype(np.float32).ravel())
+        steps = tuple(slice(None, None, max(1, side // 64)) for side in hu.shape[:2])
+        self.parts.append(hu[steps].clip(-(2**20), 2**20).astype(np.float32).ravel())
         return True
 
     @property

@@ -42,7 +42,8 @@ class CTSlices(NamedTuple):
     @property
     def notes(self) -> dict[str, list[Any]]:
         """Doubts and blank slices as JSON values to keep with an embedding; empty where all is well."""
-        notes = {"doubts": [doubt.text for doubt in self.doubts], "blank_slices": list(self.blank)}
+        texts = [doubt.text for doubt in self.doubts]
+        notes: dict[str, list[Any]] = {"doubts": texts, "blank_slices": list(self.blank)}
         return {name: values for name, values in notes.items() if values}
 
 

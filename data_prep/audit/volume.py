@@ -92,8 +92,8 @@ class VolumeDecoder:
         hu = np.arange(_NUM_UINT16) - _NUM_UINT16 // 2
         reached = np.cumsum(counts) / counts.sum()
         low, median, high = (float(hu[np.searchsorted(reached, share)]) for share in (0.01, 0.5, 0.99))
-        voxel_mm = tuple(step * mm for step, mm in zip(self.steps, self.spacing_mm[::-1], strict=True))
-        grid = Coarse(self.coarse, voxel_mm)
+        z, y, x = (step * mm for step, mm in zip(self.steps, self.spacing_mm[::-1], strict=True))
+        grid = Coarse(self.coarse, (z, y, x))
         measures = measure(grid, (len(self.planes), *self.shape), self.spacing_mm, self.num_blank)
         measures["step"] = greatest_step(self.planes)
         ts = self.ts if self.ts is not None else np.zeros(0, np.uint8)

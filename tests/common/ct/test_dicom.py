@@ -47,7 +47,7 @@ def test_a_series_is_sorted_by_position_and_shown_from_the_feet(tmp_path: Path, 
         np.testing.assert_array_equal(ct.hu, canonical())
         assert ct.hu.dtype == np.int16
         assert ct.spacing_mm == pytest.approx(SPACING_MM)
-        assert ct.lowest_hu == -1000
+        assert ct.values.lowest == -1000
         assert ct.grid.shape == SHAPE_ZYX[::-1]
         assert ct.grid.axcodes == "LPS"
 
@@ -150,7 +150,7 @@ def test_padding_outside_the_field_of_view_becomes_the_lowest_hu(tmp_path: Path,
     expected = canonical()
     expected[:, 0, :3] = -1024
     np.testing.assert_array_equal(ct.hu, expected)
-    assert ct.lowest_hu == -3024
+    assert ct.values.lowest == -3024
 
 
 def test_the_checksum_is_that_of_the_digests_in_slice_order(tmp_path: Path, write_series: Write) -> None:
