@@ -146,16 +146,17 @@ def _pieces_of_air(grid: Coarse, below: int, mostly: int) -> tuple[np.ndarray, n
 
 
 def _find_lungs(grid: Coarse, body: np.ndarray) -> np.ndarray:
-    """Keep air as dense as lung between rows of the body; a table's foam lies behind them.
+    """Keep air as dense as lung that has the body in front of it and behind; a table's foam lies behind.
 
-    The edge of the image is not asked: a lung that it cuts is lung, and the air around a patient is gas.
+    Where the first or the last row cuts the body, it is taken to go on. The air around a patient is gas.
     """
     pieces, area_cm2, is_gas = _pieces_of_air(grid, AIR_HU, GAS_HU)
-    has_body = body.any(2)
-    from_front = np.logical_or.accumulate(has_body, 1)
-    from_back = np.logical_or.accumulate(has_body[:, ::-1], 1)[:, ::-1]
     is_lung = np.asarray(~is_gas & (area_cm2 >= MIN_LUNG_CM2))
-    air = is_lung[pieces] & (from_front & from_back)[:, :, None]
+    air = is_lung[pieces]
+    around = body.copy()
+    around[:, (0, -1)] |= body[:, (0, -1)].any(2, keepdims=True)
+    air &= np.logical_or.accumulate(around, 1)
+    air &= np.logical_or.accumulate(around[:, ::-1], 1)[:, ::-1]
     labels, number = ndimage.label(air)
     sizes = np.bincount(labels.ravel(), minlength=number + 1)
     sizes[0] = 0

@@ -335,7 +335,7 @@ def find_doubts(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple
     Example:
         >>> doubts, blank = find_doubts(np.full((3, 400, 400), -1000), (1.0, 1.0, 5.0))
         >>> [doubt.rule for doubt in doubts], blank
-        (['air', 'tissue', 'dark', 'grey_levels', 'slices', 'length', 'blank'], [0, 1, 2])
+        (['tissue', 'grey_levels', 'slices', 'length', 'blank'], [0, 1, 2])
     """
     blank = blank_slices(hu)
     return judge(measure(coarse_grid(hu, spacing_mm), hu.shape, spacing_mm, len(blank))), blank

@@ -277,7 +277,7 @@ def test_spacing_and_rescale_of_the_tables_are_held_against_the_file(
 ) -> None:
     cohort = {"v1": tiny_v1, "v2": tiny}[form]
     cohort.add("train_1_a_1", **row)
-    assert rejection_of(cohort) == expected
+    assert rejection_of(cohort).startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_a_missing_or_foreign_slice_is_refused_when_the_series_is_read(
 def test_a_mask_is_no_ct(tmp_path: Path, save_nifti: Callable[..., Path]) -> None:
     save_nifti(tmp_path / "mask.nii.gz", np.ones((3, 4, 5), np.uint8), LPS)
     ((source,), _) = ct_sources(tmp_path)
-    with pytest.raises(RejectedError, match="not in HU: nothing is as dark as air"):
+    with pytest.raises(RejectedError, match="not in HU: .*nothing is as dark as air"):
         source.read()
 
 
