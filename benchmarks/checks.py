@@ -1,6 +1,6 @@
-"""What ``common.ct.checks`` says of scans as they are, turned, cut and resampled: the table of docs/checks.md.
+"""What ``common.ct.checks`` says of scans as they are, turned, cut and resampled: for docs/checks.md.
 
-``python benchmarks/checks.py FOLDER`` judges every CT of a folder; ``--seconds`` times 300 slices of 512 x 512.
+``python benchmarks/checks.py FOLDER`` judges every CT of a folder; ``--seconds`` times the checks.
 """
 
 import argparse
@@ -85,10 +85,10 @@ def seconds_of() -> None:
     ):
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times.append(time.perf_counter() - start)
-        show(f"{name}: {1000 * min(times):.0f} ms, best of 5, {hu.shape}")
+            times.append(time.process_time() - start)
+        show(f"{name}: {1000 * min(times):.0f} ms of processor time, best of 5, {hu.shape}")
 
 
 def sample(hu: np.ndarray) -> None:

@@ -399,37 +399,47 @@ def _is_refused(measures: Mapping[str, float]) -> bool:
 
 def _measure_values(values: np.ndarray) -> dict[str, float]:
     """Answer the questions about HU ``(N,)``, padding left out."""
-    inside = without_padding(values)
-    low, high = TISSUE_HU
-    lowest, dark = np.percentile(inside, (0.01, 1))
-    common, edges = np.histogram(inside, np.arange(-400, 601, 20))
+    levels, counts = levels_without_padding(values)
+    reached = np.cumsum(counts) / counts.sum()
+    lowest, dark = (float(levels[np.searchsorted(reached, share)]) for share in (1e-4, 1e-2))
+    common, edges = np.histogram(levels, np.arange(-400, 601, 20), weights=counts)
+
+    def share(low: float, high: float) -> float:
+        return float(counts[(levels >= low) & (levels <= high)].sum() / counts.sum())
+
     return {
-        "air": float(lowest),
-        "below_air": float((inside < -1100).mean()),
-        "tissue": float(((inside >= low) & (inside <= high)).mean()),
-        "dense": float((inside > 600).mean()),
-        "dark": float(dark),
+        "air": lowest,
+        "below_air": share(-INF, -1101),
+        "tissue": share(*TISSUE_HU),
+        "dense": share(601, INF),
+        "dark": dark,
         "common": float(edges[common.argmax()] + 10) if common.any() else math.nan,
-        "grey_levels": float(len(np.unique(inside))),
+        "grey_levels": float(len(levels)),
     }
 
 
-def without_padding(values: np.ndarray) -> np.ndarray:
-    """Leave out what is constant around a field of view: a lowest value that many voxels share.
+def levels_without_padding(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count the values of voxels, without what is constant around a field of view.
+
+    Padding is a lowest value that many voxels share. Where there is nothing else, it is an image.
 
     Args:
-        values: HU ``(N,)``, not all of them padding.
+        values: HU ``(N,)``.
 
     Returns:
-        The others; all values where nothing else is there.
+        Whole HU from low to high, and how many voxels are at each.
 
     Example:
-        >>> without_padding(np.array([-2000] * 5 + [24, 60, 1064])).tolist()
-        [24, 60, 1064]
+        >>> levels, counts = levels_without_padding(np.array([-2000] * 5 + [24, 60, 60, 1064]))
+        >>> levels.tolist(), counts.tolist()
+        ([24, 60, 1064], [1, 2, 1])
     """
-    levels, counts = np.unique(np.rint(values), return_counts=True)
-    often = levels[counts >= MIN_PADDED * values.size]
-    if not len(often) or counts[levels < often[0] - PADDED_WIDTH_HU].sum() > MIN_PADDED * values.size:
-        return values
-    inside = values[values > often[0] + PADDED_WIDTH_HU]
-    return inside if inside.size else values
+    whole = np.rint(values).astype(np.int64)
+    counts = np.bincount(whole - whole.min())
+    levels = np.flatnonzero(counts)
+    levels, counts = levels + whole.min(), counts[levels]
+    often = levels[counts >= MIN_PADDED * whole.size]
+    if not len(often) or counts[levels < often[0] - PADDED_WIDTH_HU].sum() > MIN_PADDED * whole.size:
+        return levels, counts
+    inside = levels > often[0] + PADDED_WIDTH_HU
+    return (levels[inside], counts[inside]) if inside.any() else (levels, counts)

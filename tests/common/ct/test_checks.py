@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from common.ct.anatomy import coarse_grid, find_anatomy
-from common.ct.checks import blank_slices, check_hu, find_doubts, judge, without_padding
+from common.ct.checks import blank_slices, check_hu, find_doubts, judge, levels_without_padding
 from common.ct.geometry import HUValues, StoredCT, StoredGrid
 from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError
@@ -212,12 +212,12 @@ def test_values_that_no_scanner_writes_are_refused(chest: Volume) -> None:
 def test_padding_is_left_out_and_nothing_else() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(-1000, 1000, 50_000)
-    np.testing.assert_array_equal(without_padding(image), image)
-    resampled = rng.integers(-3026, -3021, 900)
-    padded = np.concatenate([image, np.full(9000, -3024), resampled])
-    np.testing.assert_array_equal(without_padding(padded), image)
-    background = np.concatenate([image, np.zeros(90_000)])  # of a masked CT: lower values are no padding
-    assert without_padding(background).min() == image.min()
+    padding = np.concatenate([np.full(9000, -3024), rng.integers(-3026, -3021, 900)])  # resampled
+    # of a masked CT: lower values than its background are no padding
+    background = np.concatenate([image, np.zeros(90_000, int)])
+    for values, kept in ((image, image), (np.concatenate([padding, image]), image), (background, background)):
+        expected = np.unique(kept, return_counts=True)
+        np.testing.assert_array_equal(levels_without_padding(values + 0.2), expected)
 
 
 @pytest.mark.parametrize("level", [-1024, -1000, 0, 40])

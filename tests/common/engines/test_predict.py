@@ -49,7 +49,7 @@ def save_ct(path: Path, hu: np.ndarray, spacing_mm: float = 8.0) -> None:
 
 
 def trunk(seed: int, num_slices: int) -> np.ndarray:
-    """A body of 44 x 52 px, off the middle, with a spine, and lungs in all slices but the first and the last."""
+    """A body of 44 x 52 px, off the middle, with a spine, and lungs in all slices but the two at the ends."""
     hu = np.full((num_slices, 64, 64), -1000, np.int16)
     hu[:, 16:60, 8:60] = np.random.default_rng(seed).integers(-100, 200, (num_slices, 44, 52))
     hu[:, 52:58, 30:35] = 400
