@@ -247,7 +247,7 @@ CHEST_RULES = (
         claim="The heart is on the left",
         measure="heart left of the spine",
         unit="mm",
-        low=0,
+        low=-3,
         too_low="the heart is on the right: mirrored, or situs inversus?",
         refused=False,
     ),
