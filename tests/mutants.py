@@ -43,10 +43,10 @@ MUTANTS = (
     Mutant(
         "common/ct/checks.py", "lowest = np.where(is_padded, np.iinfo(np.int16).max, few)", "lowest = few"
     ),
-    Mutant("common/ct/checks.py", "MAX_HU = 31_743", "MAX_HU = 65_535"),
-    Mutant("common/ct/checks.py", "        high=0.3,", "        high=1.0,"),
-    Mutant("common/ct/checks.py", "        high=0.6,", "        high=1.0,"),
-    Mutant("common/ct/checks.py", "        low=0.95,", "        low=0.4,"),
+    Mutant("common/ct/check_rules.py", "MAX_HU = 31_743", "MAX_HU = 65_535", CHECKS),
+    Mutant("common/ct/check_rules.py", "        high=0.3,", "        high=1.0,", CHECKS),
+    Mutant("common/ct/check_rules.py", "        high=0.6,", "        high=1.0,", CHECKS),
+    Mutant("common/ct/check_rules.py", "        low=0.95,", "        low=0.4,", CHECKS),
     Mutant(
         "common/ct/anatomy.py", "within[-third:].mean() - within", "within[:third].mean() - within", CHECKS
     ),

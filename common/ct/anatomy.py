@@ -230,7 +230,7 @@ def lung_at_the_edges(anatomy: Anatomy) -> float:
     """Share of the lungs' width on the first or last row of the image, where they are largest."""
     area = anatomy.lungs.sum((1, 2))
     lung = anatomy.lungs[area >= area.max() / 2]
-    width = np.count_nonzero(lung.any((0, 1)))
+    width = int(np.count_nonzero(lung.any((0, 1))))
     on_edges = np.median(lung[:, (0, -1)].sum(2), axis=0)
     return float(on_edges.max()) / max(width, 1)
 

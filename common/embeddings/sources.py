@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.cohort.skip_list import listed_volumes
-from common.ct.checks import Doubt, check_hu, find_doubts
+from common.ct.check_rules import Doubt
+from common.ct.checks import check_hu, find_doubts
 from common.ct.files import SUFFIXES, CTFile, find_cts
 from common.ct.geometry import STORED_HU_RANGE, StoredCT, check_size
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.checks import Doubt
+from common.ct.check_rules import Doubt
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.part import IDENTITY_KEYS
 from common.embeddings.sources import CTSource

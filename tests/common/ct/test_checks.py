@@ -10,7 +10,8 @@ import pytest
 from scipy import ndimage
 
 from common.ct.anatomy import coarse_grid, find_anatomy
-from common.ct.checks import blank_slices, check_hu, find_doubts, judge, levels_without_padding
+from common.ct.check_rules import judge
+from common.ct.checks import blank_slices, check_hu, find_doubts, levels_without_padding
 from common.ct.geometry import HUValues, StoredCT, StoredGrid
 from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError

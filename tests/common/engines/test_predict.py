@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.ct.checks import Doubt
+from common.ct.check_rules import Doubt
 from common.ct.rejection import RejectedError
 from common.embeddings.sources import CTSlices, CTSource
 from common.embeddings.store import EmbeddingStore
