@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.ct.anatomy import coarse_grid, find_anatomy
 from common.ct.check_rules import judge
 from common.ct.checks import blank_slices, check_hu, find_doubts, levels_without_padding
 from common.ct.geometry import HUValues, StoredCT, StoredGrid
@@ -113,6 +112,8 @@ def test_slices_that_are_not_axial_are_refused(axes: tuple[int, int, int], chest
 def test_half_a_chest_is_refused_and_never_called_mirrored(part: Callable[..., tuple], chest: Volume) -> None:
     half = chest.hu[part(*chest.hu.shape)]
     assert found(half, spacing_of(chest), refused=True)
+    if half.shape[1] < chest.hu.shape[1]:
+        assert "lung_edges" in found(half, spacing_of(chest))
     assert "heart" not in found(half, spacing_of(chest))
 
 
@@ -124,17 +125,6 @@ def test_a_chest_cut_to_its_lungs_or_resampled_is_whole(chest: Volume) -> None:
     fine = chest.hu.repeat(2, 0).repeat(3, 1).repeat(3, 2)
     assert found(fine, (x / 3, y / 3, z / 2)) == set()
     assert found(chest.hu[::2], (x, y, 2 * z), refused=True) == set()
-
-
-def test_lungs_are_as_large_as_they_were_drawn_also_where_the_image_cuts_them(chest: Volume) -> None:
-    x, y, z = spacing_of(chest)
-    for edge in (0, 50):
-        hu, ts = (array[:, :, edge:] for array in (chest.hu, chest.ts))
-        grid = coarse_grid(np.ascontiguousarray(hu).clip(-1024, 3071), (x, y, z))
-        anatomy = find_anatomy(grid)
-        drawn = IS_LUNG[ts].sum() * x * y * z / 1e6
-        assert anatomy.lungs.sum() * grid.litres == pytest.approx(drawn, rel=0.2)
-    assert hu[:, :, 0][IS_LUNG[ts[:, :, 0]]].size > 100  # the second image does cut them
 
 
 def test_a_head_and_a_chest_without_its_lungs_have_no_lungs(chest: Volume) -> None:
