@@ -13,7 +13,7 @@ MANIFEST = "manifest.csv"
 MANIFEST_COLUMNS = (
     *("volume", "split", "status", "source", "source_sha256", "shard", "first_sample", "num_slices"),
     *("spacing_x_mm", "spacing_y_mm", "spacing_z_mm", "height_px", "width_px"),
-    *("original_shape", "original_axcodes", "has_ts", "has_rex", "reason"),
+    *("original_shape", "original_axcodes", "has_ts", "has_rex", "doubts", "reason"),
 )
 WRITTEN = "written"
 LEFT_OUT = "rejected"
@@ -71,6 +71,7 @@ def _written_rows(shard: str, index: ShardIndex) -> list[dict[str, object]]:
             "original_axcodes": index.original_axcodes[i],
             "has_ts": int(index.has_ts[i]),
             "has_rex": int(index.has_rex[i]),
+            "doubts": index.doubts[i],
         }
         for i, volume in enumerate(index.volume)
     ]

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.ct import files
+from common.ct.checks import check_hu, find_doubts
 from common.ct.files import CTFile
 from common.ct.geometry import StoredCT, StoredGrid, canonical_shape
 from common.ct.names import VOLUME_NAME, unique_names, volume_name
-from common.ct.nifti import AIR_HU, Rescale
+from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.ct.walk import only_file, volume_files
 from common.shards.volume import VolumeSlices
@@ -87,12 +88,8 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
         RejectedError: if anything about the CT or a mask is not what it must be.
     """
     ct = read_ct(source)
-    if ct.lowest_hu > AIR_HU:
-        raise RejectedError(
-            "not in HU",
-            f"a CT in HU must hold air, {AIR_HU} or less, "
-            f"got values from {ct.lowest_hu:g} HU as {source.form}",
-        )
+    check_hu(ct)
+    doubts, _ = find_doubts(ct.hu, ct.spacing_mm)
     return VolumeSlices(
         volume=source.volume,
         ct=ct.hu,
@@ -105,6 +102,7 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
         split=source.split,
         source=source.source,
         source_sha256=ct.sha256,
+        doubts="; ".join(doubt.text for doubt in doubts),
     )
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import nibabel as nib
 import numpy as np
 
+from common.ct.checks import check_hu
 from common.ct.geometry import StoredCT, StoredGrid
-from common.ct.nifti import AIR_HU
 from common.ct.orientation import axial_slices
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.ct.volume_file import read_header
@@ -165,10 +165,7 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     from totalsegmentator import python_api
 
     ct = read_ct(source)
-    if ct.lowest_hu > AIR_HU:
-        raise RejectedError(
-            "not in HU", f"a CT in HU must hold air, {AIR_HU} or less, got values from {ct.lowest_hu:g}"
-        )
+    check_hu(ct)
     image = nib.nifti1.Nifti1Image(stored_order(ct), ct.grid.affine)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints in spite of quiet

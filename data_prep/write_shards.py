@@ -34,6 +34,7 @@ class Summary(NamedTuple):
         num_slices: in shards.
         num_ts: volumes with a TotalSegmentator label map.
         num_rex: volumes annotated by ReXGroundingCT.
+        num_doubtful: volumes that look unlike a chest CT.
         num_shards: of the split.
         num_bytes: of its shards.
         num_resumed: volumes that an earlier run had done, also those that it left out.
@@ -49,6 +50,7 @@ class Summary(NamedTuple):
     num_slices: int
     num_ts: int
     num_rex: int
+    num_doubtful: int
     num_shards: int
     num_bytes: int
     num_resumed: int
@@ -131,6 +133,7 @@ def write_shards(
         num_slices=sum(tally.num_slices for tally in tallies),
         num_ts=sum(tally.num_ts for tally in tallies),
         num_rex=sum(tally.num_rex for tally in tallies),
+        num_doubtful=sum(tally.num_doubtful for tally in tallies),
         num_shards=len(shards),
         num_bytes=sum(tally.num_bytes for tally in tallies),
         num_resumed=num_before + sum(report.was_there for report in reports),
@@ -150,6 +153,7 @@ class _Tally(NamedTuple):
     num_slices: int
     num_ts: int
     num_rex: int
+    num_doubtful: int
     num_bytes: int
     rejected: list[RejectedVolume]
 
@@ -160,6 +164,7 @@ def _tally(index: ShardIndex) -> _Tally:
         num_slices=int(index.num_slices.sum()),
         num_ts=int(index.has_ts.sum()),
         num_rex=int(index.has_rex.sum()),
+        num_doubtful=int((index.doubts != "").sum()),
         num_bytes=int(index.tar_bytes),
         rejected=index.rejections,
     )

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("common", "data_prep", "bundles", "tests", "pyproject.toml", "requirements.txt")
 TWO_RANKS = "tests/distributed/test_two_ranks.py"
 LATE_RANKS = "tests/distributed/test_late_ranks.py"
+CHECKS = "tests/common/ct/test_checks.py"
 
 
 class Mutant(NamedTuple):
@@ -36,6 +37,40 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    Mutant("common/ct/checks.py", "inside = levels > often[0] + PADDED_WIDTH_HU", "inside = levels > -INF"),
+    Mutant(
+        "common/ct/checks.py", "often[0] - PADDED_WIDTH_HU].sum() >", "often[0] - PADDED_WIDTH_HU].sum() < -"
+    ),
+    Mutant(
+        "common/ct/checks.py", "lowest = np.where(is_padded, np.iinfo(np.int16).max, few)", "lowest = few"
+    ),
+    Mutant("common/ct/check_rules.py", "MAX_HU = 31_743", "MAX_HU = 65_535", CHECKS),
+    Mutant("common/ct/check_rules.py", "        high=0.3,", "        high=1.0,", CHECKS),
+    Mutant("common/ct/check_rules.py", "        high=0.6,", "        high=1.0,", CHECKS),
+    Mutant("common/ct/check_rules.py", "        low=0.95,", "        low=0.4,", CHECKS),
+    Mutant(
+        "common/ct/anatomy.py", "within[-third:].mean() - within", "within[:third].mean() - within", CHECKS
+    ),
+    Mutant(
+        "common/ct/anatomy.py",
+        "columns.mean() - anatomy.spine[1]",
+        "anatomy.spine[1] - columns.mean()",
+        CHECKS,
+    ),
+    Mutant("common/ct/anatomy.py", "is_lung = np.asarray(~is_gas & (", "is_lung = np.asarray((", CHECKS),
+    Mutant(
+        "common/ct/anatomy.py",
+        "part_of(box[2:], 1 / 3), part_of(box[2:], 2 / 3)",
+        "0, body.shape[2] - 1",
+        CHECKS,
+    ),
+    Mutant("common/embeddings/sources.py", "    check_hu(ct)\n", "", CHECKS),
+    Mutant(
+        "common/engines/predict.py",
+        "tokens[torch.from_numpy(has_image)",
+        "tokens[torch.from_numpy(has_image | True)",
+    ),
+    Mutant("data_prep/audit/volume.py", "if z % every_z == 0:", "if z % every_z == 0 and z:"),
     Mutant("common/embeddings/part.py", 'if stated["crc32"] != str(_header_crc32(stated))', "if False"),
     Mutant("common/embeddings/dense_labels.py", "for name in TENSORS:\n", "for name in TENSORS[1:]:\n"),
     Mutant("common/shards/index.py", "MemoryError, *DAMAGED_ZIP)", "MemoryError)"),

@@ -1,162 +1,178 @@
-"""Whether a volume looks like a CT of a chest, which is what encoders and probes were trained on."""
+"""Is a volume what it should be: a CT in HU, of a whole chest, the right way up, without blank slices?
 
-# Z slices, H side of a slice
+The one home of these questions: readers refuse what is not in HU, ``predict`` also what is no upright whole
+chest; inference and data_prep list what is doubtful, and the audit reads the same answers off the shards.
+All bounds are our choice; ``docs/checks.md`` shows what they say of real and of synthetic scans.
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+Shapes: Z slices, H rows, W columns of a volume, canonical; N values.
+"""
+
+import math
+from collections.abc import Mapping
 
 import numpy as np
-from scipy import ndimage
 
-from common.ct.rejection import RejectedError, RejectedVolume
-from common.embeddings.sources import CTSource
+from common.ct.anatomy import (
+    PADDED_HU,
+    Coarse,
+    airway_at_the_top,
+    coarse_grid,
+    find_anatomy,
+    heart_left_mm,
+    lung_at_the_edges,
+    lung_on_the_smaller_side,
+    width_over_depth,
+)
+from common.ct.check_rules import HU_RULES, INF, MIN_LUNG_CM2, TISSUE_HU, Doubt, judge
+from common.ct.geometry import StoredCT
+from common.ct.rejection import RejectedError
 
-NOT_CHEST_CT = "not a chest CT"
+MIN_PADDED = 0.01
+"""Share of the voxels at one value that makes it padding, if only padding is lower: noise spreads air."""
 
-# All bounds are our choice. A real whole chest (LIDC-IDRI-0314: 138 slices, 276 mm high, 400 mm wide, lung
-# over 200 mm) and the phantom's chests (lung over 210 to 290 mm) lie well inside, real abdomens with bases of
-# lungs (20 to 70 mm) outside, as the tests check. CT-RATE and RAD-ChestCT are gated and were not measured: a
-# scan that is refused wrongly goes through with force.
-MIN_SLICES = 20
-"""A chest of 150 mm in slices of 7.5 mm."""
-HEIGHT_MM = (150.0, 700.0)
-"""From the lungs of a small adult to a trunk from neck to pelvis; slabs and whole bodies lie outside."""
-WIDTH_MM = (200.0, 700.0)
-"""Field of view: a heart alone is reconstructed at less, and no gantry is wider."""
-AIR_HU, MIN_AIR = -900.0, 0.01
-"""Share of voxels at most this: around the patient and in the airways. A half is usual."""
-TISSUE_HU, MIN_TISSUE = (-200.0, 300.0), 0.05
-"""Share of voxels between: fat, muscle, blood. A quarter is usual; a CT rescaled twice has none."""
-DENSE_HU, MAX_DENSE = 600.0, 0.10
-"""Share of voxels above: bone and metal, some 1 %. Of raw values without their intercept, all tissue."""
-LUNG_HU = (-950.0, -500.0)
-"""Of aerated lung; gas in the bowel is below, and so is half of a lung with severe emphysema."""
-MIN_LUNG_CM2, MIN_LUNG_MM = 30.0, 120.0
-"""Height of the slices that show this much lung: bases above an abdomen show less, whole lungs 200 mm."""
-LOOK_MM = (5.0, 3.0, 3.0)
-"""Voxels are looked at this far apart (slices, rows, columns), or at each where they lie further apart."""
-WITHIN_SLICES = np.zeros((3, 3, 3), int)
-WITHIN_SLICES[1] = ndimage.generate_binary_structure(2, 1)
+PADDED_WIDTH_HU = 5
+"""How far padding that was resampled strays from its value. Seen: 3 HU."""
+
+MIN_BODY, BODY_HU = 0.001, -500
+"""A slice with a lesser share of voxels above this is air alone."""
 
 
-class ChestCTs(NamedTuple):
-    """Volumes sorted by whether they look like chest CT.
+def check_hu(ct: StoredCT) -> None:
+    """Refuse what is no CT in HU by the values before the clip, padding left out.
 
     Args:
-        used: those to go on with.
-        refused: those not, each with its reason.
-        doubts: what is wrong with volumes that are used by force.
-        sha256: of the files of each volume that is used.
+        ct: as it was read.
+
+    Raises:
+        RejectedError: for masks, other modalities, pictures, values without their rescale or rescaled twice.
     """
+    doubts = judge({"highest": ct.values.highest, **_measure_values(ct.values.sample)}, HU_RULES)
+    if doubts:
+        text = "; ".join(doubt.text for doubt in doubts)
+        raise RejectedError("not in HU", f"{text}. Pass the scan itself, rescaled to HU once, and no mask.")
 
-    used: list[CTSource]
-    refused: list[RejectedVolume]
-    doubts: dict[str, list[str]]
-    sha256: dict[str, str]
 
-
-def chest_doubts(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> list[str]:
-    """Say what makes a volume unlike a CT of a chest.
-
-    Slices, extents and units are looked at first: lungs are searched only where those are right. Lung is air
-    that tissue surrounds in its slice.
+def find_doubts(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[list[Doubt], list[int]]:
+    """Say what makes a volume unlike an upright CT of a whole chest in HU.
 
     Args:
-        hu: canonical slices in HU.
-        spacing_mm: (x, y, z).
+        hu: canonical slices in HU, as shards keep them, not padded to squares.
+        spacing_mm: as (x, y, z).
 
     Shape:
-        ``hu (Z, H, H)``.
+        ``hu (Z, H, W)``.
 
     Returns:
-        A sentence for each doubt, with what was expected; none for a chest.
+        What seems wrong, and the numbers of the blank slices from 0.
 
     Example:
-        >>> chest_doubts(np.full((3, 400, 400), -1000), (1.0, 1.0, 5.0))
-        ['it must have at least 20 slices, got 3', 'slices must span 150 to 700 mm, got 15 mm']
+        >>> doubts, blank = find_doubts(np.full((3, 400, 400), -1000), (1.0, 1.0, 5.0))
+        >>> [doubt.rule for doubt in doubts], blank
+        (['tissue', 'grey_levels', 'slices', 'length', 'blank'], [0, 1, 2])
     """
-    x, y, z = spacing_mm
-    height_mm, width_mm = len(hu) * z, hu.shape[-1] * x
-    doubts = []
-    if len(hu) < MIN_SLICES:
-        doubts.append(f"it must have at least {MIN_SLICES} slices, got {len(hu)}")
-    for name, mm, (low, high) in (("slices", height_mm, HEIGHT_MM), ("a slice", width_mm, WIDTH_MM)):
-        if not low <= mm <= high:
-            doubts.append(f"{name} must span {low:.0f} to {high:.0f} mm, got {mm:.0f} mm")
-    if doubts:
-        return doubts
-    steps = [max(1, int(look / mm)) for look, mm in zip(LOOK_MM, (z, y, x), strict=True)]
-    few = hu[:: steps[0], :: steps[1], :: steps[2]]
-    doubts = _unit_doubts(few)
-    if doubts:
-        return doubts
-    lung_cm2 = _enclosed_lung(few).sum((1, 2)) * steps[1] * y * steps[2] * x / 100
-    lung_mm = np.count_nonzero(lung_cm2 >= MIN_LUNG_CM2) * steps[0] * z
-    if lung_mm < MIN_LUNG_MM:
-        return [f"lungs must show over at least {MIN_LUNG_MM:.0f} mm of its height, got {lung_mm:.0f} mm"]
-    return []
+    blank = blank_slices(hu)
+    return judge(measure(coarse_grid(hu, spacing_mm), hu.shape, spacing_mm, len(blank))), blank
 
 
-def _unit_doubts(hu: np.ndarray) -> list[str]:
-    air, dense = (hu <= AIR_HU).mean(), (hu > DENSE_HU).mean()
-    tissue = ((hu >= TISSUE_HU[0]) & (hu <= TISSUE_HU[1])).mean()
-    found = (
-        (
-            air < MIN_AIR,
-            f"at least {MIN_AIR:.0%} of voxels must be air, {AIR_HU:.0f} HU or less, got {air:.1%}",
-        ),
-        (
-            tissue < MIN_TISSUE,
-            f"at least {MIN_TISSUE:.0%} of voxels must be soft tissue, {TISSUE_HU[0]:.0f} to "
-            f"{TISSUE_HU[1]:.0f} HU, got {tissue:.1%}",
-        ),
-        (
-            dense > MAX_DENSE,
-            f"at most {MAX_DENSE:.0%} of voxels may be bone, above {DENSE_HU:.0f} HU, got {dense:.1%}",
-        ),
-    )
-    return [f"{text}: values seem not to be HU" for is_wrong, text in found if is_wrong]
+def blank_slices(hu: np.ndarray) -> list[int]:
+    """List the slices that are air alone, or of one value but for padding.
+
+    Shape:
+        ``hu (Z, H, W)``.
+    """
+    rows, columns = (max(1, side // 64) for side in hu.shape[1:])
+    few = hu[:, ::rows, ::columns].reshape(len(hu), -1)
+    is_padded = few <= PADDED_HU
+    lowest = np.where(is_padded, np.iinfo(np.int16).max, few).min(1)
+    is_blank = (lowest >= few.max(1)) | ((few > BODY_HU).mean(1) < MIN_BODY)
+    return np.flatnonzero(is_blank).tolist()
 
 
-def _enclosed_lung(hu: np.ndarray) -> np.ndarray:
-    """Mark air of lung density that no path of air within its slice joins to the slice's edge."""
-    air = hu < LUNG_HU[1]
-    regions, _ = ndimage.label(air, structure=WITHIN_SLICES)
-    edges = (regions[:, 0], regions[:, -1], regions[:, :, 0], regions[:, :, -1])
-    open_to_edge = np.unique(np.concatenate([edge.ravel() for edge in edges]))
-    return (hu >= LUNG_HU[0]) & air & ~np.isin(regions, open_to_edge)
-
-
-def chest_cts(sources: Sequence[CTSource], num_workers: int, force: bool) -> ChestCTs:
-    """Read all volumes and refuse those that do not look like chest CT, or cannot be read.
+def measure(
+    grid: Coarse, shape: tuple[int, ...], spacing_mm: tuple[float, float, float], num_blank: int
+) -> dict[str, float]:
+    """Answer the questions of ``CHEST_RULES`` by name, each only where those before it hold.
 
     Args:
-        sources: volumes.
-        num_workers: threads that read, a volume each.
-        force: use what does not look like a chest CT nonetheless; what cannot be read stays refused.
+        grid: see ``coarse_grid``.
+        shape: of the volume, (Z, H, W).
+        spacing_mm: of the volume, as (x, y, z).
+        num_blank: slices.
     """
-    sorted_cts = ChestCTs([], [], {}, {})
-    with ThreadPoolExecutor(max(num_workers, 1), "check_ct") as pool:
-        for source, (doubts, failure, sha256) in zip(sources, pool.map(_looked_at, sources), strict=True):
-            if failure is not None:
-                sorted_cts.refused.append(failure)
-            elif doubts and not force:
-                sorted_cts.refused.append(RejectedError(NOT_CHEST_CT, "; ".join(doubts)).of(source.volume))
-            else:
-                sorted_cts.used.append(source)
-                sorted_cts.sha256[source.volume] = sha256
-                if doubts:
-                    sorted_cts.doubts[source.volume] = doubts
-    return sorted_cts
+    z_mm, y_mm, x_mm = (size * mm for size, mm in zip(shape, spacing_mm[::-1], strict=True))
+    measures = {
+        **_measure_values(grid.hu.ravel()),
+        **{"slices": shape[0], "length": z_mm, "width": x_mm, "depth": y_mm, "blank": num_blank},
+    }
+    if _is_refused(measures):
+        return measures
+    anatomy = find_anatomy(grid)
+    area = np.zeros(1) if anatomy is None else anatomy.lung_cm2
+    measures["lungs"] = np.count_nonzero(area >= MIN_LUNG_CM2) * grid.voxel_mm[0]
+    if anatomy is None or _is_refused(measures):
+        return measures
+    measures["lung_ends"] = float(max(area[0], area[-1]) / area.max())
+    measures["lung_edges"] = lung_at_the_edges(anatomy)
+    measures["shape"] = width_over_depth(anatomy)
+    measures["spine"] = anatomy.spine_share
+    if _is_refused(measures):
+        return measures
+    front, back = anatomy.box[:2]
+    measures["back"] = (anatomy.spine[0] - front) / (back - front)
+    measures["head"] = airway_at_the_top(anatomy)
+    measures["sides"] = lung_on_the_smaller_side(anatomy)
+    if not _is_refused(measures):
+        measures["heart"] = heart_left_mm(anatomy)
+    return measures
 
 
-def _looked_at(source: CTSource) -> tuple[list[str], RejectedVolume | None, str]:
-    """Doubts about a volume, why it cannot be read, and the digest of its files."""
-    try:
-        ct = source.read()
-    except RejectedError as error:
-        return [], error.of(source.volume), ""
-    except (OSError, ValueError) as error:
-        return [], RejectedError("unreadable", str(error)).of(source.volume), ""
-    return chest_doubts(ct.hu, ct.spacing_mm), None, ct.sha256
+def _is_refused(measures: Mapping[str, float]) -> bool:
+    return any(doubt.refused for doubt in judge(measures))
+
+
+def _measure_values(values: np.ndarray) -> dict[str, float]:
+    """Answer the questions about HU ``(N,)``, padding left out."""
+    levels, counts = levels_without_padding(values)
+    reached = np.cumsum(counts) / counts.sum()
+    lowest, dark = (float(levels[np.searchsorted(reached, share)]) for share in (1e-4, 1e-2))
+    common, edges = np.histogram(levels, np.arange(-400, 601, 20), weights=counts)
+
+    def share(low: float, high: float) -> float:
+        return float(counts[(levels >= low) & (levels <= high)].sum() / counts.sum())
+
+    return {
+        "air": lowest,
+        "below_air": share(-INF, -1101),
+        "tissue": share(*TISSUE_HU),
+        "dense": share(601, INF),
+        "dark": dark,
+        "common": float(edges[common.argmax()] + 10) if common.any() else math.nan,
+        "grey_levels": float(len(levels)),
+    }
+
+
+def levels_without_padding(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count the values of voxels, without what is constant around a field of view.
+
+    Padding is a lowest value that many voxels share. Where there is nothing else, it is an image.
+
+    Args:
+        values: HU ``(N,)``.
+
+    Returns:
+        Whole HU from low to high, and how many voxels are at each.
+
+    Example:
+        >>> levels, counts = levels_without_padding(np.array([-2000] * 5 + [24, 60, 60, 1064]))
+        >>> levels.tolist(), counts.tolist()
+        ([24, 60, 1064], [1, 2, 1])
+    """
+    whole = np.rint(values).astype(np.int64)
+    counts = np.bincount(whole - whole.min())
+    levels = np.flatnonzero(counts)
+    levels, counts = levels + whole.min(), counts[levels]
+    often = levels[counts >= MIN_PADDED * whole.size]
+    if not len(often) or counts[levels < often[0] - PADDED_WIDTH_HU].sum() > MIN_PADDED * whole.size:
+        return levels, counts
+    inside = levels > often[0] + PADDED_WIDTH_HU
+    return (levels[inside], counts[inside]) if inside.any() else (levels, counts)

@@ -25,6 +25,7 @@ from common.ct.dicom_header import SliceHeader, read_headers
 from common.ct.dicom_parse import parse, rejecting
 from common.ct.dicom_pixels import read_hu
 from common.ct.geometry import (
+    HUValues,
     StoredCT,
     StoredGrid,
     canonical_shape,
@@ -75,7 +76,7 @@ def read_ct(files: Sequence[Path]) -> StoredCT:
         files: of the series, in any order.
 
     Returns:
-        The CT. Its lowest HU is that of the image without padding, its checksum that of the files' binary
+        The CT. Its values are those of the image without padding, its checksum that of the files' binary
         SHA-256 digests, one after another in the order of the grid's slices.
 
     Raises:
@@ -89,35 +90,34 @@ def read_ct(files: Sequence[Path]) -> StoredCT:
     of_file: dict[Path, list[int]] = {}
     for z, header in enumerate(headers):
         of_file.setdefault(header.path, []).append(z)
-    digests, lowest_hu = [], math.inf
+    digests, seen = [], HUValues()
     for path, indices in of_file.items():
         content = _content(path)
         dataset = parse(path, io.BytesIO(content))
         for z in indices:
-            lowest_hu = min(lowest_hu, _read_slice(dataset, headers[z], stored[z]))
+            _read_slice(dataset, headers[z], stored[z], seen)
         digests.append(hashlib.sha256(content).digest())
-    if not math.isfinite(lowest_hu):
+    if not seen.parts:
         raise RejectedError(
             "no image", f"a CT must have pixels that are no padding, got none in {headers[0].name}"
         )
     slices, spacing_mm = canonical_slices(stored.transpose(2, 1, 0), grid.affine)
-    return StoredCT(slices, lowest_hu, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest())
+    return StoredCT(slices, seen, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest())
 
 
-def _read_slice(dataset: FileDataset, header: SliceHeader, out: np.ndarray) -> float:
-    """Read a slice into ``out``; return its lowest HU before the clip, infinite where all is padding."""
+def _read_slice(dataset: FileDataset, header: SliceHeader, out: np.ndarray, seen: HUValues) -> None:
+    """Read a slice into ``out``."""
     try:
         with rejecting(header.path):
-            lowest_hu = read_hu(dataset, header.frame, header.slope, header.intercept, out)
+            is_finite = read_hu(dataset, header.frame, header.slope, header.intercept, out, seen)
     except RejectedError as error:
         if str(header.path) in error.detail:
             raise
         raise RejectedError(error.reason, f"{error.detail} in {header.name}") from error
-    if math.isnan(lowest_hu):
+    if not is_finite:
         raise RejectedError(
             "non-finite voxels", f"voxels must be finite, got NaN or infinity in {header.name}"
         )
-    return lowest_hu
 
 
 def _sorted_headers(files: Sequence[Path]) -> list[SliceHeader]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.ct.geometry import STORED_HU_RANGE, store_hu
+from common.ct.geometry import STORED_HU_RANGE, HUValues, store_hu
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset
@@ -16,7 +15,9 @@ if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
 FLOATS = {"FloatPixelData": "Float", "DoubleFloatPixelData": "DoubleFloat"}
 
 
-def read_hu(dataset: FileDataset, frame: int, slope: float, intercept: float, out: np.ndarray) -> float:
+def read_hu(
+    dataset: FileDataset, frame: int, slope: float, intercept: float, out: np.ndarray, seen: HUValues
+) -> bool:
     """Read a slice in HU as shards keep them; padding, which is no part of the image, becomes the lowest.
 
     Args:
@@ -25,10 +26,10 @@ def read_hu(dataset: FileDataset, frame: int, slope: float, intercept: float, ou
         slope: HU = slope * stored + intercept.
         intercept: see ``slope``.
         out: ``(H, W)`` int16, filled with HU.
+        seen: is told of the image's values before the clip; of nothing where all is padding.
 
     Returns:
-        The lowest HU of the image before the clip: infinite where all is padding, NaN if a value is not
-        finite.
+        Whether all values are finite.
 
     Raises:
         ValueError: if the shape is not that of ``out``; and what pydicom and SimpleITK raise.
@@ -40,23 +41,25 @@ def read_hu(dataset: FileDataset, frame: int, slope: float, intercept: float, ou
     padding = _padding(words, values, dataset)
     if padding.all():
         out[:] = STORED_HU_RANGE[0]
-        return math.inf
+        return True
     if padding.any():
         values = np.where(padding, values[~padding][0], values)
-    lowest_hu = store_hu(values, slope, intercept, out)
+    is_finite = store_hu(values, slope, intercept, out, seen)
     out[padding] = STORED_HU_RANGE[0]
-    return lowest_hu if math.isfinite(lowest_hu) else math.nan
+    return is_finite
 
 
 def _stored_words(dataset: FileDataset, frame: int) -> np.ndarray:
     """Return the numbers of a slice as they are stored, spare high bits included."""
     from pydicom.pixels import pixel_array
+    from pydicom.uid import RLELossless
 
-    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated and syntax != RLELossless:  # GDCM divides by zero at damaged run lengths
         return _decoded(dataset, frame)
-    if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+    if syntax != RLELossless and "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
         raise ValueError("its pixels are compressed, and TransferSyntaxUID does not say how")
-    words = pixel_array(dataset, index=frame, correct_unused_bits=False)
+    words = pixel_array(dataset, index=frame, correct_unused_bits=False, decoding_plugin="pydicom")
     return words.astype(words.dtype.newbyteorder("="), copy=False)
 
 
@@ -98,7 +101,7 @@ def _padding(words: np.ndarray, values: np.ndarray, dataset: FileDataset) -> np.
 
 
 def _decoded(dataset: FileDataset, frame: int) -> np.ndarray:
-    """Decode JPEG, JPEG-LS, JPEG 2000 or run lengths to whole words.
+    """Decode JPEG, JPEG-LS or JPEG 2000 to whole words.
 
     GDCM, which does it, makes gigabytes ready where lengths in a file are wrong, inverts MONOCHROME1, and
     wants identifiers. It is given the pixels alone, in a file of our own.

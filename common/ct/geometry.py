@@ -22,9 +22,6 @@ SHEAR_TOLERANCE_DEG = 0.5
 SPACING_TOLERANCE = 0.05
 """How far two statements of a spacing may differ. Our choice: headers round, another scan differs by more."""
 
-MAX_HU = 31_743
-"""Highest value of a scanner: 16 bits with a sign, less the 1,024 HU that air is below water."""
-
 SPACING_RANGE_MM = (0.1, 20.0)
 """Spacings a chest CT can have. Our choice: CT-RATE's metadata has 0.035 mm, no scanner has."""
 
@@ -52,25 +49,52 @@ class StoredGrid(NamedTuple):
     has_origin: bool = True
 
 
+class HUValues:
+    """What is kept of a volume's values before the clip: the extremes, and a sample to judge the unit by."""
+
+    def __init__(self) -> None:
+        self.lowest, self.highest = math.inf, -math.inf
+        self.parts: list[np.ndarray] = []
+
+    def add(self, hu: np.ndarray) -> bool:
+        """Take in some values; tell whether all are finite.
+
+        Args:
+            hu: one or more planes, ``(X, Y)`` or ``(X, Y, N)``; about 64 x 64 values of each are kept.
+        """
+        lowest, highest = float(hu.min()), float(hu.max())
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            return False
+        self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
+        steps = tuple(slice(None, None, max(1, side // 64)) for side in hu.shape[:2])
+        self.parts.append(hu[steps].clip(-(2**20), 2**20).astype(np.float32).ravel())
+        return True
+
+    @property
+    def sample(self) -> np.ndarray:
+        """``(N,)`` float32 HU."""
+        return np.concatenate(self.parts)
+
+
 class StoredCT(NamedTuple):
     """A CT that was read whole.
 
     Args:
         hu: ``(Z, H, W)`` int16 canonical slices, rounded and clipped to ``STORED_HU_RANGE``.
-        lowest_hu: before the clip.
+        values: what the values were before the clip.
         spacing_mm: as (x, y, z): columns, rows, slices.
         grid: on which it is stored.
         sha256: of the file's bytes; of several files, of their digests in order.
     """
 
     hu: np.ndarray
-    lowest_hu: float
+    values: HUValues
     spacing_mm: tuple[float, float, float]
     grid: StoredGrid
     sha256: str
 
 
-def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray) -> float:
+def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray, seen: HUValues) -> bool:
     """Turn stored values into HU as shards keep them: rounded to whole HU, clipped, never wrapped.
 
     Args:
@@ -78,17 +102,17 @@ def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray
         slope: HU = slope * stored + intercept, computed in float64 or in whole numbers, which is the same.
         intercept: see ``slope``.
         out: int16 of the same shape, filled with HU in ``STORED_HU_RANGE``.
+        seen: is told of the values before the clip.
 
     Returns:
-        The lowest HU before the clip. It is not finite if a value is not: then ``out`` means nothing.
-
-    Raises:
-        RejectedError: if a value is above ``MAX_HU``.
+        Whether all values are finite; if not, ``out`` means nothing.
 
     Example:
-        >>> out = np.empty(3, np.int16)
-        >>> store_hu(np.array([-200, 24, 3000], np.int16), 10, -1024, out), out.tolist()
-        (-3024.0, [-1024, -784, 3071])
+        >>> out, seen = np.empty((1, 3), np.int16), HUValues()
+        >>> store_hu(np.array([[-200, 24, 32767]], np.int16), 10, -1024, out, seen), out.tolist()
+        (True, [[-1024, -784, 3071]])
+        >>> seen.lowest
+        -3024.0
     """
     low, high = STORED_HU_RANGE
     if values.dtype.kind in "iu" and _fits_int32(values.dtype, slope, intercept):
@@ -96,21 +120,13 @@ def store_hu(values: np.ndarray, slope: float, intercept: float, out: np.ndarray
             values = values.astype(np.int32)
             values *= int(slope)
             values += int(intercept)
-        _check_highest(float(values.max()))
         np.clip(values, low, high, out=out, casting="unsafe")
-        return float(values.min())
+        return seen.add(values)
     hu = values * np.float64(slope) + intercept
-    lowest, highest = float(hu.min()), float(hu.max())
-    if not np.isfinite(highest):
-        return highest
-    _check_highest(highest)
+    if not seen.add(hu):
+        return False
     np.clip(np.rint(hu, out=hu), low, high, out=out, casting="unsafe")
-    return lowest
-
-
-def _check_highest(hu: float) -> None:
-    if hu > MAX_HU:
-        raise RejectedError("not in HU", f"a CT must stay below {MAX_HU:,} HU, got {hu:g}")
+    return True
 
 
 def _fits_int32(dtype: np.dtype, slope: float, intercept: float) -> bool:
@@ -124,7 +140,7 @@ def _fits_int32(dtype: np.dtype, slope: float, intercept: float) -> bool:
 
 def canonical_hu(
     stored: np.ndarray, affine: np.ndarray, slope: float, intercept: float
-) -> tuple[np.ndarray, tuple[float, float, float], float]:
+) -> tuple[np.ndarray, tuple[float, float, float], HUValues]:
     """Turn a stored array into canonical slices in HU as shards keep them.
 
     Args:
@@ -137,29 +153,27 @@ def canonical_hu(
         Input ``(X, Y, Z)``. Output ``(Z, H, W)``.
 
     Returns:
-        int16 HU rounded and clipped to ``STORED_HU_RANGE``, the spacing in mm as (x, y, z), and the lowest HU
-        before the clip.
+        int16 HU rounded and clipped to ``STORED_HU_RANGE``, the spacing in mm as (x, y, z), and what
+        the values were before the clip.
 
     Raises:
         RejectedError: if a voxel is not finite, or the affine is not that of an axial scan.
 
     Example:
         >>> affine = np.diag([-0.7, -0.7, 2, 1])
-        >>> hu, spacing_mm, lowest = canonical_hu(np.full((2, 3, 5), 24), affine, 1, -1024)
-        >>> hu.shape, int(hu[0, 0, 0]), lowest
+        >>> hu, spacing_mm, seen = canonical_hu(np.full((2, 3, 5), 24), affine, 1, -1024)
+        >>> hu.shape, int(hu[0, 0, 0]), seen.lowest
         ((5, 3, 2), -1000, -1000.0)
     """
     slices, spacing_mm = canonical_slices(stored, affine)
     hu = np.empty(slices.shape, np.int16)
-    lowest = np.inf
+    seen = HUValues()
     for z, plane in enumerate(slices):
-        plane_lowest = store_hu(plane, slope, intercept, out=hu[z])
-        if not np.isfinite(plane_lowest):
+        if not store_hu(plane, slope, intercept, hu[z], seen):
             raise RejectedError(
                 "non-finite voxels", f"voxels must be finite, got NaN or infinity in slice {z}"
             )
-        lowest = min(lowest, plane_lowest)
-    return hu, spacing_mm, lowest
+    return hu, spacing_mm, seen
 
 
 def canonical_slices(stored: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:

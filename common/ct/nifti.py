@@ -11,6 +11,7 @@ import numpy as np
 
 from common.ct.geometry import (
     SPACING_TOLERANCE,
+    HUValues,
     StoredCT,
     StoredGrid,
     canonical_shape,
@@ -22,9 +23,6 @@ from common.ct.nifti_file import VolumeHeader
 from common.ct.orientation import axial_slices, voxel_axes
 from common.ct.rejection import RejectedError
 from common.ct.volume_file import open_volume, read_header
-
-AIR_HU = -800
-"""Every CT in HU holds air at or below this; CT-RATE's raw values start near 0 and stay above it."""
 
 
 class Rescale(NamedTuple):
@@ -87,35 +85,28 @@ def read_ct(path: Path, form: str = "v2", rescale: Rescale | None = None) -> Sto
         The CT.
 
     Raises:
-        RejectedError: as ``read_grid``, and if the file is damaged, a voxel is not finite, or raw values are
-            in HU already.
+        RejectedError: as ``read_grid``, and if the file is damaged or a voxel is not finite.
     """
     with open_volume(path) as file:
         how = geometry(file.header, form, rescale)
         stored = np.empty(how.grid.shape, np.int16, order="F")
-        lowest = math.inf
+        seen = HUValues()
         for first, planes in file.planes():
             out = stored[..., first : first + planes.shape[-1]]
-            lowest = min(lowest, _store_planes(planes, how, out, first))
+            _store_planes(planes, how, out, first, seen)
         sha256 = file.sha256()
-    if how.form == "v1" and (raw := (lowest - how.intercept) / how.slope) <= AIR_HU:
-        raise RejectedError(
-            "v1 or v2", f"raw values must be above {AIR_HU}, got {raw:g}: this is in HU already"
-        )
     hu, spacing_mm = axial_slices(stored, how.grid.affine)
-    return StoredCT(hu, lowest, spacing_mm, how.grid, sha256)
+    return StoredCT(hu, seen, spacing_mm, how.grid, sha256)
 
 
-def _store_planes(planes: np.ndarray, how: Geometry, out: np.ndarray, first: int) -> float:
-    lowest = store_hu(planes, how.slope, how.intercept, out)
-    if not math.isfinite(lowest):
+def _store_planes(planes: np.ndarray, how: Geometry, out: np.ndarray, first: int, seen: HUValues) -> None:
+    if not store_hu(planes, how.slope, how.intercept, out, seen):
         hu = planes * np.float64(how.slope) + how.intercept
         x, y, plane = np.argwhere(~np.isfinite(hu))[0]
         raise RejectedError(
             "non-finite voxels",
             f"voxels must be finite, got {hu[x, y, plane]} at ({x}, {y}, {first + plane}) as stored",
         )
-    return lowest
 
 
 def geometry(header: VolumeHeader, form: str, rescale: Rescale | None) -> Geometry:

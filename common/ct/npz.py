@@ -96,8 +96,8 @@ def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
         member.read()  # to the end, where zipfile compares the checksum
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    hu, voxel_mm, lowest_hu = canonical_hu(stored, grid.affine, slope=1, intercept=0)
-    return StoredCT(hu, lowest_hu, voxel_mm, grid, sha256)
+    hu, voxel_mm, seen = canonical_hu(stored, grid.affine, slope=1, intercept=0)
+    return StoredCT(hu, seen, voxel_mm, grid, sha256)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import ignite.distributed as idist
 
 from common.ct.rejection import RejectedVolume, is_failure
+from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.atomic_file import atomic_file
 from common.run.distributed import gather_objects
 
@@ -63,6 +64,24 @@ def log_embedded(output_dir: str | Path, num_volumes: int, num_failed: int) -> N
         left_out = f"; {num_failed} rejected, listed in '{Path(output_dir) / REJECTED}'" if num_failed else ""
         embedded = num_volumes - num_failed
         logger.info("Done: embeddings of %d volumes in '%s'%s.", embedded, output_dir, left_out)
+
+
+def report_doubts(folder: str | Path) -> None:
+    """Say in one line how many embedded volumes are doubtful; call it after ``report_rejected``.
+
+    Args:
+        folder: of the embedding store, into which all ranks have written.
+    """
+    if idist.get_rank() > 0 or not stored_volumes(folder):
+        return
+    store = EmbeddingStore(folder)
+    if doubts := store.doubts():
+        volume, texts = next(iter(doubts.items()))
+        logger.warning(
+            "%d of %d embedded volumes are doubtful, such as '%s': %s. "
+            "EmbeddingStore('%s').doubts() lists them.",
+            *(len(doubts), len(store), volume, texts[0], folder),
+        )
 
 
 def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:

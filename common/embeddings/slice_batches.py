@@ -32,7 +32,7 @@ class VolumeTask(NamedTuple):
         spacing_mm: (x, y, z).
         metadata: JSON values to keep: ``slice_axes``, ``side_px`` of a slice padded to a square, and the
             ``box`` (top, left, side) of the body in it, of canonical slices whatever ``slice_axes``; no box
-            where the strategy shows whole slices.
+            where the strategy shows whole slices. ``doubts`` and ``blank_slices`` where there are any.
     """
 
     volume: str
@@ -116,6 +116,7 @@ class SliceBatches:
             for strategy in item.strategies:
                 metadata = {"slice_axes": self.slice_axes, "side_px": hu.shape[-1]}
                 metadata |= {"box": list(box)} if box is not None and strategy.is_cropped else {}
+                metadata |= ct.notes
                 task = VolumeTask(item.source.volume, strategy, len(hu), ct.spacing_mm, metadata)
                 region = strategy.region(hu, box or (0, 0, hu.shape[-1]))
                 batch = waiting.setdefault(strategy.name, _Waiting(self.slices_of[strategy.name]))

@@ -2,18 +2,19 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.cohort.skip_list import listed_names
+from common.ct.check_rules import Doubt
+from common.ct.checks import check_hu, find_doubts
 from common.ct.files import CTFile, find_cts, read_ct
 from common.ct.geometry import STORED_HU_RANGE, StoredCT, check_size
 from common.ct.names import Places, find_named
-from common.ct.nifti import AIR_HU
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.shards.shards import SHARD_NAME, ShardSet
 
@@ -29,11 +30,22 @@ class CTSlices(NamedTuple):
         hu: int16 ``(Z, H, H)``, padded with air on both sides to squares.
         spacing_mm: (x, y, z).
         sha256: of the files it was read from, see :class:`common.ct.geometry.StoredCT`.
+        doubts: what makes it unlike a chest CT, see :func:`common.ct.checks.find_doubts`.
+        blank: numbers of its blank slices, from 0.
     """
 
     hu: np.ndarray
     spacing_mm: tuple[float, float, float]
     sha256: str = ""
+    doubts: Sequence[Doubt] = ()
+    blank: Sequence[int] = ()
+
+    @property
+    def notes(self) -> dict[str, list[Any]]:
+        """Doubts and blank slices as JSON values to keep with an embedding; empty where all is well."""
+        texts = [doubt.text for doubt in self.doubts]
+        notes: dict[str, list[Any]] = {"doubts": texts, "blank_slices": list(self.blank)}
+        return {name: values for name, values in notes.items() if values}
 
 
 class CTSource(NamedTuple):
@@ -146,15 +158,10 @@ def _read_file(file: CTFile) -> CTSlices:
 
 
 def _in_hu(ct: StoredCT) -> CTSlices:
-    if ct.lowest_hu > AIR_HU:
-        raise RejectedError(
-            "not in HU",
-            f"a CT in HU must hold air, {AIR_HU} or less, got values from {ct.lowest_hu:g}. "
-            "Pass the scan itself, rescaled to HU, and no mask.",
-        )
+    check_hu(ct)
     padded = len(ct.hu), *2 * [max(ct.hu.shape[1:])]
     check_size(padded)
-    return CTSlices(squared(ct.hu), ct.spacing_mm, ct.sha256)
+    return CTSlices(squared(ct.hu), ct.spacing_mm, ct.sha256, *find_doubts(ct.hu, ct.spacing_mm))
 
 
 def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
@@ -163,7 +170,8 @@ def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     hu = np.empty((entry.num_slices, *entry.shape), np.int16)
     for z in range(entry.num_slices):
         hu[z] = slab.read_ct(z)
-    return CTSlices(squared(hu), entry.spacing_mm, entry.source_sha256)
+    doubts, blank = find_doubts(hu, entry.spacing_mm)
+    return CTSlices(squared(hu), entry.spacing_mm, entry.source_sha256, doubts, blank)
 
 
 def squared(hu: np.ndarray) -> np.ndarray:

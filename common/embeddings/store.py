@@ -132,6 +132,11 @@ class EmbeddingStore:
             self._checked.add((volume, name))
         return rows
 
+    def doubts(self) -> dict[str, list[str]]:
+        """List what made volumes unlike chest CTs when they were embedded; sound volumes are left out."""
+        all_doubts = {volume: self._place(volume).record["metadata"].get("doubts") for volume in self.volumes}
+        return {volume: doubts for volume, doubts in all_doubts.items() if doubts}
+
     def checksums(self, volumes: Sequence[str]) -> list[int]:
         """Return the CRC32 of each volume's tokens, as it was written.
 

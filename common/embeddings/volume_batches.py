@@ -67,7 +67,7 @@ class VolumeBatches:
         num_workers: threads that read and transform ahead, a volume each; 0 does so when needed.
 
     Yields:
-        ``image (1, 1, ...)``, ``volume`` and ``spacing_mm`` (x, y, z) of the CT.
+        ``image (1, 1, ...)``; ``volume``, ``spacing_mm`` (x, y, z) and ``notes`` (doubts) of the CT.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class VolumeBatches:
     def _prepare(self, source: CTSource) -> dict[str, Any]:
         ct = source.read()
         image = self.transform({"image": lps_volume(ct)})["image"]
-        return {"image": image[None], "volume": source.volume, "spacing_mm": ct.spacing_mm}
+        about = {"volume": source.volume, "spacing_mm": ct.spacing_mm, "notes": ct.notes}
+        return {"image": image[None], **about}
 
     def _checked(self, source: CTSource, prepare: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield a volume, or note why there is none."""

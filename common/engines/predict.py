@@ -4,8 +4,9 @@ import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.checks import ChestCTs, chest_cts
-from common.ct.rejection import RejectedVolume
+from common.ct.check_rules import Doubt
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.part import IDENTITY_KEYS
 from common.embeddings.rejected_volumes import REJECTED, report_rejected
@@ -29,10 +30,30 @@ from common.run.short_errors import first_cause
 
 # T tokens of a volume, C classes
 
+NOT_CHEST_CT = "not a chest CT"
+
 MAX_SHOWN = 10
 """Volumes whose table or reason is printed; of more, the files alone are named."""
 
 Predictions = dict[str, list[dict[str, Any]]]
+
+
+class ChestCTs(NamedTuple):
+    """Volumes sorted by whether they look like upright CTs of a whole chest.
+
+    Args:
+        used: those to go on with.
+        refused: those not, each with its reason.
+        doubts: what seems wrong with volumes that are used.
+        sha256: of the files of each volume that is used.
+        has_image: ``(Z,)`` which of its slices are not blank.
+    """
+
+    used: list[CTSource]
+    refused: list[RejectedVolume]
+    doubts: dict[str, Sequence[Doubt]]
+    sha256: dict[str, str]
+    has_image: dict[str, np.ndarray]
 
 
 def predict(
@@ -47,8 +68,8 @@ def predict(
 ) -> Predictions:
     """Embed CTs with an encoder bundle and score them with a probe; write, print and return the result.
 
-    What does not look like a chest CT (:mod:`common.ct.checks`) is refused before anything is embedded,
-    and listed with what cannot be read in ``rejected.csv``.
+    What does not look like an upright CT of a whole chest (:mod:`common.ct.checks`) is refused before
+    anything is embedded, and listed with what cannot be read in ``rejected.csv``. Blank slices take no part.
 
     ``predictions.csv`` has a row a volume and class, ``predictions.json`` the same by volume. The embeddings
     stay in ``output_dir/embeddings``; a second run embeds only what is new, and refuses another file of a
@@ -98,13 +119,65 @@ def predict(
     store = EmbeddingStore(output / "embeddings")
     _check_identity(card, store.identity)
     sources = {source.volume: source for source in chests.used}
-    predictions = {volume: _scores(probe, card, store.view(volume).to(torch.float32)) for volume in sources}
+    predictions = {
+        volume: _scores(probe, card, _tokens(store, volume, chests.has_image[volume])) for volume in sources
+    }
     _write(output, predictions)
     for volume in list(sources)[:num_pages]:
-        doubts = chests.doubts.get(volume, [])
-        _write_page(output, sources[volume], encoder, store, probe, predictions[volume], doubts)
+        notes = _notes(chests, volume)
+        has_image = chests.has_image[volume]
+        _write_page(output, sources[volume], encoder, store, probe, predictions[volume], has_image, notes)
     sys.stdout.write(_summary(output, predictions, chests, rejected))
     return predictions
+
+
+def chest_cts(sources: Sequence[CTSource], num_workers: int, force: bool) -> ChestCTs:
+    """Read all volumes and refuse those that do not look like chest CTs, or cannot be read.
+
+    Args:
+        sources: volumes.
+        num_workers: threads that read, a volume each.
+        force: use what does not look like a chest CT nonetheless; what cannot be read stays refused.
+    """
+    chests = ChestCTs([], [], {}, {}, {})
+
+    def look_at(source: CTSource) -> RejectedVolume | None:
+        volume = source.volume
+        try:
+            ct = source.read()
+        except RejectedError as error:
+            return error.of(volume)
+        except (OSError, ValueError) as error:
+            return RejectedError("unreadable", str(error)).of(volume)
+        serious = [doubt.text for doubt in ct.doubts if doubt.refused]
+        if serious and not force:
+            return RejectedError(NOT_CHEST_CT, "; ".join(serious)).of(volume)
+        chests.doubts[volume], chests.sha256[volume] = ct.doubts, ct.sha256
+        chests.has_image[volume] = ~np.isin(np.arange(len(ct.hu)), ct.blank)
+        return None
+
+    with ThreadPoolExecutor(max(num_workers, 1), "check_ct") as pool:
+        for source, refused in zip(sources, pool.map(look_at, sources), strict=True):
+            if refused is None:
+                chests.used.append(source)
+            else:
+                chests.refused.append(refused)
+    return chests
+
+
+def _notes(chests: ChestCTs, volume: str) -> list[str]:
+    """What a reader of the result must know about a volume."""
+    doubts = [doubt for doubt in chests.doubts[volume] if doubt.rule != "blank"]
+    notes = [f"This does not look like a chest CT: {doubt.text}." for doubt in doubts if doubt.refused]
+    notes += [f"Please check: {doubt.text}." for doubt in doubts if not doubt.refused]
+    has_image = chests.has_image[volume]
+    if not has_image.all():
+        numbers = ", ".join(str(z + 1) for z in np.flatnonzero(~has_image))
+        num_blank = np.count_nonzero(~has_image)
+        notes.append(
+            f"{num_blank} of {len(has_image)} slices are blank and take no part in the result: {numbers}."
+        )
+    return notes
 
 
 def _parsed(encoder: ConfigParser, name: str) -> Any:  # noqa: ANN401 (whatever the config makes)
@@ -167,6 +240,14 @@ def _check_identity(card: Mapping[str, Any], identity: Mapping[str, Any]) -> Non
             )
 
 
+def _tokens(store: EmbeddingStore, volume: str, has_image: np.ndarray) -> torch.Tensor:
+    """Read the tokens of a volume, without those of its blank slices."""
+    tokens = store.view(volume).to(torch.float32)
+    if store.identity["token_kind"] != "slice":
+        return tokens
+    return tokens[torch.from_numpy(has_image).repeat_interleave(len(tokens) // len(has_image))]
+
+
 @torch.no_grad()
 def _scores(probe: torch.nn.Module, card: Mapping[str, Any], tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Score one volume of ``tokens (T, D)``: probability, threshold and call of each class."""
@@ -186,16 +267,18 @@ def _write_page(
     store: EmbeddingStore,
     probe: torch.nn.Module,
     rows: list[dict[str, Any]],
-    doubts: Sequence[str],
+    has_image: np.ndarray,
+    notes: Sequence[str],
 ) -> None:
     """Show one volume; the weights of slices where its tokens are slices."""
-    hu, spacing_mm, _ = source.read()
+    hu, spacing_mm = source.read()[:2]
     z_mm = (np.arange(len(hu)) * spacing_mm[2]).tolist()
-    tokens = store.view(source.volume).to(torch.float32)
+    tokens = _tokens(store, source.volume, has_image)
     pooler: Any = probe.pooler
     weights, maps = None, None
-    if len(tokens) == len(hu) and store.identity["token_kind"] == "slice":
-        weights = pooler.slice_weights(tokens).numpy().clip(0, 1)
+    if len(tokens) == has_image.sum() and store.identity["token_kind"] == "slice":
+        weights = np.zeros(len(hu), np.float32)
+        weights[has_image] = pooler.slice_weights(tokens).numpy().clip(0, 1)
         maps = _patch_maps(encoder, hu, store.read(source.volume).metadata)
         write_attended_slices(output / f"{source.volume}_attended.png", source.volume, hu, z_mm, weights)
     write_ct_report(
@@ -210,7 +293,7 @@ def _write_page(
         patch_maps=None if maps is None else maps.values,
         map_box=(0, 0, 1, 1) if maps is None else maps.box,
         map_note="" if maps is None else maps.note,
-        warnings=[f"This does not look like a chest CT: {doubt}." for doubt in doubts],
+        warnings=notes,
     )
 
 
@@ -249,8 +332,8 @@ def _summary(
             lines.append(f"{row['class']:{width}}  {row['probability']:11.3f}  {row['threshold']:9.3f}{mark}")
     if len(predictions) > MAX_SHOWN:
         lines.append(f"\nand {len(predictions) - MAX_SHOWN} volumes more")
-    doubts = [f"{volume}: {'; '.join(texts)}" for volume, texts in chests.doubts.items()]
-    lines += _listed("do not look like a chest CT and were used by force", doubts)
+    doubts = [f"{source.volume}: {' '.join(_notes(chests, source.volume))}" for source in chests.used]
+    lines += _listed("were used in spite of doubts", [text for text in doubts if not text.endswith(": ")])
     reasons = [f"{volume}: {reason}: {detail}" for volume, reason, detail in rejected]
     lines += _listed(f"were refused, see '{output / REJECTED}'", reasons)
     lines.append(f"\n{len(predictions)} volumes in '{output / 'predictions.csv'}'. Not for clinical use.\n")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.rejected_volumes import log_embedded, report_rejected
+from common.embeddings.rejected_volumes import log_embedded, report_doubts, report_rejected
 from common.embeddings.slice_batches import SliceBatches
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_outputs import VolumeOutput, VolumeOutputs
@@ -147,4 +147,5 @@ class EmbeddingWriter:
         )
         rejected = [*self.rejected, *self.batches.rejected]
         failed = report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        report_doubts(next(iter(self.writers.values())).folder)
         log_embedded(self.output_dir, self.num_volumes, failed)

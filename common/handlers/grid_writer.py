@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.rejected_volumes import log_embedded, report_rejected
+from common.embeddings.rejected_volumes import log_embedded, report_doubts, report_rejected
 from common.embeddings.store_writer import EmbeddingStoreWriter
 from common.embeddings.volume_batches import VolumeBatches
 
@@ -85,6 +85,7 @@ class GridWriter:
                 pooled=pooled,
                 grid_shape=bag["grid"][0].tolist(),
                 axcodes=self.axcodes,
+                **state.batch["notes"],
             )
         self.bar.update()
 
@@ -100,4 +101,5 @@ class GridWriter:
         self._close()
         rejected = [*self.rejected, *self.batches.rejected]
         failed = report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
+        report_doubts(self.output_dir)
         log_embedded(self.output_dir, self.num_volumes, failed)

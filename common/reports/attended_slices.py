@@ -25,7 +25,7 @@ def attended_slices(attention: np.ndarray, z_mm: Sequence[float], count: int = 6
     Where all weigh the same, as in average pooling, they are spread over the scan.
 
     Args:
-        attention: share of each slice in the pooling.
+        attention: share of each slice in the pooling; none of a blank one.
         z_mm: height of each slice.
         count: how many, fewer if there are not so many that far apart.
 
@@ -39,8 +39,9 @@ def attended_slices(attention: np.ndarray, z_mm: Sequence[float], count: int = 6
         >>> attended_slices(np.array([0.1, 0.5, 0.3, 0.1]), [0, 8, 16, 24], 2)
         [1, 3]
     """
-    if np.ptp(attention) < 1e-6 / len(attention):
-        return spread_slices(len(attention), count)
+    shown = np.flatnonzero(attention)
+    if np.ptp(attention[shown]) < 1e-6 / len(attention):
+        return shown[spread_slices(len(shown), count)].tolist()
     chosen: list[int] = []
     for slice_ in np.argsort(-attention, kind="stable").tolist():
         if all(abs(z_mm[slice_] - z_mm[other]) >= APART_MM for other in chosen):

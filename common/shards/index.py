@@ -38,6 +38,7 @@ class ShardIndex(NamedTuple):
         original_axcodes: ``(N,)`` such as ``LPS``, as stored in the source.
         source: ``(N,)`` path of the CT, of a DICOM series its folder, relative to the input folder.
         source_sha256: ``(N,)`` of the CT's bytes; of several files, of their digests in order.
+        doubts: ``(N,)`` what makes the volume unlike a chest CT, as text; empty where nothing does.
         has_ts: ``(N,)`` whether the volume has a TotalSegmentator label map.
         has_rex: ``(N,)`` whether the volume is annotated by ReXGroundingCT.
         slice_has_ts: ``(S,)`` whether any organ is in the slice.
@@ -64,6 +65,7 @@ class ShardIndex(NamedTuple):
     original_axcodes: np.ndarray
     source: np.ndarray
     source_sha256: np.ndarray
+    doubts: np.ndarray
     has_ts: np.ndarray
     has_rex: np.ndarray
     slice_has_ts: np.ndarray
@@ -126,7 +128,8 @@ def load_index(shard: Path) -> ShardIndex:
         with np.load(path, allow_pickle=False) as arrays:
             version = int(arrays["schema_version"])
             if version == SCHEMA_VERSION:
-                index = ShardIndex(**{name: arrays[name] for name in ShardIndex._fields})
+                known = {name: arrays[name] for name in ShardIndex._fields if name in arrays}
+                index = ShardIndex(**{"doubts": np.full(len(known["volume"]), ""), **known})
     except (OSError, KeyError, ValueError, TypeError, SyntaxError, MemoryError, *DAMAGED_ZIP) as error:
         raise ValueError(
             f"'{path}' must be a readable index, got {error}. Delete the shard and run data_prep again."
@@ -223,6 +226,7 @@ class IndexBuilder:
             original_axcodes=self._column("original_axcodes", np.str_),
             source=self._column("source", np.str_),
             source_sha256=self._column("source_sha256", np.str_),
+            doubts=self._column("doubts", np.str_),
             has_ts=self._column("has_ts", np.bool_),
             has_rex=self._column("has_rex", np.bool_),
             slice_has_ts=flags[:, 0],

@@ -38,6 +38,7 @@ class VolumeSlices(NamedTuple):
         split: such as ``train``.
         source: path of the CT, of a DICOM series its folder, relative to the input folder.
         source_sha256: of the CT's bytes; of several files, of their digests in order.
+        doubts: what makes it unlike a chest CT, as text; empty where nothing does.
     """
 
     volume: str
@@ -51,6 +52,7 @@ class VolumeSlices(NamedTuple):
     split: str
     source: str = ""
     source_sha256: str = ""
+    doubts: str = ""
 
 
 def add_volume(tar: tarfile.TarFile, builder: IndexBuilder, volume: VolumeSlices, annotated: bool) -> None:
@@ -78,6 +80,7 @@ def add_volume(tar: tarfile.TarFile, builder: IndexBuilder, volume: VolumeSlices
         original_axcodes=volume.original_axcodes,
         source=volume.source,
         source_sha256=volume.source_sha256,
+        doubts=volume.doubts,
         has_ts=volume.ts is not None,
         has_rex=volume.rex is not None,
     )

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
+from common.ct.anatomy import AIR_HU
 from common.labels import load_labels
 from common.shards.volume import NUM_TS_CLASSES
-from data_prep.audit.anatomy import AIR_HU
 
 NAMES = tuple(label.name for label in load_labels("totalsegmentator"))
 

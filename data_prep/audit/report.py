@@ -27,7 +27,7 @@ from data_prep.audit.volume import HU_BIN
 MAX_ROWS = 200
 """Rows of a table; all of them are in the JSON file."""
 
-CHARTED = ("length", "field", "lungs", "tissue", "width", "spine", "airway", "heart", "organs")
+CHARTED = ("length", "width", "lungs", "tissue", "shape", "back", "head", "heart", "organs")
 """Measures with a histogram; the others are in the JSON file."""
 
 Volumes = Mapping[str, Volume]

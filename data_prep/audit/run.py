@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.ct.check_rules import judge
 from common.labels import load_labels
 from common.run.atomic_file import atomic_file
 from common.shards.shards import SHARD_NAME
@@ -24,7 +25,7 @@ from data_prep.audit.cohort import (
     load_indices,
     volumes_of,
 )
-from data_prep.audit.measures import RULES, reasons
+from data_prep.audit.measures import RULES
 from data_prep.audit.pictures import Picture, PictureTask, draw_volume
 from data_prep.audit.shard import ShardTask, audit_shard, draw
 from data_prep.audit.volume import VolumeContent
@@ -150,7 +151,7 @@ def find_suspicious(contents: Mapping[str, VolumeContent], tally: Tally) -> dict
     for volume, content in contents.items():
         for rule in RULES:
             tally.saw(rule.name, not math.isnan(content.measures.get(rule.name, math.nan)))
-        suspicious[volume] |= reasons(content.measures)
+        suspicious[volume] |= {doubt.rule: doubt.text for doubt in judge(content.measures, RULES)}
     for volume, why in _outliers(contents, tally).items():
         suspicious[volume]["outliers"] = why
     for volume, found in suspicious.items():

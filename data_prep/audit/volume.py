@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.ct.anatomy import Coarse, coarse_steps
+from common.ct.checks import blank_slices, measure
 from common.shards.volume import MASK_SIZE_PX, REX_CODES
-from data_prep.audit.anatomy import find_anatomy, measure_anatomy
 from data_prep.audit.organs import measure_organs, organ_voxels
 
 HU_BIN = 32
@@ -36,7 +37,7 @@ class VolumeContent(NamedTuple):
 
 
 class VolumeDecoder:
-    """Takes in the slices of a volume in any order and needs little memory: 16 KiB a slice, and masks.
+    """Takes in the slices of a volume in any order and needs little memory: 32 KiB a slice, and masks.
 
     Args:
         num_slices: of the volume.
@@ -51,6 +52,9 @@ class VolumeDecoder:
         self.shape = shape
         self.spacing_mm = spacing_mm
         self.grid = mask_grid(shape)
+        self.steps = coarse_steps(spacing_mm)
+        sizes = zip((num_slices, *shape), self.steps, strict=True)
+        self.coarse = np.zeros([-(-size // step) for size, step in sizes], np.int16)
         self.planes = np.zeros((num_slices, MASK_SIZE_PX, MASK_SIZE_PX), np.int16)
         self.ts = np.zeros_like(self.planes, np.uint8) if has_ts else None
         self.counts = np.zeros(_NUM_UINT16, np.int64)
@@ -69,9 +73,11 @@ class VolumeDecoder:
         """
         rows, columns = self.grid
         self.planes[z] = ct[rows[:, None], columns]
-        counts = np.bincount(ct.ravel().view(np.uint16), minlength=_NUM_UINT16)
-        self.counts += counts
-        self.num_blank += int(counts.max() == ct.size)
+        every_z, every_y, every_x = self.steps
+        if z % every_z == 0:
+            self.coarse[z // every_z] = ct[::every_y, ::every_x]
+        self.counts += np.bincount(ct.ravel().view(np.uint16), minlength=_NUM_UINT16)
+        self.num_blank += len(blank_slices(ct[None]))
         if self.ts is not None and ts is not None:
             self.ts[z] = ts
         if rex is not None:
@@ -86,17 +92,10 @@ class VolumeDecoder:
         hu = np.arange(_NUM_UINT16) - _NUM_UINT16 // 2
         reached = np.cumsum(counts) / counts.sum()
         low, median, high = (float(hu[np.searchsorted(reached, share)]) for share in (0.01, 0.5, 0.99))
-        height_mm, width_mm = self.shape[0] * self.spacing_mm[1], self.shape[1] * self.spacing_mm[0]
-        measures = {
-            "length": len(self.planes) * self.spacing_mm[2],
-            "field": (height_mm * width_mm) ** 0.5,
-            "blank": float(self.num_blank),
-            "grey_levels": float(np.count_nonzero(counts)),
-            "air": low,
-            "tissue": float(counts[(hu >= -150) & (hu <= 150)].sum() / counts.sum()),
-            "step": greatest_step(self.planes),
-        }
-        measures |= measure_anatomy(find_anatomy(self.planes, self.shape, self.spacing_mm))
+        z, y, x = (step * mm for step, mm in zip(self.steps, self.spacing_mm[::-1], strict=True))
+        grid = Coarse(self.coarse, (z, y, x))
+        measures = measure(grid, (len(self.planes), *self.shape), self.spacing_mm, self.num_blank)
+        measures["step"] = greatest_step(self.planes)
         ts = self.ts if self.ts is not None else np.zeros(0, np.uint8)
         if self.ts is not None:
             measures |= measure_organs(self.planes, self.ts, self.shape, self.spacing_mm)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.ct.rejection import RejectedVolume, is_failure
 from data_prep.cluster import dask_client
-from data_prep.cohort_tables import REJECTED
+from data_prep.cohort_tables import MANIFEST, REJECTED
 from data_prep.commands.console import console, progress_bars
 from data_prep.source_volume import SourceVolume
 from data_prep.write_shards import Summary, write_shards
@@ -55,6 +55,12 @@ def _finish(summary: Summary, out: Path, max_rejected: float) -> None:
     for name, value in _rows(summary):
         table.add_row(name, value)
     Console().print(table)
+    if summary.num_doubtful:
+        console.print(
+            f"{summary.num_doubtful} of {summary.num_volumes} volumes are doubtful: see column 'doubts' of "
+            f"{escape(str(out / MANIFEST))}.",
+            soft_wrap=True,
+        )
     left_out = f"; {len(summary.rejected):,} left out, listed in {REJECTED}" if summary.rejected else ""
     what = f"{summary.num_volumes:,} volumes in {summary.num_shards:,} shards"
     console.print(f"Done: {what} in {escape(str(out))}{left_out}.", soft_wrap=True)

@@ -138,6 +138,7 @@ class Scans:
                 labels=scan.labels,
                 source="",
                 source_sha256="",
+                doubts="",
             )
             for number, scan in enumerate(scans)
         ]

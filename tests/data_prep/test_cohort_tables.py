@@ -23,6 +23,7 @@ def volume(name: str, split: str, num_slices: int) -> VolumeSlices:
         split=split,
         source=f"in/{name}.nii.gz",
         source_sha256="00ff" * 16,
+        doubts="head and feet are exchanged",
     )
 
 
@@ -57,6 +58,7 @@ def test_the_manifest_lists_the_volumes_of_every_finished_shard(tmp_path: Path) 
         "original_axcodes": "LPS",
         "has_ts": "1",
         "has_rex": "0",
+        "doubts": "head and feet are exchanged",
         "reason": "",
     }
 

@@ -269,7 +269,7 @@ def rejection_of(cohort: Any) -> str:
         (
             "v1",
             {"RescaleIntercept": "0"},
-            "not in HU: a CT in HU must hold air, -800 or less, got values from 24 HU as v1",
+            "not in HU: nothing is as dark as air",
         ),
     ],
 )
@@ -278,7 +278,7 @@ def test_spacing_and_rescale_of_the_tables_are_held_against_the_file(
 ) -> None:
     cohort = {"v1": tiny_v1, "v2": tiny}[form]
     cohort.add("train_1_a_1", **row)
-    assert rejection_of(cohort) == expected
+    assert rejection_of(cohort).startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_series_is_sorted_by_position_and_shown_from_the_feet(tmp_path: Path, 
         np.testing.assert_array_equal(ct.hu, canonical())
         assert ct.hu.dtype == np.int16
         assert ct.spacing_mm == pytest.approx(SPACING_MM)
-        assert ct.lowest_hu == -1000
+        assert ct.values.lowest == -1000
         assert ct.grid.shape == SHAPE_ZYX[::-1]
         assert ct.grid.axcodes == "LPS"
 

@@ -92,7 +92,7 @@ def test_many_frames_are_the_slices_of_the_classic_series(
     ct, expected = read_ct(files), read_ct(classic)
     np.testing.assert_array_equal(ct.hu, canonical())
     np.testing.assert_allclose(ct.grid.affine, expected.grid.affine)
-    assert (ct.spacing_mm, ct.grid.shape, ct.lowest_hu) == (expected.spacing_mm, (13, 11, 7), -500)
+    assert (ct.spacing_mm, ct.grid.shape, ct.values.lowest) == (expected.spacing_mm, (13, 11, 7), -500)
     (series,), rejected = sort_series(map(look_at, files))
     assert (set(series.files), rejected) == (set(files), [])
 

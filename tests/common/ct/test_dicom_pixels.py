@@ -222,7 +222,7 @@ def test_padding_is_no_image(case: str, syntax: str | None, tmp_path: Path, writ
             run_lengths(path)
     ct = read_ct(files)
     np.testing.assert_array_equal(ct.hu, np.where(outside, -1024, hu))
-    assert ct.lowest_hu == hu[~outside].min()
+    assert ct.values.lowest == hu[~outside].min()
 
 
 @pytest.mark.parametrize("is_signed", [False, True])
@@ -259,7 +259,7 @@ def test_padding_of_floats_is_no_image(tmp_path: Path, write_series: Write) -> N
     expected = canonical()
     expected[:, 0, :4] = -1024
     np.testing.assert_array_equal(ct.hu, expected)
-    assert ct.lowest_hu > -1025
+    assert ct.values.lowest > -1025
 
 
 def replace(values: Any) -> Callable[[int, Dataset], None]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from common.ct.geometry import (
+    HUValues,
     StoredGrid,
     canonical_hu,
     canonical_indices,
@@ -47,34 +48,47 @@ def test_hu_are_those_of_float64_rounded_and_clipped(
     values = np.array([value for value in (*ends, *around) if ends[0] <= value <= ends[1]]).astype(dtype)
     exact = values.astype(np.float64) * slope + intercept
     out = np.full(len(values), 999, np.int16)
-    lowest = store_hu(values, slope, intercept, out)
+    seen = HUValues()
+    assert store_hu(values, slope, intercept, out, seen)
     np.testing.assert_array_equal(out, np.rint(exact).clip(-1024, 3071))
-    assert lowest == exact.min()
+    assert (seen.lowest, seen.highest) == (exact.min(), exact.max())
 
 
 def test_a_rescale_past_16_bits_is_clipped_and_does_not_wrap() -> None:
     out = np.empty(2, np.int16)
-    assert store_hu(np.array([32767, -32768], np.int16), 10, 0, out) == -327680
+    seen = HUValues()
+    assert store_hu(np.array([32767, -32768], np.int16), 10, 0, out, seen)
+    assert (seen.lowest, seen.highest) == (-327680, 327670)
     assert out.tolist() == [3071, -1024]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_lowest_value_that_is_not_finite_tells_of_one_that_is_not(value: float, dtype: type) -> None:
-    assert not np.isfinite(store_hu(np.array([1, value, 3], dtype), 1, 0, np.empty(3, np.int16)))
+def test_a_value_that_is_not_finite_is_told(value: float, dtype: type) -> None:
+    assert not store_hu(np.array([1, value, 3], dtype), 1, 0, np.empty(3, np.int16), HUValues())
+
+
+def test_a_sample_of_the_values_is_kept_as_they_were_before_the_clip() -> None:
+    values = np.arange(200 * 130 * 3).reshape(200, 130, 3) - 40_000
+    seen = HUValues()
+    store_hu(values, 1, 0, np.empty(values.shape, np.int16), seen)
+    store_hu(values[:5, :7, :1] * 2.5, 1, 0, np.empty((5, 7, 1), np.int16), seen)
+    np.testing.assert_array_equal(
+        seen.sample, np.concatenate([values[::3, ::2].ravel(), 2.5 * values[:5, :7, 0].ravel()])
+    )
 
 
 def test_hu_are_rescaled_rounded_and_clipped() -> None:
     values = np.array([-3000, -1024, 0, 2047, 2048, 9000], np.int16).reshape(1, 2, 3)
-    hu, spacing_mm, lowest = canonical_hu(values, AFFINE, slope=1, intercept=0)
+    hu, spacing_mm, seen = canonical_hu(values, AFFINE, slope=1, intercept=0)
     np.testing.assert_array_equal(hu.transpose(2, 1, 0), values.clip(-1024, 3071))
     assert hu.dtype == np.int16
-    assert lowest == -3000
+    assert seen.lowest == -3000
     assert spacing_mm == pytest.approx((0.7, 0.8, 1.5))
-    scaled, _, lowest = canonical_hu(values.astype(np.float32), AFFINE, slope=0.5, intercept=-100.4)
+    scaled, _, seen = canonical_hu(values.astype(np.float32), AFFINE, slope=0.5, intercept=-100.4)
     expected = np.rint(values * 0.5 - 100.4).clip(-1024, 3071)
     np.testing.assert_array_equal(scaled.transpose(2, 1, 0), expected)
-    assert lowest == pytest.approx(-1600.4)
+    assert seen.lowest == pytest.approx(-1600.4)
 
 
 def test_whole_hu_survive_float_storage_exactly() -> None:

@@ -47,7 +47,7 @@ def test_slices_are_those_of_the_whole_array(
     ct = read_ct(path)
     np.testing.assert_array_equal(ct.hu, hu().transpose(2, 1, 0).clip(-1024, 3071))
     assert ct.hu.dtype == np.int16
-    assert ct.lowest_hu == hu().min()
+    assert ct.values.lowest == hu().min()
     assert ct.spacing_mm == pytest.approx(SPACING_MM)
     assert ct.grid.axcodes == axcodes
     assert ct.grid.has_origin
@@ -68,7 +68,7 @@ def test_the_rescale_of_the_header_is_applied_once(
     ct = read_ct(with_rescale(tmp_path / "a.nii", stored, slope, intercept))
     exact = stored.astype(np.float64) * slope + intercept
     np.testing.assert_array_equal(ct.hu, np.rint(exact).clip(-1024, 3071).transpose(2, 1, 0))
-    assert ct.lowest_hu == exact.min()
+    assert ct.values.lowest == exact.min()
 
 
 def test_raw_volumes_have_no_origin(tmp_path: Path, save_nifti: Save) -> None:
@@ -203,4 +203,4 @@ def test_real_scans_are_those_that_nibabel_reads(real_ct_dir: Path) -> None:
         ras = np.rint(np.asarray(image.dataobj, np.float64)).clip(-1024, 3071)
         np.testing.assert_array_equal(ct.hu, ras[::-1, ::-1].transpose(2, 1, 0))
         assert ct.spacing_mm == pytest.approx(image.header.get_zooms(), rel=1e-6)
-        assert ct.lowest_hu == np.asarray(image.dataobj).min()
+        assert ct.values.lowest == np.asarray(image.dataobj).min()

@@ -30,7 +30,7 @@ def test_slices_are_shown_from_the_feet_and_not_turned(tmp_path: Path) -> None:
     ct = read_ct(path)
     np.testing.assert_array_equal(ct.hu, stored_hu()[::-1])
     assert ct.hu.dtype == np.int16
-    assert ct.lowest_hu == -1000
+    assert ct.values.lowest == -1000
     assert ct.spacing_mm == pytest.approx((0.8, 0.8, 0.8))
     assert ct.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert read_ct(path, spacing_mm=2.5).spacing_mm == pytest.approx((2.5, 2.5, 2.5))

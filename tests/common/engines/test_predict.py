@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.ct.check_rules import Doubt
+from common.ct.rejection import RejectedError
+from common.embeddings.sources import CTSlices, CTSource
 from common.embeddings.store import EmbeddingStore
-from common.engines.predict import predict
+from common.engines.predict import NOT_CHEST_CT, chest_cts, predict
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler
 
@@ -46,10 +49,11 @@ def save_ct(path: Path, hu: np.ndarray, spacing_mm: float = 8.0) -> None:
 
 
 def trunk(seed: int, num_slices: int) -> np.ndarray:
-    """A body of 44 x 52 px, off the middle, with lungs in all slices but the last."""
+    """A body of 44 x 52 px, off the middle, with a spine, and lungs in all slices but the two at the ends."""
     hu = np.full((num_slices, 64, 64), -1000, np.int16)
     hu[:, 16:60, 8:60] = np.random.default_rng(seed).integers(-100, 200, (num_slices, 44, 52))
-    hu[:-1, 24:52, 14:30] = hu[:-1, 24:52, 38:54] = -850
+    hu[:, 52:58, 30:35] = 400
+    hu[1:-1, 24:52, 14:30] = hu[1:-1, 24:52, 38:54] = -850
     return hu
 
 
@@ -147,10 +151,10 @@ def test_what_is_no_chest_ct_is_refused_listed_and_not_embedded(
         rejected = {row["volume"]: row for row in csv.DictReader(file)}
     assert list(rejected) == ["broken", "slab"]
     assert rejected["slab"]["reason"] == "not a chest CT"
-    assert rejected["slab"]["detail"].startswith("it must have at least 20 slices, got 5; slices must span")
+    assert rejected["slab"]["detail"].startswith("too few slices for a chest (slices: 5, expected")
     shown = capsys.readouterr().out
     assert "2 volumes were refused, see" in shown
-    assert "  slab: not a chest CT: it must have at least 20 slices, got 5" in shown
+    assert "  slab: not a chest CT: too few slices for a chest (slices: 5" in shown
     (cts / "slab.nii.gz").unlink()
     (cts / "broken.nii.gz").unlink()
     run(cts, tmp_path)
@@ -161,7 +165,7 @@ def test_where_nothing_is_left_the_reason_is_the_error(cts: Path, tmp_path: Path
     save_ct(tmp_path / "slab.nii.gz", trunk(0, 24), spacing_mm=1.0)
     message = (
         r"dataset_dir must hold a chest CT, got none in '.*slab.nii.gz': 'slab' is refused, not a chest CT: "
-        r"slices must span 150 to 700 mm, got 24 mm. Pass --force True to predict nonetheless"
+        r"too short for a whole chest \(.*: 24 mm, .*\). Pass --force True to predict nonetheless"
     )
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "slab.nii.gz", tmp_path)
@@ -176,12 +180,65 @@ def test_force_goes_on_and_says_so_on_the_page_and_the_terminal(
     probe = probe_dir(tmp_path / "probe")
     assert list(predict(BUNDLE, probe, cts, tmp_path / "out", (), TINY, force=True)) == ["p1", "p2", "slab"]
     shown = capsys.readouterr().out
-    assert "1 volumes do not look like a chest CT and were used by force:\n  slab: slices must span" in shown
-    assert data_of(tmp_path / "out" / "slab.html")["warnings"] == [
-        "This does not look like a chest CT: slices must span 150 to 700 mm, got 24 mm."
-    ]
+    assert (
+        "1 volumes were used in spite of doubts:\n  slab: This does not look like a chest CT: too short"
+        in shown
+    )
+    (warning,) = data_of(tmp_path / "out" / "slab.html")["warnings"]
+    assert warning.startswith("This does not look like a chest CT: too short for a whole chest")
     assert data_of(tmp_path / "out" / "p1.html")["warnings"] == []
     assert not (tmp_path / "out" / "rejected.csv").exists()
+
+
+def test_blank_slices_take_no_part_in_the_result_and_the_page_says_so(cts: Path, tmp_path: Path) -> None:
+    whole = predict(BUNDLE, probe_dir(tmp_path / "probe"), cts / "p1.nii.gz", tmp_path / "a", (), TINY)
+    hu = trunk(0, 23)
+    blanks = np.full((2, 64, 64), -1024, np.int16)
+    save_ct(tmp_path / "p1.nii.gz", np.concatenate([blanks[:1], hu, blanks]))
+    padded = predict(BUNDLE, tmp_path / "probe", tmp_path / "p1.nii.gz", tmp_path / "b", (), TINY)
+    np.testing.assert_allclose(
+        [row["probability"] for row in padded["p1"]], [row["probability"] for row in whole["p1"]], rtol=1e-5
+    )
+    data = data_of(tmp_path / "b" / "p1.html")
+    assert data["attention"] == pytest.approx([0, *[1 / 23] * 23, 0, 0], abs=1e-5)
+    assert data["warnings"] == ["3 of 26 slices are blank and take no part in the result: 1, 25, 26."]
+    store = EmbeddingStore(tmp_path / "b" / "embeddings")
+    assert store.read("p1").metadata["blank_slices"] == [0, 24, 25]
+    assert len(store.read("p1").tokens) == 26
+    assert list(store.doubts()) == ["p1"]
+    assert EmbeddingStore(tmp_path / "a" / "embeddings").doubts() == {}
+
+
+def test_volumes_are_refused_with_their_reasons_unless_forced() -> None:
+    def damaged() -> CTSlices:
+        raise RejectedError("unreadable", "the file ends early")
+
+    def gone() -> CTSlices:
+        raise FileNotFoundError("no such file")
+
+    hu, serious, slight = trunk(0, 3), Doubt("back", "it is turned", True), Doubt("heart", "mirrored?", False)
+
+    def sound() -> CTSlices:
+        return CTSlices(hu, (1, 1, 1), "sum", [slight], [2])
+
+    sources = [
+        CTSource("a", sound),
+        CTSource("b", lambda: CTSlices(hu, (1, 1, 1), "", [slight, serious])),
+        CTSource("c", damaged),
+        CTSource("d", gone),
+        CTSource("e", sound),
+    ]
+    for num_workers in (0, 2):
+        chests = chest_cts(sources, num_workers, force=False)
+        assert [source.volume for source in chests.used] == ["a", "e"]
+        assert [(item.volume, item.reason) for item in chests.refused] == [
+            *(("b", NOT_CHEST_CT), ("c", "unreadable"), ("d", "unreadable"))
+        ]
+        assert chests.refused[0].detail == "it is turned"
+        assert chests.has_image["e"].tolist() == [True, True, False]
+    forced = chest_cts(sources, 1, force=True)
+    assert [source.volume for source in forced.used] == ["a", "b", "e"]
+    assert forced.doubts["b"] == [slight, serious]
 
 
 def test_the_python_call_of_the_documentation_runs_as_written(

@@ -21,7 +21,11 @@ def bag() -> dict[str, torch.Tensor]:
 
 def run(bags, folder, rejected=(), unread=(), max_rejected=0.5, dtype="float32"):
     def encode(engine, name):
-        engine.state.batch = {"volume": name, "spacing_mm": (0.7, 0.8, 2.5)}
+        engine.state.batch = {
+            "volume": name,
+            "spacing_mm": (0.7, 0.8, 2.5),
+            "notes": {"doubts": ["mirrored?"]},
+        }
         if isinstance(bags[name], BaseException):
             raise bags[name]
         return {"pred": bags[name]}
@@ -45,6 +49,7 @@ def test_tokens_pooled_vector_grid_and_identity_are_written(tmp_path):
         assert embedding.z_mm is None
         assert embedding.metadata["grid_shape"] == [2, 3, 5]
         assert embedding.metadata["axcodes"] == "RAS"
+        assert embedding.metadata["doubts"] == ["mirrored?"]
         assert embedding.metadata["spacing_mm"] == pytest.approx([0.7, 0.8, 2.5])
     assert store.identity.items() >= IDENTITY.items()
 

@@ -22,6 +22,7 @@ COLUMNS = {
     "original_axcodes": "LPS",
     "source": "in/a.nii.gz",
     "source_sha256": "0" * 64,
+    "doubts": "",
     "has_ts": True,
     "has_rex": False,
 }

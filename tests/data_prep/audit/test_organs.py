@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.ct.check_rules import judge
 from common.ct.orientation import axial_slices
-from data_prep.audit.measures import reasons
+from data_prep.audit.measures import RULES
 from data_prep.audit.organs import measure_organs, organ_voxels
 from data_prep.audit.volume import mask_grid
 from data_prep.phantom.population import roster
@@ -17,6 +18,10 @@ SLICE_MM = 8.0
 
 Planes = tuple[np.ndarray, np.ndarray, tuple[int, int], tuple[float, float, float]]
 Turn = Callable[[np.ndarray], np.ndarray]
+
+
+def reasons(measures: dict[str, float]) -> dict[str, str]:
+    return {doubt.rule: doubt.text for doubt in judge(measures, RULES)}
 
 
 @pytest.fixture(scope="module")
