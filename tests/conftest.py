@@ -51,6 +51,13 @@ def real_ct_dir() -> Path:
     return folder
 
 
+@pytest.fixture
+def any_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let readers take numbers that are no HU, where a test is not about what they are."""
+    for module in ("common.embeddings.sources", "data_prep.source_volume"):
+        monkeypatch.setattr(f"{module}.check_hu", lambda ct: None)
+
+
 @pytest.fixture(scope="session")
 def pinned() -> Callable[[str], dict[str, str]]:
     """Versions by normalized package name, of requirements.txt or requirements-dev.txt."""

@@ -26,6 +26,7 @@ def ct(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ct") / "valid_1_a_1.nii.gz"
     hu = np.full((40, 36, 9), -1000, np.int16)
     hu[8:32, 6:30] = np.random.default_rng(0).integers(-100, 200, (24, 24, 9))
+    hu[14:20, 10:24] = -850
     nib.save(nib.Nifti1Image(hu, np.diag([-4.0, -4.0, 5.0, 1.0])), path)
     return path
 

@@ -14,6 +14,8 @@ from scipy.ndimage import map_coordinates
 from common.embeddings.sources import ct_sources
 from common.embeddings.volume_batches import VolumeBatches
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
 

@@ -138,7 +138,6 @@ class Scans:
                 labels=scan.labels,
                 source="",
                 source_sha256="",
-                doubts="",
             )
             for number, scan in enumerate(scans)
         ]

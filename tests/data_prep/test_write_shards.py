@@ -242,7 +242,7 @@ def test_every_volume_is_in_the_shards_or_among_the_rejected(
 
 
 def test_a_cohort_of_nothing_counts_as_rejected() -> None:
-    nothing = Summary(*[0] * 9, (), 0, 0, 0.0)
+    nothing = Summary(*[0] * 10, (), 0, 0, 0.0)
     assert nothing.rejected_share == 1
     assert nothing._replace(num_volumes=3).rejected_share == 0
     only_heads = nothing._replace(num_volumes=3, rejected=(RejectedVolume("a", EXCLUDED, "listed"),))

@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from common.ct.check_rules import judge
 from common.ct.checks import blank_slices, check_hu, find_doubts, levels_without_padding
+from common.ct.files import ct_file
 from common.ct.geometry import HUValues, StoredCT, StoredGrid
 from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError
@@ -253,7 +254,7 @@ def of_inference(path: Path) -> list[str]:
 
 def of_data_prep_and_audit(path: Path) -> tuple[list[str], list[str]]:
     try:
-        volume = read_volume(SourceVolume("a", "train", path, "v2"))
+        volume = read_volume(SourceVolume("a", "train", ct_file(path), "v2"))
     except RejectedError as error:
         return [error.reason], [error.reason]
     decoder = VolumeDecoder(len(volume.ct), volume.ct.shape[1:], volume.spacing_mm, has_ts=False)
@@ -296,14 +297,14 @@ def test_raw_ct_rate_with_padding_comes_out_equal_to_truth(chest: Volume, tmp_pa
     truth[:, outside(truth)] = -1024
     path = tmp_path / "a.nii.gz"
     nib.save(nib.Nifti1Image(np.ascontiguousarray(raw.transpose(2, 1, 0)), np.eye(4)), path)
-    source = SourceVolume("a", "train", path, "v1", Rescale(1, -1024, spacing_of(chest)))
+    source = SourceVolume("a", "train", ct_file(path), "v1", Rescale(1, -1024, spacing_of(chest)))
     volume = read_volume(source)
     np.testing.assert_array_equal(volume.ct, truth)
     assert volume.doubts == ""
     in_hu = tmp_path / "b.nii.gz"
     nib.save(nib.Nifti1Image(np.ascontiguousarray(truth.transpose(2, 1, 0)), np.eye(4)), in_hu)
     with pytest.raises(RejectedError, match="not in HU: .*rescaled twice"):
-        read_volume(source._replace(ct=in_hu))
+        read_volume(source._replace(ct=ct_file(in_hu)))
 
 
 @pytest.mark.real_ct
@@ -328,7 +329,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not script.is_file():
         script = REPOSITORY.parents[1] / "shared" / "cases" / "make.py"
     if not script.is_file():
-        pytest.skip("the collection of wrong inputs lies beside no checkout but ours")
+        pytest.skip(f"no collection of wrong inputs at '{script}'")
     spec = importlib.util.spec_from_file_location("make_cases", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -358,5 +359,6 @@ def test_the_collected_cases_come_out_as_they_must(cases: Path) -> None:
     assert list(last.blank) == [len(last.hu) - 1]
     raw = cases / "04" / "ct_rate" / "dataset" / "train" / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
     rescale = Rescale(1, -1024, (3.125, 3.125, 6.0))
-    truth = read_ct(SourceVolume("b", "train", cases / "04" / "truth.nii.gz", "v2"))
-    np.testing.assert_array_equal(read_volume(SourceVolume("a", "train", raw, "v1", rescale)).ct, truth.hu)
+    truth = read_ct(SourceVolume("b", "train", ct_file(cases / "04" / "truth.nii.gz"), "v2"))
+    volume = read_volume(SourceVolume("a", "train", ct_file(raw), "v1", rescale))
+    np.testing.assert_array_equal(volume.ct, truth.hu)

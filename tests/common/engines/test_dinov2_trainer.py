@@ -197,7 +197,7 @@ def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, mo
     fake_gpu.take(engine.network, optimizer=engine.optimizer)
     fake_gpu.take(engine.teacher, engine.loss_function, engine.ibot_loss)
     engine.state.device = fake_gpu.device
-    batch = Samples().collate([Samples()[position] for position in range(5)])[0]
+    batch = Samples().collate([Samples()[position] for position in range(5)])
     places = {"position": batch.pop("position")}  # of the step's record, which stays on the CPU
     reached = []
 

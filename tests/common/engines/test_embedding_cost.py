@@ -11,6 +11,8 @@ from common.engines.embedding_cost import knobs_of, tokens_per_slice
 from common.reports.results_csv import read_rows
 from common.transforms.slice_strategies import SliceStrategy
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 CONFIG = Path(__file__).resolve().parents[3] / "bundles" / "dale_ct_2s" / "configs" / "inference.json"
 TINY: dict[str, Any] = {
     "embed_dim": 24,

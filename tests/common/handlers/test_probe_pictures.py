@@ -9,6 +9,8 @@ import pytest
 from common.cohort.predictions import Predictions
 from common.handlers.probe_pictures import read_slices, volumes_to_show
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 N = 40
 

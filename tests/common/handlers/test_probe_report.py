@@ -20,6 +20,8 @@ from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
 from common.networks.poolers import pad_bags
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
 

@@ -20,6 +20,8 @@ from common.reports.ct_tokens import (
 )
 from common.transforms.hounsfield import normalize_hu
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 
 def test_slices_are_cropped_and_shown_the_radiological_way(ct_path: Path) -> None:
     images = read_images(ct_path, 32)

@@ -17,6 +17,8 @@ from common.reports import slice_grid
 from common.reports.__main__ import app
 from common.reports.slice_grid import Row
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = {"torch", "monai", "matplotlib", "numpy"}
 

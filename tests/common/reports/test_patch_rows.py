@@ -22,6 +22,8 @@ from common.reports.patch_rows import (
 from common.reports.slice_grid import class_colours, write_figure
 from common.transforms.dense_labels import patch_shares
 
+pytestmark = pytest.mark.usefixtures("any_values")
+
 BODY = torch.zeros(5, 1, 8, 8)
 
 

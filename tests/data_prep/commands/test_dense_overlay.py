@@ -2,10 +2,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from data_prep.__main__ import app
+
+pytestmark = pytest.mark.usefixtures("any_values")
 
 
 def test_a_picture_of_ct_and_labels_is_drawn(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_the_summary_says_what_was_done_and_how_fast(
         num_slices=1234,
         num_ts=4,
         num_rex=3,
+        num_doubtful=0,
         num_shards=2,
         num_bytes=123_400_000,
         num_resumed=17,
