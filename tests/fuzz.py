@@ -22,6 +22,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from tests.fuzz_dicom import DICOM
 from tests.fuzz_kinds import KINDS as DAMAGED
 from tests.fuzz_kinds import check
 from tests.fuzz_wrong import WRONG
@@ -92,7 +93,7 @@ def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
     return data[:at] + piece + data[at:]
 
 
-KINDS = {name: (*kind, damage) for name, kind in DAMAGED.items()} | WRONG
+KINDS = {name: (*kind, damage) for name, kind in DAMAGED.items()} | DICOM | WRONG
 
 
 def run_case(kind: str, good: Path, folder: Path, seed: int) -> str | None:

@@ -125,6 +125,8 @@ def _header(reader: "sitk.ImageFileReader") -> VolumeHeader:
     shape = tuple(reader.GetSize())
     if len(shape) < 3:
         raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
+    if min(shape) < 1:
+        raise ValueError(f"an array of shape {shape}")
     affine = np.eye(4)
     direction = np.array(reader.GetDirection()).reshape(len(shape), len(shape))
     affine[:3, :3] = direction[:3, :3] * reader.GetSpacing()[:3]
