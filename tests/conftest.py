@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
 
-collect_ignore = ["fuzz.py", "fuzz_kinds.py", "mutants.py"]  # programs
+collect_ignore = ["fuzz.py", "fuzz_dicom.py", "fuzz_kinds.py", "fuzz_wrong.py", "mutants.py"]  # programs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DICOM_SPACING_MM = (0.7, 0.8, 1.5)

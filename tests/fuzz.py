@@ -1,9 +1,10 @@
 """Damaged input for as long as you like: ``PYTHONPATH=. python tests/fuzz.py --minutes 10``.
 
-Each case takes good files of some kind, damages one of them at random, and reads them. That may succeed, or
-end in an error that a user can mend: a ValueError or FileNotFoundError that a line of ours raised, in a line
-of text. All else is a defect (another error, a library's own words, 4 GiB of memory, 30 s): it is shown with
-its seed, and the files are kept. Mend it, and add a test beside the module.
+Each case takes good files of some kind, damages one of them at random or makes them say something wrong, and
+reads them. That may succeed, or end in an error that a user can fix: a ValueError or FileNotFoundError that a
+line of ours raised, in a line of text. All else is a defect (another error, a library's own words, 4 GiB of
+memory, 30 s): it is shown with its seed, and the files are kept. Fix it, and add a test beside the module.
+A crash of a library ends the program: the files of the last case are still there.
 """
 
 import gzip
@@ -21,7 +22,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from tests.fuzz_kinds import KINDS, check
+from tests.fuzz_dicom import DICOM
+from tests.fuzz_kinds import KINDS as DAMAGED
+from tests.fuzz_kinds import check
+from tests.fuzz_wrong import WRONG
 
 SECONDS, MEMORY_BYTES = 30, 4 * 2**30
 ODD_CELLS = (
@@ -46,8 +50,9 @@ class TooLongError(BaseException):
     """A case took too long; no TimeoutError, which is an OSError, and readers refuse a file for those."""
 
 
-def damage(path: Path, rng: np.random.Generator) -> None:
+def damage(folder: Path, rng: np.random.Generator) -> None:
     """Change a file one to four times: its bytes, or its cells and lines where it is text."""
+    path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
     packed = path.name.endswith(".gz") and path.stat().st_size > 0 and rng.random() < 0.7
     data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
     is_text = path.suffix in (".csv", ".txt", ".json")
@@ -88,14 +93,18 @@ def damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
     return data[:at] + piece + data[at:]
 
 
+KINDS = {name: (*kind, damage) for name, kind in DAMAGED.items()} | DICOM | WRONG
+
+
 def run_case(kind: str, good: Path, folder: Path, seed: int) -> str | None:
     """Run one case in a copy of the good files; return the traceback of a defect."""
     rng = np.random.default_rng(seed)
     shutil.copytree(good, folder)
-    damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), rng)
+    _, read, spoil = KINDS[kind]
+    spoil(folder, rng)
     signal.alarm(SECONDS)
     try:
-        KINDS[kind][1](folder)
+        read(folder)
     except (ValueError, FileNotFoundError) as error:
         try:
             check(error)

@@ -205,4 +205,4 @@ def series_volume(series: str) -> str:
     """
     if SERIES_UID.fullmatch(series):
         return series.replace(".", "_")
-    return f"series_{hashlib.sha256(series.encode()).hexdigest()[:16]}"
+    return f"series_{hashlib.sha256(series.encode(errors='surrogatepass')).hexdigest()[:16]}"

@@ -139,10 +139,12 @@ def _check_pixels(values: Mapping[str, Any], name: str) -> None:
     photometric = str(values.get("PhotometricInterpretation") or "MONOCHROME2")
     if (values.get("SamplesPerPixel") or 1) != 1 or not photometric.startswith("MONOCHROME"):
         raise RejectedError("unreadable", f"pixels of {name} must be numbers, got colours")
-    stored, high = values.get("BitsStored"), values.get("HighBit")
-    if stored is not None and high is not None and high != stored - 1:
+    if values.get("BitsStored") is None or values.get("HighBit") is None:
+        return
+    (stored,), (high,) = (_numbers(values, tag, 1, name) for tag in ("BitsStored", "HighBit"))
+    if high != stored - 1:
         raise RejectedError(
-            "unreadable", f"HighBit must be BitsStored - 1, got {high} and {stored} in {name}"
+            "unreadable", f"HighBit must be BitsStored - 1, got {high:g} and {stored:g} in {name}"
         )
 
 

@@ -117,7 +117,16 @@ def rejecting(path: Path) -> Iterator[None]:
     """Turn what pydicom and SimpleITK raise for damaged files into a rejection."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
-    damaged = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+    damaged = (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    )
     try:
         yield
     except RejectedError:

@@ -52,7 +52,10 @@ def open_itk(path: Path) -> Iterator[VolumeFile]:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     with _rejecting(path):
         is_nrrd = suffix_of(path.name) in (".nrrd", ".nhdr")
-        stated = _stated(path)
+        text = _head(path)
+        if not is_nrrd:
+            _check_axes(text)
+        stated = _stated(text)
         files = [path, *_voxel_file(path, stated)]
         reader = sitk.ImageFileReader()
         reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
@@ -84,10 +87,21 @@ def _rejecting(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _stated(path: Path) -> dict[str, str]:
-    """Read the text at the beginning of a file: what it states, by the keys in lower case."""
+def _head(path: Path) -> str:
+    """Read the text at the beginning of a file."""
     with path.open("rb") as file:
-        text = file.read(MAX_HEADER_BYTES).decode("latin-1")
+        return file.read(MAX_HEADER_BYTES).decode("latin-1")
+
+
+def _check_axes(text: str) -> None:
+    """Refuse a MetaImage of an odd number of axes: ITK would write outside its memory, which ends Python."""
+    for said in re.findall("NDims(.*)", text.partition("ElementDataFile")[0]) or [""]:
+        if not re.fullmatch(r"\s*[=:]\s*[1-9]\s*", said):
+            raise ValueError(f"its NDims must be from 1 to 9, got {said.strip(' =:')!r}")
+
+
+def _stated(text: str) -> dict[str, str]:
+    """Return what the text of a header states, by the keys in lower case."""
     stated: dict[str, str] = {}
     for key, value in KEY.findall(re.split(r"\n\r?\n", text)[0]):
         stated[key.lower()] = value
@@ -111,6 +125,8 @@ def _header(reader: "sitk.ImageFileReader") -> VolumeHeader:
     shape = tuple(reader.GetSize())
     if len(shape) < 3:
         raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
+    if min(shape) < 1:
+        raise ValueError(f"an array of shape {shape}")
     affine = np.eye(4)
     direction = np.array(reader.GetDirection()).reshape(len(shape), len(shape))
     affine[:3, :3] = direction[:3, :3] * reader.GetSpacing()[:3]

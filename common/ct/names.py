@@ -61,7 +61,7 @@ def volume_name(text: str) -> str:
         return plain
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     readable = re.sub(r"[^A-Za-z0-9-]+", "_", ascii_name).strip("_-")[:60] or "volume"
-    return f"{readable}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{readable}_{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def unique_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -39,7 +39,7 @@ MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 # isal's stubs take its exception for an instance.
 DAMAGED: tuple[type[Exception], ...] = (
-    *(OSError, EOFError, ImageFileError, HeaderDataError, isal_zlib.IsalError),  # type: ignore[assignment]
+    *(OSError, EOFError, OverflowError, ImageFileError, HeaderDataError, isal_zlib.IsalError),  # type: ignore[assignment]
 )
 """What reading a damaged file raises."""
 

@@ -33,9 +33,9 @@ class RejectedError(ValueError):
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = " ".join(detail.splitlines())  # names of files may hold ends of lines
+        super().__init__(f"{reason}: {self.detail}")
 
     def of(self, volume: str) -> RejectedVolume:
         """Return the record of the rejection.
@@ -44,7 +44,7 @@ class RejectedError(ValueError):
             >>> RejectedError("unreadable", "the file ends early").of("train_1_a_1").reason
             'unreadable'
         """
-        return RejectedVolume(volume, self.reason, " ".join(self.detail.split()))
+        return RejectedVolume(volume, self.reason, self.detail)
 
 
 def is_failure(rejected: RejectedVolume) -> bool:

@@ -89,7 +89,7 @@ def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+    with atomic_file(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(RejectedVolume._fields)
         table.writerows(rejected)

@@ -7,6 +7,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from pydicom.uid import (
     EnhancedCTImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
@@ -220,3 +222,31 @@ def test_a_classic_file_of_one_frame_is_a_slice(tmp_path: Path, write_series: Wr
 
     ct = read_ct(write_series(tmp_path, canonical(), edit=edit))
     np.testing.assert_array_equal(ct.hu, canonical())
+
+
+@pytest.mark.parametrize(
+    ("tag", "vr", "value"),
+    [
+        ("BitsStored", "US", b"\x0c\x00\x10\x00"),  # two numbers
+        ("HighBit", "LO", b"high"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(
+    tag: str, vr: str, value: bytes, tmp_path: Path, write_series: Write
+) -> None:
+    def edit(_: int, dataset: Dataset) -> None:
+        dataset[tag] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
+
+    with pytest.raises(RejectedError):
+        read_ct(write_series(tmp_path, canonical(), edit=edit))
+
+
+def test_an_infinite_number_of_frames_is_refused(tmp_path: Path, write_series: Write) -> None:
+    def edit(_: int, dataset: Dataset) -> None:
+        dataset.NumberOfFrames = 12345
+
+    files = write_series(tmp_path, canonical(), edit=edit)
+    for path in files:
+        path.write_bytes(path.read_bytes().replace(b"12345 ", b"1e999 "))
+    with pytest.raises(RejectedError, match="infinity"):
+        read_ct(files)

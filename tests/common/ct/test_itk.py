@@ -159,6 +159,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         "Cannot read 'half.nrrd'",
     ),
     "huge.mha": (lambda path: mha(path, DimSize="30000 30000 30000"), "at most 2,147,483,648 voxels"),
+    "flat.nrrd": (lambda path: nrrd(path, sizes="7 0 3"), "Cannot read 'flat.nrrd'"),
+    "negative.mha": (lambda path: mha(path, NDims="-5"), "NDims must be from 1 to 9, got '-5'"),
+    "many.mha": (lambda path: mha(path, NDims="300"), "NDims must be from 1 to 9, got '300'"),
+    "late.mha": (lambda path: mha(path, ObjectType="Image\n\n NDims = 0"), "NDims .* got '0'"),
     "large.mha": (lambda path: mha(path, DimSize="1000 1000 1000"), "bytes for an array of shape"),
     "colors.mha": (
         lambda path: mha(

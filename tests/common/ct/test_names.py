@@ -1,5 +1,6 @@
 """Whatever a file is called, its volume has a name that fits everywhere, and no two have one in silence."""
 
+import os
 import string
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def test_names_of_any_characters_are_safe_stable_and_different() -> None:
     assert all(map(VOLUME_NAME.fullmatch, names.values()))
     assert len(set(names.values())) == len(texts)
     assert all(volume_name(name) == name for name in names.values())
+
+
+def test_names_of_bytes_that_are_no_text_are_safe_and_differ() -> None:
+    names = {volume_name(os.fsdecode(text)) for text in (b"M\xfcller.nii", b"M\xe4ller.nii", b"Mller.nii")}
+    assert len(names) == 3
+    assert all(map(VOLUME_NAME.fullmatch, names))
 
 
 def test_one_letter_written_in_two_ways_is_one_name() -> None:

@@ -324,6 +324,16 @@ def test_no_damaged_byte_of_a_header_ends_the_run(tmp_path: Path, content: bytes
     assert outcomes == {"read", "unreadable"}
 
 
+@pytest.mark.parametrize("offset", [np.nan, np.inf, -np.inf])
+def test_an_offset_that_is_no_number_of_bytes_is_refused(
+    offset: float, tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "a.nii"
+    path.write_bytes(content[:108] + struct.pack("<f", offset) + content[112:])
+    with pytest.raises(RejectedError, match="Cannot read 'a.nii'"):
+        read_header(path)
+
+
 def test_other_formats_under_a_nifti_name_are_rejected(tmp_path: Path) -> None:
     nib.save(nib.AnalyzeImage(stored(), None), tmp_path / "a.img")
     (tmp_path / "a.img").unlink()

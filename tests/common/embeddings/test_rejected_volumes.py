@@ -29,6 +29,11 @@ def test_the_list_is_sorted_and_complete_and_goes_with_the_last_of_them(tmp_path
     assert not (tmp_path / "out" / "rejected.csv").exists()
 
 
+def test_a_name_that_is_no_text_is_listed(tmp_path):
+    report_rejected(tmp_path, [RejectedError("unreadable", "M\udcfcller.nii").of("M")], 10, 0.2)
+    assert "M,unreadable,M\\udcfcller.nii" in (tmp_path / "rejected.csv").read_text(encoding="utf-8")
+
+
 def test_a_larger_share_than_allowed_is_an_error_that_names_one(tmp_path):
     with pytest.raises(ValueError, match=r"at most 10.00%, got 20.00% \(2 volumes, such as 'a': two files\)"):
         report_rejected(tmp_path, [CUT, TWICE, LEFT_OUT], num_volumes=10, max_rejected=0.1)
