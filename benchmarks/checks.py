@@ -3,17 +3,18 @@
 ``python benchmarks/checks.py FOLDER`` judges every CT of a folder; ``--seconds`` times the checks.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from common.ct.checks import find_doubts
-from common.ct.files import find_cts
+from common.ct.files import find_cts, read_ct
 from common.ct.geometry import HUValues
 from common.ct.rejection import RejectedError
 
@@ -48,13 +49,13 @@ def show(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
-def table_of(folder: str) -> None:
+def table_of(folder: Path) -> None:
     """Print a line for each form: how many volumes pass, are doubted and are refused, and by which rules."""
     verdicts: dict[str, Counter[str]] = defaultdict(Counter)
     rules: dict[str, Counter[str]] = defaultdict(Counter)
-    for file in find_cts(Path(folder))[0]:
+    for file in find_cts(folder)[0]:
         try:
-            ct = file.read()
+            ct = read_ct(file)
         except RejectedError as error:
             show(f"'{file.path}' cannot be read: {error}")
             continue
@@ -98,12 +99,18 @@ def sample(hu: np.ndarray) -> None:
         seen.add(plane)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", help="of CT files; their turned and cut forms are judged")
-    parser.add_argument("--seconds", action="store_true", help="time the checks")
-    options = parser.parse_args()
-    if options.folder:
-        table_of(options.folder)
-    if options.seconds:
+def main(
+    folder: Annotated[
+        Path | None, typer.Argument(help="CTs whose turned and cut forms are judged.", exists=True)
+    ] = None,
+    seconds: Annotated[bool, typer.Option("--seconds", help="Time the checks.")] = False,
+) -> None:
+    """Print what the checks say of CTs in many forms, or how long they take."""
+    if folder is not None:
+        table_of(folder)
+    if seconds:
         seconds_of()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -214,7 +214,7 @@ def test_a_folder_of_hostile_files_ends_with_their_list_alone(run, tmp_path, wri
     folder = tmp_path / "ct"
     write_series(folder / "missing", hu, series="1.2.3")[2].unlink()
     write_series(folder / "twice", hu, series="1.2.4")
-    write_series(folder / "twice", hu[:2], series="1.2.4")
+    write_series(folder / "twice", hu[:2] + np.int16(1), series="1.2.4")
     header = nib.Nifti2Image(hu.T, np.diag([-0.8, -0.8, 1.5, 1])).header
     header.set_data_shape((10**6, 10**6, 10**6))
     header["vox_offset"] = 544
@@ -235,7 +235,7 @@ def test_a_folder_of_hostile_files_ends_with_their_list_alone(run, tmp_path, wri
         **{"1_2_3": "missing slices", "1_2_4": "duplicate", "terabytes": "unreadable", "trn1": "unreadable"},
         **{"bomb.zip": "unreadable", "outside.zip": "unreadable"},
     }
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejected.csv"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "rejected.csv"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ct", "out", "temporary"]
     assert not list((tmp_path / "temporary").glob("*dale-ct*"))
 
@@ -276,10 +276,7 @@ def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(pyth
     ]
     refused = python_m(words, tmp_path)
     assert refused.returncode != 0
-    assert (
-        "'LPS' is refused, not a chest CT: it must have at least 20 slices, got 11"
-        in (refused.stderr.strip().splitlines()[-1])
-    )
+    assert "'LPS' is refused, not a chest CT: too few slices" in refused.stderr.strip().splitlines()[-1]
     result = python_m([*words, "--force", "True"], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Emphysema" in result.stdout

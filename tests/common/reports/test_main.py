@@ -1,5 +1,6 @@
 """Each command draws what it was asked for, and refuses what does not fit before long work."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,7 +98,7 @@ def test_what_does_not_fit_is_refused(ct_path: Path, draw: Callable[..., Result]
         assert answer.exit_code
         assert said in answer.output + str(answer.exception)
     missing = draw("patches", tmp_path / "none.nii.gz", *out)
-    assert "none.nii.gz" in missing.output.replace("\n", "").replace("│", "")
+    assert "none.nii.gz" in re.sub(r"[\s│]", "", missing.output)
     assert not (tmp_path / "a.png").exists()
 
 

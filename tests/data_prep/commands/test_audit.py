@@ -49,7 +49,7 @@ def test_sound_shards_end_with_status_0_and_strange_volumes_are_only_listed(
 ) -> None:
     answer = invoke(shards, "--report", tmp_path / "page.html", "--sheets", 1)
     assert answer.exit_code == 0, answer.output
-    assert "There are lungs" in answer.stdout
+    assert "The scan is as long as a chest" in answer.stdout
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<img") == 1
     assert json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))["passed"] is True
 

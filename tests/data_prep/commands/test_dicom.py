@@ -32,7 +32,7 @@ def invoke(dask: Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 
 
 def hu(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-1000, 1500, (4, 17, 19)).astype(np.int16)
+    return np.random.default_rng(seed).integers(-1000, 600, (4, 17, 19)).astype(np.int16)
 
 
 def test_a_tree_of_series_is_written_with_label_maps(
