@@ -244,5 +244,5 @@ def _uneven(heights: np.ndarray, headers: Sequence[SliceHeader]) -> RejectedErro
     )
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401 (tuples and arrays alike)
+def _shown(value: Any) -> str:  # noqa: ANN401 (tuples or arrays)
     return str(np.round(value, 4).tolist())

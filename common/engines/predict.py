@@ -106,7 +106,7 @@ def predict(
     if "strategies" in encoder:
         encoder["strategies"] = [card["preprocessing"]]
     set_determinism(seed=encoder["seed"])
-    if "embedding_identity" in encoder:  # before the CTs are embedded in vain
+    if "embedding_identity" in encoder:  # refuse before the CTs are read
         _check_identity(card, _parsed(encoder, "embedding_identity"))
     found, unusable = _parsed(encoder, "sources")
     chests = chest_cts(found, _parsed(encoder, "num_workers"), force)
