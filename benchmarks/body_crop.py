@@ -27,9 +27,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.ct.nifti import read_ct
-from common.embeddings.sources import squared
-from common.transforms.body_crop import body_box
-from common.transforms.slice_strategies import SliceStrategy
+from common.embeddings.work import squared
+from common.transforms.slice_strategies import SliceStrategy, body_box
 
 THRESHOLD_HU, OPENING_PX, SIZE_PX = -500, 25, 256
 NATIVE_CT = "lidc_idri_0314_ct_native_slices130_162"

@@ -15,8 +15,7 @@ import typer
 
 from common.ct.checks import find_doubts
 from common.ct.files import find_cts, read_ct
-from common.ct.geometry import HUValues
-from common.ct.rejection import RejectedError
+from common.ct.geometry import HUValues, RejectedError
 
 Form = tuple[str, np.ndarray, tuple[float, float, float]]
 

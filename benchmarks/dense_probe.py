@@ -35,14 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repositor
 from common.embeddings import dense_cohort
 from common.embeddings.dense_cohort import TASKS, TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
 from common.embeddings.dense_labels import DenseLabels, findings_present, write_dense_labels
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStoreWriter
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import BACKGROUND, DenseProbeTrainer
 from common.engines.dense_scores import report_on_test, validation_auprc
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.dense_probe import DenseProbes
-from common.optimizers.warmup_cosine import warmup_cosine
+from common.optimizers.adamw import warmup_cosine
 from common.transforms.dense_labels import patch_bits, patch_shares
 
 VOLUMES, SLICES, SIZE_PX, GRID, DIM = 20, 12, 512, 16, 384

@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repositor
 from common.losses.dino import SINKHORN_ITERATIONS, DINOLoss, IBOTLoss, sinkhorn_knopp
 from common.metrics.flops import peak_bf16_flops, training_flops
 from common.networks.dino_model import DINOModel, follow, new_teacher
-from common.networks.distribute import clip_by_global_norm, distribute
-from common.networks.heads import DINOHead
-from common.optimizers.layerwise_adamw import layerwise_adamw
+from common.networks.pretraining_model import DINOHead, clip_by_global_norm, distribute
+from common.optimizers.adamw import layerwise_adamw
 from common.transforms.patch_masks import PatchMasks, masked_places
 
 VIT_L = {"patch_size": 14, "img_size": 518, "embed_dim": 1024, "depth": 24, "num_heads": 16}

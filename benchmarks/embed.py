@@ -29,12 +29,11 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where this may run from
-from common.embeddings.slice_batches import SliceBatches
-from common.embeddings.sources import ct_sources
+from common.embeddings.ct_batches import SliceBatches
 from common.embeddings.store import EmbeddingStore
-from common.embeddings.work import embedding_work, store_folders
+from common.embeddings.work import ct_sources, embedding_work, store_folders
 from common.handlers.embedding_writer import EmbeddingWriter
-from common.inferers.slices import SlicesInferer
+from common.networks.encoder import SlicesInferer
 from common.shards.shards import VolumeSlices, write_shard
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.slice_strategies import slice_strategies

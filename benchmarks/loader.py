@@ -32,8 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from benchmarks.views import slab_views, write_cohort
 from common.shards.shards import ShardSet
-from common.shards.slab_dataset import SlabViews, StepBatches
-from common.shards.step_loader import StepLoader
+from common.shards.slab_dataset import SlabViews, StepBatches, StepLoader
 
 H200_SAMPLES_PER_SECOND = 363  # of DALE-CT-2S, 2.18 TFLOP each, at 790 TFLOP/s
 

@@ -31,13 +31,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.embeddings.bag_batches import BagReader, ShuffledBatches, collate_bags
+from common.embeddings.bags import BagReader, ShuffledBatches, collate_bags
 from common.metrics.bootstrap import bootstrap, resample_weights
 from common.metrics.multilabel import auroc_and_average_precision
 from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import PAPER_POOLERS, pad_bags
-from common.optimizers.warmup_cosine import warmup_cosine
+from common.optimizers.adamw import warmup_cosine
 
 DIM, NUM_CLASSES, BATCH_SIZE, SEED = 1024, 18, 16, 42
 LEARNING_RATES = [0.1, 0.03, 0.01, 0.003]

@@ -28,8 +28,7 @@ from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.ct.geometry import STORED_HU_RANGE
-from common.ct.orientation import axial_slices
+from common.ct.geometry import STORED_HU_RANGE, axial_slices
 from common.shards.codec import decode_ct, decode_mask, encode_ct, encode_mask
 
 SLICE_SHAPE = (512, 512)

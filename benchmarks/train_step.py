@@ -27,9 +27,13 @@ from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
 from common.losses.sigreg import SIGReg
 from common.metrics.flops import peak_bf16_flops, training_flops
-from common.networks.distribute import clip_by_global_norm, distribute
-from common.networks.heads import AuxiliaryHead, ProjectionHead
-from common.networks.pretraining_model import PretrainingModel
+from common.networks.pretraining_model import (
+    AuxiliaryHead,
+    PretrainingModel,
+    ProjectionHead,
+    clip_by_global_norm,
+    distribute,
+)
 from common.optimizers.adamw import adamw
 
 VIT_L = {"patch_size": 16, "img_size": 512, "embed_dim": 1024, "depth": 24, "num_heads": 16}

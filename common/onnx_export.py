@@ -10,8 +10,8 @@ import typer
 from torch import nn
 
 from common.networks.encoder import load_encoder
-from common.run.atomic_file import atomic_file
-from common.run.short_errors import short_errors
+from common.run.config import short_errors
+from common.run.files import atomic_file
 from common.weights import bundle_encoder, image_side_px
 
 

@@ -17,10 +17,9 @@ from torch import nn
 
 from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
 from common.networks.timm_keys import to_timm_keys
-from common.reports.results_csv import read_rows
-from common.reports.results_table import COLUMNS
-from common.run.atomic_file import atomic_file
-from common.run.short_errors import short_errors
+from common.reports.results_csv import COLUMNS, read_rows
+from common.run.config import short_errors
+from common.run.files import atomic_file
 from common.transforms.hounsfield import hu_window
 from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 

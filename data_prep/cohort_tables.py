@@ -4,8 +4,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.ct.rejection import RejectedVolume
-from common.run.atomic_file import atomic_file
+from common.ct.geometry import RejectedVolume
+from common.run.files import atomic_file
 from common.shards.index import ShardIndex, index_path, load_index
 from common.shards.shards import SHARD_NAME
 

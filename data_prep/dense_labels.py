@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.ct.rejection import RejectedError, RejectedVolume
+from common.ct.geometry import RejectedError, RejectedVolume
 from data_prep.cluster import run_tasks
 from data_prep.rexgroundingct import read_full_findings
 from data_prep.source_volume import SourceVolume, read_ct
@@ -47,8 +47,8 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
     import torch  # takes seconds to import; --help must not wait for it
 
     from common.embeddings.dense_labels import NUM_CLASSES, DenseLabels
-    from common.transforms.body_crop import body_box
     from common.transforms.dense_labels import pad_mask_to_square, patch_bits, patch_shares
+    from common.transforms.slice_strategies import body_box
 
     if source.ts is None:
         raise RejectedError("mask", f"'{source.volume}' must have a TotalSegmentator label map, got none")

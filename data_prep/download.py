@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from common.run.atomic_file import atomic_file
-from common.run.claim import claimed
+from common.run.files import atomic_file, claimed
 from data_prep.hub_access import explained, one_line
 from data_prep.hub_files import RemoteFile
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from common.ct.geometry import (
     SPACING_TOLERANCE,
+    RejectedError,
     StoredGrid,
     canonical_indices,
     canonical_shape,
     perpendicular_axes,
     shown_mm,
 )
-from common.ct.rejection import RejectedError
-from common.shards.volume import MASK_SIZE_PX
+from common.shards.codec import MASK_SIZE_PX
 
 HALF_VOXEL = 0.5
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from common.labels import Label, load_labels
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
+from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from common.shards.index import ShardIndex, load_index
-from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from data_prep.cluster import run_tasks
 from data_prep.shard_slices import read_slices
 

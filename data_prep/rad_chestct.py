@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.csv_table import table_rows
+from common.cohort.tables import table_rows
 from common.labels import load_labels
 
 PREFIXES: Mapping[str, tuple[str, ...]] = {

@@ -11,13 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import SPACING_TOLERANCE, StoredGrid
-from common.ct.names import volume_name
+from common.ct.geometry import SPACING_TOLERANCE, RejectedError, StoredGrid
+from common.ct.names import only_file, volume_files, volume_name
+from common.ct.nifti import open_volume
 from common.ct.nifti_file import VolumeFile, VolumeHeader
-from common.ct.rejection import RejectedError
-from common.ct.volume_file import open_volume
-from common.ct.walk import only_file, volume_files
-from common.shards.volume import MASK_SIZE_PX, REX_CODES
+from common.shards.codec import MASK_SIZE_PX, REX_CODES
 from data_prep.mask_alignment import Alignment, align
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from common.ct.rejection import RejectedError, RejectedVolume
-from common.run.atomic_file import flush_folder
+from common.ct.geometry import RejectedError, RejectedVolume
+from common.run.files import flush_folder
+from common.shards.codec import VolumeSlices
 from common.shards.index import ShardIndex, index_path, load_index
 from common.shards.shards import PARTS, parse_shard_name, write_tar
-from common.shards.volume import VolumeSlices
 from data_prep.join_tars import join_tars
 from data_prep.plan_shards import PlannedShard, PlannedVolume, parts_folder, unexpected_error
 from data_prep.source_volume import SourceVolume, read_volume

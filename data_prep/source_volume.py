@@ -7,12 +7,10 @@ from typing import NamedTuple
 from common.ct import files
 from common.ct.checks import check_hu, find_doubts
 from common.ct.files import CTFile
-from common.ct.geometry import StoredCT, StoredGrid, canonical_shape
-from common.ct.names import VOLUME_NAME, unique_names, volume_name
+from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, canonical_shape
+from common.ct.names import VOLUME_NAME, only_file, unique_names, volume_files, volume_name
 from common.ct.nifti import Rescale
-from common.ct.rejection import RejectedError, RejectedVolume
-from common.ct.walk import only_file, volume_files
-from common.shards.volume import VolumeSlices
+from common.shards.codec import VolumeSlices
 from data_prep.rexgroundingct import Annotation, read_findings
 from data_prep.totalsegmentator import read_label_map
 

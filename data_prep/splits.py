@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.csv_table import table_rows
 from common.cohort.patient_split import natural_order, patient_of
-from common.run.atomic_file import atomic_file
+from common.cohort.tables import table_rows
+from common.run.files import atomic_file
 
 COLUMNS = ("volume", "patient", "split")
 

@@ -16,12 +16,10 @@ import nibabel as nib
 import numpy as np
 
 from common.ct.checks import check_hu
-from common.ct.geometry import StoredCT, StoredGrid
-from common.ct.orientation import axial_slices
-from common.ct.rejection import RejectedError, RejectedVolume
-from common.ct.volume_file import read_header
-from common.run.atomic_file import atomic_file
-from common.shards.volume import NUM_TS_CLASSES
+from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, axial_slices
+from common.ct.nifti import read_header
+from common.run.files import atomic_file
+from common.shards.codec import NUM_TS_CLASSES
 from data_prep.nifti import find_volumes
 from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct, npz_files
 from data_prep.source_volume import SourceVolume, planned_slices, read_ct, read_grid

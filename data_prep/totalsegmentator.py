@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.ct.geometry import StoredGrid
+from common.ct.geometry import RejectedError, StoredGrid
+from common.ct.nifti import open_volume
 from common.ct.nifti_file import VolumeFile, VolumeHeader
-from common.ct.rejection import RejectedError
-from common.ct.volume_file import open_volume
-from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES
+from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES
 from data_prep.mask_alignment import Alignment, align, cell_voxels
 
 

@@ -10,11 +10,10 @@ import nibabel as nib
 import numpy as np
 
 from common.ct.files import ct_file, read_ct
-from common.ct.names import VOLUME_SUFFIXES, suffix_of
+from common.ct.names import VOLUME_SUFFIXES, only_file, suffix_of, volume_files
 from common.ct.nifti import Rescale
 from common.ct.npz import SPACING_MM
-from common.ct.walk import only_file, volume_files
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
 
 TURNS = ("right", "transposed", "flipped", "sagittal")
 

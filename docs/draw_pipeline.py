@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.shards.slabs import slab_num_slices
+from common.shards.slab_dataset import slab_num_slices
 from common.transforms.multi_crop import GUIDED_BY_REX, RandSlabMultiCrop
 from common.transforms.resize import resize_square
 from data_prep.phantom.population import roster

@@ -12,9 +12,8 @@ from typing import Annotated
 
 import typer
 
-from common.reports.results_csv import ResultRow, read_rows
-from common.reports.results_table import COLUMNS
-from common.run.short_errors import short_errors
+from common.reports.results_csv import COLUMNS, ResultRow, read_rows
+from common.run.config import short_errors
 
 PAPER = Path(__file__).with_name("paper_results.csv")
 TITLES = {

@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from common.cohort.csv_table import table_rows
+from common.cohort.tables import table_rows
 from common.reports.results_csv import FIELDS, ResultRow, read_rows
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
 from docs.render_results import PAPER, cell
 from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.reports.results_csv import code_version
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
 from study.stages import REPOSITORY, SIZES, Stage, all_stages
 
 OUR_CONFIG = re.compile(r"(?<![\w/.-])(?:bundles|demo|study)/(?!out/)[\w./-]+\.json")

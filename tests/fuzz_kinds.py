@@ -15,19 +15,16 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from common.cohort.labels_csv import read_labels
-from common.cohort.predictions import COLUMNS as PREDICTION_COLUMNS
-from common.cohort.predictions import read_predictions
-from common.cohort.skip_list import listed_volumes
+from common.cohort.tables import COLUMNS as PREDICTION_COLUMNS
+from common.cohort.tables import listed_volumes, read_labels, read_predictions
 from common.ct.nifti import read_grid
 from common.embeddings.dense_labels import DenseLabels, read_dense_labels, write_dense_labels
-from common.embeddings.sources import ct_sources
-from common.embeddings.store import EmbeddingStore
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
+from common.embeddings.work import ct_sources
 from common.reports.results_csv import FIELDS, read_rows
-from common.run.executed_config import executed_config
+from common.run.config import executed_config
+from common.shards.codec import VolumeSlices
 from common.shards.shards import ShardSet, write_shard
-from common.shards.volume import VolumeSlices
 from data_prep.audit.shard import ShardTask, audit_shard
 from data_prep.ct_rate import METADATA_COLUMNS, read_metadata
 from data_prep.rexgroundingct import read_annotations

@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from common.cohort.skip_list import listed_volumes
+from common.cohort.tables import listed_volumes
 from common.ct.names import VOLUME_NAME
-from common.embeddings.sources import ct_sources
+from common.embeddings.work import ct_sources
 from tests.fuzz_kinds import AFFINE, HU, check, read_cts
 
 NUMBERS = (0, 1, -1, 0.5, 7, 15, 16, 17, 255, 32767, 32768, 63536, 65535, -2000, -32768, -32769, 2**31, 1e30)

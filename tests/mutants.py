@@ -44,10 +44,10 @@ MUTANTS = (
     Mutant(
         "common/ct/checks.py", "lowest = np.where(is_padded, np.iinfo(np.int16).max, few)", "lowest = few"
     ),
-    Mutant("common/ct/check_rules.py", "MAX_HU = 31_743", "MAX_HU = 65_535", CHECKS),
-    Mutant("common/ct/check_rules.py", "        high=0.3,", "        high=1.0,", CHECKS),
-    Mutant("common/ct/check_rules.py", "        high=0.6,", "        high=1.0,", CHECKS),
-    Mutant("common/ct/check_rules.py", "        low=0.95,", "        low=0.4,", CHECKS),
+    Mutant("common/ct/checks.py", "MAX_HU = 31_743", "MAX_HU = 65_535", CHECKS),
+    Mutant("common/ct/checks.py", "        high=0.3,", "        high=1.0,", CHECKS),
+    Mutant("common/ct/checks.py", "        high=0.6,", "        high=1.0,", CHECKS),
+    Mutant("common/ct/checks.py", "        low=0.95,", "        low=0.4,", CHECKS),
     Mutant(
         "common/ct/anatomy.py", "within[-third:].mean() - within", "within[:third].mean() - within", CHECKS
     ),
@@ -64,7 +64,7 @@ MUTANTS = (
         "0, body.shape[2] - 1",
         CHECKS,
     ),
-    Mutant("common/embeddings/sources.py", "    check_hu(ct)\n", "", CHECKS),
+    Mutant("common/embeddings/work.py", "    check_hu(ct)\n", "", CHECKS),
     Mutant(
         "common/engines/predict.py",
         "tokens[torch.from_numpy(has_image)",
@@ -74,14 +74,14 @@ MUTANTS = (
     Mutant("common/embeddings/part.py", 'if stated["crc32"] != str(_header_crc32(stated))', "if False"),
     Mutant("common/embeddings/dense_labels.py", "for name in TENSORS:\n", "for name in TENSORS[1:]:\n"),
     Mutant("common/shards/index.py", "MemoryError, *DAMAGED_ZIP)", "MemoryError)"),
-    Mutant("common/run/executed_config.py", "isinstance(node, list) else ()", "node else ()"),
-    Mutant("common/run/claim.py", "LOCK_EX | fcntl.LOCK_NB", "LOCK_SH | fcntl.LOCK_NB"),
-    Mutant("common/run/claim.py", "fcntl.lockf(file", "fcntl.flock(file"),
-    Mutant("common/run/stop.py", "if os.getpid() == owner:", "if True:"),
-    Mutant("common/run/stop.py", "    on_stop(lambda again: os._exit(128 + again))\n", ""),
+    Mutant("common/run/config.py", "isinstance(node, list) else ()", "node else ()"),
+    Mutant("common/run/files.py", "LOCK_EX | fcntl.LOCK_NB", "LOCK_SH | fcntl.LOCK_NB"),
+    Mutant("common/run/files.py", "fcntl.lockf(file", "fcntl.flock(file"),
+    Mutant("common/run/config.py", "if os.getpid() == owner:", "if True:"),
+    Mutant("common/run/config.py", "    on_stop(lambda again: os._exit(128 + again))\n", ""),
     Mutant("common/handlers/checkpoint.py", "exit_status = 128 + asked", "exit_status = 128"),
-    Mutant("common/handlers/mlflow_uploads.py", "known.get(run_id, {})", "{}"),
-    Mutant("common/handlers/mlflow_uploads.py", "self.thread.join(seconds)", "self.thread.join()"),
+    Mutant("common/handlers/mlflow_run.py", "known.get(run_id, {})", "{}"),
+    Mutant("common/handlers/mlflow_run.py", "self.thread.join(seconds)", "self.thread.join()"),
     Mutant("common/handlers/mlflow_run.py", 'self.client.delete_tag(known["run_id"], "error")', "pass"),
     Mutant("common/losses/sigreg.py", "weights = 2 * (2 * self", "weights = (2 * self"),
     Mutant("common/losses/sigreg.py", "weights[-1] /= 2", "weights[-1] /= 1"),
@@ -163,7 +163,7 @@ MUTANTS = (
     Mutant(
         "common/metrics/gap_curve.py", "np.diff(gaps, prepend=0).min() / 2", "np.diff(gaps, prepend=0).min()"
     ),
-    Mutant("common/metrics/gaussianity.py", "ranks[1:] - expected", "ranks[:-1] - expected"),
+    Mutant("common/metrics/effective_rank.py", "ranks[1:] - expected", "ranks[:-1] - expected"),
     Mutant("common/metrics/latent_continuity.py", "2 * np.arctan2", "np.arctan2"),
     Mutant("common/metrics/latent_continuity.py", "tokens / lengths", "tokens"),
     Mutant("common/metrics/linear_readout.py", "penalty * scale", "penalty"),
@@ -175,8 +175,8 @@ MUTANTS = (
     Mutant("common/metrics/paired_samples.py", "groups / (groups - 1) * ", ""),
     Mutant("common/metrics/effective_rank.py", "(len(sums) - 1) * ((without", "((without"),
     Mutant("common/metrics/slice_order.py", "near.sum(1).argmin()", "near.sum(1).argmax()"),
-    Mutant("common/shards/slabs.py", " + 0.5)", ")"),
-    Mutant("common/shards/slabs.py", "np.minimum(starts, max(num_slices - length, 0))", "starts"),
+    Mutant("common/shards/slab_dataset.py", " + 0.5)", ")"),
+    Mutant("common/shards/slab_dataset.py", "np.minimum(starts, max(num_slices - length, 0))", "starts"),
     Mutant("common/shards/slab_dataset.py", "(OTHER_POOL, place - before)", "(OTHER_POOL, place)"),
     Mutant("common/shards/slab_dataset.py", "[self.seed, VIEWS, place]", "[self.seed, VIEWS]"),
     Mutant("common/shards/slab_dataset.py", "[self.seed, pool, passes]", "[self.seed, pool]"),
@@ -208,7 +208,7 @@ MUTANTS = (
         "thresholds = f1_thresholds(val_scores, self.val_bags",
         "thresholds = f1_thresholds(val_scores * 0 + 0.5, self.val_bags",
     ),
-    Mutant("common/engines/best_probe.py", "auprc[index] <= self.auprc", "auprc[index] < self.auprc"),
+    Mutant("common/engines/probe_grid.py", "auprc[index] <= self.auprc", "auprc[index] < self.auprc"),
     Mutant(
         "common/run/distributed.py",
         'os.environ.pop("SLURM_JOB_ID", None)',
@@ -221,12 +221,10 @@ MUTANTS = (
     Mutant("common/engines/lejepa_trainer.py", "            stop_if_not_finite(self)\n", ""),
     Mutant("common/engines/lejepa_trainer.py", "iteration % self.measure_every == 0", "iteration > 0"),
     Mutant("common/embeddings/store.py", "if (volume, name) not in self._checked:", "if False:"),
-    Mutant("common/embeddings/arrays.py", "if not self._known[volume]:", "if False:"),
-    Mutant(
-        "common/embeddings/bag_batches.py", "min(BAGS_PER_CHUNK, CHUNK_BYTES // largest)", "BAGS_PER_CHUNK"
-    ),
+    Mutant("common/embeddings/bags.py", "if not self._known[volume]:", "if False:"),
+    Mutant("common/embeddings/bags.py", "min(BAGS_PER_CHUNK, CHUNK_BYTES // largest)", "BAGS_PER_CHUNK"),
     Mutant("common/networks/mil_probe.py", ", output_size=len(slices)", ""),
-    Mutant("common/shards/step_loader.py", "needed * ranks > free", "needed > free"),
+    Mutant("common/shards/view_batches.py", "needed * ranks > free", "needed > free"),
 )
 
 

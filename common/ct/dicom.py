@@ -21,18 +21,17 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 
-from common.ct.dicom_header import SliceHeader, read_headers
-from common.ct.dicom_parse import parse, rejecting
+from common.ct.dicom_header import SliceHeader, parse, read_headers, rejecting
 from common.ct.dicom_pixels import read_hu
 from common.ct.geometry import (
     HUValues,
+    RejectedError,
     StoredCT,
     StoredGrid,
     canonical_shape,
     canonical_slices,
     check_size,
 )
-from common.ct.rejection import RejectedError
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.ct.dicom_header import FRAME_TAGS, frame_values
-from common.ct.dicom_parse import elements_start, parse
-from common.ct.rejection import NOT_AXIAL_CT, RejectedError, RejectedVolume
+from common.ct.dicom_header import FRAME_TAGS, elements_start, frame_values, parse
+from common.ct.geometry import NOT_AXIAL_CT, RejectedError, RejectedVolume
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset

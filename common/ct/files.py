@@ -11,12 +11,19 @@ from common.ct import dicom as dicom_ct
 from common.ct import nifti as nifti_ct
 from common.ct import npz as npz_ct
 from common.ct.dicom_files import NO_IMAGE, FoundFile, look_at, sort_series
-from common.ct.geometry import StoredCT, StoredGrid
-from common.ct.names import HEADER_SUFFIXES, VOXEL_SUFFIXES, suffix_of, unique_names, volume_name
+from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid
+from common.ct.names import (
+    HEADER_SUFFIXES,
+    VOXEL_SUFFIXES,
+    only_file,
+    say_unread,
+    suffix_of,
+    unique_names,
+    volume_name,
+    walk,
+)
 from common.ct.nifti import Rescale
-from common.ct.rejection import RejectedError, RejectedVolume
 from common.ct.unzip import unzip
-from common.ct.walk import only_file, say_unread, walk
 
 MAX_ZIP_BYTES = 8 * 2**30
 """What a zip may hold. Our choice: 16,000 slices of 512 x 512, more than any study of a patient."""

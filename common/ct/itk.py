@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.ct.geometry import check_size, is_blank
+from common.ct.geometry import RejectedError, check_size, is_blank
 from common.ct.names import suffix_of
 from common.ct.nifti_file import CHUNK_BYTES, MAX_INFLATION, VolumeFile, VolumeHeader
-from common.ct.rejection import RejectedError
 
 if TYPE_CHECKING:
     import SimpleITK as sitk

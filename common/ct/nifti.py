@@ -4,6 +4,7 @@ NIfTI comes in the two forms of CT-RATE; MetaImage and NRRD are read as the one 
 """
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,17 +13,37 @@ import numpy as np
 from common.ct.geometry import (
     SPACING_TOLERANCE,
     HUValues,
+    RejectedError,
     StoredCT,
     StoredGrid,
+    axial_slices,
     canonical_shape,
     check_spacing,
     shown_mm,
     store_hu,
+    voxel_axes,
 )
-from common.ct.nifti_file import VolumeHeader
-from common.ct.orientation import axial_slices, voxel_axes
-from common.ct.rejection import RejectedError
-from common.ct.volume_file import open_volume, read_header
+from common.ct.itk import open_itk
+from common.ct.names import ITK_SUFFIXES, suffix_of
+from common.ct.nifti_file import VolumeFile, VolumeHeader, open_nifti
+
+
+def open_volume(path: Path) -> AbstractContextManager[VolumeFile]:
+    """Open a file for reading.
+
+    Args:
+        path: NIfTI (``.nii``, ``.nii.gz``, ``.hdr`` with ``.img``), MetaImage or NRRD, suffixes in any case.
+
+    Raises:
+        RejectedError: as ``open_nifti`` and ``open_itk``.
+    """
+    return open_itk(path) if suffix_of(path.name, ITK_SUFFIXES) else open_nifti(path)
+
+
+def read_header(path: Path) -> VolumeHeader:
+    """Read what a file says about its array, without the array; arguments and errors of ``open_volume``."""
+    with open_volume(path) as file:
+        return file.header
 
 
 class Rescale(NamedTuple):

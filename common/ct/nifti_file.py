@@ -20,9 +20,8 @@ from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from common.ct.geometry import SPACING_TOLERANCE, is_blank, shown_mm
+from common.ct.geometry import SPACING_TOLERANCE, RejectedError, is_blank, shown_mm
 from common.ct.names import suffix_of
-from common.ct.rejection import RejectedError
 
 Stream = io.BufferedIOBase | io.RawIOBase
 

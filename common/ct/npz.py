@@ -12,9 +12,8 @@ from typing import IO
 
 import numpy as np
 
-from common.ct.geometry import StoredCT, StoredGrid, canonical_hu, canonical_shape, check_size
+from common.ct.geometry import RejectedError, StoredCT, StoredGrid, canonical_hu, canonical_shape, check_size
 from common.ct.nifti_file import MAX_INFLATION
-from common.ct.rejection import RejectedError
 from common.ct.unzip import DAMAGED_ZIP
 
 SPACING_MM = 0.8

@@ -9,8 +9,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from common.run.executed_config import merged_config
-from common.run.short_errors import first_cause
+from common.run.config import first_cause, merged_config
 from common.transforms.hounsfield import HUWindow
 from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 

@@ -27,7 +27,7 @@ from common.losses.dino import DINOLoss, IBOTLoss
 from common.losses.koleo import koleo_loss
 from common.metrics.effective_rank import effective_rank
 from common.networks.dino_model import follow
-from common.networks.distribute import clip_by_global_norm
+from common.networks.pretraining_model import clip_by_global_norm
 from common.optimizers.dino_schedule import DINOSchedule
 from common.transforms.batch_views import GROUPS, VIEW_FIELDS, render_views
 from common.transforms.hounsfield import HUWindow

@@ -13,9 +13,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.reports.results_csv import read_rows
-from common.reports.results_table import print_whole, results_table
-from common.run.short_errors import short_errors
+from common.reports.results_csv import print_whole, read_rows, results_table
+from common.run.config import short_errors
 from common.transforms.slice_strategies import STRATEGIES
 
 TABLE_VI = tuple(name for name in STRATEGIES if not name.endswith("_items"))

@@ -16,11 +16,11 @@ import typer
 from monai.bundle.workflows import ConfigWorkflow
 from rich.console import Console
 
-from common.embeddings.sources import ct_sources
 from common.embeddings.store import EmbeddingStore
+from common.embeddings.work import ct_sources
 from common.engines.each_preprocessing import TABLE_VI
 from common.reports.results_csv import NAN, add_rows, result_rows
-from common.run.short_errors import short_errors
+from common.run.config import short_errors
 from common.transforms.slice_strategies import SliceStrategy
 
 

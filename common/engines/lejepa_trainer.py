@@ -26,9 +26,8 @@ from common.engines.pretraining_step import (
 )
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
-from common.metrics.effective_rank import effective_rank
-from common.metrics.gaussianity import kolmogorov_smirnov
-from common.networks.distribute import clip_by_global_norm, gradients_stay_here
+from common.metrics.effective_rank import effective_rank, kolmogorov_smirnov
+from common.networks.pretraining_model import clip_by_global_norm, gradients_stay_here
 from common.transforms.batch_views import GROUPS, LABEL_FIELDS, VIEW_FIELDS, count_labels, render_views
 from common.transforms.hounsfield import HUWindow
 from common.transforms.soft_labels import finding_fractions, finding_presence

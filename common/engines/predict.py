@@ -14,19 +14,18 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.check_rules import Doubt
-from common.ct.rejection import RejectedError, RejectedVolume
+from common.ct.checks import Doubt
+from common.ct.geometry import RejectedError, RejectedVolume
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.rejected_volumes import REJECTED, report_rejected
-from common.embeddings.sources import CTSource
 from common.embeddings.store import EmbeddingStore
+from common.embeddings.work import REJECTED, CTSource, report_rejected
 from common.networks.mil_probe import load_probe
 from common.reports.attended_slices import write_attended_slices
 from common.reports.ct_report import Finding, write_ct_report
 from common.reports.patch_maps import PatchMaps, cls_attention_maps
-from common.run.atomic_file import atomic_file
-from common.run.short_errors import first_cause
+from common.run.config import first_cause
+from common.run.files import atomic_file
 
 # T tokens of a volume, C classes
 

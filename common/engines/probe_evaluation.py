@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.embeddings.bag_batches import chunks
-from common.embeddings.bags import EmbeddingBags, labelled_volumes
+from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
 from common.embeddings.part import IDENTITY_KEYS
 from common.labels import load_labels
 from common.labels.class_map import map_classes
@@ -27,8 +26,7 @@ from common.metrics.bootstrap import (
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 from common.networks.poolers import pad_bags
-from common.reports.mlflow_rows import log_rows
-from common.reports.results_csv import add_rows, result_rows
+from common.reports.results_csv import add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,5 @@
 """Train a grid of MIL probes in one pass, choose one on validation, test it once."""
 
-# B bags, N volumes, S slices, D embedding, C classes, L * K probes of the grid, F fixed poolers
-
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -16,10 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from common.cohort.predictions import Predictions
-from common.embeddings.bag_batches import BagReader, ShuffledBatches, chunks
-from common.embeddings.bags import EmbeddingBags
-from common.engines.best_probe import BestProbe
+from common.cohort.tables import Predictions
+from common.embeddings.bags import BagReader, EmbeddingBags, ShuffledBatches, chunks
 from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_seeds import train_seeds
 from common.metrics.bootstrap import (
@@ -38,6 +34,65 @@ from common.metrics.multilabel import (
 )
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 from common.networks.poolers import pad_bags
+
+# L * K probes of the grid, N volumes, C classes
+
+
+class BestProbe:
+    """Keeps the probe and step with the highest validation macro AUPRC, with its weights and thresholds.
+
+    Ties keep the earlier step, and within a step the probe that the grid names first.
+
+    Attributes:
+        auprc: its validation macro AUPRC; nan before the first validation.
+        index: its place in ``ProbeGrid.names``.
+        step: optimizer steps it was trained for.
+        parameters: its state dictionary.
+        thresholds: float64 ``(C,)``, per-class optimum of F1 on validation.
+    """
+
+    def __init__(self) -> None:
+        self.auprc = float("nan")
+        self.index = -1
+        self.step = -1
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.thresholds = torch.empty(0, dtype=torch.float64)
+
+    def offer(
+        self, auprc: np.ndarray, step: int, network: ProbeGrid, scores: np.ndarray, targets: np.ndarray
+    ) -> None:
+        """Keep the best probe of this validation if it beats the best so far.
+
+        Args:
+            auprc: macro AUPRC of every probe, nan for one that diverged.
+            step: optimizer steps taken.
+            network: grid whose weights are copied.
+            scores: validation scores.
+            targets: validation labels.
+
+        Shape:
+            ``auprc (L * K,)``, ``scores (L * K, N, C)``, ``targets (N, C)``.
+        """
+        index = int(np.nanargmax(auprc))
+        if auprc[index] <= self.auprc:
+            return
+        self.auprc, self.index, self.step = float(auprc[index]), index, step
+        self.parameters = network.probe(index).state_dict()
+        self.thresholds = torch.from_numpy(
+            np.asarray(f1_thresholds(scores[index], targets), dtype=np.float64)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain numbers only."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        vars(self).update(state)
+
+
+# B bags, N volumes, S slices, D embedding, C classes, L * K probes of the grid, F fixed poolers
+
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +116,7 @@ class ProbeGridTrainer(SupervisedTrainer):
     the reports of the chosen probe by seed, the run's own seed first. A further seed trains the chosen pooler
     at the chosen learning rate for the chosen number of steps, with initial weights and batches of its own.
 
-    Bags stay on the device if they fit, see :class:`common.embeddings.bag_batches.BagReader`.
+    Bags stay on the device if they fit, see :class:`common.embeddings.bags.BagReader`.
 
     Source: DALE-CT IV-B.
 

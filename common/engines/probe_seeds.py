@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from common.embeddings.bag_batches import BagReader, ShuffledBatches
+from common.embeddings.bags import BagReader, ShuffledBatches
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 
 logger = logging.getLogger(__name__)

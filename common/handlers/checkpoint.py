@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
-from common.run.atomic_file import atomic_file
-from common.run.stop import on_stop, raise_stopped
+from common.run.config import on_stop, raise_stopped
+from common.run.files import atomic_file
 
 logger = logging.getLogger(__name__)
 

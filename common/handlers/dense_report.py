@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from common.engines.dense_probe import DenseProbeTrainer
 from common.engines.dense_scores import DenseResults
 from common.networks.dense_probe import save_dense_probe
-from common.reports.probe_tables import write_table
+from common.reports.probe_pictures import write_table
 from common.reports.results_csv import add_rows, result_rows
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
 
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}
 

@@ -9,11 +9,11 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.ct.rejection import RejectedError, RejectedVolume, is_failure
+from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.embeddings.ct_batches import VolumeBatches
 from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.rejected_volumes import log_embedded, report_doubts, report_rejected
-from common.embeddings.store_writer import EmbeddingStoreWriter
-from common.embeddings.volume_batches import VolumeBatches
+from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.work import log_embedded, report_doubts, report_rejected
 
 
 class GridWriter:

@@ -1,31 +1,128 @@
 """One MLflow run per training run: never merged into another, never left RUNNING by a crash."""
 
 import getpass
+import hashlib
 import json
 import logging
 import math
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
-
 import ignite.distributed as idist  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
 from ignite.engine import Engine, Events  # noqa: E402 (see above)
-from mlflow.entities import Metric, Param, RunStatus, RunTag  # noqa: E402 (see above)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag  # noqa: E402 (see above)
 from mlflow.exceptions import MlflowException  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
+from requests import RequestException
 
-from common.handlers.mlflow_inputs import dataset_input  # noqa: E402 (see above)
-from common.handlers.mlflow_uploads import Uploads  # noqa: E402 (see above)
-from common.reports.mlflow_rows import experiment_id  # noqa: E402 (see above)
-from common.reports.results_csv import code_version  # noqa: E402 (see above)
-from common.run.atomic_file import atomic_file  # noqa: E402 (see above)
-from common.run.executed_config import config_files, plain_knobs  # noqa: E402 (see above)
+from common.reports.results_csv import (
+    code_version,  # noqa: E402 (see above)
+    experiment_id,  # noqa: E402 (see above)
+)
+from common.run.config import config_files, plain_knobs  # noqa: E402 (see above)
+from common.run.files import atomic_file  # noqa: E402 (see above)
+
+MEMORY_of_mlflow_uploads = "mlflow_uploads.json"  # of the output folder: what is there already
+WAIT_SECONDS = 600.0
+"""How long the end of a run waits for what is under way."""
+
+
+class Uploads:
+    """Upload files that are new or have changed, one after the other, in a thread of its own.
+
+    A file that cannot be uploaded costs one line of warning and is tried again by a resumed run.
+
+    Args:
+        client: of the store.
+        run_id: MLflow run.
+        folder: folder of the run; remembers what was uploaded.
+        patterns: of files, relative to ``folder``.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, folder: Path, patterns: list[str]) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.folder = folder
+        self.patterns = patterns
+        self.memory = folder / MEMORY_of_mlflow_uploads
+        known = json.loads(self.memory.read_text()) if self.memory.is_file() else {}
+        self.done: dict[str, int] = known.get(run_id, {})
+        self.asked = dict(self.done)
+        self.waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="mlflow_uploads", daemon=True)
+        self.thread.start()
+
+    def start(self) -> None:
+        """Queue the files that have changed since they were queued last, and return at once."""
+        for path in sorted(path for pattern in self.patterns for path in self.folder.glob(pattern)):
+            name, changed = path.relative_to(self.folder).as_posix(), path.stat().st_mtime_ns
+            if self.asked.get(name) != changed:
+                self.asked[name] = changed
+                self.waiting.put(name)
+
+    def wait(self, seconds: float = WAIT_SECONDS) -> None:
+        """Wait for what is queued, but not for ever; nothing can be queued afterwards.
+
+        Args:
+            seconds: at most.
+        """
+        self.waiting.put(None)
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            logger.warning("Uploads to MLflow did not end within %.0f s and are left undone.", seconds)
+
+    def _work(self) -> None:
+        while (name := self.waiting.get()) is not None:
+            path = self.folder / name
+            try:
+                changed = path.stat().st_mtime_ns
+                self.client.log_artifact(self.run_id, str(path), os.path.dirname(name) or None)
+            except FileNotFoundError:  # a checkpoint that newer ones have replaced
+                continue
+            except (OSError, MlflowException, RequestException) as error:
+                logger.warning("Could not upload '%s' to MLflow: %s", path, " ".join(str(error).split()))
+                continue
+            self.done[name] = changed
+            with atomic_file(self.memory, "w") as file:
+                json.dump({self.run_id: self.done}, file)
+
+
+def dataset_input(path: str | Path, context: str) -> DatasetInput:
+    """Describe a folder or file that a run reads.
+
+    ``mlflow.data`` would import pandas and read the data; this looks at names and sizes only, and the digest
+    is theirs.
+
+    Args:
+        path: folder of shards or embeddings, or a file.
+        context: what it is to the run, such as "training".
+    """
+    place = Path(path).resolve()
+    files = sorted((file.name, file.stat().st_size) for file in _files(place))
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+    profile = json.dumps({"files": len(files), "bytes": sum(size for _, size in files)})
+    source = json.dumps({"uri": place.as_uri()})
+    name = "/".join(place.parts[-2:]).lstrip("/")
+    dataset = Dataset(name, digest, source_type="local", source=source, profile=profile)
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])
+
+
+def _files(place: Path) -> list[os.DirEntry[str] | Path]:
+    if not place.is_dir():
+        return [place]
+    with os.scandir(place) as entries:
+        return [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
+
 
 logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # names each table of a new store

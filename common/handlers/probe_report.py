@@ -2,19 +2,74 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 
-from common.cohort.predictions import write_predictions
+from common.cohort.tables import Predictions, write_predictions
+from common.embeddings.work import ct_sources
 from common.engines.probe_grid import ProbeGridTrainer
-from common.handlers.probe_pictures import read_slices, volumes_to_show
 from common.networks.mil_probe import save_probe
-from common.reports.probe_curves import KINDS, draw_attention, draw_classes, draw_per_class
-from common.reports.probe_tables import class_rows, seed_rows, threshold_rows, write_table
+from common.reports.probe_pictures import (
+    KINDS,
+    class_rows,
+    draw_attention,
+    draw_classes,
+    draw_per_class,
+    seed_rows,
+    threshold_rows,
+    write_table,
+)
+from common.reports.results_csv import add_rows, result_rows
+
+# S slices, H W pixels
+
+
+def volumes_to_show(predictions: Predictions, most: int = 8) -> dict[str, str]:
+    """Choose volumes to look at: of each class the true positive that the probe is surest of.
+
+    Classes that it never finds are passed over, and a volume is chosen once, for its first class.
+
+    Args:
+        predictions: of the test set.
+        most: volumes to choose at most.
+
+    Returns:
+        Volume to the class it was chosen for.
+    """
+    chosen: dict[str, str] = {}
+    for index, name in enumerate(predictions.class_names):
+        scores, targets = predictions.probabilities[:, index], predictions.labels[:, index]
+        found = np.flatnonzero((targets == 1) & (scores >= predictions.thresholds[index]))
+        if len(found) and len(chosen) < most:
+            chosen.setdefault(predictions.volumes[found[scores[found].argmax()]], name)
+    return chosen
+
+
+def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read CT volumes as axial slices, feet to head, shown the radiological way.
+
+    Args:
+        ct_dir: what embeddings were made of: whatever ``ct_sources`` reads.
+        volumes: volumes to read.
+
+    Returns:
+        Volume to its slices ``(S, H, H)`` in HU.
+
+    Raises:
+        FileNotFoundError: if a volume is not there.
+        RejectedError: if one cannot be read.
+    """
+    found = {source.volume: source for source in ct_sources(ct_dir)[0]}
+    missing = [volume for volume in volumes if volume not in found]
+    if missing:
+        raise FileNotFoundError(f"No CT of '{missing[0]}' in '{ct_dir}'.")
+    return {volume: found[volume].read().hu for volume in volumes}
 
 
 class ProbeCard(TypedDict):
@@ -36,7 +91,7 @@ class ProbeReport:
     """Write the chosen probe and its test results when a ``ProbeGridTrainer`` has completed.
 
     Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`);
-    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.predictions`);
+    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.tables`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
     each slice, or token of another kind, in some volumes.
@@ -165,3 +220,55 @@ class ProbeReport:
 
 def _json_number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+class ResultsTable:
+    """Add the test results of a :class:`ProbeGridTrainer` to a results CSV when it has completed.
+
+    Four rows for the encoder and four for "prevalence", the floor on the same volumes, with the bootstrap's
+    95 % intervals as low and high. Where the chosen probe was trained with several seeds, four more of
+    protocol ``<protocol>_seeds``: their mean, with the lowest and the highest as low and high.
+
+    Args:
+        path: CSV of all evaluations; made when missing.
+        protocol: name of the evaluation.
+        dataset: name of the data.
+        seed: seed of the run.
+        config: settings that the numbers depend on, JSON values; their hash goes into the rows.
+    """
+
+    def __init__(
+        self, *, path: str | Path, protocol: str, dataset: str, seed: int, config: dict[str, Any]
+    ) -> None:
+        self.path = path
+        self.protocol = protocol
+        self.dataset = dataset
+        self.seed = seed
+        self.config = config
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a ``ProbeGridTrainer``."""
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _write(self, engine: ProbeGridTrainer) -> None:
+        if getattr(engine.state, "stopped_early", False):
+            return
+        state, encoder = engine.state, engine.test_bags.identity["encoder"]
+        make = partial(result_rows, dataset=self.dataset, n=len(engine.test_bags), config=self.config)
+        rows = []
+        for subject, name, seeds in (("probe", encoder, str(self.seed)), ("prevalence", "prevalence", "")):
+            ends = state.intervals[subject]["macro"]
+            numbers = {
+                f"macro_{metric}": (value, *ends[metric])
+                for metric, value in state.reports[subject]["macro"].items()
+            }
+            rows += make(numbers, encoder=name, protocol=self.protocol, seeds=seeds)
+        if engine.further_seeds:
+            of_seeds = {
+                f"macro_{metric}": [report["macro"][metric] for report in state.seed_reports]
+                for metric in state.reports["probe"]["macro"]
+            }
+            spread = {metric: (fmean(of), min(of), max(of)) for metric, of in of_seeds.items()}
+            seeds = " ".join(map(str, [self.seed, *engine.further_seeds]))
+            rows += make(spread, encoder=encoder, protocol=f"{self.protocol}_seeds", seeds=seeds)
+        add_rows(self.path, rows)

@@ -9,7 +9,7 @@ from timm.models import checkpoint_seq
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from common.networks.heads import DINOHead
+from common.networks.pretraining_model import DINOHead
 
 
 class DINOModel(nn.Module):

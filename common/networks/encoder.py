@@ -3,17 +3,21 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import ignite.distributed as idist
 import timm
 import torch
+from ignite.engine import Engine, Events
+from monai.inferers import Inferer
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
 logger = logging.getLogger(__name__)
@@ -262,7 +266,7 @@ def encoder_id(
     Args:
         path: weights file; None for random initial weights.
         seed: seed of the random initial weights.
-        slice_axes: how slices are shown to it, see :class:`common.embeddings.slice_batches.SliceBatches`.
+        slice_axes: how slices are shown to it, see :class:`common.embeddings.ct_batches.SliceBatches`.
         window: how their HU are normalized.
 
     Returns:
@@ -278,3 +282,75 @@ def encoder_id(
         return f"random:{seed}{shown}"
     with open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16] + shown
+
+
+class SaveEncoder:
+    """Save the encoder, without projector and heads, when training has completed all its steps.
+
+    Args:
+        encoder: timm VisionTransformer under training, sharded over the ranks or not.
+        path: safetensors file, in plain timm keys.
+        identity: facts that a loader checks, see :func:`common.networks.encoder.save_encoder`.
+    """
+
+    def __init__(self, encoder: nn.Module, path: str | Path, identity: dict[str, Any]) -> None:
+        self.encoder = encoder
+        self.path = path
+        self.identity = identity
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an Ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        if getattr(engine.state, "stopped_early", False):
+            return
+        # every rank takes part: each may hold a shard of every tensor
+        tensors = get_model_state_dict(
+            self.encoder, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if idist.get_rank() == 0:
+            weights = cast(dict[str, torch.Tensor], tensors)
+            save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
+
+
+# B images of a batch, P patches of one, D embedding
+
+
+class SlicesInferer(Inferer):
+    """Encode a batch of images: CLS, and patch tokens on demand.
+
+    Args:
+        amp_dtype: "bfloat16" for autocast, "float32" for none.
+        compiled: compile the encoder once for each shape of images that all batches share.
+        patch_tokens: whether to return the patch tokens, too.
+
+    Shape:
+        Input ``(B, 1, I, I)``. Output: CLS ``(B, D)`` and patches ``(B, P, D)`` or None, in the type that
+        the encoder computes them in.
+    """
+
+    def __init__(self, amp_dtype: str, compiled: bool, patch_tokens: bool) -> None:
+        super().__init__()
+        self.amp_dtype = amp_dtype
+        self.patch_tokens = patch_tokens
+        self.compiled = compiled
+        self._encode: Callable[..., Any] = _encode
+        if compiled:
+            self._encode = torch.compile(_encode, dynamic=False)
+
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: nn.Module, is_fixed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode; see the class. Batches that do not share a shape are never compiled for."""
+        encode = self._encode if is_fixed else _encode
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"):
+            return encode(network, inputs, self.patch_tokens)
+
+
+def _encode(
+    network: nn.Module, images: torch.Tensor, patch_tokens: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if patch_tokens:
+        return cls_and_patches(network, images)
+    return network(images), None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch.optim import Optimizer
 
-from common.optimizers.warmup_cosine import warmup_cosine_factor
+from common.optimizers.adamw import warmup_cosine_factor
 
 
 class TeacherStep(NamedTuple):
@@ -59,7 +59,7 @@ class DINOSchedule:
 
     Example:
         >>> import torch
-        >>> from common.optimizers.layerwise_adamw import layerwise_adamw
+        >>> from common.optimizers.adamw import layerwise_adamw
         >>> optimizer = layerwise_adamw(torch.nn.Linear(2, 1), 1, 0.1, 0.04, 1.0, 0.2)
         >>> DINOSchedule(optimizer, 10, 4, 0.1, 0.01, [0.04, 0.2], [0.5, 1.0], [0.04, 0.07], 3, 1).set_step(2)
         TeacherStep(momentum=0.5477, temperature=0.06)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from common.run.short_errors import short_errors
+from common.run.config import short_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -1,14 +1,14 @@
 """A picture of training samples: every view as the encoder sees it, with its masks and guidance point."""
 
-# B samples, V views (Vg global first, then Vl local), S view size
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,8 +17,10 @@ from matplotlib.patches import Patch
 from common.reports.slice_grid import class_colours, write_figure
 from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HUWindow, normalize_hu
-from common.transforms.mask_grid import nearest_cells
-from common.transforms.multi_crop import GUIDED_BY_REX, GUIDED_BY_TS, UNGUIDED
+from common.transforms.multi_crop import GUIDED_BY_REX, GUIDED_BY_TS, UNGUIDED, nearest_cells
+
+# B samples, V views (Vg global first, then Vl local), S view size
+
 
 GUIDES = {UNGUIDED: ("unguided", "0.75"), GUIDED_BY_TS: ("TS", "cyan"), GUIDED_BY_REX: ("ReX", "yellow")}
 """Name and colour of what a view was centred on."""
@@ -137,3 +139,26 @@ def _legend() -> list[Line2D | Patch]:
     ]
     organs = Patch(color=class_colours(2)[1], alpha=0.5, label="TS classes")
     return [*crosses, Line2D([], [], color=REX_COLOUR, label="ReX finding"), organs]
+
+
+class ViewSheet:
+    """Draw the first batch: every view with its guidance point and masks.
+
+    Args:
+        path: PNG to write.
+        hu_window: window the picture is shown in.
+    """
+
+    def __init__(self, path: str | Path, hu_window: HUWindow) -> None:
+        self.path = Path(path)
+        self.hu_window = hu_window
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an Ignite engine."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._draw)
+
+    def _draw(self, engine: Engine) -> None:
+        if idist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            batch: Any = engine.state.batch
+            contact_sheet(batch, self.hu_window, self.path)

@@ -11,11 +11,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
-from common.embeddings.sources import ct_sources
+from common.embeddings.work import ct_sources
 from common.networks.encoder import cls_and_patches
-from common.transforms.body_crop import body_box
 from common.transforms.hounsfield import normalize_hu
-from common.transforms.slice_strategies import SliceStrategy
+from common.transforms.slice_strategies import SliceStrategy, body_box
 
 SLICES_PER_BATCH = 32
 

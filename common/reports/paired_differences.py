@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from common.cohort.predictions import Predictions, read_predictions
+from common.cohort.tables import Predictions, read_predictions
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -27,9 +27,9 @@ from common.metrics.bootstrap import (
     resample_weights,
 )
 from common.metrics.multilabel import multilabel_report
-from common.reports.probe_tables import METRICS, write_table
-from common.reports.results_table import COLUMNS, print_whole
-from common.run.short_errors import short_errors
+from common.reports.probe_pictures import METRICS, write_table
+from common.reports.results_csv import COLUMNS, print_whole
+from common.run.config import short_errors
 
 MACRO = "macro"
 PREDICTIONS, RESAMPLES = "test_predictions.csv", "resamples.npz"

@@ -5,13 +5,23 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from common.cohort.csv_table import table_rows
-from common.run.atomic_file import atomic_file
+import typer
+from mlflow.entities import Metric, Param, RunStatus  # noqa: E402 (see above)
+from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from common.cohort.tables import table_rows
+from common.run.config import short_errors
+from common.run.files import atomic_file
 
 NAN = math.nan
 
@@ -173,3 +183,115 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
+
+
+MAX_METRICS_PER_CALL = 1000  # MLflow's own limit on a batch
+
+
+def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> None:
+    """Record results of one encoder as a finished MLflow run: metrics ``<protocol>/<metric>``, their origin.
+
+    An interval becomes two more metrics, ``..._low`` and ``..._high``. An undefined value is left out, which
+    says the same.
+
+    Args:
+        rows: results, all of one encoder and data set.
+        tracking_uri: MLflow store or server.
+        experiment: experiment to put the run in, made when missing.
+
+    Raises:
+        ValueError: if there is no row, or they are of several encoders or data sets.
+    """
+    origins = {(row.encoder, row.dataset) for row in rows}
+    if len(origins) != 1:
+        raise ValueError(f"rows must be of one encoder and data set, got {sorted(origins)}.")
+    client = MlflowClient(tracking_uri)
+    run = client.create_run(experiment_id(client, tracking_uri, experiment), run_name=rows[0].encoder)
+    names = ("encoder", "dataset", "n", "seeds", "commit", "config_hash")
+    client.log_batch(run.info.run_id, params=[Param(name, str(getattr(rows[0], name))) for name in names])
+    milliseconds = int(time.time() * 1000)
+    metrics = [
+        Metric(f"{row.protocol}/{row.metric}{suffix}", number, milliseconds, 0)
+        for row in rows
+        for number, suffix in zip(row.numbers, ("", "_low", "_high"), strict=True)
+        if math.isfinite(number)
+    ]
+    for first in range(0, len(metrics), MAX_METRICS_PER_CALL):
+        client.log_batch(run.info.run_id, metrics=metrics[first : first + MAX_METRICS_PER_CALL])
+    client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FINISHED))
+
+
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
+    """Find an experiment by its name, or make it.
+
+    Args:
+        client: of the store.
+        tracking_uri: the store.
+        name: of the experiment.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
+    # MLflow would put the files of a database store under the working directory of the first run
+    location = None
+    if tracking_uri.startswith("sqlite:///"):
+        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+        location = (database.parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+COLUMNS = {
+    "macro_auroc": "AUROC",
+    "macro_auprc": "AUPRC",
+    "macro_f1": "F1",
+    "macro_balanced_accuracy": "BA",
+}
+
+
+def results_table(rows: Sequence[ResultRow]) -> Table:
+    """Lay out results as a table: a row per encoder, protocol and dataset, a column per macro metric.
+
+    Args:
+        rows: rows of a results CSV.
+    """
+    table = Table(title="Macro means over the classes of the test set", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("encoder", "protocol", "dataset"):
+        table.add_column(name, no_wrap=True)
+    for name in (*COLUMNS.values(), "volumes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    cells = {row.key: _cell(*row.numbers) for row in rows}
+    counts = {row.key[:3]: row.n for row in rows}
+    for group, count in counts.items():
+        table.add_row(*group, *(cells.get((*group, metric), "") for metric in COLUMNS), str(count))
+    return table
+
+
+def print_whole(table: Table) -> None:
+    """Print a table at its full width, in a log as well.
+
+    Args:
+        table: what to print.
+    """
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
+def _cell(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return "undefined"
+    # on a line of its own: four intervals side by side are wider than a terminal
+    return f"{value:.4f}" if math.isnan(low) or math.isnan(high) else f"{value:.4f}\n{low:.3f}-{high:.3f}"
+
+
+def main(paths: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")]) -> None:
+    """Print the results of the given CSVs as one table."""
+    short_errors()
+    print_whole(results_table([row for path in paths for row in read_rows(path)]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

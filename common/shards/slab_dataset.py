@@ -1,22 +1,84 @@
 """Training samples: the views of the slab that belongs to a position of the run, and batches of positions."""
 
 import logging
+import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.shards.codec import MASK_SIZE_PX
 from common.shards.index import UNLABELLED
 from common.shards.shards import ShardSet
-from common.shards.slabs import slab_num_slices, slab_starts
 from common.shards.view_batches import collate_views
-from common.shards.volume import MASK_SIZE_PX
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan, cut_crops
 from common.transforms.patch_masks import PatchMasks, masked_places
+
+HEADER_TOLERANCE = 1e-6
+"""Headers store spacings as float32: 4.8 mm reads 4.80000019 and must count as 4.8. Our choice, relative."""
+
+
+def slab_num_slices(spacing_z_mm: float, slab_mm: float, volume: str = "") -> int:
+    """Count the slices that span a slab: thickness over spacing, rounded half up, at least one.
+
+    Source: DALE-CT III-A, 12 mm. Rounding half up is our choice (the released code rounds half to even).
+
+    Args:
+        spacing_z_mm: distance of neighbouring slices in mm.
+        slab_mm: thickness of the slab in mm; 0 for slabs of one slice, the pure 2D ablation of Table V.
+        volume: named in the error.
+
+    Raises:
+        ValueError: if the thickness is negative or not finite, or the spacing not positive and finite.
+
+    Example:
+        >>> [slab_num_slices(spacing, 12.0) for spacing in (0.5, 1.0, 1.5, 4.8, 5.0, 30.0)]
+        [24, 12, 8, 3, 2, 1]
+    """
+    if not (math.isfinite(slab_mm) and slab_mm >= 0):
+        raise ValueError(f"slab_mm must be positive, or 0 for single slices, got {slab_mm}.")
+    if not (math.isfinite(spacing_z_mm) and spacing_z_mm > 0):
+        of = f" for volume '{volume}'" if volume else ""
+        raise ValueError(
+            f"spacing_mm must be positive to cut {slab_mm} mm slabs, got {spacing_z_mm}{of}. "
+            "Prepare the shards again without it."
+        )
+    return max(1, math.floor(slab_mm / spacing_z_mm * (1 + HEADER_TOLERANCE) + 0.5))
+
+
+def slab_starts(num_slices: int, length: int) -> np.ndarray:
+    """Tile a volume with slabs from its first slice; return the first slice of each.
+
+    A remainder becomes a slab that ends at the last slice and overlaps its neighbour, so that every slab of a
+    volume has the full length. A volume shorter than a slab is one slab.
+
+    Source: tiling from DALE-CT III-A; the full-length last slab is our choice (the released code keeps a
+    short one).
+
+    Args:
+        num_slices: slices of the volume.
+        length: slices of a slab.
+
+    Raises:
+        ValueError: if one of the two is not positive.
+
+    Example:
+        >>> slab_starts(29, 12)
+        array([ 0, 12, 17])
+    """
+    if num_slices < 1 or length < 1:
+        raise ValueError(f"num_slices and length must be positive, got {num_slices} and {length}.")
+    starts = np.arange(0, num_slices, length)
+    return np.minimum(starts, max(num_slices - length, 0))
+
 
 logger = logging.getLogger(__name__)
 
@@ -226,3 +288,57 @@ class StepBatches(Sampler[list[int]]):
         for step in count(self.start_step):
             first = (step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
+
+
+SHARED_MEMORY = Path("/dev/shm")
+SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
+
+
+class StepLoader(DataLoader):
+    """A DataLoader of ``SlabViews`` whose workers outlive the signals that stop a trainer at its next step.
+
+    Args:
+        dataset: what to load.
+        batch_sampler: which slabs at which step; its ``start_step`` counts when an iteration starts.
+        options: of ``DataLoader``, such as ``num_workers``, ``pin_memory`` and ``prefetch_factor``.
+
+    Raises:
+        ValueError: if what the workers read ahead does not fit into the shared memory.
+    """
+
+    batch_sampler: StepBatches
+
+    def __init__(self, dataset: SlabViews, batch_sampler: StepBatches, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=dataset.collate,
+            worker_init_fn=_leave_the_group,
+            **options,
+        )
+        if self.num_workers and SHARED_MEMORY.is_dir():  # a Linux
+            self._check_shared_memory(self.num_workers * (self.prefetch_factor or 2) + 1)
+
+    def _check_shared_memory(self, num_batches: int) -> None:
+        """Refuse batches on their way that together outgrow what is free, which would end in a bus error."""
+        sampler = self.batch_sampler
+        first = sampler.rank * sampler.batch_size
+        tried = range(first, first + min(SLABS_TRIED, sampler.batch_size))
+        arrays = [value for place in tried for value in self.dataset[place].values()]
+        sizes = [value.nbytes for value in arrays if isinstance(value, np.ndarray)]
+        needed = sum(sizes) * sampler.batch_size / len(tried) * num_batches
+        ranks, free = idist.get_nproc_per_node(), shutil.disk_usage(SHARED_MEMORY).free
+        if needed * ranks > free:
+            raise ValueError(
+                f"num_workers must leave room in {SHARED_MEMORY}, got {self.num_workers}: {num_batches} "
+                f"batches of {sampler.batch_size} for each of {ranks} ranks take {needed * ranks / 1e9:.1f} "
+                f"GB of its free {free / 1e9:.1f} GB. Lower num_workers, or enlarge it (docker --shm-size)."
+            )
+
+
+def _leave_the_group(worker: int) -> None:
+    """Clusters signal the process group of a job; the trainer needs its workers up to the last step.
+
+    A worker ends when the trainer tells it to or is gone.
+    """
+    os.setpgid(0, 0)

@@ -1,7 +1,5 @@
 """Samples of views put together to a batch that is cheap to hand from process to process and to a device."""
 
-# B slabs, V views, M side of the mask grid
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +8,9 @@ import torch
 from torch.utils.data import get_worker_info
 
 from common.transforms.soft_labels import most_cells_per_patch
+
+# B slabs, V views, M side of the mask grid
+
 
 JOINED = ("global_pixels", "local_pixels")
 MASKS = ("ts", "rex")

@@ -43,7 +43,7 @@ def patch_shares(ids: np.ndarray, box: tuple[int, int, int], grid: int, num_clas
 
     Args:
         ids: class of each pixel, slices padded to squares.
-        box: top, left and side in pixels, of ``common.transforms.body_crop.body_box``.
+        box: top, left and side in pixels, of ``common.transforms.slice_strategies.body_box``.
         grid: patches along a side, G.
         num_classes: ids are below it.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.transforms.mask_grid import nearest_cells
+from common.transforms.multi_crop import nearest_cells
 
 
 class PatchCells(NamedTuple):

@@ -8,9 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from common.shards.index import ShardIndex, index_path, load_index
+from common.shards.index import ShardIndex, VolumeEntry, index_path, load_index, volume_entries
 from common.shards.shards import SHARD_NAME
-from common.shards.volume_entry import VolumeEntry, volume_entries
 from data_prep.audit.checks import Tally
 from data_prep.cohort_tables import MANIFEST, MANIFEST_COLUMNS, REJECTED, REJECTED_COLUMNS, WRITTEN
 

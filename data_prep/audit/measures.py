@@ -5,7 +5,7 @@ find what is shuffled or does not belong together, not the unusual patient. A vo
 a person, never dropped.
 """
 
-from common.ct.check_rules import CHEST_RULES, INF, Rule
+from common.ct.checks import CHEST_RULES, INF, Rule
 
 RULES = (
     *CHEST_RULES,

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.ct.anatomy import AIR_HU
 from common.labels import load_labels
-from common.shards.volume import NUM_TS_CLASSES
+from common.shards.codec import NUM_TS_CLASSES
 
 NAMES = tuple(label.name for label in load_labels("totalsegmentator"))
 

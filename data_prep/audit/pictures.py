@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from common.labels import load_labels
-from common.shards.codec import decode_ct, decode_mask
+from common.shards.codec import REX_CODES, decode_ct, decode_mask
 from common.shards.index import FIELDS, ShardIndex, load_index
-from common.shards.volume import REX_CODES
 
 CT, TS, REX, _ = FIELDS
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.ct.check_rules import judge
+from common.ct.checks import judge
 from common.labels import load_labels
-from common.run.atomic_file import atomic_file
+from common.run.files import atomic_file
 from common.shards.shards import SHARD_NAME
 from data_prep.audit.checks import Tally
 from data_prep.audit.cohort import (

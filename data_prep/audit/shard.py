@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.ct.geometry import STORED_HU_RANGE
-from common.shards.codec import decode_ct, decode_mask
+from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES, decode_ct, decode_mask
 from common.shards.index import FIELDS, SCHEMA_VERSION, UNLABELLED, ShardIndex, load_index
-from common.shards.volume import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from data_prep.audit.checks import Tally
 from data_prep.audit.tar import Sample, read_samples
 from data_prep.audit.volume import VolumeContent, VolumeDecoder

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.ct.anatomy import Coarse, coarse_steps
 from common.ct.checks import blank_slices, measure
-from common.shards.volume import MASK_SIZE_PX, REX_CODES
+from common.shards.codec import MASK_SIZE_PX, REX_CODES
 from data_prep.audit.organs import measure_organs, organ_voxels
 
 HU_BIN = 32

@@ -14,7 +14,7 @@ from monai.networks.nets import ViT
 from safetensors.torch import save_file
 
 from common.embeddings.store import EmbeddingStore
-from common.run.executed_config import executed_config
+from common.run.config import executed_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "bring_your_own_encoder.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from monai.bundle import ConfigWorkflow
 from scipy.sparse import csr_matrix
 
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStoreWriter
 from common.labels import load_labels
 from common.networks.dense_probe import load_dense_probe
 from common.reports.results_csv import read_rows

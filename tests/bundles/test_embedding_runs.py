@@ -167,7 +167,7 @@ def test_seven_strategies_share_a_run(run, embedded, tmp_path):
 
 KILLED = """
 import os, runpy, signal, sys
-from common.embeddings.store_writer import EmbeddingStoreWriter as Writer
+from common.embeddings.store import EmbeddingStoreWriter as Writer
 
 Writer.__init__.__defaults__ = (1, 60.0)  # a part for each volume
 write = Writer.flush

@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStoreWriter
 from common.labels import load_labels
 from common.labels.class_map import class_map
 from common.networks.mil_probe import load_probe, save_probe

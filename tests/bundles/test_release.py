@@ -18,8 +18,8 @@ import pytest
 import requests
 from monai.bundle import scripts
 
+from common.shards.codec import VolumeSlices
 from common.shards.shards import write_shard
-from common.shards.volume import VolumeSlices
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1].name for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))

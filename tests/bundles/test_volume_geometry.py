@@ -11,8 +11,8 @@ import torch
 from monai.bundle import ConfigParser
 from scipy.ndimage import map_coordinates
 
-from common.embeddings.sources import ct_sources
-from common.embeddings.volume_batches import VolumeBatches
+from common.embeddings.ct_batches import VolumeBatches
+from common.embeddings.work import ct_sources
 
 pytestmark = pytest.mark.usefixtures("any_values")
 

@@ -15,7 +15,7 @@ from common.embeddings.store import EmbeddingStore
 from common.engines import neighbour_probe
 from common.labels import load_labels
 from common.reports.results_csv import read_rows
-from common.run.short_errors import first_cause
+from common.run.config import first_cause
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SMALL = {

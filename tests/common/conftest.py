@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStoreWriter
+from common.shards.index import VolumeEntry
 from common.shards.slab_dataset import SlabViews
-from common.shards.volume_entry import VolumeEntry
 from common.transforms.multi_crop import RandSlabMultiCrop
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from common.ct.files import ct_file
-from common.ct.geometry import StoredGrid
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError, StoredGrid
 from common.embeddings.dense_labels import findings_present, read_dense_labels
 from data_prep.dense_labels import dense_labels_of, write_all
 from data_prep.rexgroundingct import Annotation, read_full_findings

@@ -9,9 +9,9 @@ from distributed import Client
 from pydicom import Dataset
 from pydicom.uid import MRImageStorage
 
-from common.ct import walk
+from common.ct import names as walk
 from common.ct.dicom import read_ct
-from common.ct.rejection import NOT_AXIAL_CT, RejectedError, is_failure
+from common.ct.geometry import NOT_AXIAL_CT, RejectedError, is_failure
 from data_prep import dicom_folder
 from data_prep.dicom_folder import find_series
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from common.ct.geometry import StoredGrid
-from common.ct.orientation import axial_slices
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError, StoredGrid, axial_slices
 from data_prep.mask_alignment import align, cell_voxels
 
 SHAPE_XYZ = (19, 17, 5)

@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import adaptive_max_pool2d
 
 from common.ct import nifti_file
-from common.ct.geometry import StoredGrid
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError, StoredGrid
 from data_prep.rexgroundingct import Annotation, cell_edges, pool_bits, read_annotations, read_findings
 
 SHAPE_XYZ = (19, 17, 5)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from common.ct.files import ct_file
+from common.ct.geometry import RejectedError
 from common.ct.nifti import Rescale
 from common.ct.npz import npz_affine
-from common.ct.rejection import RejectedError
 from data_prep.rexgroundingct import Annotation
 from data_prep.source_volume import SourceVolume, planned_slices, read_ct, read_volume
 

@@ -8,9 +8,7 @@ from nibabel.processing import resample_from_to
 
 from common.ct import nifti as nifti_ct
 from common.ct import nifti_file
-from common.ct.geometry import StoredGrid
-from common.ct.orientation import axial_slices
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError, StoredGrid, axial_slices
 from data_prep.totalsegmentator import read_label_map
 
 SHAPE_XYZ = (19, 17, 5)

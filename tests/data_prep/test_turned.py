@@ -4,9 +4,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.ct.geometry import RejectedError, axial_slices
 from common.ct.npz import read_ct
-from common.ct.orientation import axial_slices
-from common.ct.rejection import RejectedError
 from data_prep.turned import TURNS, find_volumes, turned_slices, write_turned
 
 

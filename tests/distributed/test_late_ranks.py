@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from common.ct.rejection import RejectedVolume
-from common.embeddings.rejected_volumes import report_rejected
+from common.ct.geometry import RejectedVolume
+from common.embeddings.work import report_rejected
 from common.run import distributed
 
 pytestmark = pytest.mark.two_ranks

@@ -20,7 +20,7 @@ from common.losses.dino import BALANCES, DINOLoss, IBOTLoss
 from common.losses.koleo import koleo_loss
 from common.losses.lejepa import LeJEPALoss
 from common.losses.sigreg import SIGReg
-from common.networks.heads import AuxiliaryHead, ProjectionHead
+from common.networks.pretraining_model import AuxiliaryHead, ProjectionHead
 from common.run.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 
 pytestmark = pytest.mark.two_ranks

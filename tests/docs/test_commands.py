@@ -23,7 +23,7 @@ import typer
 from monai.bundle import scripts
 from torch.distributed.run import get_args_parser
 
-from common.run.executed_config import executed_config
+from common.run.config import executed_config
 from study.stages import SIZES, all_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ NOT_RUN = {
     r"^data_prep/README.md": ("command by command, on phantoms", "data_prep/commands/test_ct_rate.py"),
     r"^docs/bring_your_own_encoder.md": ("with the page's own JSON", "bundles/test_bring_your_own.py"),
     r": python (-m )?benchmarks": ("minutes each", None),
-    r": (make|bash|python -m study\S*) ": ("minutes each", "test_follow_one_volume.py"),
+    r": (make|bash|python -m study\S*) ": ("minutes each", "test_hops.py"),
     r": python -m data_prep download": ("gated data", "data_prep/commands/test_download.py"),
     r": python -m data_prep totalsegment": ("its weights", "data_prep/commands/test_totalsegment.py"),
     r": python -m data_prep \S+$": ("only its name is mentioned", None),

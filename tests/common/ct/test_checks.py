@@ -1,6 +1,7 @@
 """Upright whole chests pass whatever they suffer from; what is not in HU, cut, turned or blank is told."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,19 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.ct.check_rules import judge
-from common.ct.checks import blank_slices, check_hu, find_doubts, levels_without_padding
+from common.ct.checks import (
+    CHEST_RULES,
+    HU_RULES,
+    blank_slices,
+    check_hu,
+    find_doubts,
+    judge,
+    levels_without_padding,
+)
 from common.ct.files import ct_file
-from common.ct.geometry import HUValues, StoredCT, StoredGrid
+from common.ct.geometry import HUValues, RejectedError, StoredCT, StoredGrid
 from common.ct.nifti import Rescale
-from common.ct.rejection import RejectedError
-from common.embeddings.sources import ct_sources
+from common.embeddings.work import ct_sources
 from data_prep.audit.volume import VolumeDecoder
 from data_prep.phantom.anatomy import IS_LUNG
 from data_prep.phantom.population import CT_RATE_LABELS, roster
@@ -362,3 +369,17 @@ def test_the_collected_cases_come_out_as_they_must(cases: Path) -> None:
     truth = read_ct(SourceVolume("b", "train", ct_file(cases / "04" / "truth.nii.gz"), "v2"))
     volume = read_volume(SourceVolume("a", "train", ct_file(raw), "v1", rescale))
     np.testing.assert_array_equal(volume.ct, truth.hu)
+
+
+def test_only_what_lies_outside_its_range_is_doubted() -> None:
+    assert judge({"back": 0.5, "lungs": 120.0, "heart": math.nan, "unknown": 7.0}) == []
+    doubts = judge({"back": 0.49, "heart": -3.1, "length": 701.0})
+    assert {doubt.rule: doubt.refused for doubt in doubts} == {"length": True, "back": True, "heart": False}
+    assert "-3.1 mm" in next(doubt.text for doubt in doubts if doubt.rule == "heart")
+
+
+@pytest.mark.parametrize("rules", [HU_RULES, CHEST_RULES])
+def test_every_bound_has_words(rules: tuple) -> None:
+    for rule in rules:
+        assert bool(rule.too_low) == math.isfinite(rule.low)
+        assert bool(rule.too_high) == (math.isfinite(rule.high) and rule.high != 1) or rule.name == "blank"

@@ -13,8 +13,7 @@ from pydicom import Dataset
 from pydicom.uid import RLELossless
 
 from common.ct.dicom import read_ct, read_grid
-from common.ct.orientation import axial_slices
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError, axial_slices
 
 SHAPE_ZYX = (5, 17, 19)
 SPACING_MM = (0.7, 0.8, 1.5)

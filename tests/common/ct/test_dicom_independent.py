@@ -15,8 +15,7 @@ from pydicom.uid import EnhancedCTImageStorage, RLELossless
 
 from common.ct.dicom import read_ct
 from common.ct.dicom_files import look_at, sort_series
-from common.ct.geometry import StoredCT, canonical_indices
-from common.ct.rejection import NOT_AXIAL_CT
+from common.ct.geometry import NOT_AXIAL_CT, StoredCT, canonical_indices
 
 Write = Callable[..., list[Path]]
 HU = np.random.default_rng(7).integers(-1024, 3072, (7, 11, 13)).astype(np.int16)

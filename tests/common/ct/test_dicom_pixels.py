@@ -14,8 +14,7 @@ from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from common.ct.dicom import read_ct
 from common.ct.dicom_pixels import read_hu
-from common.ct.geometry import HUValues
-from common.ct.rejection import RejectedError
+from common.ct.geometry import HUValues, RejectedError
 
 SHAPE_ZYX = (3, 17, 19)
 Write = Callable[..., list[Path]]

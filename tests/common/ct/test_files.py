@@ -24,8 +24,8 @@ from pydicom.uid import (
 )
 
 from common.ct import files as ct_files
-from common.ct.rejection import RejectedError
-from common.embeddings.sources import ct_sources
+from common.ct.geometry import RejectedError
+from common.embeddings.work import ct_sources
 
 LPS = np.diag([-0.7, -0.8, 1.5, 1.0])
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from common.ct.geometry import canonical_indices
-from common.ct.nifti import read_ct
-from common.ct.rejection import RejectedError
-from common.ct.volume_file import open_volume, read_header
+from common.ct.geometry import RejectedError, canonical_indices
+from common.ct.nifti import open_volume, read_ct, read_header
 
 SHAPE_ZYX = (3, 5, 7)
 SPACING_MM = (0.7, 0.8, 1.5)

@@ -10,9 +10,8 @@ import pytest
 import SimpleITK as sitk
 
 from common.ct import nifti_file
-from common.ct.geometry import canonical_indices
-from common.ct.nifti import Rescale, read_ct, read_grid
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError, canonical_indices
+from common.ct.nifti import Rescale, open_volume, read_ct, read_grid, read_header
 
 SHAPE_XYZ = (7, 5, 3)
 SPACING_MM = (0.7, 0.8, 1.5)
@@ -194,3 +193,23 @@ def test_real_scans_are_those_that_nibabel_reads(real_ct_dir: Path) -> None:
         np.testing.assert_array_equal(ct.hu, ras[::-1, ::-1].transpose(2, 1, 0))
         assert ct.spacing_mm == pytest.approx(image.header.get_zooms(), rel=1e-6)
         assert ct.values.lowest == np.asarray(image.dataobj).min()
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".hdr", ".mha", ".mhd", ".nrrd", ".nhdr"])
+@pytest.mark.parametrize("is_upper", [False, True])
+def test_every_format_gives_the_same_voxels_and_header(suffix: str, is_upper: bool, tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(0, 100, (7, 5, 3)).astype(np.int16)
+    affine = np.diag([-0.7, -0.8, 1.5, 1])
+    affine[:3, 3] = 10, 20, 30
+    nib.save(nib.Nifti1Image(stored, affine), tmp_path / "source.nii")
+    path = tmp_path / f"a{suffix}"
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "source.nii")), str(path))
+    if is_upper:
+        path = path.rename(tmp_path / f"a{suffix.upper()}")
+    header = read_header(path)
+    assert header.shape == (7, 5, 3)
+    np.testing.assert_allclose(header.affine, affine, rtol=1e-6)
+    assert (header.slope, header.intercept, header.is_blank, header.contradiction) == (1, 0, False, "")
+    with open_volume(path) as file:
+        array = np.concatenate([planes.copy() for _, planes in file.planes()], axis=-1)
+    np.testing.assert_array_equal(array, stored)

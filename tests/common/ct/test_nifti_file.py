@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from common.ct import nifti_file
+from common.ct.geometry import RejectedError
+from common.ct.nifti import read_header
 from common.ct.nifti_file import open_nifti
-from common.ct.rejection import RejectedError
-from common.ct.volume_file import read_header
 
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]

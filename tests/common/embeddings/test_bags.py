@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import zlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from common.embeddings.bags import EmbeddingBags, labelled_volumes, open_embeddings
+from common.embeddings.bags import (
+    BagReader,
+    EmbeddingArrays,
+    EmbeddingBags,
+    ShuffledBatches,
+    chunks,
+    collate_bags,
+    fits,
+    labelled_volumes,
+    open_embeddings,
+)
 from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStore
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
@@ -199,3 +210,173 @@ def test_labels_are_float32_for_the_loss(write_cohort: Any) -> None:
     bags = EmbeddingBags(*write_cohort("train", 3, labels=labels), CLASSES)
     assert bags.labels.dtype == torch.float32
     np.testing.assert_array_equal(bags.labels.numpy(), labels)
+
+
+def test_every_epoch_visits_every_bag_once_in_an_order_of_its_own() -> None:
+    batches = ShuffledBatches(num_bags=11, batch_size=4, seed=3)
+    epochs = [[batches.batch(epoch * 3 + place) for place in range(3)] for epoch in range(2)]
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4, 4, 3], [4, 4, 3]]
+    orders = [sum(epoch, []) for epoch in epochs]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(11))
+    assert orders[0] != orders[1]
+
+
+def test_batch_depends_on_seed_and_step_alone() -> None:
+    batches = ShuffledBatches(num_bags=11, batch_size=4, seed=3)
+    straight = list(islice(batches, 10))
+    for step in (9, 0, 5, 2):
+        assert batches.batch(step) == straight[step]
+    resumed = ShuffledBatches(num_bags=11, batch_size=4, seed=3)
+    resumed.start_step = 5
+    assert list(islice(resumed, 5)) == straight[5:]
+    assert list(islice(ShuffledBatches(num_bags=11, batch_size=4, seed=4), 10)) != straight
+
+
+def test_batch_larger_than_the_cohort_is_the_cohort() -> None:
+    assert sorted(ShuffledBatches(num_bags=3, batch_size=16, seed=0).batch(7)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("num_bags", "batch_size"), [(0, 4), (4, 0)])
+def test_no_bag_or_no_batch_is_refused(num_bags: int, batch_size: int) -> None:
+    message = f"num_bags and batch_size must be at least 1, got {num_bags} and {batch_size}"
+    with pytest.raises(ValueError, match=message):
+        ShuffledBatches(num_bags, batch_size, seed=0)
+
+
+def test_collated_bags_keep_their_lengths_and_memory() -> None:
+    samples = [
+        {"index": index, "tokens": torch.randn(length, 3), "labels": torch.tensor([1.0, 0.0])}
+        for index, length in ((4, 2), (1, 5))
+    ]
+    batch = collate_bags(samples)
+    assert batch["index"].tolist() == [4, 1]
+    assert [bag.data_ptr() for bag in batch["bags"]] == [sample["tokens"].data_ptr() for sample in samples]
+    assert batch["labels"].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_bags_are_read_where_they_lie_on_a_cpu(write_cohort: Any) -> None:
+    bags = EmbeddingBags(*write_cohort("train", 5, dtype=torch.float16), ["Emphysema"])
+    reader = BagReader(bags, torch.device("cpu"))
+    assert reader.resident is None
+    for index, bag in zip((3, 0), reader([3, 0]), strict=True):
+        assert bag.dtype == torch.float16
+        assert torch.equal(bag, bags[index]["tokens"])
+        assert bag.data_ptr() == bags[index]["tokens"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("at_once", "expected"),
+    [(10**9, [[0, 1, 2], [3, 4]]), (2 * 11 * 7 * 2, [[0, 1], [2, 3], [4]]), (1, [[0], [1], [2], [3], [4]])],
+)
+def test_a_chunk_has_few_bags_and_few_bytes(
+    write_cohort: Any, monkeypatch: pytest.MonkeyPatch, at_once: int, expected: list[list[int]]
+) -> None:
+    given = write_cohort("train", 5, dtype=torch.float16)
+    bags = EmbeddingBags(*given, ["Emphysema"])
+    bags.lengths[:] = torch.tensor([3, 11, 5, 4, 9])  # of 7 numbers in 16 bits
+    monkeypatch.setattr("common.embeddings.bags.BAGS_PER_CHUNK", 3)
+    monkeypatch.setattr("common.embeddings.bags.CHUNK_BYTES", at_once)
+    assert [list(places) for places in chunks(bags)] == expected
+    assert chunks(EmbeddingBags(*given, ["Emphysema"], volumes=[])) == []
+
+
+def test_a_gpu_keeps_what_leaves_a_fifth_of_its_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    assert fits(800, torch.device("cuda"))
+    assert not fits(801, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.8, 0.0])
+def test_resident_and_streamed_bags_are_the_same(
+    write_cohort: Any, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr("common.embeddings.bags.RESIDENT_SHARE", share)
+    bags = EmbeddingBags(*write_cohort("train", 5, dtype=torch.float16), ["Emphysema"])
+    reader = BagReader(bags, torch.device("cuda"))
+    assert (reader.resident is not None) == (share > 0)
+    for index, bag in zip((3, 0), reader([3, 0]), strict=True):
+        assert bag.is_cuda
+        assert torch.equal(bag.cpu(), bags[index]["tokens"])
+
+
+@pytest.fixture
+def dump_of_arrays(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, length in (("v2", 5), ("v1", 3)):
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal((length, 7)).astype(np.float16))
+    return tmp_path
+
+
+def test_arrays_are_read_with_their_checksums(dump_of_arrays: Path) -> None:
+    arrays = EmbeddingArrays(dump_of_arrays)
+    assert arrays.volumes == ["v1", "v2"]
+    assert arrays.lengths.tolist() == [3, 5]
+    for volume in ("v2", "v1"):
+        tokens = arrays.view(volume)
+        assert tokens.dtype == torch.float16
+        np.testing.assert_array_equal(tokens, np.load(dump_of_arrays / f"{volume}.npy"))
+    expected = [zlib.crc32(np.load(dump_of_arrays / f"{volume}.npy").tobytes()) for volume in ("v2", "v1")]
+    assert arrays.checksums(["v2", "v1"]) == expected
+
+
+def test_what_is_done_to_a_view_stays_out_of_the_file(dump_of_arrays: Path) -> None:
+    arrays = EmbeddingArrays(dump_of_arrays)
+    before = arrays.view("v1").clone()
+    arrays.view("v1").zero_()
+    assert torch.equal(arrays.view("v1"), before)
+
+
+def test_arrays_do_not_say_what_made_them(dump_of_arrays: Path) -> None:
+    unknown = dict.fromkeys(("encoder_id", "preprocessing", "slice_order", "token_kind"), "unknown")
+    shape = {"dim": 7, "dtype": "float16"}
+    assert EmbeddingArrays(dump_of_arrays).identity == unknown | shape | {"encoder": "unknown"}
+    assert EmbeddingArrays(dump_of_arrays, "merlin").identity == unknown | shape | {"encoder": "merlin"}
+
+
+def test_float64_is_read_as_float32(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.full((2, 3), 1 / 3))
+    arrays = EmbeddingArrays(tmp_path)
+    assert arrays.identity["dtype"] == "float32"
+    assert torch.equal(arrays.view("v"), torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 6), np.float16), "dim must be the same for all embeddings, got 7 .*'v1' and 6 .*'v3'"),
+        (np.zeros((2, 7), np.float32), "dtype must be the same for all embeddings, got float16 .* float32"),
+        (np.zeros((0, 7), np.float16), r"at least one token, got float16 \(0, 7\) for volume 'v3'"),
+        (np.zeros(7, np.float16), r"floating array \(T, D\) .*, got float16 \(7,\) for volume 'v3'"),
+        (np.zeros((2, 7), int), r"got int64 \(2, 7\) for volume 'v3'"),
+        (np.array([{"a": 1}]), "must be a whole .npy array, got .*v3.npy' .*Python objects"),
+    ],
+)
+def test_bad_arrays_are_refused(dump_of_arrays: Path, array: np.ndarray, message: str) -> None:
+    np.save(dump_of_arrays / "v3.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        EmbeddingArrays(dump_of_arrays)
+
+
+def test_nan_names_its_volume(dump_of_arrays: Path) -> None:
+    array = np.load(dump_of_arrays / "v2.npy")
+    array[4, 1] = np.nan
+    np.save(dump_of_arrays / "v2.npy", array)
+    arrays = EmbeddingArrays(dump_of_arrays)
+    assert len(arrays.view("v1")) == 3
+    with pytest.raises(ValueError, match="NaN or Inf in 1 of 5 rows for volume 'v2'"):
+        arrays.view("v2")
+
+
+def test_what_is_not_there_is_named(dump_of_arrays: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="No array of volume 'v9'"):
+        EmbeddingArrays(dump_of_arrays).view("v9")
+    with pytest.raises(FileNotFoundError, match=r"got no <volume>.npy there"):
+        EmbeddingArrays(tmp_path / "none")
+
+
+def test_a_truncated_array_is_refused(dump_of_arrays: Path) -> None:
+    path = dump_of_arrays / "v1.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="must be a whole .npy array, got .*v1.npy"):
+        EmbeddingArrays(dump_of_arrays)

@@ -14,8 +14,7 @@ from common.embeddings.dense_cohort import (
     tasks,
 )
 from common.embeddings.dense_labels import findings_present, read_dense_labels, write_dense_labels
-from common.embeddings.store import EmbeddingStore
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 
 
 @pytest.fixture

@@ -1,14 +1,33 @@
 """Each volume is embedded once, by one process, under every strategy that lacks it."""
 
+import csv
+import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import nibabel as nib
 import numpy as np
+import pytest
 import torch
+from pydicom import Dataset
 
-from common.embeddings.sources import CTSlices, CTSource
-from common.embeddings.store_writer import EmbeddingStoreWriter
-from common.embeddings.work import embedding_work, store_folders
+from common.ct.geometry import EXCLUDED, RejectedError
+from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.work import (
+    CTSlices,
+    CTSource,
+    ct_sources,
+    embedding_work,
+    log_embedded,
+    report_rejected,
+    squared,
+    store_folders,
+)
+from common.shards.codec import VolumeSlices
+from common.shards.shards import write_shard
 from common.transforms.slice_strategies import slice_strategies
 
 STRATEGIES = slice_strategies(["raw_32", "cropped_32"], 16)
@@ -57,3 +76,300 @@ def test_ranks_share_what_is_left(tmp_path: Path) -> None:
             work = embedding_work(SOURCES, STRATEGIES[:1], folders)
         shares.append("".join(item.source.volume for item in work))
     assert shares == ["ae", "cf", "dg"]
+
+
+SHAPE_ZYX = (4, 17, 19)
+LPS = np.diag([-0.7, -0.8, 1.5, 1.0])
+
+
+def hu(seed: int = 0) -> np.ndarray:
+    """Canonical slices (Z, H, W) that have air in them."""
+    return np.random.default_rng(seed).integers(-1000, 1000, SHAPE_ZYX).astype(np.int16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, save_nifti: Callable[..., Path], write_series: Callable[..., list[Path]]) -> Path:
+    """One scan as NIfTI, npz (of its own spacing) and DICOM, beside files that are none."""
+    root = tmp_path / "ct"
+    save_nifti(root / "a" / "scan.nii.gz", hu().T, LPS)
+    np.savez_compressed(root / "trn1.npz", ct=hu()[::-1])
+    write_series(root / "dicom", hu())
+    (root / "notes.txt").write_text("notes")
+    return root
+
+
+def test_one_scan_in_three_formats_is_the_same(folder: Path) -> None:
+    sources, rejected = ct_sources(folder)
+    assert rejected == []
+    assert [source.volume for source in sources] == ["1_2_840_99_7", "scan", "trn1"]
+    dicom, nifti, npz = (source.read() for source in sources)
+    expected = np.full((4, 19, 19), -1024, np.int16)
+    expected[:, 1:18] = hu()
+    for ct in (dicom, nifti, npz):
+        np.testing.assert_array_equal(ct.hu, expected)
+        assert ct.hu.flags.c_contiguous
+    assert dicom.spacing_mm == pytest.approx((0.7, 0.8, 1.5))
+    assert nifti.spacing_mm == pytest.approx((0.7, 0.8, 1.5))
+    assert npz.spacing_mm == pytest.approx((0.8, 0.8, 0.8))
+
+
+def test_one_file_is_enough(folder: Path) -> None:
+    ((source,), _) = ct_sources(folder / "a" / "scan.nii.gz")
+    assert source.volume == "scan"
+    ((source,), _) = ct_sources(folder / "dicom")
+    assert source.volume == "1_2_840_99_7"
+
+
+def test_shards_are_read_like_the_files_they_came_from(tmp_path: Path) -> None:
+    volumes = [
+        VolumeSlices(name, hu(seed), None, None, (0.7, 0.8, 1.5), SHAPE_ZYX[::-1], "LPS", None, "train")
+        for seed, name in enumerate(("v2", "v1"))
+    ]
+    write_shard(tmp_path / "train-000000.tar", volumes)
+    sources, rejected = ct_sources(tmp_path, split="train")
+    assert rejected == []
+    assert [source.volume for source in sources] == ["v1", "v2"]
+    ct = sources[0].read()
+    np.testing.assert_array_equal(ct.hu[:, 1:18], hu(1))
+    assert ct.spacing_mm == (0.7, 0.8, 1.5)
+    with pytest.raises(FileNotFoundError, match=r"must hold shards of split 'valid', got splits \['train'\]"):
+        ct_sources(tmp_path, split="valid")
+
+
+def test_a_csv_names_a_subset_and_a_list_leaves_out(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    subset = tmp_path / "subset.csv"
+    subset.write_text("split,VolumeName\ntrain,scan.nii.gz\ntrain,trn1.npz\ntrain,other\n")
+    with caplog.at_level("INFO"):
+        sources, _ = ct_sources(folder, subset_csv=subset)
+    assert [source.volume for source in sources] == ["scan", "trn1"]
+    assert (
+        f"1 of 3 names in subset_csv '{subset}' are no volume of '{folder}', such as 'other'." in caplog.text
+    )
+    assert "2 of 3 volumes in" in caplog.text
+    skip = tmp_path / "no_chest.txt"
+    skip.write_text("dataset/train/a/scan.nii.gz\n")
+    sources, _ = ct_sources(folder, subset_csv=subset, skip_list=skip)
+    assert [source.volume for source in sources] == ["trn1"]
+    skip.write_text("trn1.npz\n")
+    sources, _ = ct_sources(folder, subset_csv=subset, skip_list=skip)
+    assert [source.volume for source in sources] == ["scan"]
+    skip.write_text("of_another_split\n")
+    assert len(ct_sources(folder, skip_list=skip)[0]) == 3
+    assert f"1 of 1 names in skip_list '{skip}' are no volume" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["scan.NII.GZ\ntrn1\n", "VolumeName\r\n'scan'\r\nct/trn1.npz\r\n", "volume,n\nscan,1\ntrn1,2\n"]
+)
+def test_a_list_loses_no_volume_with_or_without_a_heading(folder: Path, tmp_path: Path, text: str) -> None:
+    for suffix in (".csv", ".txt"):
+        if suffix == ".csv" or "," not in text:
+            listing = tmp_path / f"list{suffix}"
+            listing.write_bytes(text.encode())
+            assert [one.volume for one in ct_sources(folder, subset_csv=listing)[0]] == ["scan", "trn1"]
+            assert [one.volume for one in ct_sources(folder, skip_list=listing)[0]] == ["1_2_840_99_7"]
+
+
+def test_a_list_names_volumes_of_shards_too(tmp_path: Path) -> None:
+    ct = hu(), None, None, (0.7, 0.8, 1.5), SHAPE_ZYX[::-1], "LPS", None, "train"
+    volumes = [VolumeSlices(name, *ct, source=f"{name}/ct.nii.gz") for name in ("s0", "s1", "s2")]
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "train-000000.tar", volumes)
+    (tmp_path / "list.txt").write_text("s0/ct.nii.gz\ns2.nii\n")
+    sources, _ = ct_sources(tmp_path / "in", split="train", subset_csv=tmp_path / "list.txt")
+    assert [source.volume for source in sources] == ["s0", "s2"]
+
+
+def test_suffixes_may_be_written_large_and_what_macos_adds_is_no_volume(folder: Path) -> None:
+    (folder / "a" / "scan.nii.gz").rename(folder / "a" / "SCAN.NII.GZ")
+    (folder / "trn1.npz").rename(folder / "TRN1.NPZ")
+    (folder / "._SCAN.nii.gz").write_bytes(b"of the finder")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "x.nii.gz").write_bytes(b"of the finder")
+    sources, rejected = ct_sources(folder)
+    assert rejected == []
+    assert [source.volume for source in sources] == ["1_2_840_99_7", "SCAN", "TRN1"]
+    np.testing.assert_array_equal(sources[0].read().hu, sources[1].read().hu)
+
+
+def test_a_link_to_a_folder_and_a_closed_folder_are_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("dicom"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    sources, rejected = ct_sources(folder)
+    assert [source.volume for source in sources] == ["scan", "trn1"]
+    assert [(item.volume, item.reason) for item in rejected] == [("dicom", "unreadable")]
+    assert f"Cannot read folder '{folder / 'dicom'}': Permission denied" in rejected[0].detail
+    assert f"'{folder / 'linked'}' is a link to a folder and is not searched." in caplog.text
+
+
+@pytest.mark.parametrize("spacing_mm", [700.0, 30.0])
+def test_spacings_no_ct_has_are_rejected_of_dicom_too(
+    tmp_path: Path, write_series: Callable[..., list[Path]], spacing_mm: float
+) -> None:
+    def edit(z: int, dataset: Any) -> None:
+        dataset.PixelSpacing = [spacing_mm, spacing_mm]
+
+    write_series(tmp_path / "wide", hu(), edit=edit)
+    ((source,), _) = ct_sources(tmp_path)
+    with pytest.raises(RejectedError, match=r"spacing: .*spacing must lie in 0\.1\.\.20\.0 mm"):
+        source.read()
+
+
+def test_a_volume_is_no_larger_than_a_ct_once_it_is_padded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.ct.geometry.MAX_VOXELS", 4 * 17 * 19)
+    ((source,), _) = ct_sources(folder / "a" / "scan.nii.gz")
+    with pytest.raises(RejectedError, match=r"a CT must have at most 1,292 voxels, got shape \(4, 19, 19\)"):
+        source.read()
+
+
+def test_an_npz_of_one_slice_is_rejected(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "trn1.npz", ct=hu()[:1])
+    ((source,), _) = ct_sources(tmp_path)
+    with pytest.raises(RejectedError, match="volume must have at least 2 slices, got 1"):
+        source.read()
+
+
+def test_a_subset_without_a_volume_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    subset = tmp_path / "subset.csv"
+    subset.write_text("VolumeName\nother\n")
+    with pytest.raises(FileNotFoundError, match="None of the names in subset_csv '.*' is in"):
+        ct_sources(folder, subset_csv=subset)
+    with pytest.raises(FileNotFoundError, match="subset_csv must be a text file, got 'none.csv'"):
+        ct_sources(folder, subset_csv="none.csv")
+
+
+def test_two_files_of_one_name_are_left_out(folder: Path, save_nifti: Callable[..., Path]) -> None:
+    save_nifti(folder / "a" / "scan.nii", hu().T, LPS)
+    sources, (rejected,) = ct_sources(folder)
+    assert [source.volume for source in sources] == ["1_2_840_99_7", "trn1"]
+    assert (rejected.volume, rejected.reason) == ("scan", "duplicate")
+
+
+def test_damaged_dicom_and_other_series_are_left_out(
+    folder: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    def scout(z: int, dataset: Dataset) -> None:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    write_series(folder / "scout", hu(), series="1.2.3", edit=scout)
+    (folder / "broken.dcm").write_text("none")
+    sources, rejected = ct_sources(folder)
+    assert len(sources) == 3
+    assert {(item.volume, item.reason) for item in rejected} == {
+        ("broken.dcm", "unreadable"),
+        ("1_2_3", "not an axial CT"),
+    }
+
+
+def test_a_missing_or_foreign_slice_is_refused_when_the_series_is_read(
+    tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    write_series(tmp_path / "gap", hu())[2].unlink()
+    ((source,), _) = ct_sources(tmp_path / "gap")
+    with pytest.raises(RejectedError, match="geometry|missing|even"):
+        source.read()
+
+
+def test_a_mask_is_no_ct(tmp_path: Path, save_nifti: Callable[..., Path]) -> None:
+    save_nifti(tmp_path / "mask.nii.gz", np.ones((3, 4, 5), np.uint8), LPS)
+    ((source,), _) = ct_sources(tmp_path)
+    with pytest.raises(RejectedError, match="not in HU: .*nothing is as dark as air"):
+        source.read()
+
+
+def test_a_folder_of_scouts_alone_is_an_error(
+    tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    """Beside CTs they are left out in silence; alone, a run would end well with nothing done."""
+    write_series(tmp_path / "coronal", hu(), orientation=(1, 0, 0, 0, 0, -1))
+    with pytest.raises(FileNotFoundError, match="got none in .*, but 1 such as: a series must hold axial CT"):
+        ct_sources(tmp_path)
+
+
+def test_every_message_names_its_file(tmp_path: Path, save_nifti: Callable[..., Path]) -> None:
+    path = save_nifti(tmp_path / "two.nii.gz", np.zeros((3, 4, 5, 2), np.int16), LPS)
+    ((source,), _) = ct_sources(path)
+    with pytest.raises(
+        RejectedError, match=f"geometry: '{path}': volume must have 3 axes, got shape .* Save one"
+    ):
+        source.read()
+
+
+def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(FileNotFoundError, match="must hold volumes in NIfTI, .* got none in"):
+        ct_sources(tmp_path)
+    with pytest.raises(FileNotFoundError, match="must be a file or a folder, got '.*none', which does not"):
+        ct_sources(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 6), (6, 3), (5, 5)])
+def test_slices_are_padded_to_squares_about_the_middle(height: int, width: int) -> None:
+    image = np.arange(2 * height * width, dtype=np.int16).reshape(2, height, width)
+    square = squared(image[:, :, ::-1])
+    side = max(height, width)
+    assert square.shape == (2, side, side)
+    assert square.flags.c_contiguous
+    top, left = (side - height) // 2, (side - width) // 2
+    np.testing.assert_array_equal(square[:, top : top + height, left : left + width], image[:, :, ::-1])
+    assert (square == -1024).sum() == 2 * (side**2 - height * width)
+
+
+@pytest.mark.real_ct
+def test_real_scans_are_read(real_ct_dir: Path) -> None:
+    sources, _ = ct_sources(real_ct_dir)
+    read = {}
+    for source in sources:
+        if "seg" not in source.volume.removeprefix("totalseg"):
+            read[source.volume] = source.read()
+    assert len(read) == 7
+    image = nib.load(real_ct_dir / "totalseg_example_ct_sm_3mm.nii.gz")
+    ct = read["totalseg_example_ct_sm_3mm"]
+    assert ct.hu.size >= np.prod(image.shape)
+    assert ct.spacing_mm == pytest.approx((3, 3, 3), abs=1e-3)
+
+
+CUT = RejectedError("unreadable", "cut\noff").of("b")
+TWICE = RejectedError("duplicate", "two files").of("a")
+LEFT_OUT = RejectedError(EXCLUDED, "no chest").of("c")
+
+
+def test_the_list_is_sorted_and_complete_and_goes_with_the_last_of_them(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    failed = report_rejected(tmp_path / "out", [CUT, TWICE, LEFT_OUT, CUT], num_volumes=10, max_rejected=0.2)
+    with (tmp_path / "out" / "rejected.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["volume", "reason", "detail"]
+    assert rows[1:] == [["a", "duplicate", "two files"], ["b", "unreadable", "cut off"], list(LEFT_OUT)]
+    assert failed == 2
+    log_embedded(tmp_path / "out", 10, failed)
+    (line,) = caplog.messages
+    assert "8 volumes" in line
+    assert f"2 rejected, listed in '{tmp_path / 'out' / 'rejected.csv'}'" in line
+    report_rejected(tmp_path / "out", [], num_volumes=10, max_rejected=0.2)
+    assert not (tmp_path / "out" / "rejected.csv").exists()
+
+
+def test_a_name_that_is_no_text_is_listed(tmp_path):
+    report_rejected(tmp_path, [RejectedError("unreadable", "M\udcfcller.nii").of("M")], 10, 0.2)
+    assert "M,unreadable,M\\udcfcller.nii" in (tmp_path / "rejected.csv").read_text(encoding="utf-8")
+
+
+def test_a_larger_share_than_allowed_is_an_error_that_names_one(tmp_path):
+    with pytest.raises(ValueError, match=r"at most 10.00%, got 20.00% \(2 volumes, such as 'a': two files\)"):
+        report_rejected(tmp_path, [CUT, TWICE, LEFT_OUT], num_volumes=10, max_rejected=0.1)
+    # volumes that were never meant to be used do not count
+    report_rejected(tmp_path, [LEFT_OUT] * 5, num_volumes=5, max_rejected=0.0)

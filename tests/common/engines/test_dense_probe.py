@@ -15,7 +15,7 @@ from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
 from common.handlers.checkpoint import Checkpoint
 from common.networks.dense_probe import DenseProbes
-from common.optimizers.warmup_cosine import warmup_cosine
+from common.optimizers.adamw import warmup_cosine
 
 RATES = [0.3, 0.1]
 KEYS = [(kind, task) for kind in TOKEN_KINDS for task in tasks()]

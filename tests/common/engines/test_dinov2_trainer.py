@@ -13,12 +13,10 @@ from common.engines.dinov2_trainer import DINOv2Trainer
 from common.losses.dino import DINOLoss, IBOTLoss
 from common.losses.koleo import koleo_loss
 from common.networks.dino_model import DINOModel, new_teacher
-from common.networks.heads import DINOHead
+from common.networks.pretraining_model import DINOHead
+from common.optimizers.adamw import layerwise_adamw
 from common.optimizers.dino_schedule import DINOSchedule
-from common.optimizers.layerwise_adamw import layerwise_adamw
-from common.shards.slab_dataset import StepBatches
-from common.shards.step_loader import StepLoader
-from common.shards.view_batches import collate_views
+from common.shards.slab_dataset import StepBatches, StepLoader, collate_views
 from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.patch_masks import PatchMasks, masked_places

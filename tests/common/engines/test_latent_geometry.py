@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.embeddings.store import EmbeddingStore
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.engines.latent_geometry import LatentGeometryEvaluator, open_pair, shared_volumes
 from common.metrics.latent_continuity import latent_continuity
 

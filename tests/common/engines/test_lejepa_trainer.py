@@ -14,13 +14,9 @@ from common.engines.lejepa_trainer import LeJEPATrainer
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
 from common.losses.sigreg import SIGReg
-from common.networks.heads import AuxiliaryHead, ProjectionHead
-from common.networks.pretraining_model import PretrainingModel
-from common.optimizers.adamw import adamw
-from common.optimizers.warmup_cosine import warmup_cosine
-from common.shards.slab_dataset import StepBatches
-from common.shards.step_loader import StepLoader
-from common.shards.view_batches import collate_views
+from common.networks.pretraining_model import AuxiliaryHead, PretrainingModel, ProjectionHead
+from common.optimizers.adamw import adamw, warmup_cosine
+from common.shards.slab_dataset import StepBatches, StepLoader, collate_views
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
 
 TS_WEIGHT, REX_WEIGHT = torch.linspace(1, 9, 118), torch.linspace(3, 5, 14)

@@ -8,8 +8,8 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
-from common.cohort.labels_csv import read_labels
 from common.cohort.patient_split import split_by_patient
+from common.cohort.tables import read_labels
 from common.embeddings.bags import EmbeddingBags
 from common.engines import neighbour_probe as module
 from common.engines.neighbour_probe import average_embeddings

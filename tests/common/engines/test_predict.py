@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.ct.check_rules import Doubt
-from common.ct.rejection import RejectedError
-from common.embeddings.sources import CTSlices, CTSource
+from common.ct.checks import Doubt
+from common.ct.geometry import RejectedError
 from common.embeddings.store import EmbeddingStore
+from common.embeddings.work import CTSlices, CTSource
 from common.engines.predict import NOT_CHEST_CT, chest_cts, predict
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler

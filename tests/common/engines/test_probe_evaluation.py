@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from common.embeddings.bags import EmbeddingBags
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStoreWriter
 from common.engines.probe_evaluation import Prediction, evaluate_probes, measure, predict
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights

@@ -5,12 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.embeddings.bag_batches import BagReader
-from common.embeddings.bags import EmbeddingBags
+from common.embeddings.bags import BagReader, EmbeddingBags
 from common.engines.probe_seeds import train_seeds
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import PAPER_POOLERS, build_pooler, pad_bags
-from common.optimizers.warmup_cosine import warmup_cosine
+from common.optimizers.adamw import warmup_cosine
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 RATES = [0.1, 0.02]

@@ -7,8 +7,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 
 from common.cohort.patient_split import split_three_ways
-from common.embeddings.store import EmbeddingStore
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.engines.world_model import ORGANS, label_free, organ_spans, positions, slices_of, z_position
 from common.labels import load_labels
 

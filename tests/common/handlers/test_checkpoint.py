@@ -10,7 +10,7 @@ from torch import nn
 
 from common.engines.pretraining_step import remember_step
 from common.handlers.checkpoint import Checkpoint
-from common.run.stop import Stopped
+from common.run.config import Stopped
 
 
 class Killed(Exception):

@@ -13,7 +13,7 @@ from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
 from common.handlers.dense_report import DenseReport, draw_classes
 from common.networks.dense_probe import DenseProbes, load_dense_probe
-from common.optimizers.warmup_cosine import warmup_cosine
+from common.optimizers.adamw import warmup_cosine
 from common.reports.paired_differences import dense_differences
 from common.reports.results_csv import read_rows
 

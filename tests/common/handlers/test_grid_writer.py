@@ -6,9 +6,9 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from common.ct.rejection import RejectedError
+from common.ct.geometry import RejectedError
+from common.embeddings.ct_batches import VolumeBatches
 from common.embeddings.store import EmbeddingStore
-from common.embeddings.volume_batches import VolumeBatches
 from common.handlers.grid_writer import GridWriter
 
 IDENTITY = {"encoder": "colipri", "encoder_id": "random:3", "preprocessing": "ras_2mm"}

@@ -6,7 +6,7 @@ import torch
 
 from common.networks.dino_model import DINOModel, follow, new_teacher
 from common.networks.encoder import cls_and_patches
-from common.networks.heads import DINOHead
+from common.networks.pretraining_model import DINOHead
 
 B, VG, VL, P = 3, 2, 4, 4
 PLACES = torch.tensor([1, 5, 22, 0])

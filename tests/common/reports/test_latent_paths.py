@@ -6,8 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from common.embeddings.store import EmbeddingStore
-from common.embeddings.store_writer import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.reports.latent_paths import chosen_paths, draw_path, heights, principal_plane
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from common.cohort.predictions import Predictions, write_predictions
+from common.cohort.tables import Predictions, write_predictions
 from common.metrics.bootstrap import resample_weights, two_sided_p
 from common.reports.paired_differences import (
     MEASURES,

@@ -3,15 +3,26 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from common.reports import results_csv as module
-from common.reports.results_csv import ResultRow, add_rows, code_version, config_hash, read_rows, result_rows
+from common.reports.results_csv import (
+    ResultRow,
+    add_rows,
+    code_version,
+    config_hash,
+    log_rows,
+    read_rows,
+    result_rows,
+    results_table,
+)
 
 
 def row(**changes: Any) -> ResultRow:
@@ -165,3 +176,70 @@ def test_version_of_code_that_git_does_not_know_is_unknown(checkout: Any, tmp_pa
 def test_version_without_git_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert code_version() == "unknown"
+
+
+def row_of_mlflow_rows(
+    protocol: str, metric: str, value: float, *interval: float, encoder: str = "dale_ct_2s"
+) -> ResultRow:
+    return ResultRow(encoder, protocol, "rad_chestct", metric, value, *interval, n=360)
+
+
+def test_rows_become_a_finished_run_with_their_intervals(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    rows = [
+        row_of_mlflow_rows("frozen", "macro_auroc", 0.7, 0.6, 0.8),
+        row_of_mlflow_rows("frozen", "macro_f1", float("nan")),
+        row_of_mlflow_rows("knn_5", "macro_auroc", 0.65),
+    ]
+    log_rows(rows, uri, "eval_rad_chestct")
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("eval_rad_chestct")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics == {
+        "frozen/macro_auroc": 0.7,
+        "frozen/macro_auroc_low": 0.6,
+        "frozen/macro_auroc_high": 0.8,
+        "knn_5/macro_auroc": 0.65,
+    }
+    assert run.data.params["n"] == "360"
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "dale_ct_2s")
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_rows_of_several_encoders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows must be of one encoder and data set, got \[\]"):
+        log_rows([], f"sqlite:///{tmp_path}/mlflow.db", "x")
+    with pytest.raises(ValueError, match=r"got \[\('dale_ct_0', 'rad_chestct'\), \('dale_ct_2s'"):
+        log_rows(
+            [row_of_mlflow_rows("a", "b", 1.0), row_of_mlflow_rows("a", "b", 1.0, encoder="dale_ct_0")],
+            f"sqlite:///{tmp_path}/mlflow.db",
+            "x",
+        )
+
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def test_printed_table_has_a_row_an_encoder_and_the_four_metrics() -> None:
+    rows = [row(), row(metric="macro_f1", value=0.51239)]
+    rows += [row(encoder="prevalence", metric="macro_auroc", value=0.5), row(encoder="ct_fm", value=math.nan)]
+    rows += [row(encoder="merlin", value=0.8, low=0.79, high=0.81)]
+    table = results_table(rows)
+    header = [str(column.header) for column in table.columns]
+    assert header == ["encoder", "protocol", "dataset", "AUROC", "AUPRC", "F1", "BA", "volumes"]
+    assert list(zip(*(column.cells for column in table.columns), strict=True)) == [
+        ("dale_ct_2s", "mil_probe", "ct_rate", "0.8333", "", "0.5124", "", "3002"),
+        ("prevalence", "mil_probe", "ct_rate", "0.5000", "", "", "", "3002"),
+        ("ct_fm", "mil_probe", "ct_rate", "undefined", "", "", "", "3002"),
+        ("merlin", "mil_probe", "ct_rate", "0.8000\n0.790-0.810", "", "", "", "3002"),
+    ]
+
+
+def test_module_prints_the_tables_it_is_given(tmp_path: Path) -> None:
+    add_rows(tmp_path / "a.csv", [row()])
+    add_rows(tmp_path / "b.csv", [row(encoder="merlin", dataset="rad_chestct")])
+    command = [sys.executable, "-m", "common.reports.results_csv", tmp_path / "a.csv", tmp_path / "b.csv"]
+    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in answer.stdout.splitlines()]
+    assert ["dale_ct_2s", "mil_probe", "ct_rate", "0.8333", "3002"] in lines
+    assert ["merlin", "mil_probe", "rad_chestct", "0.8333", "3002"] in lines

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.transforms.body_crop import CropBodyd, body_box
 from common.transforms.dense_labels import pad_mask_to_square, patch_bits, patch_shares, slice_shares
+from common.transforms.slice_strategies import CropBodyd, body_box
 
 
 def plain_shares(ids: np.ndarray, box: tuple[int, int, int], grid: int, num_classes: int) -> np.ndarray:

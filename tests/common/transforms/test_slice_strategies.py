@@ -1,10 +1,21 @@
 """The seven strategies against float64 filters and cuts written out by hand, to a tenth of a HU of noise."""
 
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from common.transforms.slice_strategies import STRATEGIES, SliceStrategy, slice_strategies
+from common.transforms.slice_strategies import (
+    SLICES_PER_CHUNK,
+    STRATEGIES,
+    CropBodyd,
+    SliceStrategy,
+    body_box,
+    slice_strategies,
+)
 
 
 def slices(side: int, num_slices: int = 2) -> torch.Tensor:
@@ -114,3 +125,173 @@ def test_lists_of_strategies() -> None:
             slice_strategies(names, 16)
     with pytest.raises(ValueError, match="patch_tokens must be False for tiles, got True for 'tiled_5cut'"):
         slice_strategies(["raw_144", "tiled_5cut"], 16, patch_tokens=True)
+
+
+AIR, TISSUE = -1000, 40
+
+
+def box_by_opening(hu: np.ndarray, threshold_hu: float, opening_px: int) -> tuple[int, int, int]:
+    """Open every slice with a full square, take the union, its bounding box, and make that square inside."""
+    square = np.ones((opening_px, opening_px), bool)
+    union = np.zeros(hu.shape[1:], bool)
+    for mask in hu > threshold_hu:
+        eroded = ndimage.binary_erosion(mask, square, border_value=1)
+        union |= ndimage.binary_dilation(eroded, square, border_value=0)
+    if not union.any():
+        return 0, 0, len(union)
+    (top, bottom), (left, right) = ((s.start, s.stop) for s in ndimage.find_objects(union.astype(int))[0])
+    side = max(bottom - top, right - left)
+    corner = [
+        int(np.clip((a + b - side) // 2, 0, len(union) - side)) for a, b in ((top, bottom), (left, right))
+    ]
+    return corner[0], corner[1], side
+
+
+def ellipse(size: int, row: float, column: float, height: float, width: float) -> np.ndarray:
+    rows, columns = np.mgrid[:size, :size]
+    return ((rows - row) / height) ** 2 + ((columns - column) / width) ** 2 <= 1
+
+
+def chest(size: int = 197, slices: int = 3, row: float = 0.5, column: float = 0.5) -> np.ndarray:
+    """A body with lungs, a table and a blanket too thin to survive the opening, and noise."""
+    rng = np.random.default_rng(size)
+    hu = np.full((slices, size, size), AIR, np.int16)
+    for z in range(slices):
+        reach = 0.3 + 0.02 * z
+        hu[z][ellipse(size, row * size, column * size, 0.7 * reach * size, reach * size)] = TISSUE
+        for side in (-1, 1):
+            hu[z][ellipse(size, row * size, (column + 0.12 * side) * size, 0.13 * size, 0.09 * size)] = -850
+        hu[z, int(0.93 * size) : int(0.93 * size) + 7, :] = 300
+        hu[z, 3:5, 20:180] = -100
+    return hu + rng.integers(-30, 31, hu.shape).astype(np.int16)
+
+
+def check_box(hu: np.ndarray, opening_px: int = 25) -> tuple[int, int, int]:
+    box = body_box(torch.from_numpy(hu), opening_px=opening_px)
+    assert box == box_by_opening(hu, -500, opening_px)
+    return box
+
+
+@pytest.mark.parametrize(("row", "column"), [(0.5, 0.5), (0.3, 0.62), (0.1, 0.05), (0.97, 0.9)])
+def test_box_of_a_chest_equals_the_opened_one_wherever_the_body_lies(row, column):
+    check_box(chest(row=row, column=column))
+
+
+@pytest.mark.real_ct
+def test_box_of_a_real_chest_equals_the_opened_one(real_ct_dir: Path):
+    image = nib.load(real_ct_dir / "lidc_idri_0314_ct_1p56x1p56x2mm.nii.gz")
+    slices = np.asarray(image.dataobj[:, :, 10::26]).astype(np.int16).transpose(2, 1, 0)
+    top, left, side = check_box(slices)
+    assert 120 < side < 256
+    assert top + left > 0
+
+
+def test_table_and_blanket_do_not_count_as_body():
+    top, left, side = check_box(chest())
+    assert top > 5  # below the blanket
+    assert top + side < int(0.93 * 197)  # above the table
+    assert left > 0
+
+
+@pytest.mark.parametrize("opening_px", [1, 3, 5, 11, 25])
+@pytest.mark.parametrize("density", [0.6, 0.9, 0.985, 0.998])
+def test_box_of_random_masks_equals_the_opened_one(opening_px, density):
+    rng = np.random.default_rng([opening_px, int(1000 * density)])
+    hu = np.where(rng.random((2, 53, 53)) < density, TISSUE, AIR).astype(np.int16)
+    check_box(hu, opening_px)
+
+
+def test_body_that_touches_every_border_is_the_whole_image():
+    hu = chest()
+    hu[1] = TISSUE
+    assert check_box(hu) == (0, 0, 197)
+
+
+def test_border_does_not_erode():
+    hu = np.full((1, 61, 61), AIR, np.int16)
+    hu[0, 40:, :30] = TISSUE  # 21 rows, fewer than the opening, but cut off by the border
+    assert check_box(hu) == (31, 0, 30)
+
+
+def test_empty_volume_keeps_the_whole_image():
+    hu = np.full((2, 41, 41), AIR, np.int16)
+    hu[:, 10:30, 10:30] = TISSUE  # smaller than the opening
+    assert check_box(hu) == (0, 0, 41)
+
+
+def test_box_unites_all_slices_across_chunks():
+    hu = np.full((SLICES_PER_CHUNK + 5, 64, 64), AIR, np.int16)
+    hu[0, 2:30, 4:34] = TISSUE
+    hu[-1, 20:50, 11:41] = TISSUE
+    assert check_box(hu) == (2, 0, 48)
+
+
+def test_channel_axis_and_type_do_not_matter():
+    hu = torch.from_numpy(chest())
+    assert body_box(hu[:, None].float()) == body_box(hu)
+
+
+def test_threshold_is_exclusive():
+    hu = torch.full((1, 40, 40), -500)
+    hu[0, 5:35, 5:35] = -499
+    assert body_box(hu) == (5, 5, 30)
+
+
+@pytest.mark.parametrize("opening_px", [0, 24, -3])
+def test_opening_without_a_centre_is_refused(opening_px):
+    with pytest.raises(ValueError, match=f"opening_px must be odd and positive, got {opening_px}"):
+        body_box(torch.zeros(1, 8, 8), opening_px=opening_px)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 8), (2, 2, 8, 8), (8, 8), (0, 8, 8)])
+def test_box_of_other_shapes_is_refused(shape):
+    with pytest.raises(ValueError, match=r"hu must have shape \(S, H, H\) or \(S, 1, H, H\), got \("):
+        body_box(torch.zeros(shape))
+
+
+def test_crop_shows_the_box_antialiased():
+    hu = torch.from_numpy(chest(slices=SLICES_PER_CHUNK + 3))[:, None].float()
+    top, left, side = body_box(hu)
+    assert side > 80
+    out = CropBodyd("image", size_px=17)({"image": hu, "volume": "a"})
+    assert out["image"].shape == (SLICES_PER_CHUNK + 3, 1, 17, 17)
+    assert out["volume"] == "a"
+    box = hu[:, 0, top : top + side, left : left + side].double().numpy()
+    filters = triangle_filters_by_hand(side, 17)
+    np.testing.assert_allclose(out["image"][:, 0].numpy(), filters @ box @ filters.T, atol=2e-2)
+
+
+def triangle_filters_by_hand(side: int, size: int) -> np.ndarray:
+    """Float64 weights of an antialiased bilinear reduction, one row per output pixel."""
+    scale = side / size
+    weights = np.array(
+        [[max(0.0, 1 - abs(j + 0.5 - (i + 0.5) * scale) / scale) for j in range(side)] for i in range(size)]
+    )
+    return weights / weights.sum(1, keepdims=True)
+
+
+def test_int16_and_float_volumes_give_the_same_float_crop():
+    hu = torch.from_numpy(chest())[:, None]
+    crops = [CropBodyd("image", 31)({"image": volume})["image"] for volume in (hu, hu.float(), hu.numpy())]
+    assert {crop.dtype for crop in crops} == {torch.float32}
+    torch.testing.assert_close(crops[0], crops[1])
+    torch.testing.assert_close(crops[0], crops[2])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slices_that_are_not_square_are_padded_with_air_on_both_sides(transposed):
+    hu = torch.full((2, 1, 70, 45), TISSUE)
+    hu = hu.transpose(2, 3) if transposed else hu
+    out = CropBodyd("image", size_px=70)({"image": hu})["image"]
+    expected = torch.full((2, 1, 70, 70), -1024.0)
+    expected[..., 12:57] = TISSUE
+    torch.testing.assert_close(out, expected.transpose(2, 3) if transposed else expected)
+
+
+def test_crop_of_other_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"image must have shape \(S, 1, H, W\), got \(1, 8, 8\)"):
+        CropBodyd("image", 4)({"image": torch.zeros(1, 8, 8)})
+    with pytest.raises(ValueError, match="size_px must be positive, got 0"):
+        CropBodyd("image", 0)
+    with pytest.raises(KeyError, match="image"):
+        CropBodyd("image", 4)({"ct": torch.zeros(1, 1, 8, 8)})

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from common.ct.check_rules import Rule, judge
+from common.ct.checks import Rule, judge
 from data_prep.audit.measures import RULES
 
 

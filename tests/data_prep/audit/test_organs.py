@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.ct.check_rules import judge
-from common.ct.orientation import axial_slices
+from common.ct.checks import judge
+from common.ct.geometry import axial_slices
 from data_prep.audit.measures import RULES
 from data_prep.audit.organs import measure_organs, organ_voxels
 from data_prep.audit.volume import mask_grid

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards.volume_entry import VolumeEntry
+from common.shards.index import VolumeEntry
 from data_prep.audit.checks import CHECKS, Tally
 from data_prep.audit.cohort import Volume
 from data_prep.audit.pictures import Picture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from common.ct.rejection import RejectedVolume
+from common.ct.geometry import RejectedVolume
+from common.shards.codec import VolumeSlices
 from common.shards.shards import write_shard
-from common.shards.volume import VolumeSlices
 from data_prep.audit.checks import CHECKS, Tally
 from data_prep.audit.run import (
     Audit,

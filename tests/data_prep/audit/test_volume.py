@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from common.ct.check_rules import judge
-from common.ct.checks import find_doubts
+from common.ct.checks import find_doubts, judge
 from data_prep.audit.volume import VolumeDecoder, greatest_step, mask_grid
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import render

@@ -9,7 +9,7 @@ import pytest
 from distributed import Client
 from typer.testing import CliRunner, Result
 
-from common.ct.orientation import axial_slices
+from common.ct.geometry import axial_slices
 from common.shards.shards import ShardSet
 from data_prep import __main__ as module
 

@@ -4,9 +4,8 @@ from pathlib import Path
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from common.cohort.labels_csv import read_labels
 from common.cohort.patient_split import patient_of
-from common.cohort.skip_list import listed_volumes
+from common.cohort.tables import listed_volumes, read_labels
 from common.labels import load_labels
 from data_prep import __main__ as module
 
