@@ -157,7 +157,7 @@ def costs_of_shape(shape: tuple[int, int, int], repeats: int, device: torch.devi
     passes = {
         COMPLEX_EQUATION: pass_of(complex_equation, samples),
         REAL_EQUATION: pass_of(torch.compile(real_equation), samples),
-        EAGER: pass_of_sigreg(SIGReg(NUM_DIRECTIONS, NUM_KNOTS, T_MAX), samples),
+        EAGER: pass_of_sigreg(SIGReg(NUM_DIRECTIONS, NUM_KNOTS, T_MAX, compiled=False), samples),
         COMPILED: pass_of_sigreg(compiled_sigreg(), samples),
         MATMULS: pass_of_matmuls(samples),
     }

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from common.ct.geometry import RejectedError, RejectedVolume
 from common.run.files import flush_folder
-from common.shards.codec import VolumeSlices
 from common.shards.index import ShardIndex, index_path, load_index
-from common.shards.shards import PARTS, parse_shard_name, write_tar
+from common.shards.shards import PARTS, parse_shard_name
+from common.shards.writer import VolumeSlices, write_tar
 from data_prep.join_tars import join_tars
 from data_prep.plan_shards import PlannedShard, PlannedVolume, parts_folder, unexpected_error
 from data_prep.source_volume import SourceVolume, read_volume

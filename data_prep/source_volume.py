@@ -10,7 +10,7 @@ from common.ct.files import CTFile
 from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, canonical_shape
 from common.ct.names import VOLUME_NAME, only_file, unique_names, volume_files, volume_name
 from common.ct.nifti import Rescale
-from common.shards.codec import VolumeSlices
+from common.shards.writer import VolumeSlices
 from data_prep.rexgroundingct import Annotation, read_findings
 from data_prep.totalsegmentator import read_label_map
 

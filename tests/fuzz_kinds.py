@@ -23,8 +23,8 @@ from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.embeddings.work import ct_sources
 from common.reports.results_csv import FIELDS, read_rows
 from common.run.config import executed_config
-from common.shards.codec import VolumeSlices
-from common.shards.shards import ShardSet, write_shard
+from common.shards.shards import ShardSet
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.shard import ShardTask, audit_shard
 from data_prep.ct_rate import METADATA_COLUMNS, read_metadata
 from data_prep.rexgroundingct import read_annotations

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
 from common.run.config import on_stop, raise_stopped
 from common.run.files import atomic_file
 
@@ -134,8 +133,10 @@ class Checkpoint:
         if self.saved_step == engine.state.iteration:
             return
         path = self.folder / f"step_{engine.state.iteration:08d}.pt"
-        if getattr(engine, "unchecked", None):  # steps of a pretraining engine
-            stop_if_not_finite(cast(PretrainingEngine, engine))
+        if hasattr(
+            engine, "stop_if_not_finite"
+        ):  # a pretraining engine, whose last losses nobody has looked at
+            engine.stop_if_not_finite()
         # every rank takes part: each may hold a shard of every tensor
         network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
         others = {

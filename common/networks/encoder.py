@@ -199,7 +199,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path:
     network.load_state_dict(tensors, strict=True)
 
 
-def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> nn.Module:
+def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -> nn.Module:
     """Give an encoder the weights that timm publishes for its architecture, fitted to it as timm does.
 
     The three input channels are added up to one, and position embeddings resampled to its grid. DALE-CT's
@@ -207,9 +207,9 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
 
     Args:
         encoder: timm VisionTransformer with one input channel.
-        model_name: timm's name with the tag of the weights, such as
+        vit: timm's name with the tag of the weights, such as
             ``vit_base_patch14_reg4_dinov2.lvd142m``.
-        source: None for the random initial weights it has, ``hub`` to download, or the path of timm's file.
+        initial_weights: None for the random weights it has, ``hub`` to download, or the path of timm's file.
 
     Returns:
         The same encoder, for use in a config.
@@ -218,17 +218,19 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         FileNotFoundError: if there is no such file, or the hub neither answers nor was asked before.
         ValueError: if the encoder is not of that architecture.
     """
-    if source is None:
+    if initial_weights is None:
         return encoder
-    if source != "hub" and not Path(source).is_file():
-        raise FileNotFoundError(f"initial_weights must be 'hub' or a file of timm's weights, got '{source}'.")
+    if initial_weights != "hub" and not Path(initial_weights).is_file():
+        raise FileNotFoundError(
+            f"initial_weights must be 'hub' or a file of timm's weights, got '{initial_weights}'."
+        )
     patch_embed: Any = encoder.patch_embed
     blocks: Any = encoder.blocks
     try:
         published = timm.create_model(
-            model_name,
+            vit,
             pretrained=True,
-            pretrained_cfg_overlay=None if source == "hub" else {"file": str(source)},
+            pretrained_cfg_overlay=None if initial_weights == "hub" else {"file": str(initial_weights)},
             in_chans=1,
             num_classes=0,
             img_size=patch_embed.img_size,
@@ -240,13 +242,12 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         encoder.load_state_dict(published.state_dict(), strict=True)
     except OSError as error:  # what the hub's client raises
         raise FileNotFoundError(
-            f"initial_weights must be reachable, got '{source}' for timm's '{model_name}', which is neither "
-            f"in the hub's cache nor could be downloaded ({str(error).splitlines()[0]}). Go online, or pass "
-            "the path of timm's safetensors file."
+            f"initial_weights must be reachable, got '{initial_weights}': timm's '{vit}' is not in the hub's cache "
+            f"and cannot be downloaded ({str(error).splitlines()[0]}). Go online, or pass the path of timm's file."
         ) from error
     except RuntimeError as error:
         raise ValueError(
-            f"the network must be timm's '{model_name}' to start from its weights; vit, embed_dim, depth or "
+            f"the network must be timm's '{vit}' to start from its weights; vit, embed_dim, depth or "
             f"num_heads is another ({str(error).splitlines()[1].strip()})."
         ) from error
     return encoder

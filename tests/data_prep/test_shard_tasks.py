@@ -6,8 +6,8 @@ import pytest
 from distributed import Client, KilledWorker
 
 from common.ct.files import ct_file
-from common.shards.codec import VolumeSlices
 from common.shards.index import load_index
+from common.shards.writer import VolumeSlices
 from data_prep import shard_parts
 from data_prep import shard_tasks as module
 from data_prep.plan_shards import PlannedShard, PlannedVolume

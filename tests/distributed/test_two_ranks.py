@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from common.losses.sigreg import SIGReg
 from torch import distributed as dist
 from torch import nn
 
-from common.losses.auxiliary import AuxiliaryBCELoss
-from common.losses.dino import BALANCES, DINOLoss, IBOTLoss
-from common.losses.koleo import koleo_loss
+from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
+from common.losses.dino import BALANCES, DINOLoss, IBOTLoss, koleo_loss
 from common.losses.lejepa import LeJEPALoss
-from common.losses.sigreg import SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, ProjectionHead
 from common.run.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 
@@ -96,10 +95,13 @@ def losses_and_gradients(model: nn.Module, data: dict[str, Any]) -> dict[str, to
     """Return every term of the loss of Eq. 3 and the gradient of every parameter."""
     model.zero_grad()
     projections, logits = model(data["tokens"])
-    terms = LeJEPALoss(SIGReg(13), 0.4)(projections, num_global=2, step=STEP)
-    auxiliary = AuxiliaryBCELoss([1.0, 2.0, 30.0, 4.0], [800.0, 5.0])(
-        logits, data["targets"], data["has_ts"], data["has_rex"]
+    sigreg = SIGReg(13, num_knots=17, t_max=3.0, compiled=False)
+    terms = LeJEPALoss(sigreg, 0.4)(projections, num_global=2, step=STEP)
+    auxiliary_loss = AuxiliaryBCELoss(
+        **{"ts_pos_weight": [1.0, 2.0, 30.0, 4.0], "rex_pos_weight": [800.0, 5.0], "auxiliary_terms": TERMS},
+        **{"aux_weight": 0.1, "rex_targets": "presence"},
     )
+    auxiliary = auxiliary_loss(logits, data["targets"], data["has_ts"], data["has_rex"])
     terms |= {f"aux_{name}": value for name, value in auxiliary.items()}
     (terms["loss"] + 0.1 * auxiliary["loss"]).backward()
     gradients = {

@@ -26,8 +26,7 @@ from common.embeddings.work import (
     squared,
     store_folders,
 )
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from common.transforms.slice_strategies import slice_strategies
 
 STRATEGIES = slice_strategies(["raw_32", "cropped_32"], 16)

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards.codec import VolumeSlices
 from common.shards.index import FIELDS, ShardIndex, save_index
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.shard import ShardAudit, ShardTask, audit_shard, draw
 
 NUM_SLICES = 3

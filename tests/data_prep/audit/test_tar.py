@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards.codec import VolumeSlices
 from common.shards.index import FIELDS, ShardIndex
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import Tally
 from data_prep.audit.tar import Sample, check_order, read_samples
 

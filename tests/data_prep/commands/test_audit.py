@@ -8,8 +8,7 @@ import pytest
 from distributed import Client
 from typer.testing import CliRunner, Result
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep import __main__ as module
 from data_prep.cohort_tables import write_manifest, write_rejected
 

@@ -51,7 +51,7 @@ def test_the_form_is_the_users_to_state(
     )
     assert answer.exit_code == status, answer.output
     if status == 0:
-        slices = ShardSet(tmp_path / "out", "train").read_ct(0, 3)
+        slices = ShardSet(tmp_path / "out", "train").read_slab(0, 3, 1).read_ct(0)
         np.testing.assert_array_equal(slices, tiny_v1.hu("train_1_a_1")[:, :, 3].T)
     else:
         assert re.search(r"left out: v1 or v2 +│ +1", answer.stdout)

@@ -58,13 +58,13 @@ def test_a_tree_of_series_is_written_with_label_maps(
         ("1_2_4", "study ä/2", True),
     ]
     for volume_id, expected in enumerate((hu(1), hu(2)[:, ::-1, ::-1])):
-        slices = np.stack([shards.read_ct(volume_id, z) for z in range(4)])
+        slices = np.stack([shards.read_slab(volume_id, z, 1).read_ct(0) for z in range(4)])
         np.testing.assert_array_equal(slices, expected)
         assert shards.volumes[volume_id].spacing_mm == pytest.approx((0.7, 0.8, 1.5))
         assert re.fullmatch("[0-9a-f]{64}", shards.volumes[volume_id].source_sha256)
     rows, columns = (((np.arange(128) + 0.5) * size / 128).astype(int) for size in (17, 19))
     expected_ids = ids[:, ::-1, ::-1][:, rows][:, :, columns]
-    np.testing.assert_array_equal(shards.read_ts(1, 0, 4), expected_ids)
+    np.testing.assert_array_equal(shards.read_slab(1, 0, 4).read_ts(), expected_ids)
 
 
 def test_a_series_with_a_gap_is_listed_and_the_others_are_written(
@@ -103,9 +103,9 @@ def test_a_real_series_and_its_label_map_become_the_shard_of_their_nifti(
         answer = invoke(command, folder, "--out", tmp_path / "out" / command, "--masks", tmp_path / "masks")
         assert answer.exit_code == 0, answer.output
     a, b = (ShardSet(tmp_path / "out" / command, "train") for command in ("dicom", "nifti"))
-    np.testing.assert_array_equal(a.read_ts(0, 0, 20), b.read_ts(0, 0, 20))
+    np.testing.assert_array_equal(a.read_slab(0, 0, 20).read_ts(), b.read_slab(0, 0, 20).read_ts())
     nifti = nib.load(real_ct_dir / "totalseg_dicom_ct_native.nii.gz")
     expected, _ = axial_slices(np.asarray(nifti.dataobj), nifti.affine)
     for z in range(20):
-        np.testing.assert_array_equal(a.read_ct(0, z), expected[z])
-        np.testing.assert_array_equal(b.read_ct(0, z), expected[z])
+        np.testing.assert_array_equal(a.read_slab(0, z, 1).read_ct(0), expected[z])
+        np.testing.assert_array_equal(b.read_slab(0, z, 1).read_ct(0), expected[z])

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep import __main__ as module
 
 

@@ -24,7 +24,7 @@ def test_a_folder_of_nifti_files_is_written(
     assert answer.exit_code == 0, answer.output
     shards = ShardSet(tmp_path / "out", "valid")
     assert [(entry.volume, entry.has_ts) for entry in shards.volumes] == [("scan-a", False), ("scan-b", True)]
-    assert np.unique(shards.read_ts(1, 0, 5)).tolist() == [51]
+    assert np.unique(shards.read_slab(1, 0, 5).read_ts()).tolist() == [51]
 
 
 @pytest.mark.real_ct
@@ -44,8 +44,10 @@ def test_real_scans_and_their_label_maps_are_written(
     assert answer.exit_code == 0, answer.output
     shards = ShardSet(tmp_path / "out", "train")
     for volume_id, entry in enumerate(shards.volumes):
-        ids = shards.read_ts(volume_id, 0, entry.num_slices)
+        ids = shards.read_slab(volume_id, 0, entry.num_slices).read_ts()
         rows, columns = (((np.arange(128) + 0.5) * size / 128).astype(int) for size in entry.shape)
-        hu = np.stack([shards.read_ct(volume_id, z) for z in range(entry.num_slices)])[:, rows][:, :, columns]
+        hu = np.stack([shards.read_slab(volume_id, z, 1).read_ct(0) for z in range(entry.num_slices)])[
+            :, rows
+        ][:, :, columns]
         for muscle in (86, 87):
             assert -20 < np.median(hu[ids == muscle]) < 80

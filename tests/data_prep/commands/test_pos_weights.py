@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep import __main__ as module
 
 
