@@ -11,7 +11,7 @@ from typing import NamedTuple
 from common.shards.index import ShardIndex, VolumeEntry, index_path, load_index, volume_entries
 from common.shards.shards import SHARD_NAME
 from data_prep.audit.checks import Tally
-from data_prep.cohort_tables import MANIFEST, MANIFEST_COLUMNS, REJECTED, REJECTED_COLUMNS, WRITTEN
+from data_prep.shards.tables import MANIFEST, MANIFEST_COLUMNS, REJECTED, REJECTED_COLUMNS, WRITTEN
 
 CT_COLUMN = 0
 """Of ``FIELDS``."""

@@ -14,7 +14,7 @@ from common.shards.index import index_path
 from common.shards.shards import write_shard
 from data_prep.audit.checks import Tally
 from data_prep.audit.cohort import check_identity, check_labels, check_tables, load_indices, volumes_of
-from data_prep.cohort_tables import write_manifest, write_rejected
+from data_prep.shards.tables import write_manifest, write_rejected
 
 BAD = RejectedVolume("train_9_a_1", "spacing", "it is 0.035 mm")
 

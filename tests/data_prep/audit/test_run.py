@@ -23,9 +23,9 @@ from data_prep.audit.run import (
 )
 from data_prep.audit.shard import draw
 from data_prep.audit.volume import VolumeContent, mask_grid
-from data_prep.cohort_tables import write_manifest, write_rejected
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import render
+from data_prep.shards.tables import write_manifest, write_rejected
 
 SLICE_MM = 8.0
 BAD = RejectedVolume("train_9_a_1", "mask", "it has <another> shape")
