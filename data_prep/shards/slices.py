@@ -1,4 +1,4 @@
-"""Slices of one shard, read by a task that needs no index but this shard's.
+"""Slices of one shard, read by a task that needs only this shard's index.
 
 A ``ShardSet`` holds the indices of a whole cohort, about a gigabyte for CT-RATE: too much for every worker.
 """
@@ -14,13 +14,13 @@ from common.shards.index import FIELDS, ShardIndex
 
 
 def read_slices(shard: Path, index: ShardIndex, field: str, samples: Iterable[int]) -> Iterator[np.ndarray]:
-    """Read one member of some samples.
+    """Read one member of each of some samples.
 
     Args:
         shard: path of the tar.
-        index: of the shard.
-        field: one of ``FIELDS`` that is an image, such as ``ct.blosc2``; every sample must have it.
-        samples: places in the shard.
+        index: index of the shard.
+        field: image among ``FIELDS``, such as ``ct.blosc2``; every sample must have it.
+        samples: positions in the shard.
 
     Yields:
         ``(H, W)``: int16 HU, or a mask as it was stored.

@@ -24,19 +24,19 @@ REJECTED_COLUMNS = ("volume", "split", "reason", "detail")
 def write_manifest(
     out: Path, split: str, rejected: Sequence[RejectedVolume], sources: Mapping[str, str]
 ) -> None:
-    """Write one row a volume, in the shards or left out, of all splits; rejected ones of other splits stay.
+    """Write one row per volume of all splits, written or left out; rejected ones of other splits stay.
 
     Args:
         out: folder of the shards.
-        split: of the rejected volumes.
-        rejected: its volumes that were left out.
-        sources: volume to the path of its CT, where it is known.
+        split: split of the rejected volumes.
+        rejected: volumes that were left out.
+        sources: volume to the path of its CT, where known.
     """
     rows = [
         row
         for shard in sorted(out.iterdir())
         if SHARD_NAME.fullmatch(shard.name) and index_path(shard).is_file()
-        for row in _written_rows(shard.name, load_index(shard))
+        for row in written_rows(shard.name, load_index(shard))
     ]
     rows += [
         {
@@ -52,8 +52,8 @@ def write_manifest(
     _write_table(out / MANIFEST, MANIFEST_COLUMNS, rows)
 
 
-def _written_rows(shard: str, index: ShardIndex) -> list[dict[str, object]]:
-    first_samples = index.first_sample
+def written_rows(shard: str, index: ShardIndex) -> list[dict[str, object]]:
+    """Return the manifest's rows of a shard: column to cell."""
     return [
         {
             "volume": volume,
@@ -62,7 +62,7 @@ def _written_rows(shard: str, index: ShardIndex) -> list[dict[str, object]]:
             "source": index.source[i],
             "source_sha256": index.source_sha256[i],
             "shard": shard,
-            "first_sample": first_samples[i],
+            "first_sample": index.first_sample[i],
             "num_slices": index.num_slices[i],
             **{f"spacing_{axis}_mm": f"{mm:g}" for axis, mm in zip("xyz", index.spacing_mm[i], strict=True)},
             "height_px": index.shape[i, 0],
@@ -78,13 +78,7 @@ def _written_rows(shard: str, index: ShardIndex) -> list[dict[str, object]]:
 
 
 def write_rejected(out: Path, split: str, rejected: Sequence[RejectedVolume]) -> None:
-    """Write one row a volume that was left out; rows of other splits stay.
-
-    Args:
-        out: folder of the shards.
-        split: whose rows to replace.
-        rejected: its volumes.
-    """
+    """Write one row per volume of a split that was left out; rows of other splits stay."""
     rows: list[dict[str, object]] = [{"split": split, **item._asdict()} for item in rejected]
     _write_table(out / REJECTED, REJECTED_COLUMNS, rows + _rows_of_others(out / REJECTED, split))
 

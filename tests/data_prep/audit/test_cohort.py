@@ -123,7 +123,7 @@ def test_tables_must_be_there_and_have_their_columns(cohort: Path) -> None:
     (cohort / "rejected.csv").write_text("volume,split\na,train\n", encoding="utf-8")
     tally = audited(cohort)
     assert tally.failed == {"manifest": 1, "rejected": 1}
-    assert "it must have the columns ['reason', 'detail']" in tally.offences["rejected"][0].what
+    assert "['reason', 'detail']" in tally.offences["rejected"][0].what
 
 
 def test_what_was_left_out_must_be_listed_everywhere(cohort: Path) -> None:

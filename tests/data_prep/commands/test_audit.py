@@ -40,7 +40,7 @@ def test_damaged_shards_end_with_status_1(shards: Path, invoke: Callable[..., Re
     (shards / "manifest.csv").unlink()
     answer = invoke("audit", shards, "--sample", 0)
     assert answer.exit_code == 1, answer.output
-    assert "manifest.csv: it must be a readable table, got FileNotFoundError" in answer.stdout
+    assert "manifest.csv: cannot be read: FileNotFoundError" in answer.stdout
     assert json.loads((shards / "audit.json").read_text(encoding="utf-8"))["num_decoded"] == 0
 
 

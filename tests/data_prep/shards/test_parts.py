@@ -21,7 +21,7 @@ from data_prep.shards.parts import OutputError, assemble_shard, clean_parts, fin
 from data_prep.shards.plan import PlannedShard, PlannedVolume
 from data_prep.sources.source_volume import SourceVolume
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1")
 
 
@@ -222,7 +222,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from common.ct.geometry import RejectedVolume
-from tests_of_parts import planned, put_part, slices_of
+sys.path.insert(0, sys.argv[2])
+from test_parts import planned, put_part, slices_of
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 volume = planned(Path(sys.argv[1])).volumes[0]
@@ -232,9 +233,8 @@ put_part(volume, slices_of(volume.source))
 
 def test_other_limits_of_the_disk_are_named_too(tmp_path: Path) -> None:
     """Here the largest size of a file; quotas are reported by the system in the same way."""
-    code = LIMITED.replace("from tests_of_parts", "sys.path.insert(0, sys.argv[2])\nfrom test_shard_parts")
     answer = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out"), str(Path(__file__).parent)],
+        [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(Path(__file__).parent)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

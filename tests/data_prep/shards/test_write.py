@@ -23,7 +23,7 @@ from data_prep.shards.write import Summary, write_shards
 from data_prep.sources.ct_rate import find_ct_rate
 from data_prep.sources.rexgroundingct import read_annotations
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 VOLUMES = [f"train_{n}_a_1" for n in range(1, 7)]
 SHAPE_XYZ = (19, 17, 5)
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
