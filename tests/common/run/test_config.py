@@ -148,7 +148,8 @@ def test_a_wrong_option_or_path_is_reported_without_importing_torch_or_monai(tmp
     code = """
 import sys
 from common.run.config import executed_config, must_exist
-for call in (lambda: executed_config(sys.argv[1], "train.json", sys.argv[1:]), lambda: must_exist(a="nowhere")):
+argv = sys.argv[1:]
+for call in (lambda: executed_config(argv[0], "train.json", argv), lambda: must_exist(a="nowhere")):
     try:
         call()
     except (ValueError, FileNotFoundError) as error:
