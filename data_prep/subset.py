@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cohort.patient_split import natural_order, patient_of
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.tables import write_table
 
 TRIES = 2000

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from common.ct.geometry import EXCLUDED
 from common.labels import load_labels
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.audit.checks import CHECKS, RULES
 from data_prep.audit.pictures import FINDING_COLOUR, ORGANS, Picture
 from data_prep.audit.run import Audit, label_prevalence, organ_prevalence

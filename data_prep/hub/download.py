@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from common.run.files import claimed
+from common.run.process import claimed
 from data_prep.hub.access import explained, one_line
 from data_prep.hub.files import RemoteFile
 from data_prep.tables import write_table
