@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.embeddings.store import check_identity
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class SaveEncoder:
         engine.add_event_handler(Events.COMPLETED, self._save)
 
     def _save(self, engine: Engine) -> None:
-        if getattr(engine.state, "stopped_early", False):
+        if getattr(engine.state, "exit_status", 0):
             return
         # every rank takes part: each may hold a shard of every tensor
         tensors = get_model_state_dict(
