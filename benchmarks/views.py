@@ -34,7 +34,7 @@ from common.shards.writer import VolumeSlices, write_shard
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan
 from common.transforms.render_views import count_labels, render_views
-from data_prep.totalsegmentator import read_label_map
+from data_prep.sources.totalsegmentator import read_label_map
 
 RECIPE = Path(__file__).resolve().parents[1] / "bundles" / "_recipes" / "lejepa_train.json"
 PATCH_SIZE_PX, SIZES_PX = 16, (256, 144)  # DALE-CT-2S

@@ -13,7 +13,7 @@ from isal import isal_zlib
 
 from common.ct.geometry import RejectedVolume
 from common.ct.names import VOLUME_NAME
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES, encode_ct, encode_mask
 from common.shards.index import (
     ABSENT,

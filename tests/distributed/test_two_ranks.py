@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from common.losses.sigreg import SIGReg
 from torch import distributed as dist
 from torch import nn
 
 from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
 from common.losses.dino import BALANCES, DINOLoss, IBOTLoss, koleo_loss
-from common.losses.lejepa import LeJEPALoss
+from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, ProjectionHead
 from common.run.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 
