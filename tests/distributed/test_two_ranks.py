@@ -52,8 +52,8 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Linear(WIDTH, WIDTH)
-        self.projector = ProjectionHead(WIDTH, hidden_dim=11, out_dim=6)
-        self.auxiliary_head = AuxiliaryHead(WIDTH, NUM_TS, NUM_REX)
+        self.projector = ProjectionHead(WIDTH, 11, 6)
+        self.auxiliary_head = AuxiliaryHead(WIDTH, NUM_TS, NUM_REX, train_auxiliary_head=True)
 
     def forward(self, tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
         """Return the projections (V, B, K) and the logits of both groups."""
