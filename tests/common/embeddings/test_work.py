@@ -130,7 +130,7 @@ def test_shards_are_read_like_the_files_they_came_from(tmp_path: Path) -> None:
     ct = sources[0].read()
     np.testing.assert_array_equal(ct.hu[:, 1:18], hu(1))
     assert ct.spacing_mm == (0.7, 0.8, 1.5)
-    with pytest.raises(FileNotFoundError, match=r"must hold shards of split 'valid', got splits \['train'\]"):
+    with pytest.raises(FileNotFoundError, match=r"split 'valid' in .*\['train'\]"):
         ct_sources(tmp_path, split="valid")
 
 
