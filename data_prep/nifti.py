@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.ct.files import find_cts
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from data_prep.source_volume import SourceVolume, with_masks
 
 

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 from common.cohort.tables import table_rows
-from common.ct.files import ct_file
-from common.ct.geometry import RejectedError, RejectedVolume
-from common.ct.names import only_file, volume_files, volume_name
+from common.ct.files import ct_file, only_file, volume_files, volume_name
 from common.ct.nifti import Rescale
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.rad_chestct import read_labels
 from data_prep.source_volume import SourceVolume, with_masks
 

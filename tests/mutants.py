@@ -64,7 +64,7 @@ MUTANTS = (
         "0, body.shape[2] - 1",
         CHECKS,
     ),
-    Mutant("common/embeddings/work.py", "    check_hu(ct)\n", "", CHECKS),
+    Mutant("common/ct/checks.py", "    check_hu(ct)\n", "", CHECKS),
     Mutant(
         "common/engines/predict.py",
         "tokens[torch.from_numpy(has_image)",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from common.ct.names import unique_names, volume_name
+from common.ct.files import unique_names, volume_name
 from common.run.files import atomic_file
 
 

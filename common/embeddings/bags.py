@@ -13,7 +13,7 @@ from isal import isal_zlib
 from torch.utils.data import Dataset, Sampler
 
 from common.cohort.tables import read_labels
-from common.ct.names import volume_name
+from common.ct.files import volume_name
 from common.embeddings.part import DTYPES, IDENTITY_KEYS, SUFFIX, check_finite, crc32
 from common.embeddings.store import EmbeddingStore
 

@@ -15,7 +15,7 @@ import blosc2
 import numpy as np
 from isal import isal_zlib
 
-from common.ct.names import VOLUME_NAME
+from common.ct.files import VOLUME_NAME
 from common.labels import load_labels
 from common.shards.index import ABSENT_MEMBER, FIELDS, SCHEMA_VERSION, IndexBuilder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.ct.geometry import EXCLUDED
+from common.ct.rejection import EXCLUDED
 from common.labels import load_labels
 from common.run.files import atomic_file
 from data_prep.audit.charts import bars, histogram, shares

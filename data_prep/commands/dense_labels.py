@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from common.ct.geometry import is_failure
+from common.ct.rejection import is_failure
 from common.run.files import atomic_file
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.ct.geometry import RejectedVolume, is_failure
+from common.ct.rejection import RejectedVolume, is_failure
 from data_prep.cluster import dask_client
 from data_prep.cohort_tables import MANIFEST, REJECTED
 from data_prep.commands.console import console, progress_bars

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from common.ct.geometry import EXCLUDED, RejectedError
 from common.ct.nifti import Rescale
+from common.ct.rejection import EXCLUDED, RejectedError
 from common.labels import load_labels
 from data_prep.ct_rate import find_ct_rate, find_volumes, read_metadata, read_no_chest
 from data_prep.rexgroundingct import Annotation

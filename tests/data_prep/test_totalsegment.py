@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedVolume
 from common.ct.npz import npz_affine
+from common.ct.rejection import RejectedVolume
 from data_prep.totalsegment import Outcome, find_cts, part_of, segment_all, write_table
 
 SHAPE_XYZ = (19, 17, 5)

@@ -18,7 +18,7 @@ import pytest
 from distributed import Client
 from typer.testing import Result
 
-from common.ct.geometry import EXCLUDED, RejectedVolume
+from common.ct.rejection import EXCLUDED, RejectedVolume
 from common.shards.index import index_path, load_index
 from common.shards.shards import PARTS, ShardSet
 from data_prep.cluster import dask_client
