@@ -10,9 +10,9 @@ from common.ct.geometry import Grid
 from common.ct.rejection import RejectedError
 from common.embeddings.dense_labels import findings_present, read_dense_labels
 from data_prep.dense_labels import dense_labels_of, write_all
-from data_prep.rexgroundingct import Annotation, read_full_findings
-from data_prep.source_volume import SourceVolume
-from data_prep.totalsegmentator import read_full_label_map
+from data_prep.sources.rexgroundingct import Annotation, read_full_findings
+from data_prep.sources.source_volume import SourceVolume
+from data_prep.sources.totalsegmentator import read_full_label_map
 
 pytestmark = pytest.mark.usefixtures("any_values")
 
