@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.tables import table_rows
-from common.labels import load_labels
+from common.cohort.cohort import load_labels, table_rows
 
 PREFIXES: Mapping[str, tuple[str, ...]] = {
     "Calcification": ("calcification",),

@@ -5,7 +5,7 @@ import logging
 import math
 from pathlib import Path
 
-from common.cohort.tables import table_rows
+from common.cohort.cohort import table_rows
 from common.ct.files import ct_file
 from common.ct.geometry import RejectedError, RejectedVolume
 from common.ct.names import only_file, volume_files, volume_name

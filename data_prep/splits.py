@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.patient_split import natural_order, patient_of
-from common.cohort.tables import table_rows
+from common.cohort.cohort import natural_order, patient_of, table_rows
 from common.run.files import atomic_file
 
 COLUMNS = ("volume", "patient", "split")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.cohort.patient_split import natural_order, patient_of
+from common.cohort.cohort import natural_order, patient_of
 from common.run.files import atomic_file
 
 TRIES = 2000

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.reports.results_csv import code_version
+from common.reports.results import code_version
 from common.run.files import atomic_file
 from study.stages import REPOSITORY, SIZES, Stage, all_stages
 

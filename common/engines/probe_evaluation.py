@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.cohort.class_map import map_classes
+from common.cohort.cohort import load_labels
 from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
 from common.embeddings.part import IDENTITY_KEYS
-from common.labels import load_labels
-from common.labels.class_map import map_classes
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -26,7 +26,7 @@ from common.metrics.bootstrap import (
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 from common.networks.poolers import pad_bags
-from common.reports.results_csv import add_rows, log_rows, result_rows
+from common.reports.results import add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def evaluate_probes(
         embeddings: name to folder of embeddings of the same volumes, the first the right way. A folder of
             either that is None is passed over.
         labels_csv: label table of the test set; may hold further volumes.
-        label_set: classes of the test set, a list of ``common.labels``.
+        label_set: classes of the test set, a list of ``common/labels``.
         prefix: how names of test volumes start; "" for all.
         dataset: name of the data in the results.
         results_csv: CSV of all evaluations.

@@ -22,10 +22,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402 (see above)
 from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 from requests import RequestException
 
-from common.reports.results_csv import (
-    code_version,  # noqa: E402 (see above)
-    experiment_id,  # noqa: E402 (see above)
-)
+from common.reports.results import code_version, experiment_id
 from common.run.config import config_files, plain_knobs  # noqa: E402 (see above)
 from common.run.files import atomic_file  # noqa: E402 (see above)
 

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -47,6 +50,19 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
             aside.unlink(missing_ok=True)
             raise
     flush_folder(final.parent)
+
+
+def write_figure(path: str | Path, figure: "Figure", dpi: int = 120) -> None:
+    """Write a figure as PNG, which appears only when whole; its folder is made where it is missing.
+
+    Args:
+        path: PNG to write.
+        figure: what to write.
+        dpi: dots per inch.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def _open_alone(path: str, flags: int) -> int:

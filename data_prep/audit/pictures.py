@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.shards.codec import REX_CODES, decode_ct, decode_mask
 from common.shards.index import FIELDS, ShardIndex, load_index
 

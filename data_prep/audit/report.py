@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cohort.cohort import load_labels
 from common.ct.geometry import EXCLUDED
-from common.labels import load_labels
 from common.run.files import atomic_file
 from data_prep.audit.charts import bars, histogram, shares
 from data_prep.audit.checks import CHECKS, ERROR, Check, Tally

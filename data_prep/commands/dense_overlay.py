@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.dense_labels import dense_labels_of
 from data_prep.source_volume import SourceVolume
 
@@ -27,7 +27,7 @@ def dense_overlay(
     from common.ct.files import ct_file, read_grid
     from common.reports.ct_tokens import read_images, spread_slices
     from common.reports.patch_rows import draw_labels
-    from common.reports.slice_grid import write_figure
+    from common.run.files import write_figure
     from common.transforms.dense_labels import pad_mask_to_square, patch_shares
     from data_prep.totalsegmentator import read_full_label_map
 

@@ -7,8 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.cohort.tables import read_labels
-from common.labels import load_labels
+from common.cohort.cohort import load_labels, read_labels
 from data_prep.subset import Subset, choose_subset, write_skip_list, write_subset
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.rad_chestct import PREFIXES, read_labels
 
 LOCATIONS = ("left_lung", "right_lung")

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.cohort.cohort import load_labels
 from common.ct.geometry import (
     EXCLUDED,
     HUValues,
@@ -20,7 +21,6 @@ from common.ct.geometry import (
     store_hu,
     voxel_axes,
 )
-from common.labels import load_labels
 
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
 

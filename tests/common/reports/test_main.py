@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.networks.dense_probe import save_dense_probe
 from common.reports import slice_grid
 from common.reports.__main__ import app
@@ -24,12 +24,12 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = {"torch", "monai", "matplotlib", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["levels", "patches", "paths"])
+@pytest.mark.parametrize("name", ["differences", "levels", "patches", "paths", "results"])
 def test_every_command_has_help_with_an_example(name: str) -> None:
     answer = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"})
     assert answer.exit_code == 0
     assert f"Example: python -m common.reports {name} " in answer.output
-    assert "PNG to write" in answer.output
+    assert ("PNG to write" in answer.output) == (name not in ("differences", "results"))
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from common.cohort.tables import read_labels
-from common.labels import load_labels
+from common.cohort.cohort import load_labels, read_labels
 from data_prep import __main__ as module
 from data_prep.rad_chestct import PREFIXES
 

@@ -4,9 +4,7 @@ from pathlib import Path
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from common.cohort.patient_split import patient_of
-from common.cohort.tables import listed_volumes, read_labels
-from common.labels import load_labels
+from common.cohort.cohort import listed_volumes, load_labels, patient_of, read_labels
 from data_prep import __main__ as module
 
 NAMES = [label.name for label in load_labels("ct_rate")]

@@ -9,19 +9,24 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from common.reports import results_csv as module
-from common.reports.results_csv import (
+from common.reports import results as module
+from common.reports.results import (
+    PREDICTION_COLUMNS,
+    Predictions,
     ResultRow,
     add_rows,
     code_version,
     config_hash,
     log_rows,
+    read_predictions,
     read_rows,
     result_rows,
     results_table,
+    write_predictions,
 )
 
 
@@ -128,9 +133,7 @@ def test_a_row_with_a_cell_too_many_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_csv_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"results must be a CSV file, got '.*none.csv', which does not exist"
-    ):
+    with pytest.raises(FileNotFoundError, match="results.*none.csv"):
         read_rows(tmp_path / "none.csv")
 
 
@@ -139,7 +142,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A git repository with a copy of the module; returns a function that runs git there."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
-    copy = tmp_path / "results_csv.py"
+    copy = tmp_path / "results.py"
     shutil.copy(module.__file__, copy)
     monkeypatch.setattr(module, "__file__", str(copy))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
@@ -162,7 +165,7 @@ def test_version_is_the_commit_and_says_when_files_differ(checkout: Any, tmp_pat
     checkout("commit", "-q", "-m", "x")
     head = checkout("rev-parse", "HEAD")
     assert code_version() == head[:12]
-    (tmp_path / "results_csv.py").write_text("changed")
+    (tmp_path / "results.py").write_text("changed")
     assert code_version() == f"{head[:12]}-dirty"
 
 
@@ -176,6 +179,68 @@ def test_version_of_code_that_git_does_not_know_is_unknown(checkout: Any, tmp_pa
 def test_version_without_git_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert code_version() == "unknown"
+
+
+def predictions() -> Predictions:
+    rng = np.random.default_rng(0)
+    return Predictions(
+        "dale_ct_2s",
+        ["valid_1_a_1", "valid_1_a_2", "valid_10_b_1"],
+        ["Emphysema", "Nodule, solid"],
+        rng.random((3, 2)),
+        np.array([0.1 + 0.2, 1e-9]),
+        np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]),
+    )
+
+
+def test_predictions_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "test.csv", predictions())
+    back = read_predictions(tmp_path / "test.csv")
+    for name, value in predictions()._asdict().items():
+        np.testing.assert_array_equal(getattr(back, name), value)
+        assert type(getattr(back, name)) is type(value)
+
+
+def test_file_is_a_plain_csv_of_one_row_for_each_volume_and_class(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "test.csv", predictions())
+    lines = (tmp_path / "test.csv").read_text().splitlines()
+    assert lines[0] == "encoder,volume,class,probability,threshold,label"
+    assert len(lines) == 1 + 3 * 2
+    assert lines[2].startswith('dale_ct_2s,valid_1_a_1,"Nodule, solid",')
+    assert lines[2].endswith(",1e-09,1")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="predictions.*none.csv"):
+        read_predictions(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", r"predictions must have the column 'encoder', got \['a', 'b'\] in '.*test.csv'"),
+        (",".join(PREDICTION_COLUMNS) + "\n", "No predictions in '.*test.csv'"),
+        (
+            ",".join(PREDICTION_COLUMNS) + "\ne,v,A,0.1.2,0.5,1\n",
+            r"Cannot read '.*test.csv': could .* '0.1.2'",
+        ),
+        (",".join(PREDICTION_COLUMNS) + "\ne,v,A,0.1\n", "Cannot read '.*test.csv': could not"),
+    ],
+)
+def test_foreign_or_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "test.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_predictions(tmp_path / "test.csv")
+
+
+def test_file_that_lacks_a_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    write_predictions(path, predictions())
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], *lines[4:]]))
+    message = "one row for each volume and class, volume by volume, got 5 rows of 3 volumes and 2 classes"
+    with pytest.raises(ValueError, match=message):
+        read_predictions(path)
 
 
 def row_of_mlflow_rows(
@@ -238,7 +303,14 @@ def test_printed_table_has_a_row_an_encoder_and_the_four_metrics() -> None:
 def test_module_prints_the_tables_it_is_given(tmp_path: Path) -> None:
     add_rows(tmp_path / "a.csv", [row()])
     add_rows(tmp_path / "b.csv", [row(encoder="merlin", dataset="rad_chestct")])
-    command = [sys.executable, "-m", "common.reports.results_csv", tmp_path / "a.csv", tmp_path / "b.csv"]
+    command: list[object] = [
+        sys.executable,
+        "-m",
+        "common.reports",
+        "results",
+        tmp_path / "a.csv",
+        tmp_path / "b.csv",
+    ]
     answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = [line.split() for line in answer.stdout.splitlines()]
     assert ["dale_ct_2s", "mil_probe", "ct_rate", "0.8333", "3002"] in lines
