@@ -10,9 +10,9 @@ import numpy as np
 
 from common.ct.geometry import RejectedError, RejectedVolume
 from data_prep.cluster import run_tasks
-from data_prep.rexgroundingct import read_full_findings
-from data_prep.source_volume import SourceVolume, read_ct
-from data_prep.totalsegmentator import read_full_label_map
+from data_prep.sources.rexgroundingct import read_full_findings
+from data_prep.sources.source_volume import SourceVolume, read_ct
+from data_prep.sources.totalsegmentator import read_full_label_map
 
 if TYPE_CHECKING:
     from distributed import Client

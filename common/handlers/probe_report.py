@@ -136,7 +136,7 @@ class ProbeReport:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: ProbeGridTrainer) -> None:
-        if getattr(engine.state, "stopped_early", False):
+        if getattr(engine.state, "exit_status", 0):
             return
         state, bags = engine.state, engine.test_bags
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ class ResultsTable:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: ProbeGridTrainer) -> None:
-        if getattr(engine.state, "stopped_early", False):
+        if getattr(engine.state, "exit_status", 0):
             return
         state, encoder = engine.state, engine.test_bags.identity["encoder"]
         make = partial(result_rows, dataset=self.dataset, n=len(engine.test_bags), config=self.config)

@@ -94,7 +94,7 @@ def patches(
         probe_of,
     )
     from common.reports.slice_grid import Row, slice_grid
-    from common.run.files import write_figure
+    from common.run.process import write_figure
 
     encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
     probe = probe_of(probes, name, encoder.name) if probes and name else None
@@ -132,7 +132,7 @@ def levels(
     """
     from common.reports.ct_tokens import encode, open_slice_encoder, read_images, slices_to_show
     from common.reports.scan_levels import Scan, draw_levels, fit_positions, match_levels, read_positions
-    from common.run.files import write_figure
+    from common.run.process import write_figure
 
     encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
     images = [read_images(path, encoder.side_px) for path in (query, *others)]

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.embeddings.store import EmbeddingStore
 from common.metrics.slice_paths import latent_continuity
-from common.run.files import write_figure
+from common.run.process import write_figure
 
 FloatArray = NDArray[np.float64]
 COLOURS = "viridis"

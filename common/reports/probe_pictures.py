@@ -26,7 +26,7 @@ from common.metrics.multilabel import (
 )
 from common.reports.results import Predictions
 from common.reports.slice_grid import PALETTE, show_slice
-from common.run.files import write_figure
+from common.run.process import write_figure
 
 BLUE, RED = PALETTE[:2]
 GREY = "0.6"

@@ -3,16 +3,14 @@
 # N volumes, C classes
 
 import csv
-import fcntl
 import hashlib
 import json
 import math
 import os
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cohort.cohort import table_rows
-from common.run.files import atomic_file
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
+from common.run.config import code_version, experiment_id
+from common.run.process import atomic_file, locked
 
 NAN = math.nan
 PREDICTION_COLUMNS = ("encoder", "volume", "class", "probability", "threshold", "label")
@@ -51,7 +47,7 @@ class ResultRow(NamedTuple):
         high: upper end; nan without one.
         n: number of test volumes.
         seeds: seeds of training, separated by blanks.
-        commit: version of the code, from :func:`code_version`.
+        commit: version of the code, from :func:`common.run.config.code_version`.
         config_hash: hash of the settings, from :func:`config_hash`.
     """
 
@@ -121,8 +117,7 @@ def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path):
         by_key = {row.key: cells for cells, row in (_read(path) if path.is_file() else [])}
         by_key |= {row.key: _cells(row) for row in rows}
         with atomic_file(path, "w", newline="", encoding="utf-8") as file:
@@ -157,23 +152,6 @@ def _read(path: str | Path) -> list[tuple[list[str], ResultRow]]:
 def _cells(row: ResultRow) -> list[str]:
     ends = ["" if math.isnan(end) else f"{end:.6g}" for end in (row.low, row.high)]
     return [*row.key, f"{row.value:.6g}", *ends, str(row.n), row.seeds, row.commit, row.config_hash]
-
-
-def code_version() -> str:
-    """Return the git commit of this code, with ``-dirty`` if files differ; "unknown" outside a checkout."""
-    # git may know the folder around an unzipped bundle, but not this file
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return "unknown"
-    return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
-
-
-def _git(*arguments: str) -> str | None:
-    command, folder = ["git", *arguments], Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -282,19 +260,6 @@ def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> N
     for first in range(0, len(metrics), MAX_METRICS_PER_CALL):
         client.log_batch(run.info.run_id, metrics=metrics[first : first + MAX_METRICS_PER_CALL])
     client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FINISHED))
-
-
-def experiment_id(client: "MlflowClient", tracking_uri: str, name: str) -> str:
-    """Return the id of an experiment in a client's store, which is made when missing."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return str(experiment.experiment_id)
-    # MLflow would put the files of a database store under the working directory of the first run
-    location = None
-    if tracking_uri.startswith("sqlite:///"):
-        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-        location = (database.parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
 
 
 def results_table(rows: Sequence[ResultRow]) -> Table:

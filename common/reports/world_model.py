@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from common.metrics.paired_samples import Comparison, Mean
 from common.reports.slice_grid import PALETTE
-from common.run.files import write_figure
+from common.run.process import write_figure
 
 World = Mapping[str, dict[str, Any]]
 

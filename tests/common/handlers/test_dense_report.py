@@ -70,7 +70,7 @@ def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_pat
 
 
 def test_a_run_that_was_stopped_writes_nothing(trainer: DenseProbeTrainer, tmp_path: Path) -> None:
-    trainer.state.stopped_early = True
+    trainer.state.exit_status = 143
     trainer.run()
     assert not (tmp_path / "results.csv").exists()
 

@@ -172,7 +172,7 @@ def test_pictures_are_drawn(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_run_that_was_asked_to_stop_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
-    engine.state.stopped_early = True
+    engine.state.exit_status = 143
     ProbeReport(tmp_path / "out", seed=42).attach(engine)
     engine.run([0], max_epochs=1)
     assert not (tmp_path / "out").exists()
@@ -257,7 +257,7 @@ def test_second_encoder_joins_and_a_second_run_replaces(tmp_path: Path) -> None:
 
 def test_run_that_was_asked_to_stop_adds_nothing(tmp_path: Path) -> None:
     engine = evaluation()
-    engine.state.stopped_early = True
+    engine.state.exit_status = 143
     run(engine, tmp_path / "r.csv")
     assert not (tmp_path / "r.csv").exists()
 

@@ -1,13 +1,13 @@
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from typer.testing import CliRunner
 
 from common.metrics.bootstrap import resample_weights, two_sided_p
+from common.reports.__main__ import app
 from common.reports.paired_differences import (
     MEASURES,
     compare,
@@ -17,7 +17,6 @@ from common.reports.paired_differences import (
 )
 from common.reports.results import Predictions, write_predictions
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 CLASSES = ["Emphysema", "Lung nodule"]
 N, R = 60, 50
 LABELS = (np.random.default_rng(0).random((N, 2)) < 0.4).astype(float)
@@ -107,10 +106,9 @@ def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
     for seed, (encoder, signal) in enumerate((("weak", 0.2), ("strong", 0.8))):
         paths.append(tmp_path / f"{encoder}.csv")
         write_predictions(paths[-1], predictions(encoder, signal, seed))
-    command = [sys.executable, "-m", "common.reports", "differences", str(paths[0]), *map(str, paths)]
-    command += ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
-    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "AUPRC" in answer.stdout
+    options = ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
+    answer = CliRunner().invoke(app, ["differences", str(paths[0]), *map(str, paths), *options])
+    assert "AUPRC" in answer.output
     with (tmp_path / "out" / "paired.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12

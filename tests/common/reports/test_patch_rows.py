@@ -20,7 +20,7 @@ from common.reports.patch_rows import (
     probe_of,
 )
 from common.reports.slice_grid import class_colours
-from common.run.files import write_figure
+from common.run.process import write_figure
 from common.transforms.dense_labels import patch_shares
 
 pytestmark = pytest.mark.usefixtures("any_values")
