@@ -92,7 +92,7 @@ def main() -> None:
     except SystemExit:
         if not signals:
             raise
-        console.print("Stopped. Run the same command again to go on.")
+        console.print("Stopped. Run the same command again to resume.")
         sys.exit(128 + signals[0])
 
 

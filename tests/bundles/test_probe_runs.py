@@ -131,8 +131,8 @@ def test_checkpoint_of_other_data_is_refused(workflow: Callable[..., ConfigWorkf
     with pytest.raises(RuntimeError, match="Failed to evaluate") as failure:
         second.run()
     assert isinstance(failure.value.__cause__, ValueError)
-    assert "'num_volumes': ([30, 10, 20], [28, 12, 20])" in str(failure.value.__cause__)
-    assert "'data': ([" in str(failure.value.__cause__)
+    assert "num_volumes [30, 10, 20], now [28, 12, 20]" in str(failure.value.__cause__)
+    assert "data [" in str(failure.value.__cause__)
 
 
 def test_class_names_of_the_metadata_are_those_of_the_label_set() -> None:

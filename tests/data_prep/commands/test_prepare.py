@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(
     os.killpg(process.pid, signal.SIGCONT)
     printed = process.communicate(timeout=120)[1]
     assert process.returncode == 130, printed
-    assert printed.rstrip().endswith("Stopped. Run the same command again to go on.")
+    assert printed.rstrip().endswith("Stopped. Run the same command again to resume.")
 
     process = start_and_freeze(scans, out)
     workers = psutil.Process(process.pid).children(recursive=True)
