@@ -33,7 +33,7 @@ from common.transforms.batch_views import count_labels, render_views
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan
 from common.transforms.soft_labels import finding_presence
-from data_prep.totalsegmentator import read_label_map
+from data_prep.sources.totalsegmentator import read_label_map
 
 PATCH_SIZE_PX, SIZES_PX = 16, (256, 144)  # DALE-CT-2S
 WINDOW = HU_WINDOWS["ct_rate"]

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything is imported that reads them: tests download nothing, report nothing, open no window and
@@ -16,11 +16,13 @@ import nibabel as nib  # noqa: E402 (see above)
 import numpy as np  # noqa: E402 (see above)
 import pytest  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
+from huggingface_hub import constants as hub_constants  # noqa: E402 (see above)
 from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
 
 from study.commands import start_command  # noqa: E402 (see above)
+from tests.loopback_hub import LoopbackHub  # noqa: E402 (see above)
 
 collect_ignore = ["fuzz.py", "fuzz_dicom.py", "fuzz_kinds.py", "fuzz_wrong.py", "mutants.py"]  # programs
 
@@ -56,7 +58,7 @@ def real_ct_dir() -> Path:
 @pytest.fixture
 def any_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let readers take numbers that are no HU, where a test is not about what they are."""
-    for module in ("common.embeddings.work", "data_prep.source_volume"):
+    for module in ("common.embeddings.work", "data_prep.sources.source_volume"):
         monkeypatch.setattr(f"{module}.check_hu", lambda ct: None)
 
 
@@ -90,6 +92,20 @@ def python_m(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproce
         return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """Replace the Hugging Face hub, in this process, by one on this machine, with an empty cache."""
+    server = LoopbackHub()
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(hub_constants, "ENDPOINT", server.url)
+    template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
+    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ from common.run.config import executed_config
 from common.shards.codec import VolumeSlices
 from common.shards.shards import ShardSet, write_shard
 from data_prep.audit.shard import ShardTask, audit_shard
-from data_prep.ct_rate import METADATA_COLUMNS, read_metadata
-from data_prep.rexgroundingct import read_annotations
+from data_prep.sources.ct_rate import METADATA_COLUMNS, read_metadata
+from data_prep.sources.rexgroundingct import read_annotations
+from data_prep.sources.totalsegmentator import read_label_map
 from data_prep.splits import read_split
-from data_prep.totalsegmentator import read_label_map
 from tests.conftest import series_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]

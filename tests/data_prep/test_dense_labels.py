@@ -9,9 +9,9 @@ from common.ct.files import ct_file
 from common.ct.geometry import RejectedError, StoredGrid
 from common.embeddings.dense_labels import findings_present, read_dense_labels
 from data_prep.dense_labels import dense_labels_of, write_all
-from data_prep.rexgroundingct import Annotation, read_full_findings
-from data_prep.source_volume import SourceVolume
-from data_prep.totalsegmentator import read_full_label_map
+from data_prep.sources.rexgroundingct import Annotation, read_full_findings
+from data_prep.sources.source_volume import SourceVolume
+from data_prep.sources.totalsegmentator import read_full_label_map
 
 SHAPE_XYZ = (61, 53, 5)
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])

@@ -27,7 +27,7 @@ from data_prep.audit.volume import VolumeDecoder
 from data_prep.phantom.anatomy import IS_LUNG
 from data_prep.phantom.population import CT_RATE_LABELS, roster
 from data_prep.phantom.scan import Volume, render
-from data_prep.source_volume import SourceVolume, read_ct, read_volume
+from data_prep.sources.source_volume import SourceVolume, read_ct, read_volume
 
 MATRIX, SLICE_MM = 128, (4.0, 5.0)
 SCAN = roster(1, seed=8)[0]
