@@ -189,7 +189,7 @@ def test_the_method_imports_neither_its_data_preparation_nor_its_bundles() -> No
 
 def test_nothing_imports_across_by_changing_the_search_path() -> None:
     changing = {relative(file) for file in source_files() if "sys.path" in file.read_text(encoding="utf-8")}
-    assert changing == {"study/forked_python.py"}  # which does for a command what the interpreter does
+    assert changing == {"study/commands.py"}  # which does for a command what the interpreter does
 
 
 def test_bundles_hold_no_python() -> None:

@@ -13,7 +13,7 @@ import torch
 from common.cohort.class_map import map_classes
 from common.cohort.cohort import load_labels
 from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
-from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store import check_identity
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -71,12 +71,13 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
     """
     probe, card = load_probe(probe_dir)
-    for key in (*IDENTITY_KEYS, "dim"):
-        if card[key] != bags.identity[key]:
-            raise ValueError(
-                f"{key} must be the probe's, {card[key]!r}, got {bags.identity[key]!r} of the embeddings for "
-                f"'{probe_dir}'. Embed the volumes as those that the probe was trained on."
-            )
+    check_identity(
+        bags.identity,
+        card,
+        of="the embeddings",
+        source=f"the probe in '{probe_dir}' needs",
+        remedy="Embed the volumes as those that the probe was trained on.",
+    )
     probe = probe.to(device).eval()
     parts = []
     with torch.no_grad():
@@ -140,7 +141,7 @@ def evaluate_probes(
         embeddings: name to folder of embeddings of the same volumes, the first the right way. A folder of
             either that is None is passed over.
         labels_csv: label table of the test set; may hold further volumes.
-        label_set: classes of the test set, a list of ``common/labels``.
+        label_set: classes of the test set, a list of ``common.labels``.
         prefix: how names of test volumes start; "" for all.
         dataset: name of the data in the results.
         results_csv: CSV of all evaluations.
