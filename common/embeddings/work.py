@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import ignite.distributed as idist
 import numpy as np
 
-from common.cohort.tables import listed_names
+from common.cohort.cohort import listed_names
 from common.ct.checks import find_doubts
 from common.ct.files import CTFile, Places, find_cts, find_named, read_ct
 from common.ct.geometry import STORED_HU_RANGE, check_size

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.cohort.cohort import load_labels
 from common.ct.geometry import (
     Grid,
     HUValues,
@@ -19,7 +20,6 @@ from common.ct.geometry import (
     store_hu,
 )
 from common.ct.rejection import RejectedError
-from common.labels import load_labels
 
 SHAPE_XYZ = (7, 5, 3)
 SPACING_MM = (0.7, 0.8, 1.5)
