@@ -9,7 +9,7 @@ import zlib
 import blosc2
 import numpy as np
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 
 MASK_SIZE_PX = 128
 NUM_TS_CLASSES = len(load_labels("totalsegmentator"))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from isal import isal_zlib
 
-from common.ct.geometry import RejectedVolume
-from common.ct.names import VOLUME_NAME
+from common.ct.files import VOLUME_NAME
+from common.ct.rejection import RejectedVolume
 from common.run.process import atomic_file
 from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES, encode_ct, encode_mask
 from common.shards.index import (

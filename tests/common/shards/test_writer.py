@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards.codec import NUM_TS_CLASSES, decode_ct, decode_mask
 from common.shards.index import FIELDS, ShardIndex, index_path, load_index
 from common.shards.shards import ShardName, ShardSet

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards.index import index_path
 from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import Tally

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common.ct.files import ct_file
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.shards.index import index_path, load_index
 from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards import parts as module

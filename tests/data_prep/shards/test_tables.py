@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards.index import index_path
 from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
