@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.cohort.cohort import pos_weights
-from common.losses.auxiliary import AuxiliaryBCELoss
+from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import (
     AuxiliaryHead,
