@@ -43,14 +43,6 @@ class AuxiliaryBCELoss(nn.Module):
     Raises:
         ValueError: if terms, weights or targets make no sense; in a call, if shapes do not agree.
         KeyError: in a call, if a group or term is missing.
-
-    Example:
-        >>> terms = {"auxiliary_terms": ["ts_cls"], "aux_weight": 0.1, "rex_targets": "presence"}
-        >>> loss = AuxiliaryBCELoss(ts_pos_weight=[1.0, 3.0], rex_pos_weight=None, **terms)
-        >>> views = {"global": {"ts_cls": torch.zeros(5, 2, 2)}, "local": {"ts_cls": torch.zeros(5, 8, 2)}}
-        >>> everywhere = torch.ones(5, dtype=torch.bool)
-        >>> loss(views, views, has_ts=everywhere, has_rex=~everywhere)
-        {'loss': tensor(0.6931), 'ts_cls': tensor(0.6931)}
     """
 
     def __init__(
