@@ -1,6 +1,7 @@
 """DINOv2's schedules: learning rate, weight decay, the teacher's momentum and its temperature."""
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 from torch.optim import Optimizer
@@ -26,6 +27,7 @@ def cosine(step: int, start: float, end: float, max_steps: int) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass
 class DINOSchedule:
     """Set an optimizer to a step of the run; all schedules are functions of the step and keep no state.
 
@@ -53,45 +55,29 @@ class DINOSchedule:
         ValueError: if a number of steps is negative or longer than the run, or a pair is not one.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        max_steps: int,
-        warmup_steps: int,
-        lr: float,
-        final_lr: float,
-        weight_decay: tuple[float, float],
-        teacher_momentum: tuple[float, float],
-        teacher_temp: tuple[float, float],
-        teacher_temp_warmup_steps: int,
-        freeze_last_layer_steps: int,
-    ) -> None:
-        steps = {
-            "warmup_steps": warmup_steps,
-            "teacher_temp_warmup_steps": teacher_temp_warmup_steps,
-            "freeze_last_layer_steps": freeze_last_layer_steps,
-        }
-        for name, number in steps.items():
-            if not 0 <= number <= max_steps:
-                raise ValueError(f"{name} must be between 0 and max_steps = {max_steps}, got {number}.")
-        pairs = {"weight_decay": weight_decay, "teacher_momentum": teacher_momentum}
-        pairs |= {"teacher_temp": teacher_temp}
-        for name, pair in pairs.items():
-            if len(pair) != 2:
-                raise ValueError(f"{name} must be a first and a last value, got {pair}.")
-        if not min(teacher_temp) > 0:
-            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}.")
-        self.optimizer = optimizer
-        self.max_steps = max_steps
-        self.warmup_steps = warmup_steps
-        self.lr = lr
-        self.final_lr = final_lr
-        self.weight_decay = weight_decay
-        self.teacher_momentum = teacher_momentum
-        self.teacher_temp = teacher_temp
-        self.teacher_temp_warmup_steps = teacher_temp_warmup_steps
-        self.freeze_last_layer_steps = freeze_last_layer_steps
+    optimizer: Optimizer
+    _: KW_ONLY
+    max_steps: int
+    warmup_steps: int
+    lr: float
+    final_lr: float
+    weight_decay: tuple[float, float]
+    teacher_momentum: tuple[float, float]
+    teacher_temp: tuple[float, float]
+    teacher_temp_warmup_steps: int
+    freeze_last_layer_steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps"):
+            if not 0 <= getattr(self, name) <= self.max_steps:
+                raise ValueError(
+                    f"{name} must be between 0 and max_steps = {self.max_steps}, got {getattr(self, name)}."
+                )
+        for name in ("weight_decay", "teacher_momentum", "teacher_temp"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name} must be a first and a last value, got {getattr(self, name)}.")
+        if not min(self.teacher_temp) > 0:
+            raise ValueError(f"teacher_temp must be positive, got {self.teacher_temp}.")
 
     def set_step(self, step: int) -> TeacherStep:
         """Give every group its learning rate and weight decay; return what the teacher needs in this step."""
