@@ -139,20 +139,21 @@ def test_class_names_of_the_metadata_are_those_of_the_label_set() -> None:
     assert list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()) == CLASSES
 
 
-def test_command_line_runs_from_any_folder_with_a_file_of_overrides(
-    python_m: Callable, cohort: Path, tmp_path: Path
+def test_command_line_runs_from_any_folder_with_a_file_of_overrides_and_resumes_after_ctrl_c(
+    stop_and_resume: Callable, cohort: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "small.json").write_text(
-        json.dumps(SCHEDULE | {"poolers": ["max"], "learning_rates": [0.1], "num_seeds": 2})
-    )
+    small = {"poolers": ["max"], "learning_rates": [0.1], "num_seeds": 2, "max_steps": 3000}
+    (tmp_path / "small.json").write_text(json.dumps(SCHEDULE | small))
     words = [
         *("monai.bundle", "run"),
         *("--config_file", f"['{BUNDLE}/configs/train.json','{tmp_path}/small.json']"),
         *("--bundle_root", str(BUNDLE), "--dataset_dir", str(cohort / "ct_rate")),
         *("--encoder_bundle", str(cohort / "dale_ct_2s"), "--output_dir", str(tmp_path / "out")),
     ]
-    answer = python_m(words, tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    checkpoints = tmp_path / "out" / "checkpoints"
+    resumed = stop_and_resume(words, lambda said: list(checkpoints.glob("step_*.pt")), tmp_path / "out")
+    assert "Resumed at step" in resumed
+    assert "Done: results in" in resumed
     rows = read_rows(tmp_path / "results" / "eval_ct_rate.csv")
     assert len(rows) == 12
     assert {row.seeds for row in rows} == {"42", "", "42 43"}
