@@ -5,13 +5,11 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -223,19 +221,8 @@ def test_a_bad_setting_ends_at_once_with_one_clear_line(runs, unbroken, tmp_path
     assert message in said.strip().splitlines()[-1]
 
 
-def test_the_bundle_has_what_monais_training_contract_asks_for(noise_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the bundle sets it, and monkeypatch puts it back
-    workflow = ConfigWorkflow(
-        str(BUNDLE / "configs" / "train.json"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(BUNDLE),
-        dataset_dir=str(noise_shards),
-        output_dir=str(tmp_path),
-        **TINY,
-    )
-    workflow.initialize()
-    assert workflow.check_properties() == []
+def test_the_bundle_has_what_monais_training_contract_asks_for(workflow, noise_shards):
+    assert workflow("dale_ct_2s", "train", dataset_dir=noise_shards, **TINY).check_properties() == []
 
 
 @pytest.mark.real_ct
