@@ -39,7 +39,7 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     assert not patients[0] & patients[1]
     run.run()
     macro = run.trainer.state.reports["probe"]["macro"]
-    assert macro["auroc"] > 0.8
+    assert macro["auroc"] > 0.65
     rows = {
         (row.encoder, row.metric): row
         for row in read_rows(tmp_path / "results.csv")

@@ -145,7 +145,7 @@ def test_other_tokens_and_windows_go_by_another_name_into_another_store(
     second = random_ct(tmp_path / "ct" / "b.nii.gz", 1)
     with pytest.raises(Exception, match="handlers") as caught:
         embedding(bundle, second, tmp_path / "other").evaluator  # noqa: B018 (resolves the config)
-    assert "preprocessing must be" in str(first_cause(caught.value))
+    assert "preprocessing of new embeddings must be" in str(first_cause(caught.value))
 
 
 def test_every_protocol_takes_the_bags_as_they_are(embedding, workflow, tmp_path):
