@@ -61,8 +61,7 @@ def real_ct_dir() -> Path:
 @pytest.fixture
 def any_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let readers take numbers that are no HU, where a test is not about what they are."""
-    for module in ("common.embeddings.work", "data_prep.sources.source_volume"):
-        monkeypatch.setattr(f"{module}.check_hu", lambda ct: None)
+    monkeypatch.setattr("common.ct.checks.check_hu", lambda ct: None)
 
 
 @pytest.fixture(scope="session")

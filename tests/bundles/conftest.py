@@ -20,9 +20,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
+from common.cohort.class_map import class_map
+from common.cohort.cohort import load_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.labels import load_labels
-from common.labels.class_map import class_map
 from common.shards.shards import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"

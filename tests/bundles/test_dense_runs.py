@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
 from common.networks.dense_probe import load_dense_probe
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 SCHEDULE = {"max_steps": 40, "val_interval": 20, "checkpoint_every": 20, "log_every": 20}
 Make = Callable[..., ConfigWorkflow]

@@ -9,9 +9,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.networks.mil_probe import load_probe
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "eval_ct_rate"
 CLASSES = [label.name for label in load_labels("ct_rate")]
