@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from monai.data import MetaTensor
 
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.work import CTSlices, CTSource
 from common.transforms.hounsfield import HUWindow, normalize_hu
 from common.transforms.slice_strategies import SliceStrategy, body_box

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import ignite.distributed as idist
 import numpy as np
 
-from common.cohort.tables import listed_names
-from common.ct.checks import Doubt, check_hu, find_doubts
-from common.ct.files import CTFile, find_cts, read_ct
-from common.ct.geometry import STORED_HU_RANGE, RejectedError, RejectedVolume, check_size, is_failure
-from common.ct.names import Places, find_named
+from common.cohort.cohort import listed_names
+from common.ct.checks import find_doubts
+from common.ct.files import CTFile, Places, find_cts, find_named, read_ct
+from common.ct.geometry import STORED_HU_RANGE, check_size
+from common.ct.rejection import Doubt, RejectedError, RejectedVolume, is_failure
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.process import atomic_file, gather_objects, wait_for_ranks
 from common.shards.shards import SHARD_NAME, ShardSet
@@ -143,8 +143,7 @@ def _read_file(file: CTFile) -> CTSlices:
     """Read a volume in HU; every message names its file."""
     try:
         ct = read_ct(file)
-        check_hu(ct)
-        return _squares(ct.hu, ct.spacing_mm, ct.sha256)
+        return CTSlices(_squares(ct.hu), ct.spacing_mm, ct.sha256, ct.doubts, ct.blank)
     except RejectedError as error:
         if str(file.path) in error.detail or f"'{file.path.name}'" in error.detail:
             raise
@@ -157,13 +156,14 @@ def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     hu = np.empty((entry.num_slices, *entry.shape), np.int16)
     for z in range(entry.num_slices):
         hu[z] = slab.read_ct(z)
-    return _squares(hu, entry.spacing_mm, entry.source_sha256)
+    doubts, blank = find_doubts(hu, entry.spacing_mm)
+    return CTSlices(_squares(hu), entry.spacing_mm, entry.source_sha256, doubts, blank)
 
 
-def _squares(hu: np.ndarray, spacing_mm: tuple[float, float, float], sha256: str) -> CTSlices:
+def _squares(hu: np.ndarray) -> np.ndarray:
     side = max(hu.shape[1:])
     check_size((len(hu), side, side))
-    return CTSlices(pad_to_square(hu, STORED_HU_RANGE[0]), spacing_mm, sha256, *find_doubts(hu, spacing_mm))
+    return pad_to_square(hu, STORED_HU_RANGE[0])
 
 
 def store_folders(output_dir: str | Path, names: Sequence[str]) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.embeddings.store import EmbeddingStore
 from common.engines.each_preprocessing import TABLE_VI
-from common.reports.results_csv import NAN, add_rows, result_rows
+from common.reports.results import NAN, add_rows, result_rows
 from common.run.config import read_knobs, short_errors
 from common.transforms.slice_strategies import SliceStrategy
 

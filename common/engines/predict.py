@@ -15,8 +15,7 @@ import torch
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.checks import Doubt
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import Doubt, RejectedError, RejectedVolume
 from common.embeddings.ct_batches import Prepared, read_ahead
 from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
 from common.embeddings.store import EmbeddingStore, check_identity, stored_volumes

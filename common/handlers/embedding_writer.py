@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.ct_batches import Piece, SliceBatches, Task, VolumeBatches
 from common.embeddings.store import DTYPES, EmbeddingStoreWriter
 from common.embeddings.work import report_embedded, report_rejected

@@ -14,8 +14,7 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from torch.nn import functional
 
-from common.ct.checks import Doubt
-from common.ct.geometry import NOT_AXIAL_CT, RejectedError
+from common.ct.rejection import NOT_AXIAL_CT, Doubt, RejectedError
 from common.embeddings.ct_batches import Piece, SliceBatches, Task, VolumeBatches
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.embeddings.work import CTSlices, CTSource, embedding_work, store_folders
