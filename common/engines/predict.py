@@ -291,7 +291,7 @@ def _summary(
         lines.append(f"\nand {len(predictions) - MAX_SHOWN} volumes more")
     doubtful = [f"{volume}: {' '.join(texts)}" for volume, texts in notes.items() if texts]
     refused = [f"{volume}: {reason}: {detail}" for volume, reason, detail in rejected]
-    listed = {"used in spite of doubts": doubtful, f"refused, see '{output / REJECTED}'": refused}
+    listed = {"were used in spite of doubts": doubtful, f"were refused, see '{output / REJECTED}'": refused}
     for what, texts in listed.items():
         if texts:
             lines += [f"\n{len(texts)} volumes {what}:", *(f"  {text}" for text in texts[:MAX_SHOWN])]
