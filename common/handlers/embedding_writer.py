@@ -24,6 +24,7 @@ from common.embeddings.work import report_embedded, report_rejected
 BATCHES_IN_FLIGHT = 2
 """Batches whose outputs may be on their way from a GPU before the oldest is waited for."""
 
+NOT_EMBEDDED = "embedding"  # reason for rejecting a volume whose tokens are not finite
 MAX_WAITING = 4
 """Volumes that may wait for the disk before the encoder waits for them."""
 
@@ -180,7 +181,8 @@ class EmbeddingWriter:
 
     def _take(self, engine: Engine) -> None:
         state: Any = engine.state
-        lost = sum(self.num_stores.get(item.volume, 0) for item in self.batches.rejected)
+        unread = [item.volume for item in self.batches.rejected if item.reason != NOT_EMBEDDED]
+        lost = sum(self.num_stores.get(volume, 0) for volume in unread)
         self.bar.total = sum(self.num_stores.values()) - lost
         self._submit(self.outputs.add(state.batch["pieces"], *state.output[CommonKeys.PRED]))
 
@@ -207,7 +209,7 @@ class EmbeddingWriter:
                 task.volume, tokens, task.spacing_mm, z_mm=z_mm, patches=patches, **metadata
             )
         except ValueError as error:
-            self.batches.rejected.append(RejectedError("embedding", str(error)).of(task.volume))
+            self.batches.rejected.append(RejectedError(NOT_EMBEDDED, str(error)).of(task.volume))
         self.bar.update()
         if self.num_slices:
             speed = self.num_slices / (time.monotonic() - self.started)
