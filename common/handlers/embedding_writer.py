@@ -177,7 +177,8 @@ class EmbeddingWriter:
         self.writing: deque[Future[None]] = deque()
         self.started = time.monotonic()
         self.num_stores = {source.volume: len(source.stores) for source in self.batches.work}
-        self.bar = tqdm(unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
+        total = sum(self.num_stores.values())
+        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
 
     def _take(self, engine: Engine) -> None:
         state: Any = engine.state

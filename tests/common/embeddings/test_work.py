@@ -199,7 +199,7 @@ def test_a_subset_without_a_volume_of_the_folder_is_refused(folder: Path, tmp_pa
     subset.write_text("VolumeName\nother\n")
     with pytest.raises(FileNotFoundError, match="subset_csv '.*subset.csv'"):
         ct_sources(folder, subset_csv=subset)
-    with pytest.raises(FileNotFoundError, match="subset_csv must be a text file, got 'none.csv'"):
+    with pytest.raises(FileNotFoundError, match="subset_csv.*'none.csv'"):
         ct_sources(folder, subset_csv="none.csv")
 
 
