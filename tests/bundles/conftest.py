@@ -23,7 +23,7 @@ from monai.bundle import ConfigWorkflow
 from common.cohort.class_map import class_map
 from common.cohort.cohort import load_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.shards.shards import VolumeSlices, write_shard
+from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
