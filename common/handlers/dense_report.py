@@ -8,12 +8,12 @@ import numpy as np
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 
+from common.cohort.cohort import write_table
 from common.engines.dense_probe import DenseProbeTrainer
 from common.engines.dense_scores import DenseResults
 from common.networks.dense_probe import save_dense_probe
-from common.reports.probe_pictures import write_table
-from common.reports.results_csv import add_rows, result_rows
-from common.run.files import atomic_file
+from common.reports.results import add_rows, result_rows
+from common.run.process import atomic_file
 
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}
 
@@ -60,7 +60,7 @@ class DenseReport:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _write(self, engine: DenseProbeTrainer) -> None:
-        if getattr(engine.state, "stopped_early", False):
+        if getattr(engine.state, "exit_status", 0):
             return
         cohort, rows = engine.test_cohort, []
         encoder = cohort.identity["encoder"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 
 class DenseProbes(nn.Module):

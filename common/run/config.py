@@ -1,4 +1,4 @@
-"""The config that a ``python -m monai.bundle run`` command executes, read again and checked."""
+"""What a command is asked to do, the code that does it, and the one line it says when that is wrong."""
 
 from __future__ import annotations
 
@@ -7,93 +7,43 @@ import difflib
 import json
 import os
 import re
-import signal
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from common.run.process import Stopped, on_stop, raise_stopped
 
-class Stopped(KeyboardInterrupt):
-    """The user (Ctrl-C) or the cluster (SIGTERM) has asked this process to end.
-
-    Args:
-        number: number of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"Stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}.")
-        self.exit_status = 128 + number
-
-
-def raise_stopped(number: int) -> None:
-    """Leave whatever the main thread is doing; a second signal does not wait for it to tidy up.
-
-    Args:
-        number: number of the signal.
-
-    Raises:
-        Stopped: always.
-    """
-    on_stop(lambda again: os._exit(128 + again))
-    raise Stopped(number)
-
-
-def on_stop(act: Callable[[int], None]) -> None:
-    """Call a function with the number of the signal when this process gets Ctrl-C or SIGTERM.
-
-    Processes forked from this one, such as the workers of a DataLoader, ignore Ctrl-C, which a terminal sends
-    to all of them: they end with this one. Outside the main thread, where Python allows no handlers, the
-    signals keep their meaning.
-
-    Args:
-        act: called in the main thread, between two of its instructions.
-    """
-    owner = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            act(number)
-        elif number == signal.SIGTERM:
-            os._exit(128 + number)
-
-    with suppress(ValueError):
-        signal.signal(signal.SIGINT, handle)
-        signal.signal(signal.SIGTERM, handle)
-
-
-def exit_if_stopped(engine: Any) -> None:  # noqa: ANN401 (Ignite's)
-    """End the process with the signal's status, 130 or 143, if the run was stopped before its last step.
-
-    Args:
-        engine: engine that has run; a :class:`common.handlers.checkpoint.Checkpoint` stops it.
-    """
-    status = getattr(engine.state, "exit_status", 0)
-    if status:
-        sys.exit(status)
-
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and MONAI take 10 s to import, and a misspelt option is reported before that
+    from mlflow.tracking import MlflowClient
     from monai.bundle import ConfigParser
 
 MONAI_ARGUMENTS = (
     *("config_file", "meta_file", "logging_file", "args_file", "tracking", "workflow_type"),
     *("run_id", "init_id", "final_id"),
 )
+SECTIONS = ("imports", "initialize", "run", "finalize")
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str, list, dict), "text"),
+    list: ((list, tuple), "a list"),
+}
+"""Kind of a bundle's value to the kinds that may replace it, and how to say so."""
 
-_FLAG = re.compile(r"--|-(?=[a-zA-Z])")  # Fire's; a negative number is none
+_FLAG = re.compile(r"--|-(?=[a-zA-Z])")  # as Fire has it; a negative number is no flag
 
 
 def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the merged config that this process runs, after refusing knobs that the bundle does not have.
 
-    MONAI takes any ``--name value`` and any key of a further config file: a misspelt knob changes nothing and
-    says nothing. When the process was not started through MONAI's command line, the bundle's own file is
-    returned.
+    MONAI takes any ``--name value`` and any key of a further config file: a misspelt knob would change
+    nothing, silently. Outside MONAI's command line the bundle's file is returned as it is.
 
     Args:
         bundle_root: folder of the bundle.
@@ -104,38 +54,38 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
         Unresolved content: references and expressions stand as written.
 
     Raises:
-        FileNotFoundError: if a further config file or ``args_file`` is not there.
+        FileNotFoundError: if a further config file or ``args_file`` does not exist.
         ValueError: if an override or a further config file names something the bundle's config does not
             define or gives it another kind of value, or an override is a bare None, which MONAI ignores.
     """
-    own = json.loads((Path(bundle_root) / "configs" / name).read_text())
-    argv = sys.argv if argv is None else argv
-    overrides, files = _overrides(argv), config_files(argv)
+    known: dict[str, Any] = json.loads((Path(bundle_root) / "configs" / name).read_text())
+    knobs = read_knobs(sys.argv if argv is None else argv)
+    files = knobs.get("config_file")
     if not files:
-        return own
-    overrides = {key: value for key, value in overrides.items() if key not in MONAI_ARGUMENTS}
+        return known
+    overrides = {key: value for key, value in knobs.items() if key not in MONAI_ARGUMENTS}
     for key, value in overrides.items():
         if value is None or value == "null":
             raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
-    return merged_config(own, files, overrides).get()
+    return dict(merged_config(known, [files] if isinstance(files, str) else files, overrides).get())
 
 
-def merged_config(own: dict[str, Any], files: Sequence[str], overrides: dict[str, Any]) -> ConfigParser:
+def merged_config(known: dict[str, Any], files: Sequence[str], overrides: dict[str, Any]) -> ConfigParser:
     """Merge config files and overrides as MONAI does, after refusing knobs that the bundle does not have.
 
     Args:
-        own: content of the bundle's own file, whose knobs count.
-        files: that file, or another in its place, and further ones.
+        known: content of the bundle's config file, which defines its knobs.
+        files: that file and further ones.
         overrides: knobs of the command line.
 
     Raises:
-        FileNotFoundError: if a further file is not there.
+        FileNotFoundError: if a further file does not exist.
         ValueError: if one of them names something unknown, or gives it another kind of value.
     """
     for further in files[1:]:
-        _refuse_unknown(_read_object("config_file", further), own, f"'{further}'")
-    _refuse_unknown(overrides, own, "the command line")
-    from monai.bundle import ConfigParser  # here: all above is told without its 10 s of imports
+        _refuse_unknown(_read_object("config_file", further), known, f"'{further}'")
+    _refuse_unknown(overrides, known, "the command line")
+    from monai.bundle import ConfigParser  # takes 10 s, and what is wrong has been said by now
 
     parser = ConfigParser()
     parser.read_config(files)
@@ -143,24 +93,38 @@ def merged_config(own: dict[str, Any], files: Sequence[str], overrides: dict[str
     return parser
 
 
-def config_files(argv: Sequence[str]) -> list[str]:
-    """Return the config files that a MONAI command names, none for another command.
+def read_knobs(argv: Sequence[str]) -> dict[str, Any]:
+    """Read ``--name value``, ``--name=value`` and ``-name value`` the way MONAI's command line does.
 
     Args:
-        argv: command line.
+        argv: command line; words that belong to no name are left out.
 
     Raises:
-        FileNotFoundError: if ``args_file`` is not there.
+        FileNotFoundError: if ``args_file`` does not exist.
+        ValueError: if it is not a JSON object.
 
     Example:
-        >>> config_files(["monai.bundle", "run", "--config_file", "configs/train.json"])
-        ['configs/train.json']
+        >>> read_knobs(["--embed_dim", "128", "--amp_dtype=float32", "-compiled"])
+        {'embed_dim': 128, 'amp_dtype': 'float32', 'compiled': True}
     """
-    files = _overrides(argv).get("config_file", [])
-    return [files] if isinstance(files, str) else list(files)
+    pairs: dict[str, Any] = {}
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        if not (flag := _FLAG.match(word)):
+            continue
+        name, equals, value = word[flag.end() :].partition("=")
+        if not equals:
+            value = "True" if _FLAG.match(following) else following
+        try:
+            pairs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pairs[name] = value
+    if "args_file" in pairs:
+        pairs = _read_object("args_file", str(pairs["args_file"])) | pairs
+    return pairs
 
 
 def _read_object(name: str, path: str) -> dict[str, Any]:
+    """Read a JSON object from the file of an option."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} must be a JSON file, got '{path}', which does not exist.")
     try:
@@ -172,58 +136,26 @@ def _read_object(name: str, path: str) -> dict[str, Any]:
     return content
 
 
-def _overrides(argv: Sequence[str]) -> dict[str, Any]:
-    """Read ``--name value``, ``--name=value`` and ``-name value`` the way MONAI's command line does."""
-    pairs: dict[str, Any] = {}
-    words = list(argv)
-    for index, word in enumerate(words):
-        if not (flag := _FLAG.match(word)):
-            continue
-        name, equals, value = word[flag.end() :].partition("=")
-        if not equals:
-            following = words[index + 1 : index + 2]
-            value = following[0] if following and not _FLAG.match(following[0]) else "True"
-        try:
-            pairs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pairs[name] = value
-    if "args_file" in pairs:
-        pairs = _read_object("args_file", str(pairs["args_file"])) | pairs
-    return pairs
-
-
-def _refuse_unknown(overrides: dict[str, Any], own: dict[str, Any], where: str) -> None:
-    for name in overrides:
-        node: Any = own
+def _refuse_unknown(overrides: dict[str, Any], known: dict[str, Any], where: str) -> None:
+    """Refuse knobs that the bundle does not define, and values of another kind than its own."""
+    for name, value in overrides.items():
+        node: Any = known
         for part in name.lstrip("+").replace("#", "::").split("::"):
-            places = range(len(node)) if isinstance(node, list) else ()
-            known = list(node) if isinstance(node, dict) else [str(place) for place in places]
-            if part not in known:
-                near = difflib.get_close_matches(part, known, n=1)
-                hint = (
-                    f" Did you mean '{near[0]}'?"
-                    if near
-                    else f" Known: {', '.join(k for k in known if k[0] != '_') or 'nothing within it'}."
-                )
-                raise ValueError(f"knob must be one the bundle defines, got '{name}' in {where}.{hint}")
-            node = node[part] if isinstance(node, dict) else node[int(part)]
-        _refuse_other_kind(name, overrides[name], node, where)
-
-
-def _refuse_other_kind(name: str, value: Any, own: Any, where: str) -> None:  # noqa: ANN401 (any of JSON's)
-    """Refuse 'abc' for a number before it fails deep inside; null, references and components may change."""
-    if None in (own, value) or any(isinstance(one, str) and one[:1] in ("$", "@") for one in (value, own)):
-        return
-    kinds: dict[type, tuple[tuple[type, ...], str]] = {
-        bool: ((bool,), "True or False"),
-        int: ((int,), "a whole number"),
-        float: ((int, float), "a number"),
-        str: ((str, list, dict), "text"),
-        list: ((list, tuple), "a list"),
-    }
-    allowed, kind = kinds.get(type(own), ((object,), ""))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(own, bool)):
-        raise ValueError(f"{name} must be {kind} such as {own!r}, got {value!r} in {where}.")
+            if isinstance(node, list):
+                node = {str(place): item for place, item in enumerate(node)}
+            names = list(node) if isinstance(node, dict) else []
+            if part not in names:
+                near = difflib.get_close_matches(part, names, n=1)
+                listed = ", ".join(name for name in names if name[0] != "_") or "nothing within it"
+                hint = f"Did you mean '{near[0]}'?" if near else f"Known: {listed}."
+                raise ValueError(f"Unknown option '{name}' in {where}. {hint}")
+            node = node[part]
+        # null, references and components may become anything
+        if None in (node, value) or any(isinstance(v, str) and v[:1] in ("$", "@") for v in (value, node)):
+            continue
+        allowed, kind = KINDS.get(type(node), ((object,), ""))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(node, bool)):
+            raise ValueError(f"{name} must be {kind} such as {node!r}, got {value!r} in {where}.")
 
 
 def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
@@ -236,11 +168,10 @@ def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
         >>> plain_knobs({"_desc_": "x", "slab_mm": 12.0, "loss": {"_target_": "Loss"}, "run": []})
         {'slab_mm': 12.0}
     """
-    sections = ("imports", "initialize", "run", "finalize")
     return {
         name: value
         for name, value in config.items()
-        if not name.startswith("_") and name not in sections and not isinstance(value, dict)
+        if not name.startswith("_") and name not in SECTIONS and not isinstance(value, dict)
     }
 
 
@@ -250,13 +181,41 @@ def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, An
     Args:
         config: executed config.
         free: knobs that may differ when a run is resumed: paths, logging, workers.
-
-    Example:
-        >>> knobs_that_bind({"seed": 1, "output_dir": "a", "net": {}}, free=["output_dir"])
-        {'seed': 1}
     """
     free = (*free, "bundle_root", "code_root", "code_path")
     return {name: value for name, value in plain_knobs(config).items() if name not in free}
+
+
+def code_version() -> str:
+    """Return the git commit of this code, with ``-dirty`` if files differ; "unknown" outside a checkout."""
+    here = Path(__file__).resolve()
+    # git may know the folder around an unzipped bundle, but not this file
+    known = ["git", "ls-files", "--error-unmatch", here.name]
+    version = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        subprocess.run(known, cwd=here.parent, capture_output=True, check=True)
+        return subprocess.check_output(version, cwd=here.parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no commit
+        return "unknown"
+
+
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
+    """Find an MLflow experiment by its name, or make it.
+
+    Args:
+        client: client of the store.
+        tracking_uri: the store.
+        name: name of the experiment.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
+    # MLflow would put the files of a database store under the working directory of the first run
+    location = None
+    if tracking_uri.startswith("sqlite:///"):
+        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+        location = (database.parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
@@ -290,15 +249,12 @@ def first_cause(error: BaseException) -> BaseException | None:
     Example:
         >>> try:
         ...     try:
-        ...         try:
-        ...             raise EOFError("No data left in file")
-        ...         except EOFError as inner:
-        ...             raise ValueError("'a.npz' must be a readable index.") from inner
+        ...         raise ValueError("Cannot read 'a.npz'.")
         ...     except ValueError as ours:
         ...         raise RuntimeError("Failed to instantiate") from ours
         ... except RuntimeError as outer:
         ...     first_cause(outer)
-        ValueError("'a.npz' must be a readable index.")
+        ValueError("Cannot read 'a.npz'.")
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, USER_ERRORS):
@@ -307,11 +263,12 @@ def first_cause(error: BaseException) -> BaseException | None:
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Take the place of ``sys.excepthook``."""
     everything = bool(os.environ.get("DALE_CT_TRACEBACK"))
     if everything:
         traceback.print_exception(error)
     if isinstance(error, Stopped):
-        sys.stderr.write(f"\n{error} Run the same command again to go on.\n")
+        sys.stderr.write(f"\n{error} Run the same command again to resume.\n")
         sys.exit(error.exit_status)
     if everything:
         return
@@ -323,3 +280,22 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
         return
     message = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
     sys.stderr.write(f"{type(cause).__name__}: {message} (DALE_CT_TRACEBACK=1 shows where.)\n")
+
+
+def must_exist(**paths: str | Path | None) -> None:
+    """Refuse inputs of a bundle that do not exist.
+
+    Args:
+        paths: option to its file or folder; None for one that is not used.
+
+    Raises:
+        FileNotFoundError: if one does not exist.
+
+    Example:
+        >>> must_exist(dataset_dir=".", skip_list=None)
+    """
+    for option, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(
+                f"Cannot find {option}: '{path}' does not exist. Pass another --{option}."
+            )

@@ -11,7 +11,6 @@ import torch
 from ignite.engine import Engine
 from PIL import Image
 
-from common.cohort.tables import Predictions, read_predictions
 from common.embeddings.bags import EmbeddingBags
 from common.engines.probe_grid import BestProbe, prevalence_report
 from common.handlers.probe_report import ProbeReport, ResultsTable, read_slices, volumes_to_show
@@ -19,7 +18,7 @@ from common.metrics.bootstrap import bootstrap, interval_report, resample_weight
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
 from common.networks.poolers import pad_bags
-from common.reports.results_csv import read_rows
+from common.reports.results import Predictions, read_predictions, read_rows
 
 pytestmark = pytest.mark.usefixtures("any_values")
 
@@ -173,7 +172,7 @@ def test_pictures_are_drawn(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_run_that_was_asked_to_stop_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
-    engine.state.stopped_early = True
+    engine.state.exit_status = 143
     ProbeReport(tmp_path / "out", seed=42).attach(engine)
     engine.run([0], max_epochs=1)
     assert not (tmp_path / "out").exists()
@@ -258,7 +257,7 @@ def test_second_encoder_joins_and_a_second_run_replaces(tmp_path: Path) -> None:
 
 def test_run_that_was_asked_to_stop_adds_nothing(tmp_path: Path) -> None:
     engine = evaluation()
-    engine.state.stopped_early = True
+    engine.state.exit_status = 143
     run(engine, tmp_path / "r.csv")
     assert not (tmp_path / "r.csv").exists()
 

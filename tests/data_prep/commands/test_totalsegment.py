@@ -96,7 +96,7 @@ def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(
     assert [entry.volume for entry in shards.volumes] == ["a", "b"]
     for seed in (0, 1):
         expected = nearest((scan(seed).astype(int) % 118).transpose(2, 1, 0))
-        np.testing.assert_array_equal(shards.read_ts(seed, 0, 5), expected)
+        np.testing.assert_array_equal(shards.read_slab(seed, 0, 5).read_ts(), expected)
 
 
 @pytest.mark.real_ct
@@ -127,7 +127,7 @@ def test_real_label_maps_reach_the_shards(
     assert written.exit_code == 0, written.output
     shards = ShardSet(tmp_path / "out", "train")
     expected = nearest(radiological(real))
-    np.testing.assert_array_equal(shards.read_ts(0, 0, len(expected)), expected)
+    np.testing.assert_array_equal(shards.read_slab(0, 0, len(expected)).read_ts(), expected)
     assert len(np.unique(expected)) > 35
 
 
@@ -149,10 +149,8 @@ def test_volumes_without_a_label_map_are_listed_and_a_failure(
     table = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
     assert table.startswith('volume,reason,detail\nraw,v1 or v2,"')
     assert "blank header" in table
-    said = (
-        "rejected volumes must be at most 1.00%, got 50.00% (1 volumes). Mend them, or raise" in answer.stderr
-    )
-    assert said == (status == 1)
+    said = re.search(r"50\.00% .*\(1\).*1\.00%.*--max-rejected", answer.stderr)
+    assert (said is not None) == (status == 1)
 
 
 def test_processes_share_a_folder(
@@ -181,7 +179,7 @@ def test_mistakes_end_in_one_line(
     save_nifti(tmp_path / "in" / "a.nii.gz", scan(0), AFFINE)
     outside = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     for arguments, message in (
-        ([str(tmp_path / "in"), "--out", str(tmp_path / "in" / "masks")], "out must lie outside of '"),
+        ([str(tmp_path / "in"), "--out", str(tmp_path / "in" / "masks")], "out must lie outside '"),
         ([str(tmp_path / "weights"), *outside], "got none in"),
         (
             [str(tmp_path / "in"), *outside, "--part", "3/2"],
