@@ -14,8 +14,14 @@ from torch.utils.data import Dataset, Sampler
 
 from common.cohort.tables import read_labels
 from common.ct.names import volume_name
-from common.embeddings.part import DTYPES, IDENTITY_KEYS, SUFFIX, check_finite, crc32
-from common.embeddings.store import EmbeddingStore
+from common.embeddings.store import (
+    DTYPES,
+    IDENTITY_KEYS,
+    SUFFIX,
+    EmbeddingStore,
+    check_finite,
+    crc32,
+)
 
 # N volumes, T tokens of a volume, D embedding
 

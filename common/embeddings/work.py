@@ -26,7 +26,7 @@ from common.ct.names import Places, find_named
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.process import atomic_file, gather_objects, wait_for_ranks
 from common.shards.shards import SHARD_NAME, ShardSet
-from common.transforms.slice_strategies import SliceStrategy
+from common.transforms.slice_strategies import SliceStrategy, pad_to_square
 
 # Z slices, H rows, W columns
 
@@ -171,7 +171,9 @@ def _in_hu(ct: StoredCT) -> CTSlices:
     check_hu(ct)
     padded = len(ct.hu), *2 * [max(ct.hu.shape[1:])]
     check_size(padded)
-    return CTSlices(squared(ct.hu), ct.spacing_mm, ct.sha256, *find_doubts(ct.hu, ct.spacing_mm))
+    return CTSlices(
+        pad_to_square(ct.hu, STORED_HU_RANGE[0]), ct.spacing_mm, ct.sha256, *find_doubts(ct.hu, ct.spacing_mm)
+    )
 
 
 def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
@@ -181,26 +183,9 @@ def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     for z in range(entry.num_slices):
         hu[z] = slab.read_ct(z)
     doubts, blank = find_doubts(hu, entry.spacing_mm)
-    return CTSlices(squared(hu), entry.spacing_mm, entry.source_sha256, doubts, blank)
-
-
-def squared(hu: np.ndarray) -> np.ndarray:
-    """Pad slices to squares with air on both sides, in one contiguous block of memory.
-
-    Args:
-        hu: ``(Z, H, W)``.
-
-    Example:
-        >>> squared(np.zeros((1, 1, 3), np.int16)).tolist()
-        [[[-1024, -1024, -1024], [0, 0, 0], [-1024, -1024, -1024]]]
-    """
-    height, width = hu.shape[1:]
-    if height == width:
-        return np.ascontiguousarray(hu)
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    margins = ((0, 0), (top, side - height - top), (left, side - width - left))
-    return np.pad(hu, margins, constant_values=STORED_HU_RANGE[0])
+    return CTSlices(
+        pad_to_square(hu, STORED_HU_RANGE[0]), entry.spacing_mm, entry.source_sha256, doubts, blank
+    )
 
 
 class Work(NamedTuple):

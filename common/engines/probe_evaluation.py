@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
-from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store import check_identity
 from common.labels import load_labels
 from common.labels.class_map import map_classes
 from common.metrics.bootstrap import (
@@ -71,12 +71,13 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
     """
     probe, card = load_probe(probe_dir)
-    for key in (*IDENTITY_KEYS, "dim"):
-        if card[key] != bags.identity[key]:
-            raise ValueError(
-                f"{key} must be the probe's, {card[key]!r}, got {bags.identity[key]!r} of the embeddings for "
-                f"'{probe_dir}'. Embed the volumes as those that the probe was trained on."
-            )
+    check_identity(
+        bags.identity,
+        card,
+        of="the embeddings",
+        source=f"the probe in '{probe_dir}' needs",
+        remedy="Embed the volumes as those that the probe was trained on.",
+    )
     probe = probe.to(device).eval()
     parts = []
     with torch.no_grad():

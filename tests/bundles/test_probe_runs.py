@@ -11,8 +11,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.store import IDENTITY_KEYS, EmbeddingStoreWriter
 from common.labels import load_labels
 from common.networks.mil_probe import load_probe
 from common.reports.results_csv import read_rows
