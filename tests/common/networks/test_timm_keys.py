@@ -113,21 +113,21 @@ def test_every_name_and_shape_of_the_release_has_its_place_in_the_bundles_networ
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder.layer.3.mlp.fc3.weight": (D,)}, r"extra \['encoder.layer.3.mlp.fc3.weight'\]"),
-        ({"pooler.dense.weight": (D, D)}, r"extra \['pooler.dense.weight'\]"),
-        ({"encoder.layer.23.norm2.bias": None}, r"missing \['blocks.23.norm2.bias'\]"),
+        ({"encoder.layer.3.mlp.fc3.weight": (D,)}, r"Unexpected.*encoder.layer.3.mlp.fc3.weight"),
+        ({"pooler.dense.weight": (D, D)}, r"Unexpected.*pooler.dense.weight"),
+        ({"encoder.layer.23.norm2.bias": None}, r"Missing.*blocks.23.norm2.bias"),
         (
             {"encoder.layer.0.attention.attention.key.bias": None},
-            r"missing \['blocks.0.attn.qkv.bias'\], extra",
+            r"Missing.*blocks.0.attn.qkv.bias.*Unexpected.*attn.q.bias",
         ),
-        ({"embeddings.register_tokens": None}, r"missing \['reg_token'\]"),
+        ({"embeddings.register_tokens": None}, r"Missing.*reg_token"),
         (
             {"embeddings.position_embeddings": (1, 1 + 32 * 32, D)},
-            r"pos_embed must have shape \(1, 1369, 1024\)",
+            r"pos_embed.*1, 1369, 1024",
         ),
         (
             {"embeddings.patch_embeddings.projection.weight": (D, 3, 14, 14)},
-            r"patch_embed.proj.weight .*1, 14, 14",
+            r"patch_embed.proj.weight.*1, 14, 14",
         ),
     ],
 )
