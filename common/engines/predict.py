@@ -14,8 +14,7 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.checks import Doubt
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import Doubt, RejectedError, RejectedVolume
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.store import EmbeddingStore, check_identity
 from common.embeddings.work import REJECTED, CTSource, report_rejected

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.cohort.class_map import map_classes
+from common.cohort.cohort import load_labels
 from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
 from common.embeddings.store import check_identity
-from common.labels import load_labels
-from common.labels.class_map import map_classes
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -26,7 +26,7 @@ from common.metrics.bootstrap import (
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 from common.networks.poolers import pad_bags
-from common.reports.results_csv import add_rows, log_rows, result_rows
+from common.reports.results import add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.ct_batches import Piece, SliceBatches, VolumeTask
 from common.embeddings.store import DTYPES, EmbeddingStoreWriter, check_finite
 from common.embeddings.work import log_embedded, report_doubts, report_rejected

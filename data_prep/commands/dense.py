@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.ct.geometry import is_failure
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
+from common.ct.rejection import is_failure
 from common.run.process import atomic_file
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, left_out, progress_bars
@@ -72,7 +72,7 @@ def dense_overlay(
     from common.ct.files import ct_file, read_grid
     from common.reports.ct_tokens import read_images, spread_slices
     from common.reports.patch_rows import draw_labels
-    from common.reports.slice_grid import write_figure
+    from common.run.process import write_figure
     from common.transforms.dense_labels import patch_shares
     from common.transforms.slice_strategies import pad_to_square
     from data_prep.sources.totalsegmentator import read_full_label_map

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.run.process import flush_folder
 from common.shards.codec import VolumeSlices
 from common.shards.index import ShardIndex, index_path, load_index

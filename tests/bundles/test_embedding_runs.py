@@ -251,7 +251,7 @@ def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(run, tmp_path, write
     zip_with(tmp_path / "bomb.zip", "scan.nii", bytes(2**24))
     result = run(tmp_path / "bomb.zip", tmp_path / "none")
     assert result.returncode != 0
-    assert "files must be packed at most 200 times, got 16,777,216" in result.stderr.strip().splitlines()[-1]
+    assert "packed more than 200 times" in result.stderr.strip().splitlines()[-1]
 
 
 def test_a_missing_weights_file_says_what_to_do(run, embedded, tmp_path):

@@ -11,10 +11,10 @@ import typer
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 from typer.testing import CliRunner
 
+from common.cohort.cohort import load_labels
 from common.embeddings.store import EmbeddingStore
 from common.engines import neighbour_probe
-from common.labels import load_labels
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 from common.run.config import first_cause
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pydicom import Dataset
 
-from common.ct.geometry import EXCLUDED, RejectedError
+from common.ct.rejection import EXCLUDED, RejectedError
 from common.embeddings.store import EmbeddingStoreWriter
 from common.embeddings.work import (
     CTSlices,

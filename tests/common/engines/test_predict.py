@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.ct.checks import Doubt
-from common.ct.geometry import RejectedError
+from common.ct.rejection import Doubt, RejectedError
 from common.embeddings.store import EmbeddingStore
 from common.embeddings.work import CTSlices, CTSource
 from common.engines.predict import NOT_CHEST_CT, chest_cts, predict

@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import PrepareBatchExtraInput
 
-from common.ct.geometry import NOT_AXIAL_CT, RejectedError
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError
 from common.embeddings.ct_batches import Piece, SliceBatches, VolumeTask
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.embeddings.work import CTSlices, CTSource, Work, embedding_work, store_folders

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from common.ct.geometry import RejectedError
+from common.ct.rejection import RejectedError
 from common.embeddings.ct_batches import VolumeBatches
 from common.embeddings.store import EmbeddingStore
 from common.handlers.grid_writer import GridWriter

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards.codec import VolumeSlices
 from common.shards.shards import write_shard
 from data_prep.audit.checks import CHECKS, ERROR, LEVELS, Tally

@@ -20,8 +20,9 @@ import pytest
 from distributed import Client
 from typer.testing import Result
 
-from common.ct.geometry import EXCLUDED, RejectedVolume, axial_slices
+from common.ct.geometry import axial_slices
 from common.ct.npz import npz_affine
+from common.ct.rejection import EXCLUDED, RejectedVolume
 from common.shards.index import index_path, load_index
 from common.shards.shards import PARTS, ShardSet
 from data_prep.cluster import dask_client

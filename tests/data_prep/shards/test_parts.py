@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common.ct.files import ct_file
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.shards.codec import VolumeSlices
 from common.shards.index import index_path, load_index
 from common.shards.shards import write_shard
@@ -221,7 +221,7 @@ def test_a_full_disk_is_named_and_nothing_is_damaged(reads: list[str], small_dis
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 sys.path.insert(0, sys.argv[2])
 from test_parts import planned, put_part, slices_of
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from common.ct.geometry import EXCLUDED, RejectedVolume
+from common.ct.rejection import EXCLUDED, RejectedVolume
 from common.shards.index import index_path, load_index
 from common.shards.shards import ShardSet
 from data_prep.cluster import dask_client

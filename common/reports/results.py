@@ -1,4 +1,6 @@
-"""The results of all evaluations in one tidy CSV: what a row is, and how rows are made, added and read."""
+"""What evaluations measure: rows of one tidy CSV, predictions per volume, MLflow runs and a printed table."""
+
+# N volumes, C classes
 
 import csv
 import hashlib
@@ -8,37 +10,45 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import typer
-from mlflow.entities import Metric, Param, RunStatus  # noqa: E402 (see above)
-from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from common.cohort.tables import table_rows
-from common.run.config import code_version, experiment_id, short_errors
+from common.cohort.cohort import table_rows
+from common.run.config import code_version, experiment_id
 from common.run.process import atomic_file, locked
 
 NAN = math.nan
+PREDICTION_COLUMNS = ("encoder", "volume", "class", "probability", "threshold", "label")
+MACRO_COLUMNS = {
+    "macro_auroc": "AUROC",
+    "macro_auprc": "AUPRC",
+    "macro_f1": "F1",
+    "macro_balanced_accuracy": "BA",
+}
+"""Metrics of the printed tables, and the heads of their columns."""
+MAX_METRICS_PER_CALL = 1000  # MLflow's own limit on a batch
 
 
 class ResultRow(NamedTuple):
     """One measured number and where it comes from. Its fields are the columns of the CSV, in order.
 
     Attributes:
-        encoder: whose embeddings were evaluated, or "prevalence", the floor.
+        encoder: encoder whose embeddings were evaluated, or "prevalence", the floor.
         protocol: name of the evaluation.
         dataset: name of the data.
-        metric: what was measured.
+        metric: name of the metric.
         value: the number; nan where it is undefined.
         low: lower end of its 95 % interval; nan without one.
         high: upper end; nan without one.
         n: number of test volumes.
         seeds: seeds of training, separated by blanks.
-        commit: version of the code, of :func:`common.run.config.code_version`.
-        config_hash: stands for the settings, of :func:`config_hash`.
+        commit: version of the code, from :func:`common.run.config.code_version`.
+        config_hash: hash of the settings, from :func:`config_hash`.
     """
 
     encoder: str
@@ -77,35 +87,30 @@ def result_rows(
     config: Mapping[str, Any],
     seeds: str = "",
 ) -> list[ResultRow]:
-    """Make the rows of one evaluation, one per metric.
+    """Make the rows of one evaluation by this code, one per metric.
 
     Args:
         numbers: metric to value, low and high; the latter two nan without an interval.
-        encoder: whose embeddings were evaluated.
+        encoder: encoder whose embeddings were evaluated.
         protocol: name of the evaluation.
         dataset: name of the data.
         n: number of test volumes.
         config: settings that the numbers depend on, JSON values; their hash goes into the rows.
         seeds: seeds of training.
     """
-    commit, settings = code_version(), config_hash(config)
-    return [
-        ResultRow(
-            encoder, protocol, dataset, metric, *ends, n=n, seeds=seeds, commit=commit, config_hash=settings
-        )
-        for metric, ends in numbers.items()
-    ]
+    origin = (n, seeds, code_version(), config_hash(config))
+    return [ResultRow(encoder, protocol, dataset, name, *ends, *origin) for name, ends in numbers.items()]
 
 
 def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:
     """Add rows to a results CSV; a row of the same encoder, protocol, dataset and metric is replaced.
 
-    The file is written anew and appears only when whole; other rows keep their text. A lock beside it keeps
-    two evaluations from losing each other's rows.
+    The file is rewritten and appears only when whole; other rows keep their text. A lock beside it keeps two
+    evaluations from losing each other's rows.
 
     Args:
         path: CSV to add to; made when missing.
-        rows: what to add.
+        rows: rows to add.
 
     Raises:
         ValueError: if the present file is not a results CSV.
@@ -120,10 +125,7 @@ def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:
 
 
 def read_rows(path: str | Path) -> list[ResultRow]:
-    """Read a results CSV.
-
-    Args:
-        path: file of :func:`add_rows`.
+    """Read a results CSV of :func:`add_rows`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -133,7 +135,7 @@ def read_rows(path: str | Path) -> list[ResultRow]:
 
 
 def _read(path: str | Path) -> list[tuple[list[str], ResultRow]]:
-    """Rows as they stand in the file, and what they mean."""
+    """Return each row as its text in the file, and as what it means."""
     found = []
     for cells in table_rows(path, "results", FIELDS):
         if set(cells) != set(FIELDS):
@@ -153,10 +155,7 @@ def _cells(row: ResultRow) -> list[str]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return twelve hexadecimal digits that stand for a configuration, whatever the order of its keys.
-
-    Args:
-        config: JSON values.
+    """Return twelve hexadecimal digits that stand for a configuration of JSON values, in any order of keys.
 
     Example:
         >>> config_hash({"seed": 42, "lr": 0.1}) == config_hash({"lr": 0.1, "seed": 42}) != config_hash({})
@@ -165,10 +164,65 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
+class Predictions(NamedTuple):
+    """What one probe predicts for a set of volumes, and what is true.
+
+    Attributes:
+        encoder: encoder whose embeddings the probe reads.
+        volumes: N names.
+        class_names: C names.
+        probabilities: float64 ``(N, C)``.
+        thresholds: float64 ``(C,)``; a class is called positive from this probability on.
+        labels: float64 ``(N, C)`` of 0 and 1.
+    """
+
+    encoder: str
+    volumes: list[str]
+    class_names: list[str]
+    probabilities: NDArray[np.float64]
+    thresholds: NDArray[np.float64]
+    labels: NDArray[np.float64]
 
 
-MAX_METRICS_PER_CALL = 1000  # MLflow's own limit on a batch
+def write_predictions(path: str | Path, predictions: Predictions) -> None:
+    """Write predictions as a CSV with one row per volume and class; its numbers read back bit by bit."""
+    encoder, volumes, class_names, probabilities, thresholds, labels = predictions
+    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(PREDICTION_COLUMNS)
+        for volume, row, truth in zip(volumes, probabilities.tolist(), labels.tolist(), strict=True):
+            cells = zip(class_names, row, thresholds.tolist(), truth, strict=True)
+            writer.writerows((encoder, volume, name, p, t, int(label)) for name, p, t, label in cells)
+
+
+def read_predictions(path: str | Path) -> Predictions:
+    """Read a file of :func:`write_predictions`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a CSV in UTF-8, lacks a column, does not have one row per volume and
+            class, or holds text where a number belongs.
+    """
+    rows = list(table_rows(path, "predictions", PREDICTION_COLUMNS))
+    if not rows:
+        raise ValueError(f"No predictions in '{path}': it has a header only.")
+    columns = ([row[column] for row in rows] for column in PREDICTION_COLUMNS)
+    encoders, of_row, class_of_row, *numbers = columns
+    volumes, class_names = list(dict.fromkeys(of_row)), list(dict.fromkeys(class_of_row))
+    expected = [(volume, name) for volume in volumes for name in class_names]
+    if list(zip(of_row, class_of_row, strict=True)) != expected:
+        raise ValueError(
+            f"predictions must have one row for each volume and class, volume by volume, got {len(rows)} "
+            f"rows of {len(volumes)} volumes and {len(class_names)} classes in '{path}'."
+        )
+    shape = (len(volumes), len(class_names))
+    try:
+        probabilities, thresholds, labels = (
+            np.array(cells, dtype=np.float64).reshape(shape) for cells in numbers
+        )
+    except ValueError as error:
+        raise ValueError(f"Cannot read '{path}': {error} in a column of numbers.") from error
+    return Predictions(encoders[0], volumes, class_names, probabilities, thresholds[0], labels)
 
 
 def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> None:
@@ -180,11 +234,15 @@ def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> N
     Args:
         rows: results, all of one encoder and data set.
         tracking_uri: MLflow store or server.
-        experiment: experiment to put the run in, made when missing.
+        experiment: experiment of the run, made when missing.
 
     Raises:
         ValueError: if there is no row, or they are of several encoders or data sets.
     """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
+    from mlflow.entities import Metric, Param, RunStatus
+    from mlflow.tracking import MlflowClient
+
     origins = {(row.encoder, row.dataset) for row in rows}
     if len(origins) != 1:
         raise ValueError(f"rows must be of one encoder and data set, got {sorted(origins)}.")
@@ -204,41 +262,18 @@ def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> N
     client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FINISHED))
 
 
-COLUMNS = {
-    "macro_auroc": "AUROC",
-    "macro_auprc": "AUPRC",
-    "macro_f1": "F1",
-    "macro_balanced_accuracy": "BA",
-}
-
-
 def results_table(rows: Sequence[ResultRow]) -> Table:
-    """Lay out results as a table: a row per encoder, protocol and dataset, a column per macro metric.
-
-    Args:
-        rows: rows of a results CSV.
-    """
+    """Lay out results as a table: a row per encoder, protocol and dataset, a column per macro metric."""
     table = Table(title="Macro means over the classes of the test set", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("encoder", "protocol", "dataset"):
         table.add_column(name, no_wrap=True)
-    for name in (*COLUMNS.values(), "volumes"):
+    for name in (*MACRO_COLUMNS.values(), "volumes"):
         table.add_column(name, justify="right", no_wrap=True)
     cells = {row.key: _cell(*row.numbers) for row in rows}
     counts = {row.key[:3]: row.n for row in rows}
     for group, count in counts.items():
-        table.add_row(*group, *(cells.get((*group, metric), "") for metric in COLUMNS), str(count))
+        table.add_row(*group, *(cells.get((*group, metric), "") for metric in MACRO_COLUMNS), str(count))
     return table
-
-
-def print_whole(table: Table) -> None:
-    """Print a table at its full width, in a log as well.
-
-    Args:
-        table: what to print.
-    """
-    console = Console()
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    Console(width=max(console.width, needed)).print(table)
 
 
 def _cell(value: float, low: float, high: float) -> str:
@@ -248,11 +283,8 @@ def _cell(value: float, low: float, high: float) -> str:
     return f"{value:.4f}" if math.isnan(low) or math.isnan(high) else f"{value:.4f}\n{low:.3f}-{high:.3f}"
 
 
-def main(paths: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")]) -> None:
-    """Print the results of the given CSVs as one table."""
-    short_errors()
-    print_whole(results_table([row for path in paths for row in read_rows(path)]))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def print_whole(table: Table) -> None:
+    """Print a table at its full width, in a log as well."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from common.labels import load_labels
-from common.labels.class_map import MERGED, class_map, map_classes
+from common.cohort.class_map import MERGED, class_map, map_classes
+from common.cohort.cohort import load_labels
 
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
 

@@ -1,30 +1,36 @@
 import csv
 import math
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from common.reports.results_csv import (
+from common.reports.results import (
+    FIELDS,
+    PREDICTION_COLUMNS,
+    Predictions,
     ResultRow,
     add_rows,
     config_hash,
     log_rows,
+    read_predictions,
     read_rows,
     result_rows,
     results_table,
+    write_predictions,
 )
 from common.run.config import code_version
 
+HEADER = ",".join(PREDICTION_COLUMNS)
+
 
 def row(**changes: Any) -> ResultRow:
-    own = ResultRow("dale_ct_2s", "mil_probe", "ct_rate", "macro_auroc", 0.8333, n=3002, seeds="42")
-    return own._replace(**changes)
+    made = ResultRow("dale_ct_2s", "mil_probe", "ct_rate", "macro_auroc", 0.8333, n=3002, seeds="42")
+    return made._replace(**changes)
 
 
 def test_rows_of_an_evaluation_share_their_origin() -> None:
@@ -78,14 +84,6 @@ def test_row_of_the_same_key_is_replaced_in_its_place(tmp_path: Path) -> None:
     assert (rows[1].value, rows[1].seeds) == (0.5, "1")
 
 
-def test_table_is_plain_csv_with_the_tidy_columns(tmp_path: Path) -> None:
-    add_rows(tmp_path / "r.csv", [row()])
-    with (tmp_path / "r.csv").open(newline="") as file:
-        lines = list(csv.reader(file))
-    assert lines[0] == "encoder protocol dataset metric value low high n seeds commit config_hash".split()
-    assert len(lines) == 2
-
-
 def _add(arguments: tuple[Path, int]) -> None:
     path, number = arguments
     add_rows(path, [row(encoder=f"encoder_{number}")])
@@ -97,56 +95,81 @@ def test_evaluations_that_end_together_lose_no_row(tmp_path: Path) -> None:
     assert {r.encoder for r in read_rows(tmp_path / "r.csv")} == {f"encoder_{number}" for number in range(20)}
 
 
-def test_foreign_csv_is_refused_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", r"results must have the column 'encoder', got \['a', 'b'\] in '.*r.csv'"),
+        (",".join(FIELDS) + "\ne,p,d,m,0.5x,,,1,,,\n", "n must be numbers, got .* in '.*r.csv'"),
+        (",".join(FIELDS) + "\ne,p,d,m,,,,1,,,\n", "n must be numbers, got .* in '.*r.csv'"),
+        (",".join(FIELDS) + "\ne,p,d,m,1,,,1,,,,more\n", "results .* columns .*, got .* in '.*r.csv'"),
+    ],
+)
+def test_a_foreign_or_damaged_csv_is_refused_and_kept(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "r.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(
-        ValueError, match=r"results must have the column 'encoder', got \['a', 'b'\] in '.*r.csv'"
-    ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
         add_rows(path, [row()])
-    assert path.read_text() == "a,b\n1,2\n"
+    assert path.read_text() == text
 
 
-@pytest.mark.parametrize("damage", ["0.5x", ""])
-def test_a_value_that_is_no_number_is_refused(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "r.csv"
-    add_rows(path, [row(value=0.8333)])
-    path.write_text(path.read_text().replace("0.8333", damage))
-    with pytest.raises(ValueError, match="value, low, high and n must be numbers, got .* in '.*r.csv'"):
-        read_rows(path)
+def predictions() -> Predictions:
+    rng = np.random.default_rng(0)
+    return Predictions(
+        "dale_ct_2s",
+        ["valid_1_a_1", "valid_1_a_2", "valid_10_b_1"],
+        ["Emphysema", "Nodule, solid"],
+        rng.random((3, 2)),
+        np.array([0.1 + 0.2, 1e-9]),
+        np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]),
+    )
 
 
-def test_a_row_with_a_cell_too_many_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "r.csv"
-    add_rows(path, [row()])
-    path.write_text(path.read_text()[:-1] + ",more\n")
-    with pytest.raises(ValueError, match="results must have the columns .*, got .* in '.*r.csv'"):
-        read_rows(path)
+def test_predictions_are_a_plain_csv_and_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "test.csv", predictions())
+    with (tmp_path / "test.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert ",".join(lines[0]) == "encoder,volume,class,probability,threshold,label"
+    assert len(lines) == 1 + 3 * 2
+    assert lines[2][:3] == ["dale_ct_2s", "valid_1_a_1", "Nodule, solid"]
+    assert lines[2][4:] == ["1e-09", "1"]
+    back = read_predictions(tmp_path / "test.csv")
+    for name, value in predictions()._asdict().items():
+        np.testing.assert_array_equal(getattr(back, name), value)
+        assert type(getattr(back, name)) is type(value)
 
 
-def test_missing_csv_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"results must be a CSV file, got '.*none.csv', which does not exist"
-    ):
-        read_rows(tmp_path / "none.csv")
+@pytest.mark.parametrize(("read", "name"), [(read_rows, "results"), (read_predictions, "predictions")])
+def test_a_missing_file_is_refused(tmp_path: Path, read: Any, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{name}.*none.csv"):
+        read(tmp_path / "none.csv")
 
 
-def row_of_mlflow_rows(
-    protocol: str, metric: str, value: float, *interval: float, encoder: str = "dale_ct_2s"
-) -> ResultRow:
-    return ResultRow(encoder, protocol, "rad_chestct", metric, value, *interval, n=360)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", r"predictions must have the column 'encoder', got \['a', 'b'\] in '.*test.csv'"),
+        (HEADER + "\n", "No predictions in '.*test.csv'"),
+        (HEADER + "\ne,v,A,0.1.2,0.5,1\n", r"Cannot read '.*test.csv': could .* '0.1.2'"),
+        (HEADER + "\ne,v,A,0.1\n", "Cannot read '.*test.csv': could not"),
+        (HEADER + "\ne,v,A,0,0,1\ne,v,B,0,0,1\ne,w,B,0,0,1\n", "got 3 rows of 2 volumes and 2 classes"),
+    ],
+)
+def test_foreign_or_damaged_predictions_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "test.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_predictions(tmp_path / "test.csv")
 
 
 def test_rows_become_a_finished_run_with_their_intervals(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     rows = [
-        row_of_mlflow_rows("frozen", "macro_auroc", 0.7, 0.6, 0.8),
-        row_of_mlflow_rows("frozen", "macro_f1", float("nan")),
-        row_of_mlflow_rows("knn_5", "macro_auroc", 0.65),
+        row(protocol="frozen", value=0.7, low=0.6, high=0.8),
+        row(protocol="frozen", metric="macro_f1", value=math.nan),
+        row(protocol="knn_5", value=0.65),
     ]
-    log_rows(rows, uri, "eval_rad_chestct")
+    log_rows(rows, uri, "eval_ct_rate")
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("eval_rad_chestct")
+    experiment = client.get_experiment_by_name("eval_ct_rate")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics == {
         "frozen/macro_auroc": 0.7,
@@ -154,26 +177,21 @@ def test_rows_become_a_finished_run_with_their_intervals(tmp_path: Path) -> None
         "frozen/macro_auroc_high": 0.8,
         "knn_5/macro_auroc": 0.65,
     }
-    assert run.data.params["n"] == "360"
+    assert run.data.params["n"] == "3002"
     assert (run.info.status, run.info.run_name) == ("FINISHED", "dale_ct_2s")
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
 
 
-def test_rows_of_several_encoders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows must be of one encoder and data set, got \[\]"):
-        log_rows([], f"sqlite:///{tmp_path}/mlflow.db", "x")
-    with pytest.raises(ValueError, match=r"got \[\('dale_ct_0', 'rad_chestct'\), \('dale_ct_2s'"):
-        log_rows(
-            [row_of_mlflow_rows("a", "b", 1.0), row_of_mlflow_rows("a", "b", 1.0, encoder="dale_ct_0")],
-            f"sqlite:///{tmp_path}/mlflow.db",
-            "x",
-        )
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], r"got \[\]"), ([row(), row(encoder="dale_ct_0")], r"\('dale_ct_0', 'ct_rate'\), \('dale_ct_2s'")],
+)
+def test_a_run_needs_rows_of_one_encoder(tmp_path: Path, rows: list[ResultRow], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_rows(rows, f"sqlite:///{tmp_path}/mlflow.db", "x")
 
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-def test_printed_table_has_a_row_an_encoder_and_the_four_metrics() -> None:
+def test_printed_table_has_a_row_per_encoder_and_the_four_metrics() -> None:
     rows = [row(), row(metric="macro_f1", value=0.51239)]
     rows += [row(encoder="prevalence", metric="macro_auroc", value=0.5), row(encoder="ct_fm", value=math.nan)]
     rows += [row(encoder="merlin", value=0.8, low=0.79, high=0.81)]
@@ -186,13 +204,3 @@ def test_printed_table_has_a_row_an_encoder_and_the_four_metrics() -> None:
         ("ct_fm", "mil_probe", "ct_rate", "undefined", "", "", "", "3002"),
         ("merlin", "mil_probe", "ct_rate", "0.8000\n0.790-0.810", "", "", "", "3002"),
     ]
-
-
-def test_module_prints_the_tables_it_is_given(tmp_path: Path) -> None:
-    add_rows(tmp_path / "a.csv", [row()])
-    add_rows(tmp_path / "b.csv", [row(encoder="merlin", dataset="rad_chestct")])
-    command = [sys.executable, "-m", "common.reports.results_csv", tmp_path / "a.csv", tmp_path / "b.csv"]
-    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    lines = [line.split() for line in answer.stdout.splitlines()]
-    assert ["dale_ct_2s", "mil_probe", "ct_rate", "0.8333", "3002"] in lines
-    assert ["merlin", "mil_probe", "rad_chestct", "0.8333", "3002"] in lines

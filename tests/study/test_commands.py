@@ -4,7 +4,7 @@ import os
 
 SHOWN = """
 import os, sys
-print(__name__, sys.argv[1:], os.getcwd(), os.environ["COLOUR"], "study" in sys.modules, sep="|")
+print(__name__, sys.argv[1:], os.getcwd(), os.environ["COLOUR"], sep="|")
 print(sys.path[0], helper := __import__("helper").WORD, file=sys.stderr)
 """
 
@@ -15,7 +15,7 @@ def test_a_command_has_its_words_folder_environment_and_path(python_m, tmp_path)
     (tmp_path / "own" / "helper.py").write_text("WORD = 'found'")
     result = python_m(["shown", "--a", "b c"], tmp_path, COLOUR="red", PYTHONPATH=str(tmp_path / "own"))
     assert (result.returncode, result.stderr) == (0, f"{tmp_path} found\n")
-    assert result.stdout == f"__main__|['--a', 'b c']|{tmp_path}|red|False\n"
+    assert result.stdout == f"__main__|['--a', 'b c']|{tmp_path}|red\n"
 
 
 def test_a_command_ends_as_it_would_alone_and_the_next_one_knows_nothing_of_it(python_m, tmp_path):
