@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from common.networks.encoder import load_encoder
 from common.networks.weights_file import stated_identity
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
-from common.transforms.resize import resize_square
+from common.transforms.render_views import resize_square
 from common.weights import app, bundle_encoder, export_weights, image_side_px, import_weights, read_weights
 from tests.loopback_hub import COMMIT
 
