@@ -90,7 +90,9 @@ def _memory() -> Finding:
     memory = psutil.virtual_memory()
     enough = memory.total / 2**30 >= MIN_MEMORY_GB
     less = "" if enough else f": with less than {MIN_MEMORY_GB} GiB use --num_workers 0"
-    return Finding("Memory", enough, f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free{less}")
+    return Finding(
+        "Memory", enough, f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free{less}"
+    )
 
 
 def _shared_memory() -> Finding:
@@ -125,14 +127,21 @@ def _tracking() -> Finding:
         requests.get(f"{uri}/health", timeout=5).raise_for_status()
     except requests.RequestException as error:
         reason = " ".join(str(error).split())[:120]
-        return Finding("MLflow", False, f"no answer from MLFLOW_TRACKING_URI={uri} ({reason}). Is it running?")
+        return Finding(
+            "MLflow", False, f"no answer from MLFLOW_TRACKING_URI={uri} ({reason}). Is it running?"
+        )
     return Finding("MLflow", True, uri)
 
 
 def _hub() -> Iterator[Finding]:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     api = HfApi()
     unreachable = (OSError, OfflineModeIsEnabled)
@@ -144,7 +153,9 @@ def _hub() -> Iterator[Finding]:
         return
     except unreachable as error:
         reason = " ".join(str(error).split())[:120]
-        yield Finding("Hugging Face", False, f"no answer ({reason}): weights must lie in the bundles' models/")
+        yield Finding(
+            "Hugging Face", False, f"no answer ({reason}): weights must lie in the bundles' models/"
+        )
         return
     for name, (kind, repository) in GATED.items():
         try:

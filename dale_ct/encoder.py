@@ -190,10 +190,9 @@ def load_encoder(
     torch.manual_seed(config["seed"])
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = timm.create_model(**_resolved(_arguments(config["network_def"]), config)).to(where)
-    about = {"axes": given.slice_axes, "window": given.window}
-    values = {**config, **about, "hu_window": list(given.window)}
-    identity = {name: values[str(value).lstrip("@")] for name, value in config["identity"].items() if value != "$list(@window)"}
-    networks.load_encoder(network, found.path, {**identity, "hu_window": list(given.window)})
+    facts = {name: config.get(name) for name in config["identity"]}
+    facts |= {"slice_axes": given.slice_axes, "hu_window": list(given.window)}
+    networks.load_encoder(network, found.path, facts)
     encoder_id = networks.encoder_id(
         sha256=found.sha256,
         seed=config["seed"],
