@@ -28,12 +28,10 @@ from data_prep.audit.cohort import (
 from data_prep.audit.pictures import Picture, PictureTask, draw_volume
 from data_prep.audit.shard import ShardTask, audit_shard, draw
 from data_prep.audit.volume import VolumeContent
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
-
-    from data_prep.commands.console import ShowProgress
 
 MAX_SUSPICIOUS_PICTURES = 24
 """Suspicious volumes with a picture in the report; the others are in its JSON file."""

@@ -29,7 +29,6 @@ from data_prep.pos_weights import (
     MaskCounts,
     class_weights,
     count_shards,
-    never_seen,
     write_weights,
 )
 
@@ -177,6 +176,6 @@ def _show_weights(name: str, weights: list[ClassWeight], counts: MaskCounts) -> 
             f"{weight.label.pos_weight:,.2f}",
         )
     Console().print(table)
-    unseen = never_seen(weights)
+    unseen = [weight.label.name for weight in weights if weight.cells == 0]
     if unseen:
         console.print(f"Never seen: {', '.join(unseen)}.", soft_wrap=True)
