@@ -79,8 +79,8 @@ def explained(error: BaseException, repo_id: str, endpoint: str) -> OSError | No
             "and run: hf auth login (or set HF_TOKEN to a token that may read it)."
         )
     if isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError):
-        what = "revision" if isinstance(cause, RevisionNotFoundError) else "dataset"
-        return FileNotFoundError(f"No such {what} of '{repo_id}' on {endpoint} (status {status}).")
+        what = "such revision of" if isinstance(cause, RevisionNotFoundError) else "dataset"
+        return FileNotFoundError(f"No {what} '{repo_id}' on {endpoint} (status {status}).")
     if isinstance(cause, OfflineModeIsEnabled):
         return ConnectionError("HF_HUB_OFFLINE is set, which forbids downloads. Unset it.")
     if isinstance(cause, HTTPError) and status is None:

@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +22,7 @@ def as_stored(array: np.ndarray, axcodes: str) -> nib.Nifti1Image:
 
 
 @pytest.mark.parametrize("axcodes", ["LPS", "LAS", "RAS", "SPL", "PIR"])
-def test_full_masks_are_turned_by_their_own_affine(axcodes: str, tmp_path: Path) -> None:
+def test_full_masks_are_turned_by_their_own_affine(axcodes, tmp_path) -> None:
     ids = np.random.default_rng(0).integers(0, 118, SHAPE_XYZ).astype(np.uint8)
     nib.save(as_stored(ids, axcodes), tmp_path / "a.nii.gz")
     grid = StoredGrid(SHAPE_XYZ, AFFINE, "LPS")
@@ -52,7 +51,7 @@ def source_of(folder: Path, organ_x: int, organ_y: int) -> SourceVolume:
 
 
 @pytest.mark.parametrize(("x", "y"), [(10, 8), (37, 36), (20, 30)])
-def test_an_organ_is_found_where_the_cropped_image_shows_it(x: int, y: int, tmp_path: Path) -> None:
+def test_an_organ_is_found_where_the_cropped_image_shows_it(x, y, tmp_path) -> None:
     labels = dense_labels_of(source_of(tmp_path, x, y), grid=6)
     top, left, side = labels.box
     # slices of 53 rows and 61 columns are padded by 4 rows above and below
@@ -68,7 +67,7 @@ def test_an_organ_is_found_where_the_cropped_image_shows_it(x: int, y: int, tmp_
     assert present[2, (y + 4 - top) * 6 // side * 6 + (x - left) * 6 // side, 9]
 
 
-def test_a_mask_on_another_grid_is_rejected(tmp_path: Path) -> None:
+def test_a_mask_on_another_grid_is_rejected(tmp_path) -> None:
     source = source_of(tmp_path, 10, 8)
     coarse = np.diag([-1.4, -1.6, 1.5, 1.0])
     nib.save(nib.Nifti1Image(np.zeros((31, 27, 5), np.uint8), coarse), tmp_path / "ts.nii.gz")
@@ -78,7 +77,7 @@ def test_a_mask_on_another_grid_is_rejected(tmp_path: Path) -> None:
         dense_labels_of(source._replace(ts=None), grid=6)
 
 
-def test_labels_that_are_there_are_kept_and_bad_volumes_listed(tmp_path: Path, dask: Any) -> None:
+def test_labels_that_are_there_are_kept_and_bad_volumes_listed(tmp_path, dask) -> None:
     good = source_of(tmp_path, 10, 8)
     bad = good._replace(volume="valid_2_a_1", ts=None)
     out, seen = tmp_path / "out", []

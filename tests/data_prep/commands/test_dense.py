@@ -1,6 +1,3 @@
-from pathlib import Path
-from typing import Any
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,7 +6,7 @@ from PIL import Image
 from common.embeddings.dense_labels import read_dense_labels
 
 
-def test_annotated_scans_are_labelled(tiny: Any, write_rex: Any, tmp_path: Path, invoke: Any) -> None:
+def test_annotated_scans_are_labelled(tiny, write_rex, tmp_path, invoke) -> None:
     for volume in ("valid_1_a_1", "valid_2_a_1", "valid_3_a_1"):
         tiny.add(volume, "valid")
         ids = np.full((19, 17, 5), 5, np.uint8)
@@ -40,9 +37,7 @@ def test_annotated_scans_are_labelled(tiny: Any, write_rex: Any, tmp_path: Path,
     assert "got 4 and 9 patches a slice for volume 'valid_1_a_1'. Choose" in str(again.exception)
 
 
-def test_a_split_without_annotated_scans_is_refused(
-    tiny: Any, write_rex: Any, tmp_path: Path, invoke: Any
-) -> None:
+def test_a_split_without_annotated_scans_is_refused(tiny, write_rex, tmp_path, invoke) -> None:
     tiny.add("valid_1_a_1", "valid")
     mask = np.ones((19, 17, 5), np.uint8)
     listing, folder = write_rex({"train_1_a_1": mask}, {"train_1_a_1": ["2e"]}, tiny.affine())
@@ -53,7 +48,7 @@ def test_a_split_without_annotated_scans_is_refused(
 
 
 @pytest.mark.usefixtures("any_values")
-def test_a_picture_of_ct_and_labels_is_drawn(tmp_path: Path, run_command: Any) -> None:
+def test_a_picture_of_ct_and_labels_is_drawn(tmp_path, run_command) -> None:
     hu = np.full((60, 50, 7), -1000, np.int16)
     hu[9:50, 4:45] = 30
     ids = np.zeros(hu.shape, np.uint8)
