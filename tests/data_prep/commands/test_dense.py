@@ -24,7 +24,7 @@ def test_annotated_scans_are_labelled(tiny, write_rex, tmp_path, invoke) -> None
     answer = invoke("dense-labels", *where, "--out", tmp_path / "out", "--grid", 3)
     assert answer.exit_code == 1
     assert "Left out: 'valid_3_a_1': 'valid_3_a_1.nii.gz' must" in answer.stderr
-    assert "Left out: 'valid_4_a_1': a volume must have one row in the metadata" in answer.stderr
+    assert "Left out: 'valid_4_a_1': 'valid_4_a_1' must have one row in the metadata" in answer.stderr
     assert "valid_5_a_1" not in answer.stderr
     assert "1 volumes labelled" in answer.stderr
     written = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -107,7 +107,7 @@ def test_a_failed_file_is_printed_listed_and_a_failure(start_hub, tiny, tmp_path
     answer = invoke(*command)
     assert answer.exit_code == 1
     assert re.search(r"files fetched +│ +5", answer.stdout)
-    assert f"{lost}: file must have" in answer.stderr
+    assert f"{lost}: it does not have the" in answer.stderr
     table = (tmp_path / "out" / "failed.csv").read_text(encoding="utf-8").splitlines()
     assert table[0] == "path,reason"
     assert [line.split(",")[0] for line in table[1:]] == [lost]

@@ -76,9 +76,7 @@ def test_the_end_mark_is_right_wherever_the_body_ends(tmp_path) -> None:
 
 def test_parts_that_differ_in_their_classes_are_refused(tmp_path) -> None:
     contents = [volume("a", 3), volume("b", 2, labels={"y": 1, "x": 0})]
-    with pytest.raises(
-        ValueError, match=r"labels must name the same classes in a shard, got \['y', 'x'\] for volume 'b'"
-    ):
+    with pytest.raises(ValueError, match=r"same classes .*\['y', 'x'\] for volume 'b'"):
         join_tars(tmp_path / "joined.tar", *write_parts(tmp_path, contents), "")
 
 

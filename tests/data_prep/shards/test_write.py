@@ -96,13 +96,6 @@ def test_annotated_scans_get_shards_of_their_own(cohort, tmp_path, write_rex, sa
     assert shards.read_rex(entries["train_1_a_1"][0], 0, 1) is None
 
 
-def test_the_order_of_the_sources_does_not_matter(cohort, tmp_path) -> None:
-    cohort.run(tmp_path / "a")
-    sources, rejected = find_ct_rate(cohort.tiny.root, "train")
-    write_shards(sources[::-1], rejected, tmp_path / "b", "train", cohort.client, slices_per_shard=10)
-    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
-
-
 def test_a_finished_run_is_not_done_again(cohort, tmp_path, monkeypatch) -> None:
     first = cohort.run(tmp_path / "out")
     before = checksums(tmp_path / "out")

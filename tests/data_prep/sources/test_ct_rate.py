@@ -233,7 +233,11 @@ def rejection_of(cohort: Any) -> str:
         ("v1", {}, "none"),
         ("v1", {"ZSpacing": "nan"}, r"spacing: .*0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, nan\)"),
         ("v1", {"ZSpacing": "0.035"}, r"spacing: .*0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, 0\.035\)"),
+        ("v1", {"ZSpacing": "0"}, r"spacing: .*got \(0\.7, 0\.8, 0\)"),
+        ("v1", {"ZSpacing": "-1.5"}, r"spacing: .*got \(0\.7, 0\.8, -1\.5\)"),
         ("v1", {"RescaleSlope": ""}, "rescale: .*got nan and -1024"),
+        ("v1", {"RescaleSlope": "0"}, "rescale: .*got 0 and -1024"),
+        ("v1", {"RescaleIntercept": ""}, "rescale: .*got 1 and nan"),
         ("v1", {"RescaleIntercept": "0"}, "not in HU: .*as dark as air"),
     ],
 )

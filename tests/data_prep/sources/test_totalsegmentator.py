@@ -65,8 +65,6 @@ def test_a_rescale_in_the_header_is_honoured(tmp_path) -> None:
         (np.full(SHAPE_XYZ, np.nan, np.float32), AFFINE, r"'a\.nii\.gz' must be whole numbers"),
         (np.full(SHAPE_XYZ, 1.5, np.float32), AFFINE, r"'a\.nii\.gz' must be whole numbers, got fractions"),
         (ids()[:-1], AFFINE, r"\(5, 17, 19\), got \(5, 17, 18\)"),
-        (ids(), AFFINE @ np.diag([1, 1, 0.5, 1]), r"must cover the CT, x -12\.9\.\.0\.3, .*, got x"),
-        (ids(), AFFINE + np.eye(4, k=3) * 500, r"must cover the CT, .*, got x 487\.1\.\.500\.3"),
         (np.stack(2 * [ids()], -1), AFFINE, r"must have 3 axes, got shape \(19, 17, 5, 2\)"),
         (
             ids(),
