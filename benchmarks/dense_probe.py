@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from common.cohort.cohort import load_labels
 from common.embeddings import dense_cohort
 from common.embeddings.dense_cohort import TASKS, TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
 from common.embeddings.dense_labels import DenseLabels, findings_present, write_dense_labels
@@ -39,7 +40,6 @@ from common.embeddings.store import EmbeddingStoreWriter
 from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import BACKGROUND, DenseProbeTrainer
 from common.engines.dense_scores import report_on_test, validation_auprc
-from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.dense_probe import DenseProbes
 from common.optimizers.adamw import warmup_cosine
@@ -159,7 +159,7 @@ def trainer_of(cohorts: list[DenseCohort]) -> DenseProbeTrainer:
         test_cohort=cohorts[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=STEPS, final_lr=0.0),
+        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, max_steps=STEPS, final_lr=0.0),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=VAL_INTERVAL,

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.patient_split import natural_order, patient_of
-from common.cohort.tables import table_rows
+from common.cohort.cohort import natural_order, patient_of, table_rows
 from data_prep.tables import write_table
 
 COLUMNS = ("volume", "patient", "split")

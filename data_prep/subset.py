@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.cohort.patient_split import natural_order, patient_of
+from common.cohort.cohort import natural_order, patient_of
 from common.run.process import atomic_file
 from data_prep.tables import write_table
 

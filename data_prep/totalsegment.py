@@ -18,9 +18,9 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from common.ct.checks import check_hu
-from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, axial_slices
-from common.ct.nifti import read_header
+from common.ct.files import open_volume
+from common.ct.geometry import CT, Grid, axial_slices
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.run.process import atomic_file
 from common.shards.codec import NUM_TS_CLASSES
 from data_prep.cluster import ShowProgress
@@ -127,7 +127,8 @@ def has_label_map(source: SourceVolume, out: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        header = read_header(path)
+        with open_volume(path) as file:
+            header = file.header
     except RejectedError:
         return False
     return _is_on(header.shape, header.affine, read_grid(source))
@@ -151,7 +152,6 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     from totalsegmentator import python_api
 
     ct = read_ct(source)
-    check_hu(ct)
     image = nib.nifti1.Nifti1Image(stored_order(ct), ct.grid.affine)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints in spite of quiet
@@ -168,7 +168,7 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     return gzip.compress(label_map.to_bytes(), mtime=0)
 
 
-def stored_order(ct: StoredCT) -> np.ndarray:
+def stored_order(ct: CT) -> np.ndarray:
     """Return the HU of a CT in the order of the file: int16 ``(X, Y, Z)``."""
     stored = np.empty(ct.grid.shape, np.int16, order="F")
     slices, _ = axial_slices(stored, ct.grid.affine)  # another view of the same memory
@@ -176,7 +176,7 @@ def stored_order(ct: StoredCT) -> np.ndarray:
     return stored
 
 
-def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarray:
+def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: Grid) -> np.ndarray:
     """Return the ids of a label map as uint8 if they can belong to a CT.
 
     Args:
@@ -199,7 +199,7 @@ def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarr
     return ids.astype(np.uint8)
 
 
-def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: StoredGrid) -> bool:
+def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: Grid) -> bool:
     return tuple(shape) == ct.shape and np.allclose(affine, ct.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
 
 

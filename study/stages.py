@@ -4,7 +4,7 @@ Site A of the synthetic cohort stands in for CT-RATE, site B (other scanners) fo
 trained on site A's training split; every number comes from volumes that no encoder has seen.
 """
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +84,8 @@ class Stage(NamedTuple):
     """Some commands that belong together, run one after the other.
 
     Args:
-        name: of its log and in the list of what is done.
-        commands: to run in the repository's root.
+        name: name of its log and in the list of what is done.
+        commands: words after ``python -m`` of each command, to run in the repository's root.
         needs: stages whose results it reads; when one of them changes, this one runs anew.
     """
 
@@ -95,8 +95,8 @@ class Stage(NamedTuple):
 
 
 def module(name: str, *arguments: object) -> list[str]:
-    """Return the command ``python -m name arguments``."""
-    return [sys.executable, "-m", name, *map(str, arguments)]
+    """Return the words of the command ``python -m name arguments`` after ``-m``."""
+    return [name, *map(str, arguments)]
 
 
 def options(knobs: dict[str, Any]) -> list[str]:
@@ -387,10 +387,10 @@ def _differences(size: Size, out: Path) -> list[list[str]]:
     files = {name: out / "eval_ct_rate" / name / "test_predictions.csv" for name in names}
     dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)]
     strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
-    paired, folder = "common.reports.paired_differences", out / "differences"
+    differences, folder = partial(module, "common.reports", "differences"), out / "differences"
     return [
-        module(paired, *files.values(), "--out", folder / "table_iii.csv"),
-        module(paired, files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),
-        module(paired, *strategies, "--out", folder / "table_vi.csv"),
-        module(paired, *dense, "--out", folder / "table_i.csv"),
+        differences(*files.values(), "--out", folder / "table_iii.csv"),
+        differences(files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),
+        differences(*strategies, "--out", folder / "table_vi.csv"),
+        differences(*dense, "--out", folder / "table_i.csv"),
     ]

@@ -12,10 +12,16 @@ import torch
 from isal import isal_zlib
 from torch.utils.data import Dataset, Sampler
 
-from common.cohort.tables import read_labels
-from common.ct.names import volume_name
-from common.embeddings.part import DTYPES, IDENTITY_KEYS, SUFFIX, check_finite, crc32
-from common.embeddings.store import EmbeddingStore
+from common.cohort.cohort import read_labels
+from common.ct.files import volume_name
+from common.embeddings.store import (
+    DTYPES,
+    IDENTITY_KEYS,
+    SUFFIX,
+    EmbeddingStore,
+    check_finite,
+    crc32,
+)
 
 # N volumes, T tokens of a volume, D embedding
 
@@ -159,7 +165,7 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
 
     Args:
         embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
-        labels_csv: label table, see :func:`common.cohort.tables.read_labels`.
+        labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
 
     Raises:
         FileNotFoundError: if there is no embedding in the folder, or no such table.
@@ -196,7 +202,7 @@ class EmbeddingBags(Dataset):
 
     Args:
         embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
-        labels_csv: label table, see :func:`common.cohort.tables.read_labels`.
+        labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
         class_names: classes to read, columns of the table.
         volumes: volumes to load, with or without ``.nii.gz``; None for all in the folder.
         encoder: name the embeddings must state; None for any.

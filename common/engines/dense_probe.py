@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from common.cohort.cohort import load_labels
 from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
 from common.engines.best_layers import BestLayers
 from common.engines.dense_scores import report_on_test, validation_auprc
-from common.labels import load_labels
 from common.metrics.bootstrap import RESAMPLING_SEED
 from common.networks.dense_probe import DenseProbes
 

@@ -3,7 +3,7 @@
 import logging
 
 from common.embeddings.bags import EmbeddingBags
-from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store import check_identity
 from common.metrics.bootstrap import groups_of
 
 logger = logging.getLogger(__name__)
@@ -20,15 +20,11 @@ def check_cohorts(cohorts: dict[str, EmbeddingBags], resampling: str = "patients
         ValueError: if embeddings differ in origin or width, cohorts share a patient, or a volume has no
             slice.
     """
-    train = cohorts["train"].identity
+    train = {name: value for name, value in cohorts["train"].identity.items() if name != "dtype"}
     seen: dict[str, str] = {}
     for cohort, bags in cohorts.items():
-        for key in ("dim", *IDENTITY_KEYS):
-            if bags.identity[key] != train[key]:
-                raise ValueError(
-                    f"{key} must be the same in every cohort, got {train[key]!r} in train and "
-                    f"{bags.identity[key]!r} in {cohort}. Embed them with one encoder."
-                )
+        remedy = "Embed all cohorts with one encoder."
+        check_identity(bags.identity, train, of=f"cohort '{cohort}'", source="in train", remedy=remedy)
         groups = groups_of(bags.volumes, resampling)
         for volume, group in zip(bags.volumes, groups, strict=True):
             if group in seen:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.cohort.class_map import map_classes
+from common.cohort.cohort import load_labels
 from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
-from common.embeddings.part import IDENTITY_KEYS
-from common.labels import load_labels
-from common.labels.class_map import map_classes
+from common.embeddings.store import check_identity
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -26,7 +26,7 @@ from common.metrics.bootstrap import (
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
 from common.networks.poolers import pad_bags
-from common.reports.results_csv import add_rows, log_rows, result_rows
+from common.reports.results import add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,13 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
     """
     probe, card = load_probe(probe_dir)
-    for key in (*IDENTITY_KEYS, "dim"):
-        if card[key] != bags.identity[key]:
-            raise ValueError(
-                f"{key} must be the probe's, {card[key]!r}, got {bags.identity[key]!r} of the embeddings for "
-                f"'{probe_dir}'. Embed the volumes as those that the probe was trained on."
-            )
+    check_identity(
+        bags.identity,
+        card,
+        of="the embeddings",
+        source=f"the probe in '{probe_dir}' needs",
+        remedy="Embed the volumes as those that the probe was trained on.",
+    )
     probe = probe.to(device).eval()
     parts = []
     with torch.no_grad():

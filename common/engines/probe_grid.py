@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from common.cohort.tables import Predictions
 from common.embeddings.bags import BagReader, EmbeddingBags, ShuffledBatches, chunks
 from common.engines.probe_cohorts import check_cohorts
 from common.engines.probe_seeds import train_seeds
@@ -34,6 +33,7 @@ from common.metrics.multilabel import (
 )
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 from common.networks.poolers import pad_bags
+from common.reports.results import Predictions
 
 # L * K probes of the grid, N volumes, C classes
 

@@ -8,11 +8,11 @@ import numpy as np
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 
+from common.cohort.cohort import write_table
 from common.engines.dense_probe import DenseProbeTrainer
 from common.engines.dense_scores import DenseResults
 from common.networks.dense_probe import save_dense_probe
-from common.reports.probe_pictures import write_table
-from common.reports.results_csv import add_rows, result_rows
+from common.reports.results import add_rows, result_rows
 from common.run.process import atomic_file
 
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}

@@ -9,11 +9,11 @@ import numpy as np
 from ignite.engine import Engine, Events
 from rich.table import Table
 
+from common.cohort.cohort import write_table
 from common.engines.latent_geometry import LatentGeometryEvaluator
 from common.metrics.paired_samples import Comparison
 from common.reports.latent_paths import chosen_paths, draw_paths
-from common.reports.probe_pictures import write_table
-from common.reports.results_csv import NAN, ResultRow, add_rows, print_whole, read_rows, result_rows
+from common.reports.results import NAN, ResultRow, add_rows, print_whole, read_rows, result_rows
 from common.reports.world_model import draw_continuity, draw_world_model
 
 CLASSIFICATION = {

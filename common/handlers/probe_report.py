@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from common.cohort.tables import Predictions, write_predictions
+from common.cohort.cohort import write_table
 from common.embeddings.work import ct_sources
 from common.engines.probe_grid import ProbeGridTrainer
 from common.networks.mil_probe import save_probe
@@ -23,9 +23,8 @@ from common.reports.probe_pictures import (
     draw_per_class,
     seed_rows,
     threshold_rows,
-    write_table,
 )
-from common.reports.results_csv import add_rows, result_rows
+from common.reports.results import Predictions, add_rows, result_rows, write_predictions
 
 # S slices, H W pixels
 
@@ -91,7 +90,7 @@ class ProbeReport:
     """Write the chosen probe and its test results when a ``ProbeGridTrainer`` has completed.
 
     Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`);
-    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.tables`);
+    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.cohort`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
     each slice, or token of another kind, in some volumes.

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # commands of data_prep start without torch
     from ignite.engine import Engine
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ def on_stop(act: Callable[[int], None]) -> None:
     """Call a function with the number of the signal when this process gets Ctrl-C or SIGTERM.
 
     Processes forked from this one, such as the workers of a DataLoader, ignore Ctrl-C, which a terminal sends
-    to all of them: they end with this one. Outside the main thread, where Python allows no handlers, the
-    signals keep their meaning.
+    to all of them: they end with this one. Outside the main thread Python allows no handlers.
 
     Args:
         act: called in the main thread, between two of its instructions.
@@ -110,6 +110,13 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
             aside.unlink(missing_ok=True)
             raise
     flush_folder(final.parent)
+
+
+def write_figure(path: str | Path, figure: Figure, dpi: int = 120) -> None:
+    """Write a figure as PNG, which appears only when whole; its folder is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def _open_alone(path: str, flags: int) -> int:

@@ -10,24 +10,6 @@ SLICES_PER_CHUNK = 32
 """Slices counted at a time, so that temporaries stay small; our choice, results do not depend on it."""
 
 
-def pad_mask_to_square(mask: np.ndarray) -> np.ndarray:
-    """Pad slices to squares, background on both sides, as ``CropBodyd`` pads the image with air.
-
-    Args:
-        mask: of any type.
-
-    Shape:
-        ``(S, H, W)``. Output: ``(S, max(H, W), max(H, W))``.
-
-    Example:
-        >>> pad_mask_to_square(np.ones((1, 1, 3), np.uint8))[0].tolist()
-        [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
-    """
-    height, width = mask.shape[1:]
-    rows, columns = max(width - height, 0), max(height - width, 0)
-    return np.pad(mask, ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)))
-
-
 def patch_shares(ids: np.ndarray, box: tuple[int, int, int], grid: int, num_classes: int) -> csr_matrix:
     """Return the share of every patch's area that each class covers, background included.
 
@@ -80,22 +62,15 @@ def patch_bits(bits: np.ndarray, box: tuple[int, int, int], grid: int) -> NDArra
     Source: DALE-CT IV-A3, any positive in the cell; through the crop of the image as ``patch_shares``.
 
     Args:
-        bits: findings of each pixel, bit k for the k-th of ``common/labels/rexgroundingct.csv``; slices
-            padded to squares.
-        box: as in ``patch_shares``.
-        grid: as in ``patch_shares``.
+        bits: ``(S, H, H)`` uint16, bit k for the k-th of ``common/labels/rexgroundingct.csv``.
+        box: see ``patch_shares``.
+        grid: see ``patch_shares``.
 
-    Shape:
-        ``bits (S, H, H)`` uint16. Output: uint16 ``(S, P)``.
+    Returns:
+        uint16 ``(S, P)``.
 
     Raises:
         ValueError: if the shape or the box does not fit.
-
-    Example:
-        >>> bits = np.zeros((1, 4, 4), np.uint16)
-        >>> bits[0, 1, 3], bits[0, 2, 3] = 1, 4
-        >>> patch_bits(bits, (0, 0, 4), grid=2).tolist()
-        [[0, 1, 0, 4]]
     """
     _check(bits, box, grid)
     found = np.zeros((len(bits), grid * grid), np.uint16)
@@ -110,15 +85,7 @@ def patch_bits(bits: np.ndarray, box: tuple[int, int, int], grid: int) -> NDArra
 
 
 def slice_shares(shares: csr_matrix, patches: int) -> NDArray[np.float32]:
-    """Return the share of every slice that each class covers: the mean of its equally large patches.
-
-    Args:
-        shares: of ``patch_shares``.
-        patches: of a slice, P.
-
-    Shape:
-        Output: ``(S, C)``.
-    """
+    """Return the share ``(S, C)`` of every slice that each class covers: the mean of its P patches."""
     num_slices = shares.shape[0] // patches
     rows = np.repeat(np.arange(num_slices), np.diff(shares.indptr[::patches]))
     flat = np.bincount(

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
+from common.cohort.cohort import load_labels
 from common.ct.anatomy import AIR_HU
-from common.labels import load_labels
 from common.shards.codec import NUM_TS_CLASSES
 
 NAMES = tuple(label.name for label in load_labels("totalsegmentator"))

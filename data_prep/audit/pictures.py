@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.shards.codec import MASK_SIZE_PX, REX_CODES
 from common.shards.index import FIELDS, load_index
 from data_prep.shards.slices import read_slices

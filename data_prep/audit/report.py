@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from common.ct.geometry import EXCLUDED
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
+from common.ct.rejection import EXCLUDED
 from common.run.process import atomic_file
 from data_prep.audit.checks import CHECKS, RULES
 from data_prep.audit.pictures import FINDING_COLOUR, ORGANS, Picture

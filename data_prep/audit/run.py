@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.cohort.cohort import load_labels
 from common.ct.checks import judge
-from common.labels import load_labels
 from common.run.process import atomic_file
 from common.shards.shards import SHARD_NAME
 from data_prep.audit.checks import RULES, Tally

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.ct.geometry import is_failure
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
+from common.ct.rejection import is_failure
 from common.run.process import atomic_file
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, left_out, progress_bars
@@ -72,14 +72,15 @@ def dense_overlay(
     from common.ct.files import ct_file, read_grid
     from common.reports.ct_tokens import read_images, spread_slices
     from common.reports.patch_rows import draw_labels
-    from common.reports.slice_grid import write_figure
-    from common.transforms.dense_labels import pad_mask_to_square, patch_shares
+    from common.run.process import write_figure
+    from common.transforms.dense_labels import patch_shares
+    from common.transforms.slice_strategies import pad_to_square
     from data_prep.sources.totalsegmentator import read_full_label_map
 
     names = [label.name for label in load_labels("totalsegmentator")]
     scan = ct_file(ct)
     labels = dense_labels_of(SourceVolume(scan.volume, "", scan, ts=label_map), grid)
-    ids = pad_mask_to_square(read_full_label_map(label_map, read_grid(scan)))
+    ids = pad_to_square(read_full_label_map(label_map, read_grid(scan)), 0)
     chosen = spread_slices(len(ids), slices)
     whole = patch_shares(ids[chosen], (0, 0, ids.shape[1]), grid, len(names)).toarray()
     cropped = labels.shares.toarray().reshape(len(ids), -1)[chosen]

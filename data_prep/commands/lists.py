@@ -8,9 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.cohort.patient_split import patient_of, split_by_patient, split_three_ways
-from common.cohort.tables import listed_volumes, read_labels
-from common.labels import load_labels
+from common.cohort.cohort import (
+    listed_volumes,
+    load_labels,
+    patient_of,
+    read_labels,
+    split_by_patient,
+    split_three_ways,
+)
 from data_prep.commands.console import console
 from data_prep.sources.rad_chestct import read_all_labels
 from data_prep.splits import differing_patients, read_patients, read_split, split_errors, write_split

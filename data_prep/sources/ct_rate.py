@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cohort.tables import listed_volumes, read_labels, table_rows
-from common.ct.files import ct_file
-from common.ct.geometry import EXCLUDED, RejectedError, RejectedVolume
-from common.ct.names import NIFTI_SUFFIXES, only_file, volume_files, volume_name
+from common.cohort.cohort import listed_volumes, load_labels, read_labels, table_rows
+from common.ct.files import NIFTI_SUFFIXES, ct_file, only_file, volume_files, volume_name
 from common.ct.nifti import Rescale
-from common.labels import load_labels
+from common.ct.rejection import EXCLUDED, RejectedError, RejectedVolume
 from data_prep.sources.rexgroundingct import Annotation
 from data_prep.sources.source_volume import NIFTI_FORMS, SourceVolume, list_sources, with_masks
 

@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.tables import table_rows
-from common.ct.files import ct_file
-from common.ct.geometry import RejectedError, RejectedVolume
-from common.ct.names import only_file, volume_files, volume_name
+from common.cohort.cohort import load_labels, table_rows
+from common.ct.files import ct_file, only_file, volume_files, volume_name
 from common.ct.nifti import Rescale
-from common.labels import load_labels
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.sources.source_volume import SourceVolume, list_sources, with_masks
 
 logger = logging.getLogger(__name__)

@@ -67,7 +67,6 @@ def test_monais_vit_gives_a_bag_of_its_patches(python_m, ct, tmp_path):
     with torch.no_grad():
         expected = vit(padded)[0][0]
     torch.testing.assert_close(bag.tokens, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(bag.pooled, expected.mean(0), rtol=0, atol=1e-4)
 
 
 def test_a_model_of_timm_gives_an_embedding_a_slice(ct, tmp_path, monkeypatch):
@@ -100,5 +99,5 @@ def test_a_key_that_the_bundle_lacks_is_refused(bundle, written, tmp_path, monke
     command = ["run", "--config_file", str(configs(bundle, written, tmp_path))]
     assert executed_config(root, "inference.json", command)["name"] == written["name"]
     command = ["run", "--config_file", str(configs(bundle, written | {"seeds": 1}, tmp_path))]
-    with pytest.raises(ValueError, match="got 'seeds' in 'my_encoder.json'. Did you mean 'seed'"):
+    with pytest.raises(ValueError, match="'seeds' in 'my_encoder.json'. Did you mean 'seed'"):
         executed_config(root, "inference.json", command)

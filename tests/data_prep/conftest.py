@@ -22,7 +22,7 @@ import pytest
 from distributed import Client, LocalCluster
 from typer.testing import CliRunner, Result
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE_XYZ = (19, 17, 5)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from common import labels as labels_module
-from common.labels import load_labels
-from common.shards.codec import VolumeSlices, encode_mask
-from common.shards.shards import write_shard
+from common.cohort.cohort import load_labels
+from common.shards.codec import encode_mask
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.pos_weights import (
     MaskCounts,
     class_weights,

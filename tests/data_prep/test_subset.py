@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from common.cohort.tables import listed_volumes, read_labels
+from common.cohort.cohort import listed_volumes, read_labels
 from data_prep.subset import choose_subset, write_skip_list, write_subset
 
 NAMES = ["Emphysema", "Atelectasis", "Hiatal hernia", "Consolidation", "Lung nodule"]

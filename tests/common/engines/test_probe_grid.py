@@ -18,8 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.embeddings.bags import EmbeddingBags, ShuffledBatches, collate_bags
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.store import IDENTITY_KEYS, EmbeddingStoreWriter
 from common.engines.probe_grid import BestProbe, ProbeGridTrainer, prevalence_report
 from common.handlers.checkpoint import Checkpoint
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
@@ -56,7 +55,7 @@ def build(
         dtype
     )
     optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=max_steps, final_lr=0.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps=0, max_steps=max_steps, final_lr=0.0)
     best = BestProbe()
     loader = DataLoader(
         cohorts["train"],

@@ -15,7 +15,7 @@ from common.handlers.dense_report import DenseReport, draw_classes
 from common.networks.dense_probe import DenseProbes, load_dense_probe
 from common.optimizers.adamw import warmup_cosine
 from common.reports.paired_differences import dense_differences
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
         test_cohort=sides[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=6, final_lr=0.0),
+        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, max_steps=6, final_lr=0.0),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=3,

@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
 
 

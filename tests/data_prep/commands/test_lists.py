@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cohort.patient_split import patient_of
-from common.cohort.tables import listed_volumes, read_labels
-from common.labels import load_labels
+from common.cohort.cohort import listed_volumes, load_labels, patient_of, read_labels
 from data_prep import __main__ as module
 from data_prep.sources.rad_chestct import PREFIXES
 from data_prep.splits import read_split

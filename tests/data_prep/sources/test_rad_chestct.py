@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from common.cohort.cohort import load_labels
 from common.ct.nifti import Rescale
-from common.labels import load_labels
 from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.sources.rad_chestct import METADATA, PREFIXES, find_rad_chestct, read_labels
 

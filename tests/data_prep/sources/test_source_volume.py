@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from common.ct.files import ct_file
-from common.ct.geometry import RejectedError
 from common.ct.nifti import Rescale
 from common.ct.npz import npz_affine
+from common.ct.rejection import RejectedError
 from data_prep.sources.rexgroundingct import Annotation
 from data_prep.sources.source_volume import SourceVolume, planned_slices, read_volume
 
