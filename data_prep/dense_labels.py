@@ -85,6 +85,7 @@ def write_all(
     client: Client,
     sources: Sequence[SourceVolume],
     out: Path,
+    *,
     grid: int,
     progress: ShowProgress,
 ) -> list[RejectedVolume]:

@@ -77,7 +77,7 @@ def part_of(sources: Sequence[SourceVolume], part: str) -> list[SourceVolume]:
 
 
 def segment_all(
-    sources: Sequence[SourceVolume], out: Path, device: str, fast: bool, progress: ShowProgress
+    sources: Sequence[SourceVolume], out: Path, *, device: str, fast: bool, progress: ShowProgress
 ) -> Outcome:
     """Write the label maps of volumes that have none; call it inside ``totalsegmentator_ready``.
 

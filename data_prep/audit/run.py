@@ -75,6 +75,7 @@ def audit_shards(
     folder: Path,
     split: str | None,
     client: Client,
+    *,
     share: float = 1.0,
     seed: int = 0,
     progress: ShowProgress = lambda stage, done, total: None,
@@ -175,6 +176,7 @@ def draw_pictures(
     audit: Audit,
     client: Client,
     num_sheets: int,
+    *,
     seed: int = 0,
     progress: ShowProgress = lambda stage, done, total: None,
 ) -> tuple[list[Picture], list[Picture]]:

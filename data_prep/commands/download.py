@@ -105,7 +105,7 @@ def _fill(api: "HfApi", repository: str, commit: str, files: list[RemoteFile], o
         soft_wrap=True,
     )
     with _bars(len(plan.todo), sum(file.num_bytes for file in plan.todo)) as show:
-        failed = plan.unsafe + hub.download(api, repository, commit, plan.todo, out, jobs, show)
+        failed = plan.unsafe + hub.download(api, repository, commit, plan.todo, out, jobs=jobs, progress=show)
     hub.write_failed(out, failed)
     rows = (
         ("commit", commit),

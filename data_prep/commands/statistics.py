@@ -38,7 +38,7 @@ def hu_stats(
     split: Annotated[str, typer.Option(help="Split to draw volumes from.")] = "train",
     volumes: Annotated[int, typer.Option(help="Volumes to draw; all where there are fewer.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 42,
-    slice_stride: Annotated[int, typer.Option(help="Read every so many slices of a volume.", min=1)] = 1,
+    slice_stride: Annotated[int, typer.Option(help="Step between the slices to read.", min=1)] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON to write, histogram included.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Histogram to draw, as PNG.")] = None,
     workers: Workers = None,

@@ -107,6 +107,7 @@ def download(
     commit: str,
     files: Sequence[RemoteFile],
     out: Path,
+    *,
     jobs: int,
     progress: ShowDownload,
 ) -> list[FailedFile]:

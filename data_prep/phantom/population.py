@@ -166,9 +166,9 @@ def draw_labels(scan: ScanId) -> dict[str, float]:
     for index, label in enumerate(CT_RATE_LABELS):
         group = company.get(label)
         rng = scan.scan_rng(10 + index) if group == "acute" else scan.patient_rng(10 + index)
-        own, severity = rng.standard_normal(), rng.uniform(0.05, 1.0)
+        alone, severity = rng.standard_normal(), rng.uniform(0.05, 1.0)
         weight = _CORRELATION if group else 0.0
-        value = np.sqrt(weight) * factors.get(group or "", 0.0) + np.sqrt(1 - weight) * own
+        value = np.sqrt(weight) * factors.get(group or "", 0.0) + np.sqrt(1 - weight) * alone
         if value < NormalDist().inv_cdf(PREVALENCE[label]):
             found[label] = float(severity)
     return found

@@ -80,6 +80,7 @@ def plan_shards(
     out: Path,
     split: str,
     client: Client,
+    *,
     slices_per_shard: int,
     progress: ShowProgress,
 ) -> tuple[list[PlannedShard], list[RejectedVolume]]:

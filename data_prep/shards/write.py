@@ -85,6 +85,7 @@ def write_shards(
     out: Path,
     split: str,
     client: Client,
+    *,
     slices_per_shard: int = 5000,
     progress: ShowProgress = lambda stage, done, total: None,
 ) -> Summary:
@@ -118,7 +119,9 @@ def write_shards(
     with ExitStack() as until_done:
         with output_errors(out):
             until_done.enter_context(claimed(out))
-        shards, unplanned = plan_shards(sources, out, split, client, slices_per_shard, progress)
+        shards, unplanned = plan_shards(
+            sources, out, split, client, slices_per_shard=slices_per_shard, progress=progress
+        )
         _refuse_strangers(out, split, shards, {source.volume for source in sources})
         missing = [shard for shard in shards if not _is_finished(shard)]
         num_before = _num_volumes(shards) - _num_volumes(missing)

@@ -31,6 +31,7 @@ class Volumes(NamedTuple):
 def find_ct_rate(
     root: Path,
     split: str,
+    *,
     form: str = "auto",
     totalsegmentator: Path | None = None,
     annotations: Mapping[str, Annotation] | None = None,

@@ -27,6 +27,7 @@ def find_series(
     folder: Path,
     split: str,
     client: Client,
+    *,
     masks: Path | None = None,
     progress: ShowProgress = lambda stage, done, total: None,
 ) -> tuple[list[SourceVolume], list[RejectedVolume]]:

@@ -84,10 +84,10 @@ def test_labels_that_are_there_are_kept_and_bad_volumes_listed(tmp_path, dask) -
     good = source_of(tmp_path, 10, 8)
     bad = good._replace(volume="valid_2_a_1", ts=None)
     out, seen = tmp_path / "out", []
-    rejected = write_all(dask, [good, bad], out, 6, lambda *step: seen.append(step[1:]))
+    rejected = write_all(dask, [good, bad], out, grid=6, progress=lambda *step: seen.append(step[1:]))
     assert [(item.volume, item.reason) for item in rejected] == [("valid_2_a_1", "mask")]
     assert seen[-1] == (2, 2)
     assert read_dense_labels(out / "valid_1_a_1.safetensors").volume == "valid_1_a_1"
     kept = (out / "valid_1_a_1.safetensors").stat().st_mtime_ns
-    assert write_all(dask, [good], out, 6, lambda *step: None) == []
+    assert write_all(dask, [good], out, grid=6, progress=lambda *step: None) == []
     assert (out / "valid_1_a_1.safetensors").stat().st_mtime_ns == kept

@@ -68,7 +68,7 @@ def run(folder: Path, out: Path, fast: bool = False) -> Outcome:
     out.mkdir(exist_ok=True)
     sources, rejected = find_cts(folder)
     assert rejected == []
-    return segment_all(sources, out, "cpu", fast, lambda *_: None)
+    return segment_all(sources, out, device="cpu", fast=fast, progress=lambda *_: None)
 
 
 def reasons(outcome: Outcome) -> dict[str, tuple[str, str]]:
@@ -130,7 +130,9 @@ def test_finished_label_maps_are_kept(segmenter, tmp_path, save_nifti) -> None:
     save_nifti(tmp_path / "in" / "c.nii.gz", ct(2)[:, :, :4], AFFINE)  # another CT of the same name
     shown: list[tuple[str, int, int]] = []
     sources, _ = find_cts(tmp_path / "in")
-    again = segment_all(sources, tmp_path / "out", "cpu", False, lambda *done: shown.append(done))
+    again = segment_all(
+        sources, tmp_path / "out", device="cpu", fast=False, progress=lambda *done: shown.append(done)
+    )
     assert again == Outcome(2, 1, [])
     assert shown == [("segmented", n, 3) for n in (1, 2, 3)]
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before

@@ -45,7 +45,7 @@ class Run:
         self.plan = plan_download(files, out)
         self.shown: list[tuple[int, int]] = []
         self.failed = download(
-            api, REPO, commit, self.plan.todo, out, jobs, lambda *done: self.shown.append(done)
+            api, REPO, commit, self.plan.todo, out, jobs=jobs, progress=lambda *done: self.shown.append(done)
         )
 
 
@@ -149,7 +149,7 @@ def test_terms_that_are_withdrawn_on_the_way_end_the_download(start_hub, tmp_pat
     files = list_files(api, REPO, commit, [Place("", "*")])
     hub.refusal = (403, "GatedRepo")
     with pytest.raises(PermissionError, match="No access to the dataset 'owner/CT'"):
-        download(api, REPO, commit, files, tmp_path, 1, lambda *_: None)
+        download(api, REPO, commit, files, tmp_path, jobs=1, progress=lambda *_: None)
     assert sum("resolve" in path for path, _ in hub.headers) < 10
     assert tree(tmp_path) == {}
 

@@ -31,7 +31,9 @@ def sources(tiny: Any) -> list[SourceVolume]:
 def plan(
     sources: Sequence[SourceVolume], client: Client, slices_per_shard: int = 10
 ) -> tuple[list[PlannedShard], list]:
-    return plan_shards(sources, Path("out"), "train", client, slices_per_shard, quiet)
+    return plan_shards(
+        sources, Path("out"), "train", client, slices_per_shard=slices_per_shard, progress=quiet
+    )
 
 
 def names(shards: Sequence[PlannedShard]) -> list[list[str]]:

@@ -266,9 +266,11 @@ def test_shards_of_another_cohort_are_not_written_over(cohort, tmp_path) -> None
     sources, _ = find_ct_rate(cohort.tiny.root, "train")
     others = [source._replace(volume=f"other_{source.volume}") for source in sources]
     with pytest.raises(ValueError, match=r"another run: \['train-000000\.tar'\]"):
-        write_shards(others, [], tmp_path / "out", "train", cohort.client, 1000)
+        write_shards(others, [], tmp_path / "out", "train", cohort.client, slices_per_shard=1000)
     assert checksums(tmp_path / "out") == before
-    some = write_shards([*others, sources[0]], [], tmp_path / "out", "train", cohort.client, 1000)
+    some = write_shards(
+        [*others, sources[0]], [], tmp_path / "out", "train", cohort.client, slices_per_shard=1000
+    )
     assert some.num_volumes == 7  # the cohort has changed: it is the same one
 
 

@@ -138,7 +138,7 @@ def test_label_maps_are_found_by_the_name_of_the_series(tmp_path, dask, write_se
     masks.mkdir()
     for name in ("1.2.1.nii.gz", "1_2_2.nii", "1.2.4.nii.gz", "1_2_4.nii.gz", "9.nii"):
         (masks / name).touch()
-    sources, rejected = find_series(tmp_path / "ct", "train", dask, masks)
+    sources, rejected = find_series(tmp_path / "ct", "train", dask, masks=masks)
     assert {source.volume: source.ts and source.ts.name for source in sources} == {
         "1_2_1": "1.2.1.nii.gz",
         "1_2_2": "1_2_2.nii",
@@ -146,7 +146,7 @@ def test_label_maps_are_found_by_the_name_of_the_series(tmp_path, dask, write_se
     }
     assert [(item.volume, item.reason) for item in rejected] == [("1_2_4", "duplicate")]
     with pytest.raises(FileNotFoundError, match="masks must hold label maps named like"):
-        find_series(tmp_path / "ct", "train", dask, tmp_path / "nowhere")
+        find_series(tmp_path / "ct", "train", dask, masks=tmp_path / "nowhere")
 
 
 def test_a_tree_without_ct_is_refused(tmp_path, dask) -> None:
