@@ -20,8 +20,7 @@ from common.metrics.bootstrap import (
     paired_difference,
     resample_weights,
 )
-from common.metrics.multilabel import multilabel_report
-from common.reports.probe_pictures import METRICS
+from common.metrics.multilabel import METRICS, multilabel_report
 from common.reports.results import MACRO_COLUMNS, Predictions, read_predictions
 
 MACRO = "macro"
