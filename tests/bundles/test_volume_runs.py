@@ -56,16 +56,13 @@ Workflow = Callable[..., ConfigWorkflow]
 
 
 @pytest.fixture
-def embedding() -> Workflow:
+def embedding(workflow: Workflow) -> Workflow:
     """Return a prepared run of a small bundle with random weights."""
+    small = {"encoder_weights": None, "num_workers": 0, "embedding_dtype": "float32"}
 
     def make(bundle: str, ct: Path, out: Path, **knobs) -> ConfigWorkflow:
-        settings = {"bundle_root": str(BUNDLES / bundle), "dataset_dir": str(ct), "output_dir": str(out)}
-        settings |= {"encoder_weights": None, "num_workers": 0, "embedding_dtype": "float32"}
-        config = str(BUNDLES / bundle / "configs" / "inference.json")
-        workflow = ConfigWorkflow(config, workflow_type="inference", **settings | SMALL[bundle] | knobs)
-        workflow.initialize()
-        return workflow
+        places = {"dataset_dir": ct, "output_dir": out}
+        return workflow(bundle, "inference", **places, **small | SMALL[bundle] | knobs)
 
     return make
 
@@ -151,7 +148,7 @@ def test_other_tokens_and_windows_go_by_another_name_into_another_store(
     assert "preprocessing of" in str(first_cause(caught.value))
 
 
-def test_every_protocol_takes_the_bags_as_they_are(embedding, tmp_path):
+def test_every_protocol_takes_the_bags_as_they_are(embedding, workflow, tmp_path):
     classes = [label.name for label in load_labels("ct_rate")]
     labels_dir = tmp_path / "ct_rate" / "dataset" / "multi_abnormality_labels"
     labels_dir.mkdir(parents=True)
@@ -165,33 +162,23 @@ def test_every_protocol_takes_the_bags_as_they_are(embedding, tmp_path):
             rows.append(",".join([f"{volume}.nii.gz", *map(str, labels)]))
         (labels_dir / f"{split}_predicted_labels.csv").write_text("\n".join(rows) + "\n")
         embedding("merlin", tmp_path / "ct" / split, tmp_path / "embeddings" / split).run()
-    paths = {
-        "bundle_root": BUNDLES / "eval_ct_rate",
-        "dataset_dir": tmp_path / "ct_rate",
-        "embeddings_dir": tmp_path / "embeddings",
-        "output_dir": tmp_path / "probe",
-        "results_csv": tmp_path / "eval_ct_rate.csv",
-    }
-    schedule = {
+    paths = {"dataset_dir": "ct_rate", "embeddings_dir": "embeddings", "output_dir": "probe"}
+    settings = {name: tmp_path / path for name, path in paths.items()} | {"encoder": "merlin"}
+    settings |= {
         "num_val_patients": 4,
         "max_steps": 4,
         "val_interval": 2,
         "checkpoint_every": 4,
         "log_every": 2,
     }
-    config = str(BUNDLES / "eval_ct_rate" / "configs" / "train.json")
-    settings = {name: str(path) for name, path in paths.items()} | schedule
-    settings |= {"encoder": "merlin", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    evaluation = ConfigWorkflow(config, workflow_type="train", **settings)
-    evaluation.initialize()
-    evaluation.run()
-    rows = [row for row in read_rows(tmp_path / "eval_ct_rate.csv") if row.encoder == "merlin"]
+    workflow("eval_ct_rate", "train", **settings).run()
+    rows = [row for row in read_rows(tmp_path / "results.csv") if row.encoder == "merlin"]
     assert {"macro_auroc", "macro_auprc"} <= {row.metric for row in rows}
     assert {row.n for row in rows if row.metric == "macro_auprc"} == {6}
-    retrieve_and_transfer(embedding, labels_dir, tmp_path)
+    retrieve_and_transfer(embedding, workflow, labels_dir, tmp_path)
 
 
-def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -> None:
+def retrieve_and_transfer(embedding: Workflow, workflow: Workflow, labels_dir: Path, folder: Path) -> None:
     """Neighbours of the bags, and the probe frozen on volumes of the other data set."""
     arguments = ["--num-val-patients", "4", "--num-resamples", "20", "--k", "1", "--tracking-uri"]
     arguments += [f"sqlite:///{folder}/mlflow.db", "--results-csv", str(folder / "neighbours.csv")]
@@ -213,19 +200,10 @@ def retrieve_and_transfer(embedding: Workflow, labels_dir: Path, folder: Path) -
         )
     (folder / "rad.csv").write_text("\n".join(rows) + "\n")
     embedding("merlin", folder / "rad", folder / "embeddings" / "rad").run()
-    paths = {
-        "test_embeddings_dir": "embeddings/rad",
-        "labels_csv": "rad.csv",
-        "results_csv": "rad_results.csv",
-    }
-    paths |= {"frozen_probe": "probe", "retrained_probe": "probe"}
-    settings = {name: str(folder / path) for name, path in paths.items()}
-    settings |= {"bundle_root": str(BUNDLES / "eval_rad_chestct"), "encoder": "merlin", "num_resamples": 20}
-    config = str(BUNDLES / "eval_rad_chestct" / "configs" / "evaluate.json")
-    tracking = {"tracking_uri": f"sqlite:///{folder}/mlflow.db"}
-    evaluation = ConfigWorkflow(config, workflow_type="train", logging_file=False, **settings | tracking)
-    evaluation.initialize()
-    evaluation.run()
+    paths = {"test_embeddings_dir": "embeddings/rad", "labels_csv": "rad.csv"}
+    paths |= {"results_csv": "rad_results.csv", "frozen_probe": "probe", "retrained_probe": "probe"}
+    settings = {name: folder / path for name, path in paths.items()}
+    workflow("eval_rad_chestct", "evaluate", **settings, encoder="merlin", num_resamples=20).run()
     frozen = [row for row in read_rows(folder / "rad_results.csv") if row.protocol == "frozen"]
     assert {row.encoder for row in frozen} == {"merlin"}
     assert {row.n for row in frozen} == {4}
