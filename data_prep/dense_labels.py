@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.cluster import run_tasks
 from data_prep.sources.rexgroundingct import read_full_findings
 from data_prep.sources.source_volume import SourceVolume, read_ct

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from common.ct.checks import check_hu
-from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, axial_slices
-from common.ct.nifti import read_header
+from common.ct.files import open_volume
+from common.ct.geometry import CT, Grid, axial_slices
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.run.process import atomic_file
 from common.shards.codec import NUM_TS_CLASSES
 from data_prep.sources.folders import find_volumes
@@ -144,7 +144,8 @@ def has_label_map(source: SourceVolume, out: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        header = read_header(path)
+        with open_volume(path) as file:
+            header = file.header
     except RejectedError:
         return False
     return _is_on(header.shape, header.affine, read_grid(source))
@@ -168,7 +169,6 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     from totalsegmentator import python_api
 
     ct = read_ct(source)
-    check_hu(ct)
     image = nib.nifti1.Nifti1Image(stored_order(ct), ct.grid.affine)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints in spite of quiet
@@ -185,7 +185,7 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     return gzip.compress(label_map.to_bytes(), mtime=0)
 
 
-def stored_order(ct: StoredCT) -> np.ndarray:
+def stored_order(ct: CT) -> np.ndarray:
     """Return the HU of a CT as they are stored.
 
     Args:
@@ -200,7 +200,7 @@ def stored_order(ct: StoredCT) -> np.ndarray:
     return stored
 
 
-def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarray:
+def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: Grid) -> np.ndarray:
     """Return the ids of a label map as uint8 if it can be that of a CT.
 
     Args:
@@ -226,7 +226,7 @@ def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarr
     return ids.astype(np.uint8)
 
 
-def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: StoredGrid) -> bool:
+def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: Grid) -> bool:
     return tuple(shape) == ct.shape and np.allclose(affine, ct.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
 
 

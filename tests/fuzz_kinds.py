@@ -16,14 +16,14 @@ import torch
 from scipy.sparse import csr_matrix
 
 from common.cohort.cohort import listed_volumes, read_labels
-from common.ct.nifti import read_grid
+from common.ct.files import ct_file, read_grid
 from common.embeddings.dense_labels import DenseLabels, read_dense_labels, write_dense_labels
 from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.embeddings.work import ct_sources
 from common.reports.results import FIELDS, PREDICTION_COLUMNS, read_predictions, read_rows
 from common.run.config import executed_config
-from common.shards.codec import VolumeSlices
-from common.shards.shards import ShardSet, write_shard
+from common.shards.shards import ShardSet
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.shard import ShardTask, audit_shard
 from data_prep.sources.ct_rate import METADATA_COLUMNS, read_metadata
 from data_prep.sources.rexgroundingct import read_annotations
@@ -84,7 +84,7 @@ def label_map(folder: Path) -> None:
 
 
 def read_label_maps(folder: Path) -> None:
-    grid = read_grid(folder / "ct.nii.gz")
+    grid = read_grid(ct_file(folder / "ct.nii.gz"))
     for name in ("same", "other"):
         try:
             read_label_map(folder / f"{name}.nii.gz", grid)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.work import ct_sources
 from data_prep.sources.ct_rate import find_ct_rate
 from data_prep.sources.folders import find_volumes

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.ct.names import unique_names, volume_name
+from common.ct.files import unique_names, volume_name
 from common.run.process import atomic_file
 
 LABEL_LISTS = Path(__file__).parents[1] / "labels"

@@ -13,7 +13,7 @@ from isal import isal_zlib
 from torch.utils.data import Dataset, Sampler
 
 from common.cohort.cohort import read_labels
-from common.ct.names import volume_name
+from common.ct.files import volume_name
 from common.embeddings.store import (
     DTYPES,
     IDENTITY_KEYS,

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from common.cohort.cohort import load_labels
-from common.ct.geometry import EXCLUDED
+from common.ct.rejection import EXCLUDED
 from common.run.process import atomic_file
 from data_prep.audit.checks import CHECKS, RULES
 from data_prep.audit.pictures import FINDING_COLOUR, ORGANS, Picture

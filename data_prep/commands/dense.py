@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from common.cohort.cohort import load_labels
-from common.ct.geometry import is_failure
+from common.ct.rejection import is_failure
 from common.run.process import atomic_file
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, left_out, progress_bars

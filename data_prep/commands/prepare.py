@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.ct.geometry import RejectedVolume, is_failure
+from common.ct.rejection import RejectedVolume, is_failure
 from data_prep.cluster import dask_client
 from data_prep.commands.console import check_rejected, console, progress_bars, show_rows
 from data_prep.commands.options import (

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from data_prep.commands.console import check_rejected, console, progress_bars, show_rows
 from data_prep.commands.options import MaxRejected
 from data_prep.tables import write_table

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.ct.geometry import RejectedError
 from common.ct.npz import SPACING_MM
+from common.ct.rejection import RejectedError
 from common.run.process import atomic_file
 from data_prep.commands.console import console, left_out, progress_bars
 from data_prep.turned import find_volumes, write_turned

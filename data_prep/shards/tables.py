@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.run.process import atomic_file
 from common.shards.index import ShardIndex, index_path, load_index
 from common.shards.shards import SHARD_NAME

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common.ct.geometry import RejectedVolume, is_failure
+from common.ct.rejection import RejectedVolume, is_failure
 from common.run.process import claimed
 from common.shards.index import ShardIndex, load_index
 from common.shards.shards import SHARD_NAME, parse_shard_name

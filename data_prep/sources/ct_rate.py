@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cohort.cohort import listed_volumes, load_labels, read_labels, table_rows
-from common.ct.files import ct_file
-from common.ct.geometry import EXCLUDED, RejectedError, RejectedVolume
-from common.ct.names import NIFTI_SUFFIXES, only_file, volume_files, volume_name
+from common.ct.files import NIFTI_SUFFIXES, ct_file, only_file, volume_files, volume_name
 from common.ct.nifti import Rescale
+from common.ct.rejection import EXCLUDED, RejectedError, RejectedVolume
 from data_prep.sources.rexgroundingct import Annotation
 from data_prep.sources.source_volume import NIFTI_FORMS, SourceVolume, with_masks
 

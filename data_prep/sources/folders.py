@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.ct.dicom_files import FoundFile, look_at
 from common.ct.files import find_cts
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from data_prep.cluster import run_tasks
 from data_prep.sources.source_volume import SourceVolume, with_masks
 

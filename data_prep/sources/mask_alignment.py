@@ -10,13 +10,13 @@ import numpy as np
 
 from common.ct.geometry import (
     SPACING_TOLERANCE,
-    RejectedError,
-    StoredGrid,
+    Grid,
+    canonical_axes,
     canonical_indices,
     canonical_shape,
-    perpendicular_axes,
     shown_mm,
 )
+from common.ct.rejection import RejectedError
 from common.shards.codec import MASK_SIZE_PX
 
 HALF_VOXEL = 0.5
@@ -91,7 +91,7 @@ def cell_voxels(size: int) -> np.ndarray:
     return ((np.arange(MASK_SIZE_PX) + 0.5) * size / MASK_SIZE_PX).astype(np.intp)
 
 
-def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: StoredGrid) -> Alignment:
+def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: Grid) -> Alignment:
     """Find how a mask lies on its CT.
 
     On the same grid, in any order of axes and with any flips, if no voxel is off by half a voxel: resampling
@@ -117,7 +117,7 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
         raise RejectedError(
             "mask", f"'{name}' must state its orientation, got the affine {np.round(mask_affine, 3).tolist()}"
         )
-    mask = StoredGrid((i, j, k), mask_affine, "")
+    mask = Grid((i, j, k), mask_affine)
     if not ct.has_origin:
         return _without_origin(name, mask, ct)
     to_mask = np.linalg.inv(mask_affine) @ ct.affine @ canonical_indices(ct)
@@ -142,10 +142,10 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: S
     return Alignment(ct_shape, mask.shape, to_mask, is_same_grid=False)
 
 
-def _without_origin(name: str, mask: StoredGrid, ct: StoredGrid) -> Alignment:
+def _without_origin(name: str, mask: Grid, ct: Grid) -> Alignment:
     """Align a mask by orientation, shape and spacing alone."""
-    _, _, spacing_mm = perpendicular_axes(ct.affine)
-    _, _, mask_spacing_mm = perpendicular_axes(mask.affine)
+    _, _, spacing_mm = canonical_axes(ct.affine)
+    _, _, mask_spacing_mm = canonical_axes(mask.affine)
     exact = canonical_indices(mask)
     _check_shape(name, mask.shape, exact, canonical_shape(ct))
     if not np.allclose(mask_spacing_mm, spacing_mm, rtol=SPACING_TOLERANCE):
@@ -188,7 +188,7 @@ def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return moved
 
 
-def _extent(grid: StoredGrid) -> str:
+def _extent(grid: Grid) -> str:
     """Say what space a grid takes up in the world."""
     ends = _apply(grid.affine, CORNERS * np.array(grid.shape) - HALF_VOXEL)
     sides = zip("xyz", ends.min(axis=0), ends.max(axis=0), strict=True)

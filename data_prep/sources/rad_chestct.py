@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.cohort.cohort import load_labels, table_rows
-from common.ct.files import ct_file
-from common.ct.geometry import RejectedError, RejectedVolume
-from common.ct.names import only_file, volume_files, volume_name
+from common.ct.files import ct_file, only_file, volume_files, volume_name
 from common.ct.nifti import Rescale
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.sources.source_volume import SourceVolume, with_masks
 
 PREFIXES: Mapping[str, tuple[str, ...]] = {

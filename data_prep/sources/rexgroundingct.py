@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import SPACING_TOLERANCE, RejectedError, StoredGrid
-from common.ct.names import only_file, volume_files, volume_name
-from common.ct.nifti import open_volume
-from common.ct.nifti_file import VolumeFile, VolumeHeader
+from common.ct.files import only_file, open_volume, volume_files, volume_name
+from common.ct.geometry import SPACING_TOLERANCE, Grid
+from common.ct.nifti import VolumeFile, VolumeHeader
+from common.ct.rejection import RejectedError
 from common.shards.codec import MASK_SIZE_PX, REX_CODES
 from data_prep.sources.mask_alignment import Alignment, align
 
@@ -99,7 +99,7 @@ def _codes(categories: dict[str, str]) -> tuple[str, ...]:
     return tuple((categories[str(channel)] or "").strip() for channel in range(len(categories)))
 
 
-def read_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
+def read_findings(annotation: Annotation, ct: Grid) -> np.ndarray:
     """Read the masks of a scan: findings of one code are united, and no finding is lost to the smaller grid.
 
     Masks are stored as (F, X, Y, Z), or (X, Y, Z) for one finding. A header with the CT's spacing speaks for
@@ -125,7 +125,7 @@ def read_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
         return reduce(_bit_planes(file, annotation), alignment)
 
 
-def read_full_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
+def read_full_findings(annotation: Annotation, ct: Grid) -> np.ndarray:
     """Read the masks of a scan on the voxels of its CT, none left out.
 
     Args:
@@ -146,7 +146,7 @@ def read_full_findings(annotation: Annotation, ct: StoredGrid) -> np.ndarray:
     return alignment.on_ct_grid(annotation.path.name, whole)
 
 
-def _alignment(file: VolumeFile, annotation: Annotation, ct: StoredGrid) -> Alignment:
+def _alignment(file: VolumeFile, annotation: Annotation, ct: Grid) -> Alignment:
     name, shape = annotation.path.name, file.header.shape
     channels = (1, *shape) if len(shape) == 3 else shape
     if len(channels) != 4 or channels[0] != len(annotation.codes):
@@ -157,7 +157,7 @@ def _alignment(file: VolumeFile, annotation: Annotation, ct: StoredGrid) -> Alig
     return align(name, channels[1:], _mask_affine(file.header, channels[1:], ct), ct)
 
 
-def _mask_affine(header: VolumeHeader, shape: tuple[int, ...], ct: StoredGrid) -> np.ndarray:
+def _mask_affine(header: VolumeHeader, shape: tuple[int, ...], ct: Grid) -> np.ndarray:
     own, of_ct = (np.sort(np.linalg.norm(affine[:3, :3], axis=0)) for affine in (header.affine, ct.affine))
     is_placed = header.affine[:3, 3].any() or not ct.affine[:3, 3].any()
     speaks = (np.allclose(own, of_ct, rtol=SPACING_TOLERANCE) and is_placed) or shape != ct.shape
@@ -167,7 +167,7 @@ def _mask_affine(header: VolumeHeader, shape: tuple[int, ...], ct: StoredGrid) -
 def _bit_planes(file: VolumeFile, annotation: Annotation) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the planes of the last axis that have a finding: index and uint16 ``(X, Y)``, a bit per code."""
     codes = annotation.codes
-    for first, planes in file.labels(annotation.path.name):
+    for first, planes in file.labels():
         findings = planes.reshape((len(codes), *planes.shape[-3:]), order="F")
         for n in np.flatnonzero(findings.any(axis=(0, 1, 2))):
             bits = np.zeros(findings.shape[1:3], np.uint16)

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.ct import files
-from common.ct.checks import check_hu, find_doubts
-from common.ct.files import CTFile
-from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, canonical_shape
-from common.ct.names import VOLUME_NAME, only_file, unique_names, volume_files, volume_name
+from common.ct.files import VOLUME_NAME, CTFile, only_file, unique_names, volume_files, volume_name
+from common.ct.geometry import CT, Grid, canonical_shape
 from common.ct.nifti import Rescale
-from common.shards.codec import VolumeSlices
+from common.ct.rejection import RejectedError, RejectedVolume
+from common.shards.writer import VolumeSlices
 from data_prep.sources.rexgroundingct import Annotation, read_findings
 from data_prep.sources.totalsegmentator import read_label_map
 
@@ -86,8 +85,6 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
         RejectedError: if anything about the CT or a mask is not what it must be.
     """
     ct = read_ct(source)
-    check_hu(ct)
-    doubts, _ = find_doubts(ct.hu, ct.spacing_mm)
     return VolumeSlices(
         volume=source.volume,
         ct=ct.hu,
@@ -100,16 +97,16 @@ def read_volume(source: SourceVolume) -> VolumeSlices:
         split=source.split,
         source=source.source,
         source_sha256=ct.sha256,
-        doubts="; ".join(doubt.text for doubt in doubts),
+        doubts="; ".join(doubt.text for doubt in ct.doubts),
     )
 
 
-def read_grid(source: SourceVolume) -> StoredGrid:
+def read_grid(source: SourceVolume) -> Grid:
     """Read the voxel grid of a volume's CT, whatever its format, from headers alone."""
     return files.read_grid(source.ct, source.form, source.rescale)
 
 
-def read_ct(source: SourceVolume) -> StoredCT:
+def read_ct(source: SourceVolume) -> CT:
     """Read a volume's CT, whatever its format."""
     return files.read_ct(source.ct, source.form, source.rescale)
 

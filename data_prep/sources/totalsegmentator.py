@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common.ct.geometry import RejectedError, StoredGrid
-from common.ct.nifti import open_volume
-from common.ct.nifti_file import VolumeFile, VolumeHeader
+from common.ct.files import open_volume
+from common.ct.geometry import Grid
+from common.ct.nifti import VolumeFile, VolumeHeader
+from common.ct.rejection import RejectedError
 from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES
 from data_prep.sources.mask_alignment import Alignment, align, cell_voxels
 
 
-def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
+def read_label_map(path: Path, ct: Grid) -> np.ndarray:
     """Read a label map of task ``total`` and reduce each slice to 128 x 128: the id at each cell's centre.
 
     The map goes through its own affine, so it may be stored in another order than its CT, or on another grid
@@ -38,7 +39,7 @@ def read_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
         return sample(path.name, file, alignment)
 
 
-def read_full_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
+def read_full_label_map(path: Path, ct: Grid) -> np.ndarray:
     """Read a label map of task ``total`` on the voxels of its CT, none left out.
 
     Args:
@@ -59,7 +60,7 @@ def read_full_label_map(path: Path, ct: StoredGrid) -> np.ndarray:
     return alignment.on_ct_grid(path.name, whole)
 
 
-def _alignment(name: str, header: VolumeHeader, ct: StoredGrid) -> Alignment:
+def _alignment(name: str, header: VolumeHeader, ct: Grid) -> Alignment:
     if header.is_blank:
         raise RejectedError("mask", f"'{name}' must state its orientation, got a blank header")
     if header.contradiction:
@@ -95,7 +96,7 @@ def _resample(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
 
 def _ids(name: str, file: VolumeFile) -> Iterator[tuple[int, np.ndarray]]:
     """Read planes, and check that they are ids."""
-    for first, ids in file.labels(name):
+    for first, ids in file.labels():
         low, high = float(ids.min()), float(ids.max())
         if not (low >= 0 and high < NUM_TS_CLASSES):
             raise RejectedError(

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from common.ct.geometry import RejectedVolume
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.ct.rejection import RejectedVolume
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import CHECKS, ERROR, LEVELS, Tally
 from data_prep.audit.run import (
     Audit,

@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedVolume
-from common.shards.codec import VolumeSlices
+from common.ct.rejection import RejectedVolume
 from common.shards.index import index_path
-from common.shards.shards import ShardName, write_shard, write_tar
+from common.shards.shards import ShardName
+from common.shards.writer import VolumeSlices, write_shard, write_tar
 from data_prep.shards.join import join_tars
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from common.cohort.cohort import load_labels
-from common.ct.geometry import EXCLUDED, RejectedError
 from common.ct.nifti import Rescale
+from common.ct.rejection import EXCLUDED, RejectedError
 from data_prep.sources.ct_rate import find_ct_rate, find_volumes, read_metadata, read_no_chest
 from data_prep.sources.rexgroundingct import Annotation
 from data_prep.sources.source_volume import planned_slices, read_volume

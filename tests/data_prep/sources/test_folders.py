@@ -9,9 +9,9 @@ from distributed import Client
 from pydicom import Dataset
 from pydicom.uid import MRImageStorage
 
-from common.ct import names as walk
+from common.ct import files as ct_files
 from common.ct.dicom import read_ct
-from common.ct.geometry import NOT_AXIAL_CT, RejectedError, is_failure
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError, is_failure
 from data_prep.sources import folders
 from data_prep.sources.folders import find_series, find_volumes
 
@@ -88,7 +88,7 @@ def test_what_is_no_axial_ct_is_left_out_and_no_failure(
     }
     assert {item.reason for item in rejected} == {NOT_AXIAL_CT}
     assert not any(map(is_failure, rejected))
-    assert [r.getMessage() for r in caplog.records if r.name == walk.__name__] == [
+    assert [r.getMessage() for r in caplog.records if r.name == ct_files.__name__] == [
         f"'{tmp_path / 'again'}' is a link to a folder and is not searched.",
         f"Not read, as no volumes: 1 .txt, such as '{tmp_path / 'notes.txt'}'.",
     ]
@@ -111,7 +111,7 @@ def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
         onerror(PermissionError(13, "Permission denied", str(tmp_path / "secret")))
         return [(str(tmp_path / "ct"), [], [path.name for path in files])]
 
-    monkeypatch.setattr(walk.os, "walk", closed)
+    monkeypatch.setattr(ct_files.os, "walk", closed)
     _, rejected = find_series(tmp_path, "train", dask)
     assert [(item.volume, item.reason) for item in rejected] == [("secret", "unreadable")]
     assert "Permission denied" in rejected[0].detail

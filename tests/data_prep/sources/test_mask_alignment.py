@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from common.ct.geometry import RejectedError, StoredGrid, axial_slices
+from common.ct.geometry import Grid, axial_slices
+from common.ct.rejection import RejectedError
 from data_prep.sources.mask_alignment import align, cell_voxels
 
 SHAPE_XYZ = (19, 17, 5)
 AFFINE = np.array([[-0.7, 0, 0, 40], [0, -0.8, 0, 30], [0, 0, 1.5, -100], [0, 0, 0, 1]])
-CT = StoredGrid(SHAPE_XYZ, AFFINE, "LPS")
+CT = Grid(SHAPE_XYZ, AFFINE)
 
 
 def stored_as(axcodes: str, shape: tuple[int, ...] = SHAPE_XYZ) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +34,7 @@ def moved(x: float = 0, y: float = 0, z: float = 0) -> np.ndarray:
 def test_voxels_of_one_grid_meet_in_any_two_orders(ct_axcodes: str, mask_axcodes: str) -> None:
     ct, ct_affine = stored_as(ct_axcodes)
     mask, mask_affine = stored_as(mask_axcodes)
-    alignment = align("a", mask.shape, mask_affine, StoredGrid(ct.shape, ct_affine, ct_axcodes))
+    alignment = align("a", mask.shape, mask_affine, Grid(ct.shape, ct_affine))
     slices, _ = axial_slices(ct, ct_affine)
     assert alignment.is_same_grid
     assert alignment.ct_shape == slices.shape == (5, 17, 19)
@@ -47,7 +48,7 @@ def test_voxels_of_one_grid_meet_in_any_two_orders(ct_axcodes: str, mask_axcodes
 @pytest.mark.parametrize("has_origin", [True, False])
 def test_headers_may_round(has_origin: bool) -> None:
     """Off by less than half a voxel at the far end: the nearest voxels are the same."""
-    ct = StoredGrid((512, 512, 300), np.diag([-0.703125, -0.703125, 1.25, 1]), "LPS", has_origin)
+    ct = Grid((512, 512, 300), np.diag([-0.703125, -0.703125, 1.25, 1]), has_origin)
     mask_affine = np.diag([-0.7034, -0.7028, 1.2508, 1])
     mask_affine[:3, 3] = 0.1
     assert align("a", ct.shape, mask_affine, ct).is_same_grid
@@ -106,7 +107,7 @@ def test_masks_resampled_to_a_rounded_number_of_voxels_cover_their_ct(
 ) -> None:
     """The first voxels of both have one corner, or, unless the number is rounded down, one centre."""
     for size in range(250, 260):
-        ct = StoredGrid((size, size, size), np.diag([-0.7, -0.8, 1.25, 1]), "LPS")
+        ct = Grid((size, size, size), np.diag([-0.7, -0.8, 1.25, 1]))
         shape = tuple(int(rounded(size * mm / spacing_mm)) for mm in (0.7, 0.8, 1.25))
         affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1])
         if rounded is not np.floor:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_max_pool2d
 
-from common.ct import nifti_file
-from common.ct.geometry import RejectedError, StoredGrid
+from common.ct import nifti
+from common.ct.geometry import Grid
+from common.ct.rejection import RejectedError
 from data_prep.sources.rexgroundingct import (
     Annotation,
     cell_edges,
@@ -21,7 +22,7 @@ from data_prep.sources.rexgroundingct import (
 
 SHAPE_XYZ = (19, 17, 5)
 AFFINE = np.array([[-0.7, 0, 0, 40], [0, -0.8, 0, 30], [0, 0, 1.5, -100], [0, 0, 0, 1]])
-CT = StoredGrid(SHAPE_XYZ, AFFINE, "LPS")
+CT = Grid(SHAPE_XYZ, AFFINE)
 CODES = ("1a", "2h", "1a")
 Write = Callable[..., tuple[Path, Path]]
 
@@ -62,7 +63,7 @@ def read(
     folder: Path,
     affine: np.ndarray = AFFINE,
     codes: tuple[str, ...] = CODES,
-    ct: StoredGrid = CT,
+    ct: Grid = CT,
 ) -> np.ndarray:
     nib.save(nib.Nifti1Image(array, affine), folder / "a.nii.gz")
     return read_findings(Annotation(folder / "a.nii.gz", codes), ct)
@@ -87,7 +88,7 @@ def test_cells_cover_all_their_pixels(shape: tuple[int, int]) -> None:
 
 def test_no_pixel_of_a_finding_is_lost(tmp_path: Path) -> None:
     """Nearest sampling keeps one pixel of sixteen, so most nodules of a few pixels vanish."""
-    ct = StoredGrid((512, 512, 50), AFFINE, "LPS")
+    ct = Grid((512, 512, 50), AFFINE)
     masks = np.zeros((1, *ct.shape), np.uint8)
     places = np.random.default_rng(0).integers(0, 512, (50, 2))
     for z, (x, y) in enumerate(places):
@@ -116,7 +117,7 @@ def test_findings_of_one_code_are_united_and_others_keep_their_bit(tmp_path: Pat
 def test_a_header_with_the_spacing_of_the_ct_is_followed(
     axcodes: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nifti_file, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", chunk_bytes)
     stored, affine = turned(axcodes)
     np.testing.assert_array_equal(read(stored, tmp_path, affine), expected())
     no_origin = CT._replace(has_origin=False)
@@ -133,7 +134,7 @@ def test_masks_may_have_any_type(dtype: type, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ct_axcodes", ["RAS", "IPL"])
 def test_a_blank_header_follows_a_ct_in_another_order(ct_axcodes: str, tmp_path: Path) -> None:
     stored, affine = turned(ct_axcodes)
-    ct = StoredGrid(stored.shape[1:], affine, ct_axcodes)
+    ct = Grid(stored.shape[1:], affine)
     np.testing.assert_array_equal(read(stored, tmp_path, np.eye(4), ct=ct), expected())
 
 
@@ -176,7 +177,7 @@ def test_masks_on_another_grid_keep_every_voxel(grid: str, tmp_path: Path) -> No
 
 def test_a_small_finding_survives_a_finer_grid(tmp_path: Path) -> None:
     """One voxel of a quarter of the CT's edge, which no centre of a cell lies in."""
-    ct = StoredGrid((256, 256, 4), np.diag([-0.8, -0.8, 2, 1]), "LPS")
+    ct = Grid((256, 256, 4), np.diag([-0.8, -0.8, 2, 1]))
     masks = np.zeros((1, 1024, 1024, 4), np.uint8)
     masks[0, 401, 203, 2] = 1
     affine = np.diag([-0.2, -0.2, 2, 1])

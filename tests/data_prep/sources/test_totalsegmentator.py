@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
 
-from common.ct import nifti as nifti_ct
-from common.ct import nifti_file
-from common.ct.geometry import RejectedError, StoredGrid, axial_slices
+from common.ct import nifti
+from common.ct.files import ct_file, read_ct, read_grid
+from common.ct.geometry import Grid, axial_slices
+from common.ct.rejection import RejectedError
 from data_prep.sources.totalsegmentator import read_label_map
 
 SHAPE_XYZ = (19, 17, 5)
 SPACING_MM = (0.7, 0.8, 1.5)
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
-CT = StoredGrid(SHAPE_XYZ, AFFINE, "LPS")
+CT = Grid(SHAPE_XYZ, AFFINE)
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
 
 
@@ -47,7 +48,7 @@ def test_a_map_is_turned_by_its_own_affine(
     save_nifti: Save,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nifti_file, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", chunk_bytes)
     turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(axcodes))
     image = nib.Nifti1Image(ids().astype(dtype), AFFINE).as_reoriented(turn)
     path = save_nifti(tmp_path / "a.nii.gz", np.asarray(image.dataobj), image.affine)
@@ -148,7 +149,7 @@ def test_a_raw_volume_takes_a_map_with_an_origin(axcodes: str, tmp_path: Path, s
 @pytest.mark.real_ct
 def test_real_organs_meet_their_ct_on_the_small_grid(real_ct_dir: Path) -> None:
     """A CT stored as LPS and its map stored as LAS, both reduced to 128 x 128."""
-    ct = nifti_ct.read_ct(real_ct_dir / "totalseg_dicom_ct_native.nii.gz")
+    ct = read_ct(ct_file(real_ct_dir / "totalseg_dicom_ct_native.nii.gz"))
     path = real_ct_dir / "totalseg_dicom_seg117_native.nii.gz"
     planes, small = read_label_map(path, ct.grid), nearest(ct.hu)
     spleen, liver, muscle = (small[planes == index] for index in (1, 5, 86))
@@ -168,7 +169,7 @@ def test_a_real_map_of_another_spacing_keeps_its_organs(
     real_ct_dir: Path, tmp_path: Path, save_nifti: Save
 ) -> None:
     """Every other voxel of the LAS map, as a map of half the resolution would be."""
-    ct = nifti_ct.read_grid(real_ct_dir / "totalseg_dicom_ct_native.nii.gz")
+    ct = read_grid(ct_file(real_ct_dir / "totalseg_dicom_ct_native.nii.gz"))
     image = nib.load(real_ct_dir / "totalseg_dicom_seg117_native.nii.gz")
     half = save_nifti(
         tmp_path / "half.nii.gz", np.asarray(image.dataobj)[::2, ::2], image.affine @ np.diag([2, 2, 1, 1])
