@@ -116,7 +116,8 @@ class Checkpoint:
             engine.stop_if_not_finite()
         # every rank takes part: each may hold a shard of every tensor
         network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
-        state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
+        state: dict[str, Any] = {"network": network, "optimizer": optimizer}
+        state["iteration"] = engine.state.iteration
         for name, item in self.others.items():
             is_network = isinstance(item, nn.Module)
             state[name] = get_model_state_dict(item, options=WHOLE) if is_network else item.state_dict()
