@@ -33,11 +33,10 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.embeddings import dense_cohort
-from common.embeddings.dense_cohort import TASKS, TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
-from common.embeddings.dense_labels import DenseLabels, findings_present, write_dense_labels
+from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
+from common.embeddings.dense_labels import TASKS, DenseLabels, findings_present, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.engines.best_layers import BestLayers
-from common.engines.dense_probe import BACKGROUND, DenseProbeTrainer
+from common.engines.dense_probe import BACKGROUND, BestLayers, DenseProbeTrainer
 from common.engines.dense_scores import report_on_test, validation_auprc
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
@@ -323,7 +322,7 @@ def ct_rate_peak_gib() -> float:
     # one block of classes: the memory is that of every block
     with mock.patch.object(val, "targets", lambda kind, column: np.zeros(val.num_rows[kind], bool)):
         validation_auprc(val, "patch", weight[:, :10], weight[:, :10, 0])
-    rows = {"drawn": drawn.drawn(), "of": train.num_rows, "tested": test.num_rows}
+    rows = {"drawn": dict(zip(TOKEN_KINDS, map(len, drawn.tokens), strict=True)), "of": train.num_rows, "tested": test.num_rows}
     typer.echo(json.dumps(rows), err=True)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

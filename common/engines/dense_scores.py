@@ -1,4 +1,4 @@
-"""Scores of linear probes on millions of tokens, in memory for a few classes at a time."""
+"""Score linear probes on millions of tokens, a few classes at a time to bound memory."""
 
 # N rows of a kind of token, M probes' classes, C classes, R resamples
 
@@ -41,16 +41,13 @@ class DenseResults(TypedDict):
 def each_column(
     cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
 ) -> Iterator[NDArray[np.float32]]:
-    """Score all rows and yield the logits column by column.
+    """Score all rows of a kind of token and yield the logits column by column, float32 ``(N,)``.
 
     Args:
         cohort: volumes whose tokens are scored.
         kind: kind of token.
-        weight: weights of linear probes, one row per column of scores.
-        bias: their biases.
-
-    Shape:
-        ``weight (M, D)``, ``bias (M,)``. Yields float32 ``(N,)``.
+        weight: weights of linear probes ``(M, D)``, one row per column of scores.
+        bias: their biases ``(M,)``.
     """
     num_rows = cohort.num_rows[kind]
     per_pass = max(1, SCORE_BYTES // (4 * num_rows))
@@ -73,12 +70,11 @@ def validation_auprc(
     Args:
         cohort: validation volumes.
         kind: kind of token.
-        weight: weights of L probes for all classes of all tasks.
-        bias: their biases.
+        weight: weights ``(L, C, D)`` of L probes for all classes of all tasks.
+        bias: their biases ``(L, C)``.
 
-    Shape:
-        ``weight (L, C, D)``, ``bias (L, C)``. Output: ``(L, C)``, nan where a class has no positive, and for
-        a probe that has diverged.
+    Returns:
+        ``(L, C)``, nan where a class has no positive, and for a probe that has diverged.
     """
     rates, classes = bias.shape
     # class by class, so that the targets of one serve all learning rates
@@ -96,6 +92,7 @@ def validation_auprc(
 def report_on_test(
     cohort: DenseCohort,
     kind: str,
+    *,
     first_column: int,
     layer: torch.nn.Linear,
     class_names: Sequence[str],
@@ -112,7 +109,7 @@ def report_on_test(
         layer: the probe.
         class_names: classes of the task.
         averaged: whether a class, by its name and number of positives, counts in the macro means.
-        num_resamples: R.
+        num_resamples: number of resamples, R.
         seed: seed of the resamples, which are the same for all probes on the same patients.
     """
     # float64, for a resample may hold more than 2 ** 24 tokens
@@ -137,15 +134,12 @@ def report_on_test(
             drawn.append(resampled_areas(scores, target, patient_of_row, weights, MAX_LEVELS))
     of_metric = np.reshape(drawn, (len(counted), 2, num_resamples))
     resampled = {"auroc": macro_means(of_metric[:, 0].T), "auprc": macro_means(of_metric[:, 1].T)}
-    values = {
-        "auroc": [per_class[name]["auroc"] for name in counted],
-        "auprc": [per_class[name]["auprc"] for name in counted],
-    }
+    values = np.reshape([(per_class[n]["auroc"], per_class[n]["auprc"]) for n in counted], (-1, 2))
     return {
         "per_class": per_class,
         "macro": {
-            metric: (float(macro_means(values[metric])), interval(means))
-            for metric, means in resampled.items()
+            metric: (float(macro_means(of_classes)), interval(resampled[metric]))
+            for metric, of_classes in zip(resampled, values.T, strict=True)
         },
         "resampled": resampled,
         "left_out": [name for name in class_names if name not in counted],
