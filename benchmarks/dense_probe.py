@@ -25,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
+from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
 from scipy.sparse import csr_matrix, vstack
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -37,11 +38,10 @@ from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, 
 from common.embeddings.dense_labels import TASKS, DenseLabels, findings_present, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
 from common.engines.dense_probe import BACKGROUND, BestLayers, DenseProbeTrainer
-from common.engines.dense_scores import report_on_test, validation_auprc
+from common.engines.dense_scores import DenseResults, report_on_test, validation_auprc
 from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.dense_probe import DenseProbes
-from common.optimizers.adamw import warmup_cosine
 from common.transforms.dense_labels import patch_bits, patch_shares
 
 VOLUMES, SLICES, SIZE_PX, GRID, DIM = 20, 12, 512, 16, 384
@@ -152,13 +152,13 @@ def trainer_of(cohorts: list[DenseCohort]) -> DenseProbeTrainer:
     return DenseProbeTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
-        epoch_length=STEPS,
+        max_steps=STEPS,
         train_data_loader=DataLoader(drawn, batch_size=None, sampler=RemainingSteps(STEPS)),
         val_cohort=cohorts[1],
         test_cohort=cohorts[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=STEPS, final_lr=0.0),
+        lr_scheduler=WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=STEPS),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=VAL_INTERVAL,
@@ -256,11 +256,7 @@ def largest_differences(
 ) -> dict[str, float]:
     """Compare a kind and task of both ways: weights, macro means and intervals of a few resamples."""
     report, chosen = trainer.state.reports[kind, task], trainer.best.chosen[kind, task]
-    few = report_on_test(
-        *(trainer.test_cohort, kind, trainer.probes.columns[task].start, trainer.best.layer((kind, task))),
-        *(trainer.class_names[task], lambda name, n: name != BACKGROUND and n >= MIN_POSITIVES),
-        *(PLAIN_RESAMPLES, SEED),
-    )
+    few = report_with(trainer, kind, task, PLAIN_RESAMPLES)
     weight = found["best"][2].weight.detach()
     intervals = zip(("auroc", "auprc"), found["resampled"].T, strict=True)
     return {
@@ -274,16 +270,26 @@ def largest_differences(
     }
 
 
+def report_with(trainer: DenseProbeTrainer, kind: str, task: str, num_resamples: int) -> DenseResults:
+    """Test the chosen probe with so many resamples."""
+    return report_on_test(
+        trainer.test_cohort,
+        kind,
+        first_column=trainer.probes.columns[task].start,
+        layer=trainer.best.layer((kind, task)),
+        class_names=trainer.class_names[task],
+        averaged=lambda name, n: name != BACKGROUND and n >= MIN_POSITIVES,
+        num_resamples=num_resamples,
+        seed=SEED,
+    )
+
+
 def report_seconds(trainer: DenseProbeTrainer, num_resamples: int) -> float:
     """Return the time of all tests with so many resamples."""
 
     def test_all() -> None:
         for kind, task in ((kind, task) for kind in TOKEN_KINDS for task in TASKS):
-            first, layer = trainer.probes.columns[task].start, trainer.best.layer((kind, task))
-            report_on_test(
-                *(trainer.test_cohort, kind, first, layer, trainer.class_names[task]),
-                *(lambda name, n: name != BACKGROUND and n >= MIN_POSITIVES, num_resamples, SEED),
-            )
+            report_with(trainer, kind, task, num_resamples)
 
     return seconds_of(test_all)[0]
 
@@ -322,7 +328,8 @@ def ct_rate_peak_gib() -> float:
     # one block of classes: the memory is that of every block
     with mock.patch.object(val, "targets", lambda kind, column: np.zeros(val.num_rows[kind], bool)):
         validation_auprc(val, "patch", weight[:, :10], weight[:, :10, 0])
-    rows = {"drawn": dict(zip(TOKEN_KINDS, map(len, drawn.tokens), strict=True)), "of": train.num_rows, "tested": test.num_rows}
+    num_drawn = dict(zip(TOKEN_KINDS, map(len, drawn.tokens), strict=True))
+    rows = {"drawn": num_drawn, "of": train.num_rows, "tested": test.num_rows}
     typer.echo(json.dumps(rows), err=True)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.networks.encoder import load_encoder
 from common.run.config import short_errors
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.weights import bundle_encoder, image_side_px
 
 

@@ -19,7 +19,7 @@ from common.networks.encoder import agreed_input, load_encoder, save_encoder, st
 from common.networks.timm_keys import to_timm_keys
 from common.reports.results_csv import COLUMNS, read_rows
 from common.run.config import short_errors
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.transforms.hounsfield import hu_window
 from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 

@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from common.run.config import on_stop, raise_stopped
+from common.run.process import on_stop, raise_stopped
 from data_prep.commands.console import console
 
 EXAMPLES: dict[str, str] = {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.ct.geometry import RejectedVolume
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.index import ShardIndex, index_path, load_index
 from common.shards.shards import SHARD_NAME
 

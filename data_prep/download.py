@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from common.run.files import atomic_file, claimed
+from common.run.process import atomic_file, claimed
 from data_prep.hub_access import explained, one_line
 from data_prep.hub_files import RemoteFile
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.index import ABSENT, UNLABELLED, ShardIndex, save_index
 
 

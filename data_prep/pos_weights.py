@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from common.labels import Label, load_labels
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from common.shards.index import ShardIndex, load_index
 from data_prep.cluster import run_tasks

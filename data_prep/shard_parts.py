@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.ct.geometry import RejectedError, RejectedVolume
-from common.run.files import flush_folder
+from common.run.process import flush_folder
 from common.shards.codec import VolumeSlices
 from common.shards.index import ShardIndex, index_path, load_index
 from common.shards.shards import PARTS, parse_shard_name, write_tar

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.cohort.patient_split import natural_order, patient_of
 from common.cohort.tables import table_rows
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 COLUMNS = ("volume", "patient", "split")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cohort.patient_split import natural_order, patient_of
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 TRIES = 2000
 """Patients that are offered an exchange; for 5,000 of 20,000 synthetic patients, more changed nothing."""

@@ -18,7 +18,7 @@ import numpy as np
 from common.ct.checks import check_hu
 from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, axial_slices
 from common.ct.nifti import read_header
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.codec import NUM_TS_CLASSES
 from data_prep.nifti import find_volumes
 from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct, npz_files

@@ -13,7 +13,7 @@ from common.ct.files import ct_file, read_ct
 from common.ct.names import VOLUME_SUFFIXES, only_file, suffix_of, volume_files
 from common.ct.nifti import Rescale
 from common.ct.npz import SPACING_MM
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 TURNS = ("right", "transposed", "flipped", "sagittal")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.ct.geometry import RejectedVolume, is_failure
-from common.run.files import claimed
+from common.run.process import claimed
 from common.shards.index import ShardIndex, load_index
 from common.shards.shards import SHARD_NAME, parse_shard_name
 from data_prep.cohort_tables import write_manifest, write_rejected

@@ -24,8 +24,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.reports.results_csv import code_version
-from common.run.files import atomic_file
+from common.run.config import code_version
+from common.run.process import atomic_file
 from study.stages import REPOSITORY, SIZES, Stage, all_stages
 
 OUR_CONFIG = re.compile(r"(?<![\w/.-])(?:bundles|demo|study)/(?!out/)[\w./-]+\.json")

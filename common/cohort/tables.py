@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.ct.names import unique_names, volume_name
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 
 def table_rows(path: str | Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -30,7 +30,7 @@ BAGS_PER_CHUNK, CHUNK_BYTES = 64, 2**27  # scored at once, at most; bounds memor
 
 
 class EmbeddingArrays:
-    """Reads ``<volume>.npy`` files of float16, float32 or float64 ``(S, D)`` as an ``EmbeddingStore`` is read.
+    """Reads ``<volume>.npy`` files of float16, float32 or float64 ``(S, D)`` like an ``EmbeddingStore``.
 
     Arrays do not say what made them: in ``identity`` all but dim and dtype is "unknown", unless the caller
     names the encoder. Pickled objects are never opened.

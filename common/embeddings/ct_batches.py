@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from common.ct.geometry import RejectedError, RejectedVolume
 from common.embeddings.store import stored_volumes
 from common.embeddings.work import CTSlices, CTSource, Work
-from common.run.distributed import wait_for_ranks
+from common.run.process import wait_for_ranks
 from common.transforms.hounsfield import HUWindow, normalize_hu
 from common.transforms.slice_strategies import SliceStrategy, body_box
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
 from common.labels import load_labels
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.transforms.dense_labels import slice_shares
 
 TENSORS = ("share", "class", "row_end", "findings")

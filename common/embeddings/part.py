@@ -14,7 +14,7 @@ from isal import isal_zlib
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 IDENTITY_KEYS = ("encoder", "encoder_id", "preprocessing", "slice_order", "token_kind")
 """What all embeddings of a cohort have in common, beside width and number type."""

@@ -24,8 +24,7 @@ from common.ct.geometry import (
 )
 from common.ct.names import Places, find_named
 from common.embeddings.store import EmbeddingStore, stored_volumes
-from common.run.distributed import gather_objects, wait_for_ranks
-from common.run.files import atomic_file
+from common.run.process import atomic_file, gather_objects, wait_for_ranks
 from common.shards.shards import SHARD_NAME, ShardSet
 from common.transforms.slice_strategies import SliceStrategy
 

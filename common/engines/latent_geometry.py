@@ -1,4 +1,4 @@
-"""Compare two encoders on the same volumes: Table V, and what slice embeddings say of the body's long axis."""
+"""Compare two encoders on the same volumes: Table V, and what slices' embeddings say of their place."""
 
 # N volumes, S slices, R resamples
 
@@ -104,7 +104,7 @@ class LatentGeometryEvaluator(Engine):
         split_seed: seed of the split.
         num_resamples: R.
         seed: seed of the resamples.
-        dense_labels_dir: labels of ``python -m data_prep dense-labels``, for organ spans; None leaves them out.
+        dense_labels_dir: labels from ``data_prep dense-labels``, for organ spans; None leaves these out.
         probe_dirs: MIL probe of each encoder, for stride robustness; None leaves it out.
         labels_csv: labels of the probes' classes; needed with ``probe_dirs``.
         strides: distances in slices of the slices that the probes are given.

@@ -114,7 +114,7 @@ def main(
     embedded = set(labelled_volumes(train_embeddings, train_labels))
     cohorts = {
         side: EmbeddingBags(
-            train_embeddings, train_labels, names, volumes=[volume for volume in volumes if volume in embedded]
+            train_embeddings, train_labels, names, volumes=[name for name in volumes if name in embedded]
         )
         for side, volumes in sides.items()
     }

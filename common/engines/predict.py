@@ -25,7 +25,7 @@ from common.reports.attended_slices import write_attended_slices
 from common.reports.ct_report import Finding, write_ct_report
 from common.reports.patch_maps import PatchMaps, cls_attention_maps
 from common.run.config import first_cause
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 # T tokens of a volume, C classes
 

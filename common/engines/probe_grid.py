@@ -161,7 +161,9 @@ class ProbeTrainer(SupervisedTrainer, ABC):
 
     # MONAI annotates a dict, but its handlers read the list that decollating makes of it
     def _iteration(  # type: ignore[override]
-        self, engine: Engine, batchdata: Any  # noqa: ANN401
+        self,
+        engine: Engine,
+        batchdata: Any,  # noqa: ANN401
     ) -> list[dict[str, torch.Tensor]]:
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -195,8 +197,8 @@ class ProbeGridTrainer(ProbeTrainer):
     ``test_bags``. A probe whose scores are not finite is named and cannot be chosen. A metric that a class
     leaves undefined, for want of positives or negatives, is NaN: the class is named and left out of the mean.
 
-    ``engine.state.metrics`` holds ``val_macro_auprc/<pooler>/lr_<lr>`` and ``val_macro_auprc_best``; after the
-    test ``test_macro_<metric>`` of the chosen probe. ``engine.state.reports`` then holds the reports of
+    ``engine.state.metrics`` holds ``val_macro_auprc/<pooler>/lr_<lr>`` and ``val_macro_auprc_best``; after
+    the test ``test_macro_<metric>`` of the chosen probe. ``engine.state.reports`` then holds the reports of
     "probe" and "prevalence", the floor that one score for all volumes reaches; ``engine.state.intervals``
     their bootstrap intervals; ``engine.state.predictions`` and ``engine.state.validation`` what the chosen
     probe says of both cohorts; and ``engine.state.seed_reports`` the reports of the chosen probe by seed, the
@@ -245,9 +247,7 @@ class ProbeGridTrainer(ProbeTrainer):
         self.fixed: dict[str, torch.Tensor] = {}
         groups = groups_of(test_bags.volumes, resampling)
         self.weights = resample_weights(groups, num_resamples, RESAMPLING_SEED)
-        super().__init__(
-            train_data_loader=train_data_loader, network=network, sampler=self.batches, **others
-        )
+        super().__init__(train_data_loader=train_data_loader, network=network, sampler=self.batches, **others)
 
     def chosen_probe(self) -> MILProbe:
         """Return the best probe so far, with the weights it had when it was chosen."""
@@ -280,9 +280,7 @@ class ProbeGridTrainer(ProbeTrainer):
         scores = self._validation_scores()
         finite = np.isfinite(scores).all(axis=(1, 2))
         if not finite.any():
-            raise FloatingPointError(
-                f"Every probe gives NaN or Inf at step {step}. Lower learning_rates."
-            )
+            raise FloatingPointError(f"Every probe gives NaN or Inf at step {step}. Lower learning_rates.")
         if not finite.all():
             diverged = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
             logger.warning("Step %d: %s diverged and cannot be chosen.", step, diverged)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
-from common.run.config import on_stop, raise_stopped
-from common.run.files import atomic_file
+from common.run.process import atomic_file, on_stop, raise_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -29,32 +29,31 @@ AGREE_EVERY = 10  # iterations between two looks, over all ranks, at whether one
 STOPPING = b"\nStopping when this step is saved. Ctrl-C again stops at once.\n"
 
 
+@dataclass(kw_only=True, eq=False)
 class Checkpoint:
     """Save and restore everything a run's future depends on.
 
     Loads the newest checkpoint of ``folder`` when the run starts, saves every ``interval_steps`` iterations,
     at the end, and when the process gets Ctrl-C or SIGTERM (as a cluster sends before it takes the machine
-    back), after which the run ends; ``engine.state`` then has ``stopped_early`` and the ``exit_status``. A
-    second signal ends the run at once. The data and all random numbers are functions of the step (see
-    ``common.engines``), so that the iteration number is all there is to remember of them.
+    back), after which the run ends; ``engine.state`` then has the ``exit_status``. A second signal ends the
+    run at once. The data and all random numbers are functions of the step (see ``common.engines``), so that
+    the iteration number is all there is to remember of them.
 
     Files appear only when whole: written aside, synced, renamed. Rank 0 writes; every rank reads. A
     checkpoint holds the whole network under plain names, however it is spread over the ranks, so that a run
     may go on with another number of ranks or another sharding.
 
     Args:
-        folder: where checkpoints lie, as ``step_00002000.pt``.
+        folder: folder of checkpoints, which are named like ``step_00002000.pt``.
         network: plain, wrapped by DistributedDataParallel, or sharded by ``fully_shard``.
-        optimizer: of its parameters.
+        optimizer: optimizer over all parameters of the network.
         others: name to a further network, spread over the ranks as the first may be, or to a scheduler or
             anything else with ``state_dict`` and ``load_state_dict``, equal on all ranks.
         interval_steps: iterations between checkpoints.
-        keep: newest checkpoints to keep.
+        keep: number of newest checkpoints to keep.
         knobs: settings that the run's course depends on, JSON values; a checkpoint of other settings is
             refused.
-        keep_every: checkpoints of steps that this divides are kept for good; 0 for none.
-        only_finite: whether a network with a weight that is no number is an error. A grid of probes may hold
-            one that diverged.
+        only_finite: whether NaN or Inf among the weights is an error. A grid may hold probes that diverged.
 
     Raises:
         ValueError: at the start of a run, if the newest checkpoint was made with other knobs.
@@ -62,34 +61,21 @@ class Checkpoint:
             ``only_finite``, or if the last loss of pretraining was not.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        network: nn.Module,
-        optimizer: Optimizer,
-        others: dict[str, Any],
-        interval_steps: int,
-        keep: int,
-        knobs: dict[str, Any],
-        keep_every: int = 0,
-        only_finite: bool = True,
-    ) -> None:
-        self.folder = Path(folder)
-        self.network = network
-        self.optimizer = optimizer
-        self.others = others
-        self.interval_steps = interval_steps
-        self.keep = keep
-        self.knobs = knobs
-        self.keep_every = keep_every
-        self.only_finite = only_finite
-        self.asked_to_stop = 0  # number of the signal
-        self.saved_step = -1  # known to every rank, when the file of rank 0 may not be there yet
+    folder: str | Path
+    network: nn.Module
+    optimizer: Optimizer
+    others: dict[str, Any]
+    interval_steps: int
+    keep: int
+    knobs: dict[str, Any]
+    only_finite: bool = True
 
     def attach(self, engine: Engine) -> None:
         """Register with an Ignite engine."""
+        self.asked_to_stop = 0  # number of the signal
+        self.saved_step = -1  # known to every rank, when the file of rank 0 may not be there yet
         engine.add_event_handler(Events.STARTED, self._load)
-        engine.add_event_handler(Events.STARTED, self._listen)
+        engine.add_event_handler(Events.STARTED, lambda: on_stop(self._ask_to_stop))
         engine.add_event_handler(Events.STARTED, self._come_last)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_asked)
         engine.add_event_handler(Events.COMPLETED, self._save)
@@ -97,22 +83,23 @@ class Checkpoint:
 
     def newest(self) -> Path | None:
         """Return the checkpoint of the highest step, or None."""
-        return max(self.folder.glob("step_*.pt"), default=None)
+        return max(Path(self.folder).glob("step_*.pt"), default=None)
 
     def _load(self, engine: Engine) -> None:
         path = self.newest()
         if path is None:
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        changed = {
-            name: (state["knobs"].get(name), self.knobs.get(name))
-            for name in sorted(state["knobs"].keys() | self.knobs.keys())
-            if state["knobs"].get(name) != self.knobs.get(name)
-        }
+        then, now = state["knobs"], self.knobs
+        changed = [
+            f"{name} {then.get(name)!r}, now {now.get(name)!r}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
         if changed:
             raise ValueError(
-                f"knobs must be those of checkpoint '{path}', got {{name: (checkpoint, now)}} {changed}. "
-                f"Choose another output_dir, or the old values."
+                f"Checkpoint '{path}' was made with {'; '.join(changed)}. "
+                f"Use another --output_dir, or the old values."
             )
         set_state_dict(
             self.network,
@@ -133,7 +120,7 @@ class Checkpoint:
     def _save(self, engine: Engine) -> None:
         if self.saved_step == engine.state.iteration:
             return
-        path = self.folder / f"step_{engine.state.iteration:08d}.pt"
+        path = Path(self.folder) / f"step_{engine.state.iteration:08d}.pt"
         if getattr(engine, "unchecked", None):  # steps of a pretraining engine
             stop_if_not_finite(cast(PretrainingEngine, engine))
         # every rank takes part: each may hold a shard of every tensor
@@ -147,30 +134,24 @@ class Checkpoint:
         tensors = cast(dict[str, torch.Tensor], network).items()  # none but on rank 0, which tells the others
         bad = [name for name, weight in tensors if self.only_finite and not torch.isfinite(weight).all()]
         if idist.all_reduce(len(bad), op="MAX"):
-            raise FloatingPointError(f"weights must be finite, got others in {bad[:3]} at '{path}'.")
+            raise FloatingPointError(
+                f"Weights contain NaN or Inf: {bad[:3]}. Checkpoint '{path}' not written."
+            )
         self.saved_step = engine.state.iteration
         if idist.get_rank() != 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
         with atomic_file(path) as file:
             torch.save(state | others | {"knobs": self.knobs}, file)
-        self._tidy_up()
-
-    def _tidy_up(self) -> None:
-        for old in sorted(self.folder.glob("step_*.pt"))[: -self.keep]:
-            if not self.keep_every or int(old.stem.removeprefix("step_")) % self.keep_every:
-                old.unlink()
-        for left_by_a_kill in self.folder.glob("step_*.partial"):
-            left_by_a_kill.unlink()
+        old = sorted(path.parent.glob("step_*.pt"))[: -self.keep]
+        for file_to_delete in (*old, *path.parent.glob("step_*.partial")):  # partial: left by a kill
+            file_to_delete.unlink()
 
     def _come_last(self, engine: Engine) -> None:
-        """Save when all other handlers are done with a step: a kill in between loses none of its record."""
+        """Save when all other handlers are done with a step, so that a kill in between loses none of it."""
         if not engine.has_event_handler(self._save, Events.ITERATION_COMPLETED):
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval_steps), self._save)
-
-    def _listen(self, engine: Engine) -> None:
-        on_stop(self._ask_to_stop)
 
     def _ask_to_stop(self, number: int) -> None:
         self.asked_to_stop = number
@@ -186,6 +167,5 @@ class Checkpoint:
                 return
             asked = int(idist.all_reduce(asked, op="MAX"))
         if asked:
-            engine.state.stopped_early = True  # type: ignore[attr-defined]
             engine.state.exit_status = 128 + asked  # type: ignore[attr-defined]
             engine.terminate()

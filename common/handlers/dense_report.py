@@ -13,7 +13,7 @@ from common.networks.mil_probe import save_probe
 from common.reports.probe_pictures import write_table
 from common.reports.results_csv import ResultRow
 from common.reports.slice_grid import PALETTE, write_figure
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 BLUE, RED = PALETTE[:2]
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}

@@ -58,7 +58,7 @@ class EvaluationReport(ABC):
         engine.add_event_handler(Events.COMPLETED, self._report)
 
     def _report(self, engine: Engine) -> None:
-        if not getattr(engine.state, "stopped_early", False):
+        if not getattr(engine.state, "exit_status", None):
             add_rows(self.results_csv, self.results(engine))
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self.write(engine)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
 logger = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ class SaveEncoder:
         engine.add_event_handler(Events.COMPLETED, self._save)
 
     def _save(self, engine: Engine) -> None:
-        if getattr(engine.state, "stopped_early", False):
+        if getattr(engine.state, "exit_status", 0):
             return
         # every rank takes part: each may hold a shard of every tensor
         tensors = get_model_state_dict(

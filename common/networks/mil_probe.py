@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common.networks.poolers import LearnedQueryAttentionPool, build_pooler, pad_bags, segment_softmax
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 
 class MILProbe(nn.Module):

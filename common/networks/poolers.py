@@ -2,8 +2,8 @@
 
 Each is called with ``bags (B, S, D)`` and ``mask (B, S)`` bool, True where there is a slice, and returns
 ``(B, D)``; what stands in the padding never matters. It raises ``ValueError`` if the mask has another shape
-than the bags, or a bag is empty. ``slice_weights`` returns the share ``(S,)`` that each slice of a bag ``(S, D)``
-has in the result; reports show it.
+than the bags, or a bag is empty. ``slice_weights`` returns the share ``(S,)`` of each slice of one bag
+``(S, D)`` in the result; reports show it.
 """
 
 # B bags (volumes), S slices (padded), D embedding, Q queries, W width of the transformer

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from common.reports.ct_report import WINDOWS_HU
 from common.reports.ct_tokens import spread_slices
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 COLUMNS = 3
 APART_MM = 10.0

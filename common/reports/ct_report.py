@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 TEMPLATE = Path(__file__).with_name("ct_report.html")
 WINDOWS_HU = {"lung": (-1350.0, 150.0), "mediastinum": (-160.0, 240.0)}

@@ -24,7 +24,7 @@ from common.metrics.multilabel import (
     operating_points,
 )
 from common.reports.slice_grid import PALETTE, show_slice, write_figure
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 # N volumes, T tokens of a volume, H W pixels
 

@@ -1,12 +1,10 @@
 """The results of all evaluations in one tidy CSV: what a row is, and how rows are made, added and read."""
 
 import csv
-import fcntl
 import hashlib
 import json
 import math
 import os
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cohort.tables import table_rows
-from common.run.config import short_errors
-from common.run.files import atomic_file
+from common.run.config import code_version, experiment_id, short_errors
+from common.run.process import atomic_file, locked
 
 NAN = math.nan
 
@@ -39,7 +37,7 @@ class ResultRow(NamedTuple):
         high: upper end; nan without one.
         n: number of test volumes.
         seeds: seeds of training, separated by blanks.
-        commit: version of the code, of :func:`code_version`.
+        commit: version of the code, of :func:`common.run.config.code_version`.
         config_hash: stands for the settings, of :func:`config_hash`.
     """
 
@@ -114,8 +112,7 @@ def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path):
         by_key = {row.key: cells for cells, row in (_read(path) if path.is_file() else [])}
         by_key |= {row.key: _cells(row) for row in rows}
         with atomic_file(path, "w", newline="", encoding="utf-8") as file:
@@ -155,14 +152,6 @@ def _cells(row: ResultRow) -> list[str]:
     return [*row.key, f"{row.value:.6g}", *ends, str(row.n), row.seeds, row.commit, row.config_hash]
 
 
-def code_version() -> str:
-    """Return the git commit of this code, with ``-dirty`` if files differ; "unknown" outside a checkout."""
-    # git may know the folder around an unzipped bundle, but not this file
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return "unknown"
-    return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
-
-
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return twelve hexadecimal digits that stand for a configuration, whatever the order of its keys.
 
@@ -174,15 +163,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
         True
     """
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _git(*arguments: str) -> str | None:
-    command, folder = ["git", *arguments], Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by MLflow when it is imported
@@ -222,25 +202,6 @@ def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> N
     for first in range(0, len(metrics), MAX_METRICS_PER_CALL):
         client.log_batch(run.info.run_id, metrics=metrics[first : first + MAX_METRICS_PER_CALL])
     client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FINISHED))
-
-
-def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
-    """Find an experiment by its name, or make it.
-
-    Args:
-        client: of the store.
-        tracking_uri: the store.
-        name: of the experiment.
-    """
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return str(experiment.experiment_id)
-    # MLflow would put the files of a database store under the working directory of the first run
-    location = None
-    if tracking_uri.startswith("sqlite:///"):
-        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-        location = (database.parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
 
 
 COLUMNS = {

@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
 """Colours of curves and bars, told apart by colour-blind readers too. Source: Paul Tol's "bright" scheme."""

@@ -1,4 +1,4 @@
-"""The config that a ``python -m monai.bundle run`` command executes, read again and checked."""
+"""What a command is asked to do, the code that does it, and the one line it says when that is wrong."""
 
 from __future__ import annotations
 
@@ -7,85 +7,35 @@ import difflib
 import json
 import os
 import re
-import signal
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from common.run.process import Stopped, on_stop, raise_stopped
 
-class Stopped(KeyboardInterrupt):
-    """The user (Ctrl-C) or the cluster (SIGTERM) has asked this process to end.
-
-    Args:
-        number: number of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"Stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}.")
-        self.exit_status = 128 + number
-
-
-def raise_stopped(number: int) -> None:
-    """Leave whatever the main thread is doing; a second signal does not wait for it to tidy up.
-
-    Args:
-        number: number of the signal.
-
-    Raises:
-        Stopped: always.
-    """
-    on_stop(lambda again: os._exit(128 + again))
-    raise Stopped(number)
-
-
-def on_stop(act: Callable[[int], None]) -> None:
-    """Call a function with the number of the signal when this process gets Ctrl-C or SIGTERM.
-
-    Processes forked from this one, such as the workers of a DataLoader, ignore Ctrl-C, which a terminal sends
-    to all of them: they end with this one. Outside the main thread, where Python allows no handlers, the
-    signals keep their meaning.
-
-    Args:
-        act: called in the main thread, between two of its instructions.
-    """
-    owner = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            act(number)
-        elif number == signal.SIGTERM:
-            os._exit(128 + number)
-
-    with suppress(ValueError):
-        signal.signal(signal.SIGINT, handle)
-        signal.signal(signal.SIGTERM, handle)
-
-
-def exit_if_stopped(engine: Any) -> None:  # noqa: ANN401 (Ignite's)
-    """End the process with the signal's status, 130 or 143, if the run was stopped before its last step.
-
-    Args:
-        engine: engine that has run; a :class:`common.handlers.checkpoint.Checkpoint` stops it.
-    """
-    status = getattr(engine.state, "exit_status", 0)
-    if status:
-        sys.exit(status)
-
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and MONAI take 10 s to import, and a misspelt option is reported before that
+    from mlflow.tracking import MlflowClient
     from monai.bundle import ConfigParser
 
 MONAI_ARGUMENTS = (
     *("config_file", "meta_file", "logging_file", "args_file", "tracking", "workflow_type"),
     *("run_id", "init_id", "final_id"),
 )
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str, list, dict), "text"),
+    list: ((list, tuple), "a list"),
+}
+"""Kind of a bundle's value to the kinds that may replace it, and how to say so."""
 
-_FLAG = re.compile(r"--|-(?=[a-zA-Z])")  # Fire's; a negative number is none
+_FLAG = re.compile(r"--|-(?=[a-zA-Z])")  # as Fire has it; a negative number is no flag
 
 
 def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -104,38 +54,38 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
         Unresolved content: references and expressions stand as written.
 
     Raises:
-        FileNotFoundError: if a further config file or ``args_file`` is not there.
+        FileNotFoundError: if a further config file or ``args_file`` does not exist.
         ValueError: if an override or a further config file names something the bundle's config does not
             define or gives it another kind of value, or an override is a bare None, which MONAI ignores.
     """
-    own = json.loads((Path(bundle_root) / "configs" / name).read_text())
+    known = json.loads((Path(bundle_root) / "configs" / name).read_text())
     argv = sys.argv if argv is None else argv
-    overrides, files = _overrides(argv), config_files(argv)
+    files = config_files(argv)
     if not files:
-        return own
-    overrides = {key: value for key, value in overrides.items() if key not in MONAI_ARGUMENTS}
+        return dict(known)
+    overrides = {key: value for key, value in read_knobs(argv).items() if key not in MONAI_ARGUMENTS}
     for key, value in overrides.items():
         if value is None or value == "null":
             raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
-    return merged_config(own, files, overrides).get()
+    return dict(merged_config(known, files, overrides).get())
 
 
-def merged_config(own: dict[str, Any], files: Sequence[str], overrides: dict[str, Any]) -> ConfigParser:
+def merged_config(known: dict[str, Any], files: Sequence[str], overrides: dict[str, Any]) -> ConfigParser:
     """Merge config files and overrides as MONAI does, after refusing knobs that the bundle does not have.
 
     Args:
-        own: content of the bundle's own file, whose knobs count.
+        known: content of the bundle's config file, which says what its knobs are.
         files: that file, or another in its place, and further ones.
         overrides: knobs of the command line.
 
     Raises:
-        FileNotFoundError: if a further file is not there.
+        FileNotFoundError: if a further file does not exist.
         ValueError: if one of them names something unknown, or gives it another kind of value.
     """
     for further in files[1:]:
-        _refuse_unknown(_read_object("config_file", further), own, f"'{further}'")
-    _refuse_unknown(overrides, own, "the command line")
-    from monai.bundle import ConfigParser  # here: all above is told without its 10 s of imports
+        _refuse_unknown(_read_object("config_file", further), known, f"'{further}'")
+    _refuse_unknown(overrides, known, "the command line")
+    from monai.bundle import ConfigParser  # takes 10 s, and what is wrong has been said by now
 
     parser = ConfigParser()
     parser.read_config(files)
@@ -150,17 +100,48 @@ def config_files(argv: Sequence[str]) -> list[str]:
         argv: command line.
 
     Raises:
-        FileNotFoundError: if ``args_file`` is not there.
+        FileNotFoundError: if ``args_file`` does not exist.
 
     Example:
         >>> config_files(["monai.bundle", "run", "--config_file", "configs/train.json"])
         ['configs/train.json']
     """
-    files = _overrides(argv).get("config_file", [])
+    files = read_knobs(argv).get("config_file", [])
     return [files] if isinstance(files, str) else list(files)
 
 
+def read_knobs(argv: Sequence[str]) -> dict[str, Any]:
+    """Read ``--name value``, ``--name=value`` and ``-name value`` the way MONAI's command line does.
+
+    Args:
+        argv: command line; words that belong to no name are left out.
+
+    Raises:
+        FileNotFoundError: if ``args_file`` does not exist.
+        ValueError: if it is not a JSON object.
+
+    Example:
+        >>> read_knobs(["--embed_dim", "128", "--amp_dtype=float32", "-compiled"])
+        {'embed_dim': 128, 'amp_dtype': 'float32', 'compiled': True}
+    """
+    pairs: dict[str, Any] = {}
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        if not (flag := _FLAG.match(word)):
+            continue
+        name, equals, value = word[flag.end() :].partition("=")
+        if not equals:
+            value = "True" if _FLAG.match(following) else following
+        try:
+            pairs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pairs[name] = value
+    if "args_file" in pairs:
+        pairs = _read_object("args_file", str(pairs["args_file"])) | pairs
+    return pairs
+
+
 def _read_object(name: str, path: str) -> dict[str, Any]:
+    """Read a JSON object from the file of an option."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} must be a JSON file, got '{path}', which does not exist.")
     try:
@@ -172,58 +153,26 @@ def _read_object(name: str, path: str) -> dict[str, Any]:
     return content
 
 
-def _overrides(argv: Sequence[str]) -> dict[str, Any]:
-    """Read ``--name value``, ``--name=value`` and ``-name value`` the way MONAI's command line does."""
-    pairs: dict[str, Any] = {}
-    words = list(argv)
-    for index, word in enumerate(words):
-        if not (flag := _FLAG.match(word)):
-            continue
-        name, equals, value = word[flag.end() :].partition("=")
-        if not equals:
-            following = words[index + 1 : index + 2]
-            value = following[0] if following and not _FLAG.match(following[0]) else "True"
-        try:
-            pairs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pairs[name] = value
-    if "args_file" in pairs:
-        pairs = _read_object("args_file", str(pairs["args_file"])) | pairs
-    return pairs
-
-
-def _refuse_unknown(overrides: dict[str, Any], own: dict[str, Any], where: str) -> None:
-    for name in overrides:
-        node: Any = own
+def _refuse_unknown(overrides: dict[str, Any], known: dict[str, Any], where: str) -> None:
+    """Refuse knobs that the bundle does not define, and values of another kind than its own."""
+    for name, value in overrides.items():
+        node: Any = known
         for part in name.lstrip("+").replace("#", "::").split("::"):
-            places = range(len(node)) if isinstance(node, list) else ()
-            known = list(node) if isinstance(node, dict) else [str(place) for place in places]
-            if part not in known:
-                near = difflib.get_close_matches(part, known, n=1)
-                hint = (
-                    f" Did you mean '{near[0]}'?"
-                    if near
-                    else f" Known: {', '.join(k for k in known if k[0] != '_') or 'nothing within it'}."
-                )
-                raise ValueError(f"knob must be one the bundle defines, got '{name}' in {where}.{hint}")
-            node = node[part] if isinstance(node, dict) else node[int(part)]
-        _refuse_other_kind(name, overrides[name], node, where)
-
-
-def _refuse_other_kind(name: str, value: Any, own: Any, where: str) -> None:  # noqa: ANN401 (any of JSON's)
-    """Refuse 'abc' for a number before it fails deep inside; null, references and components may change."""
-    if None in (own, value) or any(isinstance(one, str) and one[:1] in ("$", "@") for one in (value, own)):
-        return
-    kinds: dict[type, tuple[tuple[type, ...], str]] = {
-        bool: ((bool,), "True or False"),
-        int: ((int,), "a whole number"),
-        float: ((int, float), "a number"),
-        str: ((str, list, dict), "text"),
-        list: ((list, tuple), "a list"),
-    }
-    allowed, kind = kinds.get(type(own), ((object,), ""))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(own, bool)):
-        raise ValueError(f"{name} must be {kind} such as {own!r}, got {value!r} in {where}.")
+            if isinstance(node, list):
+                node = {str(place): item for place, item in enumerate(node)}
+            names = list(node) if isinstance(node, dict) else []
+            if part not in names:
+                near = difflib.get_close_matches(part, names, n=1)
+                listed = ", ".join(name for name in names if name[0] != "_") or "nothing within it"
+                hint = f"Did you mean '{near[0]}'?" if near else f"Known: {listed}."
+                raise ValueError(f"Unknown option '{name}' in {where}. {hint}")
+            node = node[part]
+        # null, references and components may become anything
+        if None in (node, value) or any(isinstance(v, str) and v[:1] in ("$", "@") for v in (value, node)):
+            continue
+        allowed, kind = KINDS.get(type(node), ((object,), ""))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(node, bool)):
+            raise ValueError(f"{name} must be {kind} such as {node!r}, got {value!r} in {where}.")
 
 
 def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +206,42 @@ def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, An
     """
     free = (*free, "bundle_root", "code_root", "code_path")
     return {name: value for name, value in plain_knobs(config).items() if name not in free}
+
+
+def code_version() -> str:
+    """Return the git commit of this code, with ``-dirty`` if files differ; "unknown" outside a checkout."""
+    # git may know the folder around an unzipped bundle, but not this file
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return "unknown"
+    return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    command, folder = ["git", *arguments], Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
+    """Find an MLflow experiment by its name, or make it.
+
+    Args:
+        client: client of the store.
+        tracking_uri: the store.
+        name: name of the experiment.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
+    # MLflow would put the files of a database store under the working directory of the first run
+    location = None
+    if tracking_uri.startswith("sqlite:///"):
+        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+        location = (database.parent / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
@@ -307,11 +292,12 @@ def first_cause(error: BaseException) -> BaseException | None:
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Take the place of ``sys.excepthook``."""
     everything = bool(os.environ.get("DALE_CT_TRACEBACK"))
     if everything:
         traceback.print_exception(error)
     if isinstance(error, Stopped):
-        sys.stderr.write(f"\n{error} Run the same command again to go on.\n")
+        sys.stderr.write(f"\n{error} Run the same command again to resume.\n")
         sys.exit(error.exit_status)
     if everything:
         return
@@ -323,3 +309,22 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
         return
     message = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
     sys.stderr.write(f"{type(cause).__name__}: {message} (DALE_CT_TRACEBACK=1 shows where.)\n")
+
+
+def must_exist(**paths: str | Path | None) -> None:
+    """Refuse inputs of a bundle that do not exist.
+
+    Args:
+        paths: option to its file or folder; None for one that is not used.
+
+    Raises:
+        FileNotFoundError: if one does not exist.
+
+    Example:
+        >>> must_exist(dataset_dir=".", skip_list=None)
+    """
+    for option, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(
+                f"Cannot find {option}: '{path}' does not exist. Pass another --{option}."
+            )

@@ -1,68 +1,11 @@
-"""The ranks of a run: how they meet, wait for each other, and compute the value and gradient of one batch."""
+"""Sums over the ranks of a run, with which each computes the value and gradient of the whole batch."""
 
 # B samples on this rank
 
-import os
-from datetime import timedelta
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from torch import distributed as dist
-
-SET_BY_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-STEP_TIMEOUT = timedelta(hours=1)
-"""How late a rank may come to a sum within a step; rank 0 may be writing a checkpoint. NCCL: 10 minutes."""
-
-RUN_TIMEOUT = timedelta(days=7)
-"""How late a rank may come to a meeting of a whole run: shares of an embedding run differ by hours."""
-
-_meeting: Any = None  # process group of all ranks, on CPUs, for what may take RUN_TIMEOUT
-
-
-def join_ranks() -> None:
-    """Connect this process with the other ranks of its run, if it has any.
-
-    torchrun gives ranks their numbers, or srun does where it starts the ranks itself. Under ``srun torchrun``
-    SLURM's numbers are those of the launchers, and Ignite, which wants them to be the ranks', must not see
-    them.
-    """
-    global _meeting
-    if os.environ.keys() >= SET_BY_A_LAUNCHER:
-        os.environ.pop("SLURM_JOB_ID", None)
-    # a step's tasks, not the job's: a command of a batch script without srun is one process
-    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    idist.initialize("nccl" if torch.cuda.is_available() else "gloo", timeout=STEP_TIMEOUT)
-    _meeting = dist.new_group(backend="gloo", timeout=RUN_TIMEOUT)
-
-
-def leave_ranks() -> None:
-    """Disconnect from the other ranks, once all have come so far."""
-    wait_for_ranks()
-    idist.finalize()
-
-
-def wait_for_ranks() -> None:
-    """Return when all ranks of the run have called this, however late."""
-    if num_ranks() > 1:
-        dist.barrier(group=_meeting)
-
-
-def gather_objects(own: Any) -> list[Any]:  # noqa: ANN401 (anything that can be pickled)
-    """Return what each rank hands in, on every rank, when all have called this, however late.
-
-    Args:
-        own: of this rank; anything that can be pickled.
-
-    Example:
-        >>> gather_objects("one rank")
-        ['one rank']
-    """
-    everyones: list[Any] = [own] * num_ranks()
-    if num_ranks() > 1:
-        dist.all_gather_object(everyones, own, group=_meeting)
-    return everyones
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -89,13 +32,13 @@ def num_ranks() -> int:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the ranks' tensors, the same on every rank, with a gradient to every rank's own.
+    """Return the sum of the ranks' tensors, the same on every rank, with a gradient to each of them.
 
     The gradient is that of the sum of all ranks' losses. DistributedDataParallel averages the gradients over
     the ranks, so a loss that has the same value on every rank ends up with its exact gradient.
 
     Args:
-        tensor: of one shape and dtype on all ranks.
+        tensor: tensor of the same shape and dtype on all ranks.
 
     Shape:
         Input ``(*)``. Output: ``(*)``; the input itself when there is one rank.
@@ -111,7 +54,7 @@ def gather_over_ranks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """Return the ranks' tensors side by side along an axis, with the gradient of ``sum_over_ranks``.
 
     Args:
-        tensor: of one shape and dtype on all ranks.
+        tensor: tensor of the same shape and dtype on all ranks.
         dim: axis of the samples.
 
     Shape:
@@ -124,7 +67,7 @@ def gather_over_ranks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     world, rank = num_ranks(), dist.get_rank() if num_ranks() > 1 else 0
     if world == 1:
         return tensor
-    # a sum over ranks of tensors that are zero outside of their own place: one collective, one gradient rule
+    # a sum over ranks of tensors that are zero outside their place: one collective, one gradient rule
     empty = torch.zeros_like(tensor)
     places = [tensor if place == rank else empty for place in range(world)]
     return sum_over_ranks(torch.cat(places, dim=dim))

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.ct.geometry import RejectedVolume
 from common.ct.unzip import DAMAGED_ZIP
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 
 SCHEMA_VERSION = 2
 FIELDS = ("ct.blosc2", "ts.png", "rex.png", "json")

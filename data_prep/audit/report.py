@@ -14,7 +14,7 @@ import numpy as np
 
 from common.ct.geometry import EXCLUDED
 from common.labels import load_labels
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.audit.charts import bars, histogram, shares
 from data_prep.audit.checks import CHECKS, ERROR, Check, Tally
 from data_prep.audit.cohort import Row, Volume

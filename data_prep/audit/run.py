@@ -13,7 +13,7 @@ import numpy as np
 
 from common.ct.checks import judge
 from common.labels import load_labels
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.shards import SHARD_NAME
 from data_prep.audit.checks import Tally
 from data_prep.audit.cohort import (

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from common.ct.geometry import is_failure
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars
 from data_prep.commands.options import Scheduler, Workers

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from common.shards.shards import ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands.console import console, progress_bars

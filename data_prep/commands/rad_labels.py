@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from common.labels import load_labels
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.commands.console import console
 from data_prep.rad_chestct_folder import read_all_labels
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from common.ct.geometry import RejectedError
 from common.ct.npz import SPACING_MM
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.commands.console import console, progress_bars
 from data_prep.turned import find_volumes, write_turned
 

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from common.run.files import atomic_file
+from common.run.process import atomic_file
 from data_prep.phantom.population import CT_RATE_LABELS, ScanId
 from data_prep.phantom.scan import Volume
 from data_prep.phantom.scanner import Protocol

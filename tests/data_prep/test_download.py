@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common.run.files import claimed
+from common.run.process import claimed
 from data_prep.download import (
     FailedFile,
     Plan,

@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from common.ct.geometry import RejectedVolume
 from common.embeddings.work import report_rejected
-from common.run import distributed
+from common.run import process
 
 pytestmark = pytest.mark.two_ranks
 
@@ -25,12 +25,12 @@ LATE_SECONDS = 4.0
 
 def run_rank(folder: Path) -> None:
     """Be rank 0 or the late rank 1, of which the first waits 2 seconds within a step."""
-    distributed.STEP_TIMEOUT = timedelta(seconds=LATE_SECONDS / 2)
-    distributed.join_ranks()
+    process.STEP_TIMEOUT = timedelta(seconds=LATE_SECONDS / 2)
+    process.join_ranks()
     rank = dist.get_rank()
     for _ in range(2):
         time.sleep(rank * LATE_SECONDS)
-        distributed.wait_for_ranks()
+        process.wait_for_ranks()
     time.sleep(rank * LATE_SECONDS)
     report_rejected(folder, [RejectedVolume(f"volume_{rank}", "unreadable", "cut off")], 4, max_rejected=0.5)
     (folder / f"met_{rank}").touch()

@@ -54,7 +54,7 @@ NOT_RUN = {
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
     r"docs.render_results": ("the rows of all evaluations", "docs/test_render_results.py"),
     r"^docs/export.md": ("on small networks", "bundles/test_torchscript.py"),
-    r": mlflow ": ("serves until it is stopped", "common/handlers/test_mlflow_run.py"),
+    r": mlflow ": ("serves until it is stopped", "common/handlers/test_tracking.py"),
     r": (srun|sbatch|scontrol) ": ("SLURM", "bundles/test_slurm_runs.py"),
     r"--nnodes": ("several machines", "bundles/test_slurm_runs.py"),
 }

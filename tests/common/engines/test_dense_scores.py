@@ -43,7 +43,9 @@ def test_report_is_sklearns_and_its_interval_that_of_resampled_patients(cohort: 
     torch.manual_seed(0)
     layer = torch.nn.Linear(9, 118)
     report = report_on_test(
-        cohort, "patch", 14, layer, NAMES, lambda name, n: name != "background" and n >= 5, 40, seed=3
+        *(cohort, "patch"),
+        **{"first_column": 14, "layer": layer, "class_names": NAMES, "num_resamples": 40, "seed": 3},
+        averaged=lambda name, n: name != "background" and n >= 5,
     )
     scores = layer(torch.cat(list(cohort.tokens("patch")))).detach().numpy()
     targets = np.stack([cohort.targets("patch", 14 + organ) for organ in (1, 2, 3)], axis=1)

@@ -4,16 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from monai.optimizers import WarmupCosineSchedule
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from common.embeddings.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
-from common.engines.best_layers import BestLayers
-from common.engines.dense_probe import DenseProbeTrainer
+from common.engines.dense_probe import BestLayers, DenseProbeTrainer
 from common.handlers.dense_report import DenseReport, draw_classes
 from common.networks.dense_probe import DenseProbes, load_dense_probe
-from common.optimizers.adamw import warmup_cosine
 from common.reports.paired_differences import dense_differences
 from common.reports.results_csv import read_rows
 
@@ -29,7 +28,7 @@ def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
     return DenseProbeTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
-        epoch_length=6,
+        max_steps=6,
         train_data_loader=DataLoader(
             DrawnRows(sides[0], 6, 16, seed=0), batch_size=None, sampler=RemainingSteps(6)
         ),
@@ -37,13 +36,19 @@ def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
         test_cohort=sides[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=6, final_lr=0.0),
+        lr_scheduler=WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=6),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=3,
         min_positives=5,
         num_resamples=30,
-        train_handlers=[DenseReport(tmp_path / "out", tmp_path / "results.csv", 7, {"seed": 7})],
+        inferer=None,
+        train_handlers=[
+            DenseReport(
+                **{"output_dir": tmp_path / "out", "results_csv": tmp_path / "results.csv"},
+                **{"seed": 7, "settings": {"seed": 7}},
+            )
+        ],
     )
 
 
@@ -70,7 +75,7 @@ def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_pat
 
 
 def test_a_run_that_was_stopped_writes_nothing(trainer: DenseProbeTrainer, tmp_path: Path) -> None:
-    trainer.state.stopped_early = True
+    trainer.state.exit_status = 143
     trainer.run()
     assert not (tmp_path / "results.csv").exists()
 

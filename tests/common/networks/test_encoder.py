@@ -210,7 +210,7 @@ def test_without_file_and_without_hub_the_error_says_which_weights_are_missing()
 def run(path, stop: bool) -> None:
     def step(engine, _):
         if stop:
-            engine.state.stopped_early = True
+            engine.state.exit_status = 143
             engine.terminate()
 
     engine = Engine(step)

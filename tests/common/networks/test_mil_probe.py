@@ -289,7 +289,7 @@ def test_saved_probe_comes_back_with_its_card(tmp_path: Path, name: str) -> None
 
 
 def test_missing_probe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="probe must be a folder with 'probe.safetensors', got"):
+    with pytest.raises(FileNotFoundError, match="No 'probe.safetensors'"):
         load_probe(tmp_path)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from common.labels import load_labels
-from common.networks.dense_probe import save_dense_probe
+from common.networks.mil_probe import save_probe
 from common.reports import slice_grid
 from common.reports.__main__ import app
 from common.reports.slice_grid import Row
@@ -44,7 +44,7 @@ def save_probes(folder: Path) -> Path:
     for task in ("rexgroundingct", "totalsegmentator"):
         names = [label.name for label in load_labels(task)]
         card = {"class_names": names, "encoder": "dale_ct_2s"}
-        save_dense_probe(folder, "patch", task, torch.nn.Linear(24, len(names)), card)
+        save_probe(folder, torch.nn.Linear(24, len(names)), card, f"patch_{task}")
     return folder
 
 

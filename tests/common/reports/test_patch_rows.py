@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.labels import load_labels
-from common.networks.dense_probe import save_dense_probe
+from common.networks.mil_probe import save_probe
 from common.reports.ct_tokens import read_images
 from common.reports.patch_rows import (
     attention_row,
@@ -80,7 +80,7 @@ def probes(tmp_path: Path) -> Path:
     for task in ("rexgroundingct", "totalsegmentator"):
         names = [label.name for label in load_labels(task)]
         card = {"class_names": names, "encoder": "dale_ct_2s"}
-        save_dense_probe(tmp_path / "probes", "patch", task, torch.nn.Linear(24, len(names)), card)
+        save_probe(tmp_path / "probes", torch.nn.Linear(24, len(names)), card, f"patch_{task}")
     return tmp_path / "probes"
 
 

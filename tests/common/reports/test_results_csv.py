@@ -1,7 +1,5 @@
 import csv
 import math
-import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -12,17 +10,16 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from common.reports import results_csv as module
 from common.reports.results_csv import (
     ResultRow,
     add_rows,
-    code_version,
     config_hash,
     log_rows,
     read_rows,
     result_rows,
     results_table,
 )
+from common.run.config import code_version
 
 
 def row(**changes: Any) -> ResultRow:
@@ -132,50 +129,6 @@ def test_missing_csv_is_refused(tmp_path: Path) -> None:
         FileNotFoundError, match=r"results must be a CSV file, got '.*none.csv', which does not exist"
     ):
         read_rows(tmp_path / "none.csv")
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A git repository with a copy of the module; returns a function that runs git there."""
-    if shutil.which("git") is None:
-        pytest.skip("git is not installed")
-    copy = tmp_path / "results_csv.py"
-    shutil.copy(module.__file__, copy)
-    monkeypatch.setattr(module, "__file__", str(copy))
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    monkeypatch.delenv("GIT_DIR", raising=False)
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        command = ["git", *identity, *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    git("init", "-q")
-    return git
-
-
-def test_version_is_the_commit_and_says_when_files_differ(checkout: Any, tmp_path: Path) -> None:
-    checkout("add", ".")
-    checkout("commit", "-q", "-m", "x")
-    head = checkout("rev-parse", "HEAD")
-    assert code_version() == head[:12]
-    (tmp_path / "results_csv.py").write_text("changed")
-    assert code_version() == f"{head[:12]}-dirty"
-
-
-def test_version_of_code_that_git_does_not_know_is_unknown(checkout: Any, tmp_path: Path) -> None:
-    (tmp_path / "other.txt").touch()
-    checkout("add", "other.txt")
-    checkout("commit", "-q", "-m", "x")
-    assert code_version() == "unknown"
-
-
-def test_version_without_git_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    assert code_version() == "unknown"
 
 
 def row_of_mlflow_rows(

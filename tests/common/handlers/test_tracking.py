@@ -1,4 +1,4 @@
-"""One MLflow run per training run, in a real SQLite store."""
+"""One MLflow run per training run, in a real SQLite store; its pace; and the bar over all its steps."""
 
 import json
 import logging
@@ -20,11 +20,18 @@ from ignite.engine import Engine, Events
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from common.handlers.mlflow_run import MLflowRun, Uploads, dataset_input
-from common.run.config import Stopped
+from common.handlers.tracking import MLflowRun, Progress, Throughput, Uploads, dataset_input
+from common.run.process import Stopped
 
 CONFIG = {"slab_mm": 12.0, "seed": 1, "loss": {"_target_": "Loss"}, "run": ["$1"], "_desc_": "words"}
 LOST = RuntimeError("the loss went away")
+
+
+def starting_at(step: int, process) -> Engine:
+    engine = Engine(process)
+    if step:
+        engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "iteration", step))
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +39,24 @@ def store(tmp_path_factory):
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
-def run(
-    store,
-    folder,
-    name,
-    steps=5,
-    start=0,
-    fail_at=None,
-    stop_at=None,
-    error=LOST,
-):
+def recorder(store, folder, name, **options) -> MLflowRun:
+    own = {"tracking_uri": store, "experiment": "pretraining", "run_name": name, "output_dir": folder}
+    return MLflowRun(**own, config=CONFIG, log_every=2, **{"artifacts": [], "datasets": {}, **options})
+
+
+def run(store, folder, name, steps=5, start=0, fail_at=None, stop_at=None, error=LOST):
     def step(engine, _):
         if engine.state.iteration == fail_at:
             raise error
         if engine.state.iteration == stop_at:
-            engine.state.stopped_early = True
+            engine.state.exit_status = 143
             engine.terminate()
         return [{"loss": torch.tensor(engine.state.iteration / 2), "undefined": torch.tensor(float("nan"))}]
 
-    engine = Engine(step)
-    if start:
-        engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "iteration", start))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
-    handler = MLflowRun(
-        store,
-        "pretraining",
-        name,
-        folder,
-        CONFIG,
-        log_every=2,
-        optimizer=optimizer,
+    engine = starting_at(start, step)
+    handler = recorder(
+        *(store, folder, name),
+        optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25),
         artifacts=["*.png", "checkpoints/*.pt"],
         datasets={"training": Path(__file__).parent, "test": Path(__file__)},
     )
@@ -107,7 +102,7 @@ def test_a_crash_ends_the_run_failed_and_the_next_is_a_run_of_its_own(store, tmp
 
 def test_a_crash_of_another_rank_ends_the_run_failed(store, tmp_path, monkeypatch):
     engine = Engine(lambda engine, batch: [{"loss": 1.0}])
-    waiting = MLflowRun(store, "pretraining", "waiting", tmp_path, CONFIG, log_every=2)
+    waiting = recorder(store, tmp_path, "waiting")
     waiting.attach(engine)
     waiting._start(engine)  # and then rank 0 waits in a collective
     monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
@@ -127,7 +122,7 @@ def test_a_resumed_run_whose_record_is_gone_gets_another(store, tmp_path, caplog
     memory.write_text(memory.read_text().replace(first, "0" * 32))
     second = run(store, tmp_path, "lost", steps=6, start=2)
     assert second not in (first, "0" * 32)
-    assert "lacks the old" in caplog.text
+    assert "no longer has this run" in caplog.text
     assert runs(store)["lost"].info.status == "FINISHED"
 
 
@@ -156,7 +151,7 @@ def test_a_run_says_what_it_read_and_what_ran(store, tmp_path, monkeypatch):
     run(store, tmp_path, "described")
     record = runs(store)["described"]
     datasets = {item.tags[0].value: item.dataset.name for item in record.inputs.dataset_inputs}
-    assert datasets == {"training": "common/handlers", "test": "handlers/test_mlflow_run.py"}
+    assert datasets == {"training": "common/handlers", "test": "handlers/test_tracking.py"}
     tags = record.data.tags
     assert tags["mlflow.source.name"] == "b/configs/train.json"
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", tags["mlflow.source.git.commit"])
@@ -183,7 +178,7 @@ def test_a_run_asked_to_stop_is_killed_not_finished(store, tmp_path):
 def test_what_handlers_measure_after_the_last_step_is_recorded_once(store, tmp_path):
     engine = Engine(lambda engine, batch: [{"loss": 1.0}])
     engine.add_event_handler(Events.COMPLETED, lambda e: e.state.metrics.update(test_macro_auroc=0.75))
-    handler = MLflowRun(store, "pretraining", "tested", tmp_path, CONFIG, log_every=2)
+    handler = recorder(store, tmp_path, "tested")
     handler.attach(engine)
     engine.run([0] * 4, max_epochs=1, epoch_length=4)
     history = MlflowClient(store).get_metric_history
@@ -365,3 +360,50 @@ def test_a_checkpoint_that_is_gone_by_then_is_no_failure(client, upload, tmp_pat
     uploads.wait(60)
     assert client.sent == ["a.csv"]
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("start", "parts"), [(0, ["5/5", "loss=0.5"]), (3, ["3/5", "5/5"])])
+def test_the_bar_reaches_the_last_step_and_a_resumed_run_starts_at_its_own(capsys, start, parts):
+    engine = starting_at(start, lambda engine, batch: [{"loss": 0.5}])
+    Progress(log_every=2, names=["loss", "absent"]).attach(engine)
+    engine.run([0] * 5, max_epochs=1, epoch_length=5)
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in parts)
+
+
+STEP_S, WAIT_S = 0.02, 0.01
+
+
+def slow_batches():
+    while True:
+        time.sleep(WAIT_S)
+        yield 0
+
+
+def paces(steps: int, start: int = 0, **options) -> list[dict[str, float]]:
+    """Metrics after each step of a run."""
+    engine, seen = starting_at(start, lambda engine, batch: time.sleep(STEP_S)), []
+    options |= {"log_every": 4, "items_per_step": 10, "rate_name": "views_per_second"}
+    Throughput(device=torch.device("cpu"), **options).attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(dict(e.state.metrics)))
+    engine.run(slow_batches(), max_epochs=1, epoch_length=steps)
+    return seen
+
+
+def test_rate_and_wait_are_those_of_the_steps_since_the_last_measurement():
+    measured = paces(steps=8)
+    last = measured[-1]
+    # the machine may be slower than asked to be, never faster
+    assert 0 < last["views_per_second"] <= 10 / (STEP_S + WAIT_S)
+    assert 0.9 * WAIT_S * last["views_per_second"] / 10 <= last["data_wait_share"] < 1
+    assert last.keys() == {"views_per_second", "data_wait_share"}
+    assert len({metrics["views_per_second"] for metrics in measured}) == 3  # steps 1, 4 and 8
+
+
+def test_a_resumed_run_counts_its_own_steps_only():
+    assert paces(steps=8, start=6)[-1]["views_per_second"] <= 10 / (STEP_S + WAIT_S)
+
+
+def test_mfu_is_the_share_of_the_peak():
+    last = paces(steps=4, flops_per_step=3e9, peak_flops=1e12)[-1]
+    assert last["mfu"] == pytest.approx(last["views_per_second"] / 10 * 3e9 / 1e12)
