@@ -26,9 +26,8 @@ from rich.table import Table
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.ct.nifti import read_ct
-from common.embeddings.work import squared
-from common.transforms.slice_strategies import SliceStrategy, body_box
+from common.ct.files import ct_file, read_ct
+from common.transforms.slice_strategies import SliceStrategy, body_box, pad_to_square
 
 THRESHOLD_HU, OPENING_PX, SIZE_PX = -500, 25, 256
 NATIVE_CT = "lidc_idri_0314_ct_native_slices130_162"
@@ -41,7 +40,7 @@ def ct_slices() -> tuple[torch.Tensor, str]:
     stated = os.environ.get("DALE_CT_TEST_DATA")
     real = Path(stated) if stated else Path(__file__).resolve().parents[2] / "shared" / "data"
     if real.is_dir():
-        hu = squared(read_ct(real / f"{NATIVE_CT}.nii.gz").hu)
+        hu = pad_to_square(read_ct(ct_file(real / f"{NATIVE_CT}.nii.gz")).hu, -1024)
         return torch.from_numpy(hu), f"{len(hu)} slices of a real CT (LIDC-IDRI-0314)"
     rows, columns = np.mgrid[:512, :512]
     body = ((rows - 270) / 150) ** 2 + ((columns - 250) / 210) ** 2 <= 1

@@ -15,7 +15,8 @@ import typer
 
 from common.ct.checks import find_doubts
 from common.ct.files import find_cts, read_ct
-from common.ct.geometry import HUValues, RejectedError
+from common.ct.geometry import HUValues
+from common.ct.rejection import RejectedError
 
 Form = tuple[str, np.ndarray, tuple[float, float, float]]
 

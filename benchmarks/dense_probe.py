@@ -33,13 +33,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from common.cohort.cohort import load_labels
 from common.embeddings import dense_cohort
 from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
 from common.embeddings.dense_labels import TASKS, DenseLabels, findings_present, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
 from common.engines.dense_probe import BACKGROUND, BestLayers, DenseProbeTrainer
 from common.engines.dense_scores import DenseResults, report_on_test, validation_auprc
-from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.dense_probe import DenseProbes
 from common.transforms.dense_labels import patch_bits, patch_shares

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repositor
 from common.ct.geometry import STORED_HU_RANGE
 from common.shards.codec import decode_ct
 from common.shards.shards import write_shard
-from data_prep.rexgroundingct import Annotation
-from data_prep.source_volume import SourceVolume, read_volume
+from data_prep.sources.rexgroundingct import Annotation
+from data_prep.sources.source_volume import SourceVolume, read_volume
 
 SIZE_PX, SPACING_MM = 512, (0.75, 0.75, 1.0)
 CODES = ("1c", "2b", "2d")

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.labels import pos_weights
+from common.cohort.cohort import pos_weights
 from common.losses.auxiliary import AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss
 from common.losses.sigreg import SIGReg

@@ -26,14 +26,14 @@ from rich.table import Table
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.ct.nifti import read_ct
+from common.ct.files import ct_file, read_ct
 from common.shards.shards import ShardSet, VolumeSlices, write_shard
 from common.shards.slab_dataset import VIEWS, SlabViews
 from common.transforms.batch_views import count_labels, render_views
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan
 from common.transforms.soft_labels import finding_presence
-from data_prep.totalsegmentator import read_label_map
+from data_prep.sources.totalsegmentator import read_label_map
 
 PATCH_SIZE_PX, SIZES_PX = 16, (256, 144)  # DALE-CT-2S
 WINDOW = HU_WINDOWS["ct_rate"]
@@ -49,8 +49,8 @@ def write_cohort(folder: Path) -> tuple[ShardSet, str]:
     rng = np.random.default_rng(0)
     if real.is_dir():
         what = "a real CT of 512 x 512, 1 mm (LIDC-IDRI-0314), under another patient's organ labels"
-        ct = read_ct(real / f"{NATIVE_CT}.nii.gz").hu
-        labelled = read_ct(real / f"{LABELLED_CT}.nii.gz")
+        ct = read_ct(ct_file(real / f"{NATIVE_CT}.nii.gz")).hu
+        labelled = read_ct(ct_file(real / f"{LABELLED_CT}.nii.gz"))
         ts = read_label_map(real / f"{LABELLED_CT.replace('_ct_', '_seg117_')}.nii.gz", labelled.grid)
         ts = np.concatenate([ts, ts[::-1]])[:NUM_SLICES]
     else:

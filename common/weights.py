@@ -17,7 +17,7 @@ from torch import nn
 
 from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
 from common.networks.timm_keys import to_timm_keys
-from common.reports.results_csv import COLUMNS, read_rows
+from common.reports.results import MACRO_COLUMNS, read_rows
 from common.run.config import short_errors
 from common.run.process import atomic_file
 from common.transforms.hounsfield import hu_window
@@ -267,7 +267,7 @@ def _results_section(title: str, encoder: str, results: list[Path]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for row in rows:
         interval = "" if math.isnan(row.low) else f"{row.low:.4f} to {row.high:.4f}"
-        name = COLUMNS.get(row.metric, row.metric)
+        name = MACRO_COLUMNS.get(row.metric, row.metric)
         cells = (row.protocol, row.dataset, name, f"{row.value:.4f}", interval, str(row.n))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,11 +1,11 @@
-"""Command line: ``python -m data_prep --help``. A command's modules are imported when it is run."""
+"""Command line: ``python -m data_prep --help``. A command's modules are imported only when it runs."""
 
 import ast
 import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 from rich.logging import RichHandler
@@ -15,50 +15,77 @@ from typer.core import TyperGroup
 from common.run.process import on_stop, raise_stopped
 from data_prep.commands.console import console
 
-EXAMPLES: dict[str, str] = {
-    "audit": "audit /data/shards --split train --sample 0.1 --report audit.html",
-    "ct_rate": "ct-rate --root /data/CT-RATE --split train --out /data/shards "
-    "--rexgroundingct /data/ReX/dataset.json --rexgroundingct-masks /data/ReX/segmentations",
-    "dense_labels": "dense-labels --root /data/CT-RATE --rexgroundingct /data/ReX/dataset.json "
-    "--rexgroundingct-masks /data/ReX/segmentations --out /data/dense_labels",
-    "dense_overlay": "dense-overlay ct.nii.gz label_map.nii.gz --out overlay.png",
-    "dicom": "dicom /data/export --out /data/shards --masks label_maps/",
-    "download": "download ct-rate --out /data/CT-RATE --split train --patients 1:100 --label-maps",
-    "hu_stats": "hu-stats /data/shards --split train --volumes 1000 --out hu.json --picture hu.png",
-    "nifti": "nifti scans/ --out shards/ --masks label_maps/",
-    "phantom": "phantom --volumes 20 --out /tmp/phantom",
-    "pos_weights": "pos-weights /data/shards --split train --out weights/",
-    "rad_chestct": "rad-chestct --root /data/RAD-ChestCT --split train --out /data/shards",
-    "rad_labels": "rad-labels --root /data/RAD-ChestCT --out /data/RAD-ChestCT/rad_chestct_labels.csv",
-    "splits": "splits --labels train_predicted_labels.csv --out splits.csv",
-    "subset": "subset --labels train_predicted_labels.csv --patients 5000 --out subset.csv",
-    "totalsegment": "totalsegment scans/ --out label_maps/ --device gpu",
-    "turned": "turned --root /data/RAD-ChestCT --prefix tst --turn transposed --out /data/transposed",
+
+class Command(NamedTuple):
+    """Where a command is, and how it is called.
+
+    Args:
+        module: module of ``data_prep.commands`` with the command's function.
+        example: words after its name.
+    """
+
+    module: str
+    example: str
+
+
+COMMANDS = {
+    "audit": Command("audit", "/data/shards --split train --sample 0.1 --report audit.html"),
+    "ct-rate": Command(
+        "prepare",
+        "--root /data/CT-RATE --split train --out /data/shards "
+        "--rexgroundingct /data/ReX/dataset.json --rexgroundingct-masks /data/ReX/segmentations",
+    ),
+    "dense-labels": Command(
+        "dense",
+        "--root /data/CT-RATE --rexgroundingct /data/ReX/dataset.json "
+        "--rexgroundingct-masks /data/ReX/segmentations --out /data/dense_labels",
+    ),
+    "dense-overlay": Command("dense", "ct.nii.gz label_map.nii.gz --out overlay.png"),
+    "dicom": Command("prepare", "/data/export --out /data/shards --masks label_maps/"),
+    "download": Command(
+        "download", "ct-rate --out /data/CT-RATE --split train --patients 1:100 --label-maps"
+    ),
+    "hu-stats": Command(
+        "statistics", "/data/shards --split train --volumes 1000 --out hu.json --picture hu.png"
+    ),
+    "nifti": Command("prepare", "scans/ --out shards/ --masks label_maps/"),
+    "phantom": Command("phantom", "--volumes 20 --out /tmp/phantom"),
+    "pos-weights": Command("statistics", "/data/shards --split train --out weights/"),
+    "rad-chestct": Command("prepare", "--root /data/RAD-ChestCT --split train --out /data/shards"),
+    "rad-labels": Command("lists", "--root /data/RAD-ChestCT --out /data/RAD-ChestCT/rad_chestct_labels.csv"),
+    "splits": Command("lists", "--labels train_predicted_labels.csv --out splits.csv"),
+    "subset": Command("lists", "--labels train_predicted_labels.csv --patients 5000 --out subset.csv"),
+    "totalsegment": Command("totalsegment", "scans/ --out label_maps/ --device gpu"),
+    "turned": Command(
+        "turned", "--root /data/RAD-ChestCT --prefix tst --turn transposed --out /data/transposed"
+    ),
 }
 
 
 class LazyGroup(TyperGroup):
-    """Commands of which ``--help`` knows the names and what they do without importing any."""
+    """Lists the commands for ``--help`` without importing any of them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:  # noqa: ANN401 (Click's)
         """Find the command to run and import it."""
         name, stub, rest = super().resolve_command(ctx, args)
-        return name, stub and _imported(str(stub.name).replace("-", "_")), rest
+        return name, stub and _imported(str(stub.name)), rest
 
 
 def _imported(name: str) -> Any:  # noqa: ANN401 (Click's)
-    module = importlib.import_module(f"data_prep.commands.{name}")
+    module = importlib.import_module(f"data_prep.commands.{COMMANDS[name].module}")
     alone = typer.Typer(add_completion=False)
-    alone.command(epilog=f"Example: python -m data_prep {EXAMPLES[name]}")(getattr(module, name))
+    alone.command(epilog=f"Example: python -m data_prep {name} {COMMANDS[name].example}")(
+        getattr(module, name.replace("-", "_"))
+    )
     return typer.main.get_command(alone)
 
 
 def _first_line(name: str) -> str:
     """What a command does, from the docstring of its function."""
-    code = Path(__file__).with_name("commands") / f"{name}.py"
+    code = Path(__file__).with_name("commands") / f"{COMMANDS[name].module}.py"
     parts = ast.parse(code.read_text(encoding="utf-8")).body
     functions = {part.name: part for part in parts if isinstance(part, ast.FunctionDef)}
-    return str(ast.get_docstring(functions[name])).splitlines()[0]
+    return str(ast.get_docstring(functions[name.replace("-", "_")])).splitlines()[0]
 
 
 app = typer.Typer(
@@ -68,12 +95,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in EXAMPLES:
-    app.command(command.replace("_", "-"), help=_first_line(command))(lambda: None)
+for command in COMMANDS:
+    app.command(command, help=_first_line(command))(lambda: None)
 
 
 def main() -> None:
-    """Run the command line; a mistake in its input or a stop ends in one line rather than in a traceback."""
+    """Run the command line; wrong input or a stop ends in one line instead of a traceback."""
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.getLogger("numexpr").setLevel(logging.WARNING)  # counts the cores when blosc2 is imported
@@ -92,7 +119,7 @@ def main() -> None:
     except SystemExit:
         if not signals:
             raise
-        console.print("Stopped. Run the same command again to go on.")
+        console.print("Stopped. Run the same command again to resume.")
         sys.exit(128 + signals[0])
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from data_prep.cluster import run_tasks
-from data_prep.rexgroundingct import read_full_findings
-from data_prep.source_volume import SourceVolume, read_ct
-from data_prep.totalsegmentator import read_full_label_map
+from data_prep.sources.rexgroundingct import read_full_findings
+from data_prep.sources.source_volume import SourceVolume, read_ct
+from data_prep.sources.totalsegmentator import read_full_label_map
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -47,21 +47,20 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
     import torch  # takes seconds to import; --help must not wait for it
 
     from common.embeddings.dense_labels import TASKS, DenseLabels
-    from common.transforms.dense_labels import pad_mask_to_square, patch_bits, patch_shares
-    from common.transforms.slice_strategies import body_box
+    from common.transforms.dense_labels import patch_bits, patch_shares
+    from common.transforms.slice_strategies import body_box, pad_to_square
 
     if source.ts is None:
         raise RejectedError("mask", f"'{source.volume}' must have a TotalSegmentator label map, got none")
     ct = read_ct(source)
     ids = read_full_label_map(source.ts, ct.grid)
     bits = np.zeros(ids.shape, np.uint16) if source.rex is None else read_full_findings(source.rex, ct.grid)
-    air = ct.hu.min()
-    box = body_box(torch.from_numpy(pad_mask_to_square(ct.hu - air) + air))
+    box = body_box(torch.from_numpy(pad_to_square(ct.hu, int(ct.hu.min()))))
     return DenseLabels(
         source.volume,
         box,
-        patch_shares(pad_mask_to_square(ids), box, grid, TASKS["totalsegmentator"]),
-        patch_bits(pad_mask_to_square(bits), box, grid),
+        patch_shares(pad_to_square(ids, 0), box, grid, TASKS["totalsegmentator"]),
+        patch_bits(pad_to_square(bits, 0), box, grid),
     )
 
 

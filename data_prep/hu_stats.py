@@ -16,7 +16,7 @@ from common.ct.geometry import STORED_HU_RANGE
 from common.shards.index import load_index
 from common.shards.shards import ShardSet
 from data_prep.cluster import run_tasks
-from data_prep.shard_slices import read_slices
+from data_prep.shards.slices import read_slices
 
 if TYPE_CHECKING:
     from distributed import Client

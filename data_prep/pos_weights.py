@@ -7,19 +7,18 @@ is lost: shares of small ones come out larger (at 512 x 512 up to 16 times), and
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common.labels import Label, load_labels
-from common.run.process import atomic_file
+from common.cohort.cohort import Label, load_labels
 from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from common.shards.index import ShardIndex, load_index
 from data_prep.cluster import run_tasks
-from data_prep.shard_slices import read_slices
+from data_prep.shards.slices import read_slices
+from data_prep.tables import write_table
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -185,14 +184,11 @@ def write_weights(path: Path, weights: Sequence[ClassWeight]) -> None:
         path: CSV to write.
         weights: of all classes.
     """
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
-        for weight in weights:
-            label = weight.label
-            table.writerow(
-                (
-                    *(label.index, label.name, label.code, f"{weight.pos_weight:g}"),
-                    *(weight.frequency, weight.cells, weight.weight_by_frequency, f"{label.pos_weight:g}"),
-                )
-            )
+    rows = (
+        (
+            *(weight.label.index, weight.label.name, weight.label.code, f"{weight.pos_weight:g}"),
+            *(weight.frequency, weight.cells, weight.weight_by_frequency, f"{weight.label.pos_weight:g}"),
+        )
+        for weight in weights
+    )
+    write_table(path, COLUMNS, rows)

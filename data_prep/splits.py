@@ -1,13 +1,11 @@
 """Split lists: which side of a split every volume is on, written once and proven afterwards."""
 
-import csv
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from common.cohort.patient_split import natural_order, patient_of
-from common.cohort.tables import table_rows
-from common.run.process import atomic_file
+from common.cohort.cohort import natural_order, patient_of, table_rows
+from data_prep.tables import write_table
 
 COLUMNS = ("volume", "patient", "split")
 
@@ -21,10 +19,7 @@ def write_split(path: Path, sides: Mapping[str, Sequence[str]]) -> None:
     """
     rows = [(volume, patient_of(volume), side) for side, volumes in sides.items() for volume in volumes]
     rows.sort(key=lambda row: natural_order(row[0]))
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
-        table.writerows(rows)
+    write_table(path, COLUMNS, rows)
 
 
 def read_split(path: Path) -> list[tuple[str, str]]:

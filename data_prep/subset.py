@@ -3,15 +3,15 @@
 Shapes: P patients, C classes.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.cohort.patient_split import natural_order, patient_of
+from common.cohort.cohort import natural_order, patient_of
 from common.run.process import atomic_file
+from data_prep.tables import write_table
 
 TRIES = 2000
 """Patients that are offered an exchange; for 5,000 of 20,000 synthetic patients, more changed nothing."""
@@ -117,11 +117,8 @@ def write_subset(
         labels: volume to its labels, ``(C,)``.
         class_names: of the labels.
     """
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["VolumeName", *class_names])
-        for volume in subset.volumes:
-            table.writerow([volume, *labels[volume].astype(int)])
+    rows = ([volume, *labels[volume].astype(int)] for volume in subset.volumes)
+    write_table(path, ["VolumeName", *class_names], rows)
 
 
 def write_skip_list(path: Path, subset: Subset, labels: Mapping[str, np.ndarray]) -> None:

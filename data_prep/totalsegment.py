@@ -4,7 +4,6 @@ Shapes: X Y Z voxel axes as stored.
 """
 
 import contextlib
-import csv
 import gzip
 import io
 import re
@@ -15,17 +14,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from common.ct.checks import check_hu
-from common.ct.geometry import RejectedError, RejectedVolume, StoredCT, StoredGrid, axial_slices
-from common.ct.nifti import read_header
+from common.ct.files import open_volume
+from common.ct.geometry import CT, Grid, axial_slices
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.run.process import atomic_file
 from common.shards.codec import NUM_TS_CLASSES
-from data_prep.nifti import find_volumes
-from data_prep.rad_chestct_folder import PREFIX, find_rad_chestct, npz_files
-from data_prep.source_volume import SourceVolume, planned_slices, read_ct, read_grid
+from data_prep.sources.folders import find_volumes
+from data_prep.sources.rad_chestct import PREFIX, find_rad_chestct, npz_files
+from data_prep.sources.source_volume import SourceVolume, planned_slices, read_ct, read_grid
 
 if TYPE_CHECKING:
     from data_prep.commands.console import ShowProgress
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
 
 AFFINE_TOLERANCE_MM = 1e-3
 """NIfTI headers hold an affine in single precision."""
@@ -139,7 +144,8 @@ def has_label_map(source: SourceVolume, out: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        header = read_header(path)
+        with open_volume(path) as file:
+            header = file.header
     except RejectedError:
         return False
     return _is_on(header.shape, header.affine, read_grid(source))
@@ -163,7 +169,6 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     from totalsegmentator import python_api
 
     ct = read_ct(source)
-    check_hu(ct)
     image = nib.nifti1.Nifti1Image(stored_order(ct), ct.grid.affine)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints in spite of quiet
@@ -180,7 +185,7 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     return gzip.compress(label_map.to_bytes(), mtime=0)
 
 
-def stored_order(ct: StoredCT) -> np.ndarray:
+def stored_order(ct: CT) -> np.ndarray:
     """Return the HU of a CT as they are stored.
 
     Args:
@@ -195,7 +200,7 @@ def stored_order(ct: StoredCT) -> np.ndarray:
     return stored
 
 
-def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarray:
+def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: Grid) -> np.ndarray:
     """Return the ids of a label map as uint8 if it can be that of a CT.
 
     Args:
@@ -221,17 +226,67 @@ def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: StoredGrid) -> np.ndarr
     return ids.astype(np.uint8)
 
 
-def write_table(path: Path, rejected: Sequence[RejectedVolume]) -> None:
-    """Write one row a volume that has no label map.
+def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: Grid) -> bool:
+    return tuple(shape) == ct.shape and np.allclose(affine, ct.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
+
+
+@contextlib.contextmanager
+def totalsegmentator_ready(device: str, fast: bool) -> Iterator[None]:
+    """Prepare TotalSegmentator and keep it from reporting its use.
+
+    It reports each run unless its configuration says otherwise, and counts runs in that file. This process
+    gets a configuration of its own, which also keeps parallel ones from writing to one file. Weights that are
+    missing are downloaded, into the place where TotalSegmentator looks for them.
 
     Args:
-        path: of the table.
-        rejected: the volumes.
+        device: ``gpu``, ``gpu:1`` or ``cpu``.
+        fast: whether the model of 3 mm is wanted.
+
+    Raises:
+        ValueError: if there is no such device.
+        ConnectionError: if weights are missing and cannot be downloaded.
     """
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        rows = [RejectedVolume._fields, *sorted(rejected)]
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    from totalsegmentator import config, python_api
+
+    python_api.validate_device_type_api(device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        selected = python_api.select_device(device)
+    if device.startswith("gpu") and str(selected) == "cpu":
+        raise ValueError(f"device must be one that CUDA finds, got '{device}'. Try cpu.")
+    weights = config.get_weights_dir()
+    settings = {"totalseg_id": "", "send_usage_stats": False, "prediction_counter": 0}
+    with tempfile.TemporaryDirectory(prefix="totalsegmentator_") as home:
+        Path(home, "config.json").write_text(json.dumps(settings | {"statistics_disclaimer_shown": True}))
+        with _environment(TOTALSEG_HOME_DIR=home, TOTALSEG_WEIGHTS_PATH=str(weights)):
+            _ensure_weights(fast, weights)
+            yield
 
 
-def _is_on(shape: tuple[int, ...], affine: np.ndarray, ct: StoredGrid) -> bool:
-    return tuple(shape) == ct.shape and np.allclose(affine, ct.affine, rtol=0, atol=AFFINE_TOLERANCE_MM)
+def _ensure_weights(fast: bool, weights: Path) -> None:
+    from totalsegmentator import python_api
+
+    tasks = python_api.get_task_config("total", fast=fast, quiet=True)["task_id"]
+    try:
+        for task in tasks if isinstance(tasks, list) else [tasks]:
+            python_api.download_pretrained_weights(task)
+    except (OSError, zipfile.BadZipFile) as error:
+        option = "total_fast" if fast else "total"
+        raise ConnectionError(
+            f"TotalSegmentator's weights must be in '{weights}', got none, and the download failed: "
+            f"{' '.join(str(error).split())}. With network, run: totalseg_download_weights -t {option}; "
+            "elsewhere set TOTALSEG_WEIGHTS_PATH to a copy of that folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -9,8 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common.ct.files import ct_file, read_ct
-from common.ct.names import VOLUME_SUFFIXES, only_file, suffix_of, volume_files
+from common.ct.files import VOLUME_SUFFIXES, ct_file, only_file, read_ct, suffix_of, volume_files
 from common.ct.nifti import Rescale
 from common.ct.npz import SPACING_MM
 from common.run.process import atomic_file

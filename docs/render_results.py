@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from common.reports.results_csv import COLUMNS, ResultRow, read_rows
+from common.reports.results import MACRO_COLUMNS, ResultRow, read_rows
 from common.run.config import short_errors
 
 PAPER = Path(__file__).with_name("paper_results.csv")
@@ -79,14 +79,14 @@ def _lines(values: Values, table: str, with_paper: bool) -> list[str]:
             (row["encoder"], row["protocol"]): row for row in csv.DictReader(file) if row["table"] == table
         }
     cost = COST if table == "VI" else {}
-    heads = ["encoder", "protocol", *COLUMNS.values(), "volumes", *cost.values()]
+    heads = ["encoder", "protocol", *MACRO_COLUMNS.values(), "volumes", *cost.values()]
     heads += ["paper: AUROC / AUPRC / F1 / BA"] if with_paper else []
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for (encoder, protocol), own in values.items():
-        if not COLUMNS.keys() & own.keys():
+        if not MACRO_COLUMNS.keys() & own.keys():
             continue
-        counted = next(own[metric].n for metric in COLUMNS if metric in own)
-        found = (own[metric].numbers if metric in own else None for metric in COLUMNS)
+        counted = next(own[metric].n for metric in MACRO_COLUMNS if metric in own)
+        found = (own[metric].numbers if metric in own else None for metric in MACRO_COLUMNS)
         cells = [
             f"`{encoder}`",
             protocol,

@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from common.cohort.tables import table_rows
-from common.reports.results_csv import FIELDS, ResultRow, read_rows
+from common.cohort.cohort import table_rows
+from common.reports.results import FIELDS, ResultRow, read_rows
 from common.run.process import atomic_file
 from docs.render_results import PAPER, cell
 from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS

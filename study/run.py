@@ -9,9 +9,7 @@ import json
 import os
 import platform
 import re
-import select
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -26,11 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.run.config import code_version
 from common.run.process import atomic_file
+from study.commands import start_command
 from study.stages import REPOSITORY, SIZES, Stage, all_stages
 
 OUR_CONFIG = re.compile(r"(?<![\w/.-])(?:bundles|demo|study)/(?!out/)[\w./-]+\.json")
 SHOWN_CHARACTERS = 60
 SHOWN_LINES = 20
+SERVER_KILLED = 255  # multiprocessing's exit code of a process that nobody can tell it about
 
 
 def keys_of(stages: list[Stage]) -> dict[str, str]:
@@ -45,65 +45,45 @@ def keys_of(stages: list[Stage]) -> dict[str, str]:
     return keys
 
 
-def command_server(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start the process whose forks are the commands, each of which then starts at once."""
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "study" / "forked_python.py")],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,  # an answer that were read ahead would not be seen by select
-        start_new_session=True,  # that Ctrl-C reaches it through us alone
-    )
-
-
-def run_stage(
-    stage: Stage, log: Path, environment: dict[str, str], server: subprocess.Popen[bytes], progress: Progress
-) -> None:
+def run_stage(stage: Stage, log: Path, environment: dict[str, str], progress: Progress) -> None:
     """Run the commands of a stage one after the other, all they print into its log.
 
     Args:
-        stage: what to run.
+        stage: stage to run.
         log: file to write.
-        environment: of the commands.
-        server: of :func:`command_server`.
+        environment: environment of the commands.
         progress: shows the last line printed.
 
     Raises:
-        SystemExit: if a command fails; says which, shows the end of the log and names it. Or if it or the
-            server is told to end.
+        SystemExit: if a command fails; says which, shows the end of the log and names it. Or if this process
+            is asked to end, or the one that starts commands was killed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = progress.add_task("", total=None, name="", count="")
-    for number, (_, option, *words) in enumerate(stage.commands, 1):
-        assert option == "-m"
+    for number, (_, _, *words) in enumerate(stage.commands, 1):
         shown = " ".join(["python", "-m", *words])
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shown}\n")
         started = log.stat().st_size
-        assert server.stdin is not None
-        assert server.stdout is not None
-        request = [words, str(REPOSITORY), environment, [str(log.absolute())] * 2]
-        server.stdin.write(json.dumps(request).encode() + b"\n")
-        process = int(server.stdout.readline())
+        process = start_command(words, REPOSITORY, environment, log.absolute(), log.absolute())
         try:
-            while not select.select([server.stdout], [], [], 0.5)[0]:
+            while process.is_alive():
+                process.join(0.5)
                 description = f"  {number}/{len(stage.commands)} {last_line(log, started)}"
                 progress.update(line, description=description)
-            status = int(server.stdout.readline())
-        except ValueError:  # the server was killed: its answer is empty
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
-            sys.exit("\nThe process that starts the commands was killed. The same command goes on here.")
         except KeyboardInterrupt:
-            os.kill(process, signal.SIGTERM)  # training saves its state
-            server.stdout.readline()
-            sys.exit("\nStopped. The same command goes on here.")
-        if status != 0:
+            process.terminate()  # training saves its state
+            process.join()
+            sys.exit("\nStopped. Run the same command again to resume.")
+        if process.exitcode == SERVER_KILLED:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGTERM)
+            sys.exit("\nThe process that starts commands was killed. Run the same command again to resume.")
+        if process.exitcode != 0:
             progress.stop()
             text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
             end = "\n".join(text.splitlines()[-SHOWN_LINES:])
-            sys.exit(f"{end}\n\nStage '{stage.name}' failed (exit {status}): {shown}\n{log}")
+            sys.exit(f"{end}\n\nStage '{stage.name}' failed (exit {process.exitcode}): {shown}\n{log}")
     progress.remove_task(line)
 
 
@@ -182,7 +162,6 @@ def main(
         return
     console = Console(stderr=True)
     console.print(f"Study, size {size}: {SIZES[size].takes}. Logs and results in {folder}.", highlight=False)
-    server = None
     columns = (TextColumn("{task.fields[name]}{task.description}"), BarColumn(20), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         overall = progress.add_task("", total=len(chosen), name="stages")
@@ -191,8 +170,7 @@ def main(
                 began = time.monotonic()
                 progress.update(overall, name=stage.name)
                 log = folder / "logs" / f"{record_of(stage.name, folder).stem}.log"
-                server = server or command_server(environment_of(folder))
-                run_stage(stage, log, environment_of(folder), server, progress)
+                run_stage(stage, log, environment_of(folder), progress)
                 elapsed = time.monotonic() - began
                 write_record(stage.name, keys[stage.name], elapsed, folder)
                 console.print(f"{elapsed / 60:6.1f} min  {stage.name}", highlight=False)

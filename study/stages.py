@@ -5,6 +5,7 @@ trained on site A's training split; every number comes from volumes that no enco
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -387,10 +388,10 @@ def _differences(size: Size, out: Path) -> list[list[str]]:
     files = {name: out / "eval_ct_rate" / name / "test_predictions.csv" for name in names}
     dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)]
     strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
-    paired, folder = "common.reports.paired_differences", out / "differences"
+    differences, folder = partial(module, "common.reports", "differences"), out / "differences"
     return [
-        module(paired, *files.values(), "--out", folder / "table_iii.csv"),
-        module(paired, files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),
-        module(paired, *strategies, "--out", folder / "table_vi.csv"),
-        module(paired, *dense, "--out", folder / "table_i.csv"),
+        differences(*files.values(), "--out", folder / "table_iii.csv"),
+        differences(files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),
+        differences(*strategies, "--out", folder / "table_vi.csv"),
+        differences(*dense, "--out", folder / "table_i.csv"),
     ]

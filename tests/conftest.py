@@ -1,24 +1,28 @@
 """Settings and fixtures that all tests share."""
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before anything is imported that reads them: tests download nothing, report nothing and open no window.
+# Before anything is imported that reads them: tests download nothing, report nothing, open no window and
+# compute in one thread.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import nibabel as nib  # noqa: E402 (see above)
 import numpy as np  # noqa: E402 (see above)
 import pytest  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
+from huggingface_hub import constants as hub_constants  # noqa: E402 (see above)
 from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
+
+from study.commands import start_command  # noqa: E402 (see above)
+from tests.loopback_hub import LoopbackHub  # noqa: E402 (see above)
 
 collect_ignore = ["fuzz.py", "fuzz_dicom.py", "fuzz_kinds.py", "fuzz_wrong.py", "mutants.py"]  # programs
 
@@ -54,8 +58,7 @@ def real_ct_dir() -> Path:
 @pytest.fixture
 def any_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let readers take numbers that are no HU, where a test is not about what they are."""
-    for module in ("common.embeddings.work", "data_prep.source_volume"):
-        monkeypatch.setattr(f"{module}.check_hu", lambda ct: None)
+    monkeypatch.setattr("common.ct.checks.check_hu", lambda ct: None)
 
 
 @pytest.fixture(scope="session")
@@ -71,38 +74,37 @@ def pinned() -> Callable[[str], dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def python_m(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Run ``python -m`` and words in a folder and say what came of it; see ``study/forked_python.py``.
+def python_m(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
+    """Run ``python -m`` and words in a folder and say what came of it; see ``study/commands.py``.
 
     Nothing but what a user has is on its path; keywords are variables of its environment.
     """
-    folder = tmp_path_factory.mktemp("said")
+    said = [tmp_path_factory.mktemp("said") / name for name in ("out.txt", "err.txt")]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    own |= {"OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, REPOSITORY / "study" / "forked_python.py"],
-        env=own,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
     def run(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-        words = [str(word) for word in words]
-        said = [folder / "out.txt", folder / "err.txt"]
         for path in said:
             path.write_bytes(b"")
-        request = [words, str(cwd), own | environment, [str(path) for path in said]]
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        _, code = (int(server.stdout.readline()) for _ in range(2))
-        return subprocess.CompletedProcess(words, code, *(path.read_text(errors="replace") for path in said))
+        process = start_command([str(word) for word in words], cwd, own | environment, *said)
+        process.join()
+        out, err = (path.read_text(errors="replace") for path in said)
+        return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
-    yield run
-    server.stdin.close()
-    server.wait()
+    return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """Replace the Hugging Face hub, in this process, by one on this machine, with an empty cache."""
+    server = LoopbackHub()
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(hub_constants, "ENDPOINT", server.url)
+    template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
+    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.close()
 
 
 @pytest.fixture

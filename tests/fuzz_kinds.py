@@ -15,21 +15,20 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from common.cohort.tables import COLUMNS as PREDICTION_COLUMNS
-from common.cohort.tables import listed_volumes, read_labels, read_predictions
-from common.ct.nifti import read_grid
+from common.cohort.cohort import listed_volumes, read_labels
+from common.ct.files import ct_file, read_grid
 from common.embeddings.dense_labels import DenseLabels, read_dense_labels, write_dense_labels
 from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.embeddings.work import ct_sources
-from common.reports.results_csv import FIELDS, read_rows
+from common.reports.results import FIELDS, PREDICTION_COLUMNS, read_predictions, read_rows
 from common.run.config import executed_config
 from common.shards.codec import VolumeSlices
 from common.shards.shards import ShardSet, write_shard
 from data_prep.audit.shard import ShardTask, audit_shard
-from data_prep.ct_rate import METADATA_COLUMNS, read_metadata
-from data_prep.rexgroundingct import read_annotations
+from data_prep.sources.ct_rate import METADATA_COLUMNS, read_metadata
+from data_prep.sources.rexgroundingct import read_annotations
+from data_prep.sources.totalsegmentator import read_label_map
 from data_prep.splits import read_split
-from data_prep.totalsegmentator import read_label_map
 from tests.conftest import series_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -85,7 +84,7 @@ def label_map(folder: Path) -> None:
 
 
 def read_label_maps(folder: Path) -> None:
-    grid = read_grid(folder / "ct.nii.gz")
+    grid = read_grid(ct_file(folder / "ct.nii.gz"))
     for name in ("same", "other"):
         try:
             read_label_map(folder / f"{name}.nii.gz", grid)

@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from common.cohort.tables import listed_volumes
-from common.ct.names import VOLUME_NAME
+from common.cohort.cohort import listed_volumes
+from common.ct.files import VOLUME_NAME
 from common.embeddings.work import ct_sources
 from tests.fuzz_kinds import AFFINE, HU, check, read_cts
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.work import ct_sources
-from data_prep.ct_rate import find_ct_rate
-from data_prep.nifti import find_volumes
-from data_prep.source_volume import SourceVolume, planned_slices, read_volume
+from data_prep.sources.ct_rate import find_ct_rate
+from data_prep.sources.folders import find_volumes
+from data_prep.sources.source_volume import SourceVolume, planned_slices, read_volume
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -24,7 +24,8 @@ from common.ct.anatomy import (
     lung_on_the_smaller_side,
     width_over_depth,
 )
-from common.ct.geometry import RejectedError, StoredCT
+from common.ct.geometry import CT
+from common.ct.rejection import Doubt, RejectedError
 
 INF = math.inf
 
@@ -252,20 +253,6 @@ CHEST_RULES = (
 )
 
 
-class Doubt(NamedTuple):
-    """What seems wrong with a volume.
-
-    Args:
-        rule: name of the question.
-        text: what seems wrong, with the measure and its range.
-        refused: whether ``predict`` refuses the volume for it.
-    """
-
-    rule: str
-    text: str
-    refused: bool
-
-
 def judge(measures: Mapping[str, float], rules: Sequence[Rule] = CHEST_RULES) -> list[Doubt]:
     """Hold measures to their ranges.
 
@@ -304,7 +291,14 @@ MIN_BODY, BODY_HU = 0.001, -500
 """A slice with a lesser share of voxels above this is air alone."""
 
 
-def check_hu(ct: StoredCT) -> None:
+def check_ct(ct: CT) -> CT:
+    """Refuse what is no CT in HU, and return a CT with what makes it unlike an upright whole chest."""
+    check_hu(ct)
+    doubts, blank = find_doubts(ct.hu, ct.spacing_mm)
+    return ct._replace(doubts=doubts, blank=blank)
+
+
+def check_hu(ct: CT) -> None:
     """Refuse what is no CT in HU by the values before the clip, padding left out.
 
     Args:

@@ -18,23 +18,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
 
 from common.ct.dicom_header import SliceHeader, parse, read_headers, rejecting
 from common.ct.dicom_pixels import read_hu
-from common.ct.geometry import (
-    HUValues,
-    RejectedError,
-    StoredCT,
-    StoredGrid,
-    canonical_shape,
-    canonical_slices,
-    check_size,
-)
+from common.ct.geometry import CT, Grid, HUValues, axial_slices, canonical_shape, check_size
+from common.ct.rejection import RejectedError
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
-    from pydicom import FileDataset
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +43,7 @@ degree shifts by 5 mm."""
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
-def read_grid(files: Sequence[Path]) -> StoredGrid:
+def read_grid(files: Sequence[Path]) -> Grid:
     """Read on which grid a series is stored, from its headers.
 
     Args:
@@ -66,7 +58,7 @@ def read_grid(files: Sequence[Path]) -> StoredGrid:
     return _grid(_sorted_headers(files))
 
 
-def read_ct(files: Sequence[Path]) -> StoredCT:
+def read_ct(files: Sequence[Path]) -> CT:
     """Read a series, slice by slice, each with its own rescale.
 
     Padding, which the header names and which is no part of the image, becomes -1024 HU.
@@ -89,34 +81,21 @@ def read_ct(files: Sequence[Path]) -> StoredCT:
     of_file: dict[Path, list[int]] = {}
     for z, header in enumerate(headers):
         of_file.setdefault(header.path, []).append(z)
-    digests, seen = [], HUValues()
+    digests, kept = [], HUValues()
     for path, indices in of_file.items():
         content = _content(path)
         dataset = parse(path, io.BytesIO(content))
         for z in indices:
-            _read_slice(dataset, headers[z], stored[z], seen)
+            slope, intercept, where = headers[z].slope, headers[z].intercept, headers[z].name
+            with rejecting(path):
+                read_hu(dataset, headers[z].frame, slope, intercept, out=stored[z], kept=kept, where=where)
         digests.append(hashlib.sha256(content).digest())
-    if not seen.parts:
+    if not kept.parts:
         raise RejectedError(
             "no image", f"a CT must have pixels that are no padding, got none in {headers[0].name}"
         )
-    slices, spacing_mm = canonical_slices(stored.transpose(2, 1, 0), grid.affine)
-    return StoredCT(slices, seen, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest())
-
-
-def _read_slice(dataset: FileDataset, header: SliceHeader, out: np.ndarray, seen: HUValues) -> None:
-    """Read a slice into ``out``."""
-    try:
-        with rejecting(header.path):
-            is_finite = read_hu(dataset, header.frame, header.slope, header.intercept, out, seen)
-    except RejectedError as error:
-        if str(header.path) in error.detail:
-            raise
-        raise RejectedError(error.reason, f"{error.detail} in {header.name}") from error
-    if not is_finite:
-        raise RejectedError(
-            "non-finite voxels", f"voxels must be finite, got NaN or infinity in {header.name}"
-        )
+    slices, spacing_mm = axial_slices(stored.transpose(2, 1, 0), grid.affine)
+    return CT(slices, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest(), kept)
 
 
 def _sorted_headers(files: Sequence[Path]) -> list[SliceHeader]:
@@ -170,7 +149,7 @@ def _normal(header: SliceHeader) -> np.ndarray:
     return normal / np.linalg.norm(normal)
 
 
-def _grid(headers: Sequence[SliceHeader]) -> StoredGrid:
+def _grid(headers: Sequence[SliceHeader]) -> Grid:
     """Check that sorted slices are an even, straight stack, and say where it lies."""
     first = headers[0]
     normal = _normal(first)
@@ -195,8 +174,7 @@ def _grid(headers: Sequence[SliceHeader]) -> StoredGrid:
     affine[:3] *= LPS_TO_RAS[:, None]
     rows, columns = first.shape
     check_size((columns, rows, len(headers)))
-    axcodes = "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
-    return StoredGrid((columns, rows, len(headers)), affine, axcodes)
+    return Grid((columns, rows, len(headers)), affine)
 
 
 def _even_step(heights: np.ndarray, headers: Sequence[SliceHeader]) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common.ct.dicom_header import FRAME_TAGS, elements_start, frame_values, parse
-from common.ct.geometry import NOT_AXIAL_CT, RejectedError, RejectedVolume
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError, RejectedVolume
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset
@@ -61,6 +61,10 @@ class FoundFile(NamedTuple):
     study: str = ""
     places: tuple[str, ...] = ()
     damage: str = ""
+
+    def shown_as(self, path: Path) -> FoundFile:
+        """Return the same with another path, also in what is wrong."""
+        return self._replace(path=path, damage=self.damage.replace(str(self.path), str(path)))
 
 
 class Series(NamedTuple):

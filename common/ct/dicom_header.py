@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import RejectedError
-from common.ct.nifti_file import MAX_INFLATION
+from common.ct.nifti import MAX_INFLATION
+from common.ct.rejection import RejectedError
 
 if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
     from pydicom import FileDataset

@@ -16,8 +16,15 @@ FLOATS = {"FloatPixelData": "Float", "DoubleFloatPixelData": "DoubleFloat"}
 
 
 def read_hu(
-    dataset: FileDataset, frame: int, slope: float, intercept: float, out: np.ndarray, seen: HUValues
-) -> bool:
+    dataset: FileDataset,
+    frame: int,
+    slope: float,
+    intercept: float,
+    *,
+    out: np.ndarray,
+    kept: HUValues,
+    where: str,
+) -> None:
     """Read a slice in HU as shards keep them; padding, which is no part of the image, becomes the lowest.
 
     Args:
@@ -26,12 +33,11 @@ def read_hu(
         slope: HU = slope * stored + intercept.
         intercept: see ``slope``.
         out: ``(H, W)`` int16, filled with HU.
-        seen: is told of the image's values before the clip; of nothing where all is padding.
-
-    Returns:
-        Whether all values are finite.
+        kept: takes in the image's values before the clip; nothing where all is padding.
+        where: the slice, for the message.
 
     Raises:
+        RejectedError: if a value is not finite.
         ValueError: if the shape is not that of ``out``; and what pydicom and SimpleITK raise.
     """
     words = _stored_words(dataset, frame)
@@ -41,12 +47,11 @@ def read_hu(
     padding = _padding(words, values, dataset)
     if padding.all():
         out[:] = STORED_HU_RANGE[0]
-        return True
+        return
     if padding.any():
         values = np.where(padding, values[~padding][0], values)
-    is_finite = store_hu(values, slope, intercept, out, seen)
+    store_hu(values, slope, intercept, out=out, kept=kept, where=where)
     out[padding] = STORED_HU_RANGE[0]
-    return is_finite
 
 
 def _stored_words(dataset: FileDataset, frame: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 Shapes: X Y Z voxel axes as stored.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.ct.geometry import RejectedError, check_size, is_blank
-from common.ct.names import suffix_of
-from common.ct.nifti_file import CHUNK_BYTES, MAX_INFLATION, VolumeFile, VolumeHeader
+from common.ct.geometry import check_size, is_blank
+from common.ct.nifti import CHUNK_BYTES, MAX_INFLATION, VolumeFile, VolumeHeader, without_trailing_ones
+from common.ct.rejection import RejectedError
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -50,7 +49,7 @@ def open_itk(path: Path) -> Iterator[VolumeFile]:
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     with _rejecting(path):
-        is_nrrd = suffix_of(path.name) in (".nrrd", ".nhdr")
+        is_nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
         text = _head(path)
         if not is_nrrd:
             _check_axes(text)
@@ -70,7 +69,7 @@ def open_itk(path: Path) -> Iterator[VolumeFile]:
         says_left = stated.get("space", "").lower() in SPACES if is_nrrd else ORIENTATIONS & stated.keys()
         if not says_left:
             header = header._replace(is_blank=True)
-    yield VolumeFile(header, partial(_planes, path, reader), partial(_sha256, files))
+    yield VolumeFile(header, partial(_planes, path, reader), files)
 
 
 @contextmanager
@@ -81,9 +80,8 @@ def _rejecting(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[-200:]
-        raise RejectedError(
-            "unreadable", f"Cannot read '{path.name}': {said}. Copy or download it again."
-        ) from error
+        detail = f"Cannot read '{path.name}': {said}. Copy or download it again."
+        raise RejectedError("unreadable", detail) from error
 
 
 def _head(path: Path) -> str:
@@ -131,8 +129,7 @@ def _header(reader: "sitk.ImageFileReader") -> VolumeHeader:
     affine[:3, :3] = direction[:3, :3] * reader.GetSpacing()[:3]
     affine[:3, 3] = reader.GetOrigin()[:3]
     affine[:2] *= -1  # from LPS to RAS
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
+    shape = without_trailing_ones(shape)
     return VolumeHeader(shape, affine, is_blank=is_blank(shape, affine))
 
 
@@ -148,12 +145,3 @@ def _planes(path: Path, reader: "sitk.ImageFileReader") -> Iterator[tuple[int, n
     at_once = max(1, CHUNK_BYTES // stored[..., 0].nbytes)
     for start in range(0, stored.shape[-1], at_once):
         yield start, stored[..., start : start + at_once]
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()

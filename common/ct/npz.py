@@ -1,4 +1,4 @@
-"""Reads a CT of RAD-ChestCT, an npz array without a header, as canonical slices."""
+"""Reads a CT of RAD-ChestCT, an npz array without a header."""
 
 import hashlib
 import io
@@ -12,8 +12,9 @@ from typing import IO
 
 import numpy as np
 
-from common.ct.geometry import RejectedError, StoredCT, StoredGrid, canonical_hu, canonical_shape, check_size
-from common.ct.nifti_file import MAX_INFLATION
+from common.ct.geometry import CT, Grid, HUValues, axial_slices, canonical_shape, check_size, store_hu
+from common.ct.nifti import MAX_INFLATION
+from common.ct.rejection import RejectedError
 from common.ct.unzip import DAMAGED_ZIP
 
 SPACING_MM = 0.8
@@ -42,17 +43,14 @@ def npz_affine(spacing_mm: float = SPACING_MM) -> np.ndarray:
     return affine
 
 
-def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> StoredGrid:
+def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> Grid:
     """Read on which grid a volume is stored, without its voxels.
 
-    The file says nothing of the place in the world: the first voxel is put at the origin.
+    The file does not say where in the world it lies: the first voxel is put at the origin.
 
     Args:
         path: ``trn*.npz``, ``val*.npz`` or ``tst*.npz``, HU under the key ``ct``.
         spacing_mm: edge of a voxel.
-
-    Returns:
-        The grid.
 
     Raises:
         RejectedError: if the file is damaged, a web page in place of a volume, or its array no CT.
@@ -63,26 +61,16 @@ def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> StoredGrid:
     if dtype.kind not in "iuf":
         raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
     if num_bytes != expected:
-        raise RejectedError(
-            "unreadable",
-            f"'{path.name}' must hold {expected} bytes of 'ct', got {num_bytes}: it is not whole",
-        )
+        detail = f"'{path.name}' must hold {expected} bytes of 'ct', got {num_bytes}: it is not whole"
+        raise RejectedError("unreadable", detail)
     if len(shape) != 3 or min(shape) < 1:
         raise RejectedError("geometry", f"volume must have 3 axes, got shape {shape}")
     check_size(shape)
-    stored_shape = shape[0], shape[1], shape[2]
-    return StoredGrid(stored_shape, npz_affine(spacing_mm), "IPL", has_origin=False)
+    return Grid((shape[0], shape[1], shape[2]), npz_affine(spacing_mm), has_origin=False)
 
 
-def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
-    """Read a volume as canonical slices, feet to head.
-
-    Args:
-        path: ``trn*.npz``, ``val*.npz`` or ``tst*.npz``, HU under the key ``ct``.
-        spacing_mm: edge of a voxel.
-
-    Returns:
-        The volume.
+def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> CT:
+    """Read a volume; arguments as for ``read_grid``.
 
     Raises:
         RejectedError: as ``read_grid``, and if the grid is not that of a CT, the file ends early, its
@@ -95,8 +83,11 @@ def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> StoredCT:
         member.read()  # to the end, where zipfile compares the checksum
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    hu, voxel_mm, seen = canonical_hu(stored, grid.affine, slope=1, intercept=0)
-    return StoredCT(hu, seen, voxel_mm, grid, sha256)
+    slices, voxel_mm = axial_slices(stored, grid.affine)
+    hu, kept = np.empty(slices.shape, np.int16), HUValues()
+    for z, plane in enumerate(slices):
+        store_hu(plane, 1, 0, out=hu[z], kept=kept, where=f"slice {z}")
+    return CT(hu, voxel_mm, grid, sha256, kept)
 
 
 @contextmanager

@@ -14,10 +14,17 @@ import torch
 from isal import isal_zlib
 from torch.utils.data import Dataset, Sampler
 
-from common.cohort.tables import read_labels
-from common.ct.names import volume_name
-from common.embeddings.part import DTYPES, IDENTITY_KEYS, SUFFIX, check_finite, crc32
-from common.embeddings.store import EmbeddingStore
+from common.cohort.cohort import read_labels
+from common.ct.files import volume_name
+from common.embeddings.store import (
+    DTYPES,
+    IDENTITY_KEYS,
+    SUFFIX,
+    EmbeddingStore,
+    check_finite,
+    check_identity,
+    crc32,
+)
 from common.metrics.bootstrap import groups_of
 
 logger = logging.getLogger(__name__)
@@ -143,7 +150,7 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
 
     Args:
         embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
-        labels_csv: label table, see :func:`common.cohort.tables.read_labels`.
+        labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
 
     Raises:
         FileNotFoundError: if there is no embedding in the folder, or no such table.
@@ -195,7 +202,7 @@ class EmbeddingBags(Dataset):
 
     Args:
         embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
-        labels_csv: label table, see :func:`common.cohort.tables.read_labels`.
+        labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
         class_names: classes to read, columns of the table.
         volumes: volumes to load, with or without ``.nii.gz``; None for all in the folder.
         encoder: name that the embeddings must state; None for any.
@@ -262,14 +269,10 @@ def check_cohorts(cohorts: Mapping[str, EmbeddingBags], resampling: str) -> None
     Raises:
         ValueError: if embeddings differ in origin or width, or two cohorts share a patient.
     """
-    train = cohorts["train"].identity
+    train = {name: value for name, value in cohorts["train"].identity.items() if name != "dtype"}
+    remedy = "Embed all cohorts with one encoder."
     for cohort, bags in cohorts.items():
-        for key in ("dim", *IDENTITY_KEYS):
-            if bags.identity[key] != train[key]:
-                raise ValueError(
-                    f"{key} must be the same in every cohort, got {train[key]!r} in train and "
-                    f"{bags.identity[key]!r} in {cohort}. Embed them with one encoder."
-                )
+        check_identity(bags.identity, train, of=f"cohort '{cohort}'", source="in train", remedy=remedy)
         counts = zip(bags.class_names, bags.labels.sum(0).tolist(), strict=True)
         absent = [name for name, positives in counts if positives == 0]
         if absent:

@@ -12,7 +12,7 @@ import ignite.distributed as idist
 import torch
 from monai.data import MetaTensor
 
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.store import stored_volumes
 from common.embeddings.work import CTSlices, CTSource, Work
 from common.run.process import wait_for_ranks

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch.utils.data import Dataset, Sampler
 
-from common.cohort.patient_split import natural_order, patient_of
+from common.cohort.cohort import natural_order, patient_of
 from common.embeddings.dense_labels import TASKS, findings_present, read_dense_labels
 from common.embeddings.store import EmbeddingStore
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from scipy.sparse import csr_matrix
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.run.process import atomic_file
 from common.transforms.dense_labels import slice_shares
 

@@ -11,22 +11,15 @@ from typing import Any, NamedTuple
 import ignite.distributed as idist
 import numpy as np
 
-from common.cohort.tables import listed_names
-from common.ct.checks import Doubt, check_hu, find_doubts
-from common.ct.files import CTFile, find_cts, read_ct
-from common.ct.geometry import (
-    STORED_HU_RANGE,
-    RejectedError,
-    RejectedVolume,
-    StoredCT,
-    check_size,
-    is_failure,
-)
-from common.ct.names import Places, find_named
+from common.cohort.cohort import listed_names
+from common.ct.checks import find_doubts
+from common.ct.files import CTFile, Places, find_cts, find_named, read_ct
+from common.ct.geometry import STORED_HU_RANGE, check_size
+from common.ct.rejection import Doubt, RejectedError, RejectedVolume, is_failure
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.process import atomic_file, gather_objects, wait_for_ranks
 from common.shards.shards import SHARD_NAME, ShardSet
-from common.transforms.slice_strategies import SliceStrategy
+from common.transforms.slice_strategies import SliceStrategy, pad_to_square
 
 # Z slices, H rows, W columns
 
@@ -39,7 +32,7 @@ class CTSlices(NamedTuple):
     Args:
         hu: int16 ``(Z, H, H)``, padded with air on both sides to squares.
         spacing_mm: (x, y, z).
-        sha256: of the files it was read from, see :class:`common.ct.geometry.StoredCT`.
+        sha256: of the files it was read from, see :class:`common.ct.geometry.CT`.
         doubts: what makes it unlike a chest CT, see :func:`common.ct.checks.find_doubts`.
         blank: numbers of its blank slices, from 0.
     """
@@ -160,18 +153,14 @@ def _named(listing: str | Path, knob: str, places: Places, root: Path) -> set[st
 def _read_file(file: CTFile) -> CTSlices:
     """Read a volume in HU; every message names its file."""
     try:
-        return _in_hu(read_ct(file))
+        ct = read_ct(file)
+        check_size((len(ct.hu), *2 * [max(ct.hu.shape[1:])]))  # of the squares
+        hu = pad_to_square(ct.hu, STORED_HU_RANGE[0])
+        return CTSlices(hu, ct.spacing_mm, ct.sha256, ct.doubts, ct.blank)
     except RejectedError as error:
         if str(file.path) in error.detail or f"'{file.path.name}'" in error.detail:
             raise
         raise RejectedError(error.reason, f"'{file.path}': {error.detail}") from error
-
-
-def _in_hu(ct: StoredCT) -> CTSlices:
-    check_hu(ct)
-    padded = len(ct.hu), *2 * [max(ct.hu.shape[1:])]
-    check_size(padded)
-    return CTSlices(squared(ct.hu), ct.spacing_mm, ct.sha256, *find_doubts(ct.hu, ct.spacing_mm))
 
 
 def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
@@ -181,26 +170,9 @@ def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     for z in range(entry.num_slices):
         hu[z] = slab.read_ct(z)
     doubts, blank = find_doubts(hu, entry.spacing_mm)
-    return CTSlices(squared(hu), entry.spacing_mm, entry.source_sha256, doubts, blank)
-
-
-def squared(hu: np.ndarray) -> np.ndarray:
-    """Pad slices to squares with air on both sides, in one contiguous block of memory.
-
-    Args:
-        hu: ``(Z, H, W)``.
-
-    Example:
-        >>> squared(np.zeros((1, 1, 3), np.int16)).tolist()
-        [[[-1024, -1024, -1024], [0, 0, 0], [-1024, -1024, -1024]]]
-    """
-    height, width = hu.shape[1:]
-    if height == width:
-        return np.ascontiguousarray(hu)
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    margins = ((0, 0), (top, side - height - top), (left, side - width - left))
-    return np.pad(hu, margins, constant_values=STORED_HU_RANGE[0])
+    return CTSlices(
+        pad_to_square(hu, STORED_HU_RANGE[0]), entry.spacing_mm, entry.source_sha256, doubts, blank
+    )
 
 
 class Work(NamedTuple):

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
+from common.cohort.cohort import load_labels
 from common.embeddings.bags import check_disjoint
 from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RowBatch
 from common.engines.dense_scores import report_on_test, validation_auprc
 from common.engines.probe_grid import ProbeTrainer
-from common.labels import load_labels
 from common.metrics.bootstrap import RESAMPLING_SEED
 from common.networks.dense_probe import DenseProbes
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.reports.results_csv import print_whole, read_rows, results_table
+from common.reports.results import print_whole, read_rows, results_table
 from common.run.config import short_errors
 from common.transforms.slice_strategies import STRATEGIES
 

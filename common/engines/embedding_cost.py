@@ -19,7 +19,7 @@ from rich.console import Console
 from common.embeddings.store import EmbeddingStore
 from common.embeddings.work import ct_sources
 from common.engines.each_preprocessing import TABLE_VI
-from common.reports.results_csv import NAN, add_rows, result_rows
+from common.reports.results import NAN, add_rows, result_rows
 from common.run.config import short_errors
 from common.transforms.slice_strategies import SliceStrategy
 

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 
-from common.cohort.patient_split import natural_order, split_three_ways
+from common.cohort.cohort import natural_order, split_three_ways
 from common.embeddings.store import EmbeddingStore
 from common.engines.stride_robustness import stride_scores
 from common.engines.world_model import label_free, organ_spans, slices_of, z_position
-from common.metrics.gap_curve import matched_slices
-from common.metrics.latent_continuity import DISTANCES, latent_continuity
 from common.metrics.paired_samples import Mean, compare_pairs, mean_over_volumes
+from common.metrics.slice_paths import DISTANCES, latent_continuity, matched_slices
 
 logger = logging.getLogger(__name__)
 

@@ -14,15 +14,13 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from common.cohort.patient_split import split_by_patient
-from common.cohort.tables import read_labels
+from common.cohort.cohort import load_labels, read_labels, split_by_patient
 from common.embeddings.bags import EmbeddingBags, check_cohorts, labelled_volumes
 from common.engines.probe_evaluation import Measured, Prediction, measure, rows_of
-from common.labels import load_labels
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, resample_weights
 from common.metrics.multilabel import f1_thresholds, macro
 from common.metrics.neighbours import WEIGHTS, Neighbours, cosine_neighbours, knn_scores, retrieval_report
-from common.reports.results_csv import NAN, add_rows, log_rows, print_whole, results_table
+from common.reports.results import NAN, add_rows, log_rows, print_whole, results_table
 from common.run.config import short_errors
 
 

@@ -14,11 +14,9 @@ from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.checks import Doubt
-from common.ct.geometry import RejectedError, RejectedVolume
+from common.ct.rejection import Doubt, RejectedError, RejectedVolume
 from common.embeddings.encoder_bundle import EncoderBundle
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStore
+from common.embeddings.store import EmbeddingStore, check_identity
 from common.embeddings.work import REJECTED, CTSource, report_rejected
 from common.networks.mil_probe import load_probe
 from common.reports.attended_slices import write_attended_slices
@@ -230,13 +228,13 @@ def _encoder_config(bundle: Path, configs: Sequence[str], knobs: Mapping[str, An
 
 
 def _check_identity(card: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Compare what the probe was trained on with what the embeddings are, as far as both say."""
-    for key in ("dim", *IDENTITY_KEYS):
-        if key in card and key in identity and card[key] != identity[key]:
-            raise ValueError(
-                f"{key} must be {card[key]!r} as of the embeddings that the probe was trained on, "
-                f"got {identity[key]!r}. Pass the --encoder_bundle and weights that the probe was made for."
-            )
+    check_identity(
+        identity,
+        card,
+        of="the embeddings",
+        source="the probe needs",
+        remedy="Pass the --encoder_bundle and weights that the probe was made for.",
+    )
 
 
 def _tokens(store: EmbeddingStore, volume: str, has_image: np.ndarray) -> torch.Tensor:

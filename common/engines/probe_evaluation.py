@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common.cohort.class_map import map_classes
+from common.cohort.cohort import load_labels
 from common.embeddings.bags import BagReader, EmbeddingBags, labelled_volumes
-from common.embeddings.part import IDENTITY_KEYS
+from common.embeddings.store import check_identity
 from common.engines.probe_grid import probe_scores
-from common.labels import load_labels
-from common.labels.class_map import map_classes
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -26,7 +26,7 @@ from common.metrics.bootstrap import (
 )
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
-from common.reports.results_csv import ResultRow, add_rows, log_rows, result_rows
+from common.reports.results import ResultRow, add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,9 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
     """
     probe, card = load_probe(probe_dir)
-    for key in (*IDENTITY_KEYS, "dim"):
-        if card[key] != bags.identity[key]:
-            raise ValueError(
-                f"The probe in '{probe_dir}' was trained with {key} {card[key]!r}, but the embeddings have "
-                f"{bags.identity[key]!r}. Embed the volumes as those that the probe was trained on."
-            )
+    remedy = "Embed the volumes as those that the probe was trained on."
+    source = f"the probe in '{probe_dir}' needs"
+    check_identity(bags.identity, card, of="the embeddings", source=source, remedy=remedy)
     scores = probe_scores(probe.to(device), BagReader(bags, torch.device(device)))
     thresholds = np.asarray(card["thresholds"], dtype=np.float64)
     return Prediction(*map_classes(scores, thresholds, card["class_names"], bags.class_names))
@@ -147,7 +144,7 @@ def evaluate_probes(
         embeddings: name to folder of embeddings of the same volumes, the first the right way. A folder of
             either that is None is passed over.
         labels_csv: label table of the test set; may hold further volumes.
-        label_set: classes of the test set, a list of ``common.labels``.
+        label_set: classes of the test set, a list of ``common.cohort.cohort``.
         test_prefix: how names of test volumes start; "" for all.
         dataset_name: name of the data in the results.
         results_csv: CSV of all evaluations.

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from common.cohort.tables import Predictions
 from common.embeddings.bags import BagBatch, BagReader, EmbeddingBags, ShuffledBatches, check_cohorts
 from common.metrics.bootstrap import RESAMPLING_SEED, bootstrap, groups_of, interval_report, resample_weights
 from common.metrics.multilabel import (
@@ -30,6 +29,7 @@ from common.metrics.multilabel import (
 )
 from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 from common.networks.poolers import pad_bags
+from common.reports.results import Predictions
 
 logger = logging.getLogger(__name__)
 

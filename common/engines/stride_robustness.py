@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.embeddings.bags import EmbeddingBags
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStore
+from common.embeddings.store import EmbeddingStore, check_identity
 from common.metrics.bootstrap import bootstrap, groups_of, interval, macro_means, resample_weights
 from common.metrics.multilabel import auroc_and_average_precision, macro
 from common.metrics.paired_samples import Mean
@@ -47,12 +46,9 @@ def stride_scores(
         ValueError: if the probe is of other embeddings, or a stride is not positive.
     """
     probe, card = load_probe(probe_dir)
-    for name in (*IDENTITY_KEYS, "dim"):
-        if card[name] != store.identity[name]:
-            raise ValueError(
-                f"The probe in '{probe_dir}' was trained with {name} '{card[name]}', but the embeddings have "
-                f"'{store.identity[name]}'. Train a probe on these embeddings."
-            )
+    remedy = "Train a probe on these embeddings."
+    source = f"the probe in '{probe_dir}' needs"
+    check_identity(store.identity, card, of="the embeddings", source=source, remedy=remedy)
     if min(strides) < 1:
         raise ValueError(f"strides must be positive, got {list(strides)}.")
     bags = EmbeddingBags(store.folder, labels_csv, card["class_names"])

@@ -9,17 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cohort.patient_split import patient_of
+from common.cohort.cohort import load_labels, patient_of
 from common.embeddings.dense_labels import read_dense_labels
 from common.embeddings.store import EmbeddingStore
-from common.labels import load_labels
 from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.effective_rank import jackknife, participation_ratio, spectral_effective_rank
-from common.metrics.gap_curve import gap_curve
 from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
-from common.metrics.slice_order import agreement, order_by_nearest_neighbours, order_by_principal_axis
+from common.metrics.slice_paths import (
+    agreement,
+    gap_curve,
+    order_by_nearest_neighbours,
+    order_by_principal_axis,
+)
 
 FloatArray = NDArray[np.float64]
 Split = Mapping[str, Sequence[str]]

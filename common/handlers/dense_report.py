@@ -6,14 +6,14 @@ from typing import Any, TypedDict
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.cohort.cohort import write_table
 from common.engines.dense_probe import DenseProbeTrainer
 from common.engines.dense_scores import DenseResults
 from common.handlers.probe_report import EvaluationReport
 from common.networks.mil_probe import save_probe
-from common.reports.probe_pictures import write_table
-from common.reports.results_csv import ResultRow
-from common.reports.slice_grid import PALETTE, write_figure
-from common.run.process import atomic_file
+from common.reports.results import ResultRow
+from common.reports.slice_grid import PALETTE
+from common.run.process import atomic_file, write_figure
 
 BLUE, RED = PALETTE[:2]
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}

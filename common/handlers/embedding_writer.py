@@ -14,10 +14,9 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.ct_batches import Piece, SliceBatches, VolumeTask
-from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.store import DTYPES, EmbeddingStoreWriter, check_finite
 from common.embeddings.work import log_embedded, report_doubts, report_rejected
 
 # B images of a batch, N images of a volume, P patches of one, D embedding

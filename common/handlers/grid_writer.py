@@ -9,10 +9,9 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from tqdm import tqdm
 
-from common.ct.geometry import RejectedError, RejectedVolume, is_failure
+from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.ct_batches import VolumeBatches
-from common.embeddings.part import DTYPES, check_finite
-from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.store import DTYPES, EmbeddingStoreWriter, check_finite
 from common.embeddings.work import log_embedded, report_doubts, report_rejected
 
 
@@ -71,10 +70,9 @@ class GridWriter:
     def _write(self, engine: Engine) -> None:
         state: Any = engine.state
         volume, bag = state.batch["volume"], state.output[CommonKeys.PRED]
-        tokens, pooled = (bag[name][0].to(self.dtype) for name in ("tokens", "pooled"))
+        tokens = bag["tokens"][0].to(self.dtype)
         try:
             check_finite(tokens, "tokens", volume)
-            check_finite(pooled, "pooled", volume)
         except ValueError as error:
             self.rejected.append(RejectedError("embedding", str(error)).of(volume))
         else:
@@ -82,7 +80,6 @@ class GridWriter:
                 volume,
                 tokens,
                 state.batch["spacing_mm"],
-                pooled=pooled,
                 grid_shape=bag["grid"][0].tolist(),
                 axcodes=self.axcodes,
                 **state.batch["notes"],

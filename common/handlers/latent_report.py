@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from common.cohort.cohort import write_table
 from common.engines.latent_geometry import LatentGeometryEvaluator
 from common.handlers.probe_report import EvaluationReport
 from common.reports.latent_paths import chosen_paths, draw_paths
-from common.reports.probe_pictures import write_table
-from common.reports.results_csv import NAN, ResultRow, print_whole, read_rows
+from common.reports.results import NAN, ResultRow, print_whole, read_rows
 from common.reports.world_model import draw_continuity, draw_world_model
 
 CLASSIFICATION = {

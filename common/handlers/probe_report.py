@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from common.cohort.tables import Predictions, write_predictions
+from common.cohort.cohort import write_table
 from common.embeddings.work import ct_sources
 from common.engines.probe_grid import ProbeGridTrainer
 from common.networks.mil_probe import save_probe
@@ -24,9 +24,8 @@ from common.reports.probe_pictures import (
     draw_per_class,
     seed_rows,
     threshold_rows,
-    write_table,
 )
-from common.reports.results_csv import ResultRow, add_rows, result_rows
+from common.reports.results import Predictions, ResultRow, add_rows, result_rows, write_predictions
 
 MAX_SHOWN = 8
 """Volumes whose slices' weights are shown, at most; our choice."""
@@ -95,7 +94,7 @@ class ProbeReport(EvaluationReport):
     """Write the chosen probe and its test results when a ``ProbeGridTrainer`` has completed.
 
     Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`);
-    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.tables`);
+    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.reports.results`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
     each slice, or token of another kind, in the volumes of :func:`volumes_to_show`.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 
-from common.cohort.patient_split import natural_order, patient_of
+from common.cohort.cohort import natural_order, patient_of
 from common.metrics.multilabel import ratio
 
 FloatArray = NDArray[np.float64]

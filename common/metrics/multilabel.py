@@ -1,6 +1,11 @@
-"""Metrics of several binary labels at once; an undefined class is nan and named, never 0."""
+"""Metrics of several binary labels at once; an undefined class is nan and named, never 0.
 
-# P probes (any leading axes), N samples, C classes
+Scores ``(..., N, C)`` are on any monotone scale, higher means more likely; leading axes are several probes.
+Targets ``(N, C)`` are 0 or 1, thresholds ``(..., C)``, metrics float64 ``(..., C)``. Every function raises
+``ValueError`` if shapes do not agree, a score or threshold is nan, or a target is neither 0 nor 1.
+"""
+
+# N samples, C classes, M bins
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
@@ -11,9 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+METRICS = ("auroc", "auprc", "f1", "balanced_accuracy")
+"""The metrics of Tables III and IV, as they are named in reports."""
+
 
 class MultilabelReport(TypedDict):
-    """The four metrics of Tables III and IV: ``auroc``, ``auprc``, ``f1`` and ``balanced_accuracy``.
+    """The four ``METRICS`` of several classes.
 
     Attributes:
         macro: metric to its mean over the classes where it is defined.
@@ -26,31 +34,12 @@ class MultilabelReport(TypedDict):
     per_class: dict[str, dict[str, float]]
 
 
-class _Positives(NamedTuple):
-    """The positives of one class in ascending order of score, and how the class's samples lie around each."""
-
-    scores: FloatArray
-    hits: IntArray  # positives of at least its score
-    false_alarms: IntArray  # negatives of at least its score
-    beaten_twice: IntArray  # negatives below it, each counted twice, and those of its score, each once
-    num_negative: int
-
-
 def auroc(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
     """Return the area under the ROC curve of each class; ties count half.
 
+    It is nan for a class that lacks positive or negative samples.
+
     Source: Mann-Whitney; equals ``sklearn.metrics.roc_auc_score``.
-
-    Args:
-        scores: higher means more likely; any monotone scale.
-        targets: 0 or 1.
-
-    Shape:
-        scores ``(..., N, C)``, targets ``(N, C)``. Output: ``(..., C)`` float64, nan for a class that lacks
-        positive or negative samples.
-
-    Raises:
-        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
 
     Example:
         >>> auroc([[0.1, 0.3], [0.4, 0.3], [0.35, 0.3], [0.8, 0.3]], [[0, 1], [0, 0], [1, 1], [1, 0]])
@@ -62,18 +51,9 @@ def auroc(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
 def average_precision(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
     """Return the average precision (AUPRC) of each class: the mean precision at its positives.
 
+    It is nan for a class without positive samples.
+
     Source: equals ``sklearn.metrics.average_precision_score``.
-
-    Args:
-        scores: higher means more likely; any monotone scale.
-        targets: 0 or 1.
-
-    Shape:
-        scores ``(..., N, C)``, targets ``(N, C)``. Output: ``(..., C)`` float64, nan for a class without
-        positive samples.
-
-    Raises:
-        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
 
     Example:
         >>> average_precision([[0.1], [0.4], [0.35], [0.8]], [[0], [0], [1], [1]]).round(4)
@@ -83,18 +63,7 @@ def average_precision(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
 
 
 def auroc_and_average_precision(scores: ArrayLike, targets: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Return :func:`auroc` and :func:`average_precision` at the cost of one of them.
-
-    Args:
-        scores: higher means more likely; any monotone scale.
-        targets: 0 or 1.
-
-    Shape:
-        scores ``(..., N, C)``, targets ``(N, C)``. Output: twice ``(..., C)``.
-
-    Raises:
-        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
-    """
+    """Return :func:`auroc` and :func:`average_precision` at the cost of one of them."""
     values = _of_each_class(lambda at: (_auroc(at), _average_precision(at)), scores, targets)
     return values[..., 0], values[..., 1]
 
@@ -102,18 +71,9 @@ def auroc_and_average_precision(scores: ArrayLike, targets: ArrayLike) -> tuple[
 def f1_thresholds(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
     """Return the score of each class at which "score >= threshold" has the best F1; the highest of several.
 
+    It is 0.5 (our choice: the middle of probabilities) for a class without positive samples.
+
     Source: DALE-CT IV-B: thresholds are optimized on the validation set.
-
-    Args:
-        scores: scores on the validation set.
-        targets: 0 or 1.
-
-    Shape:
-        scores ``(..., N, C)``, targets ``(N, C)``. Output: ``(..., C)`` float64, each one of the scores; 0.5
-        (our choice: the middle of probabilities) for a class without positive samples.
-
-    Raises:
-        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
 
     Example:
         >>> f1_thresholds([[0.1, 0.2], [0.4, 0.2], [0.35, 0.9], [0.8, 0.9]], [[0, 0], [0, 0], [1, 0], [1, 0]])
@@ -125,19 +85,9 @@ def f1_thresholds(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
 def f1(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArray:
     """Return the F1 of each class for the prediction "score >= threshold".
 
+    It is nan for a class without positive samples.
+
     Source: equals ``sklearn.metrics.f1_score`` on each class.
-
-    Args:
-        scores: higher means more likely.
-        targets: 0 or 1.
-        thresholds: one per class.
-
-    Shape:
-        scores ``(..., N, C)``, targets ``(N, C)``, thresholds ``(..., C)``. Output: ``(..., C)`` float64, nan
-        for a class without positive samples.
-
-    Raises:
-        ValueError: if shapes do not agree, scores or thresholds are nan or targets are not 0 or 1.
 
     Example:
         >>> f1([[0.1], [0.4], [0.35], [0.8]], [[0], [0], [1], [1]], thresholds=[0.35]).round(4)
@@ -150,19 +100,9 @@ def f1(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArr
 def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike) -> FloatArray:
     """Return the mean of sensitivity and specificity of each class for the prediction "score >= threshold".
 
+    It is nan for a class that lacks positive or negative samples.
+
     Source: equals ``sklearn.metrics.balanced_accuracy_score`` on each class.
-
-    Args:
-        scores: higher means more likely.
-        targets: 0 or 1.
-        thresholds: one per class.
-
-    Shape:
-        scores ``(..., N, C)``, targets ``(N, C)``, thresholds ``(..., C)``. Output: ``(..., C)`` float64, nan
-        for a class that lacks positive or negative samples.
-
-    Raises:
-        ValueError: if shapes do not agree, scores or thresholds are nan or targets are not 0 or 1.
 
     Example:
         >>> balanced_accuracy([[0.1], [0.4], [0.35], [0.8]], [[0], [0], [1], [1]], thresholds=[0.35])
@@ -173,110 +113,18 @@ def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLi
     return (ratio(hits, num_positive) + specificity) / 2
 
 
-class OperatingPoints(NamedTuple):
-    """What calling the K highest distinct scores of a class positive would give, from none to all samples.
-
-    Attributes:
-        recall: share of the positives called, ``(K + 1,)``; nan without positives.
-        false_positive_rate: share of the negatives called, ``(K + 1,)``; nan without negatives.
-        precision: share of positives among the called, ``(K + 1,)``; 1 where nothing is called.
-    """
-
-    recall: FloatArray
-    false_positive_rate: FloatArray
-    precision: FloatArray
-
-
-def operating_points(scores: ArrayLike, targets: ArrayLike) -> OperatingPoints:
-    """Return the points of the ROC and the precision-recall curve of one class.
-
-    Args:
-        scores: higher means more likely.
-        targets: 0 or 1.
-
-    Shape:
-        scores and targets ``(N,)``.
-
-    Raises:
-        ValueError: if shapes do not agree, scores are nan or targets are not 0 or 1.
-
-    Example:
-        >>> operating_points([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]).recall
-        array([0. , 0.5, 0.5, 1. , 1. ])
-    """
-    score, target = (column[:, 0] for column in _checked(np.c_[scores], np.c_[targets]))
-    order = np.argsort(-score, kind="stable")
-    ends = np.flatnonzero(np.diff(score[order], append=-np.inf))
-    hits = np.concatenate([[0.0], target[order].cumsum()[ends]])
-    called = np.concatenate([[0.0], ends + 1.0])
-    num_positive = np.full(hits.shape, target.sum())
-    precision = np.divide(hits, called, out=np.ones(hits.shape), where=called > 0)
-    return OperatingPoints(
-        ratio(hits, num_positive), ratio(called - hits, len(target) - num_positive), precision
-    )
-
-
-def ratio(numerator: FloatArray, denominator: ArrayLike) -> FloatArray:
-    """Divide element by element; nan where the denominator is 0."""
-    below = np.asarray(denominator, dtype=np.float64)
-    out = np.full(np.shape(numerator), np.nan)
-    np.divide(numerator, below, out=out, where=below > 0)
-    return out
-
-
-def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
-    """Return the mean over the classes where a metric is defined, and the names of the other classes.
-
-    Args:
-        values: the metric of each class, nan where undefined.
-        names: names of the classes.
-
-    Shape:
-        values ``(C,)``. Output: a float, nan if no class is defined, and a list.
-
-    Raises:
-        ValueError: if there are not as many names as values.
-
-    Example:
-        >>> macro([0.5, float("nan"), 1.0], ["Emphysema", "Hiatal hernia", "Consolidation"])
-        (0.75, ['Hiatal hernia'])
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.shape != (len(names),):
-        raise ValueError(f"values must have shape ({len(names)},) as there are names, got {array.shape}.")
-    defined = ~np.isnan(array)
-    undefined = [name for name, known in zip(names, defined, strict=True) if not known]
-    return (float(array[defined].mean()) if defined.any() else float("nan")), undefined
-
-
 def multilabel_report(
     scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLike, names: Sequence[str]
 ) -> MultilabelReport:
-    """Return AUROC, AUPRC, F1 and balanced accuracy as macro means and by class.
+    """Return AUROC, AUPRC, F1 and balanced accuracy of one probe as macro means and by class.
 
     Source: DALE-CT IV-B, the four metrics of Tables III and IV.
 
     Args:
-        scores: higher means more likely.
+        scores: scores ``(N, C)``.
         targets: 0 or 1.
-        thresholds: one per class, from the validation set.
+        thresholds: one per class.
         names: names of the classes.
-
-    Shape:
-        scores and targets ``(N, C)``, thresholds ``(C,)``.
-
-    Raises:
-        ValueError: if shapes do not agree, scores or thresholds are nan or targets are not 0 or 1.
-
-    Example:
-        >>> names = ["Emphysema", "Nodule"]
-        >>> report = multilabel_report([[0.1, 0.2], [0.8, 0.3]], [[0, 0], [1, 0]], [0.5, 0.5], names)
-        >>> report["macro"]
-        {'auroc': 1.0, 'auprc': 1.0, 'f1': 1.0, 'balanced_accuracy': 1.0}
-        >>> report["undefined"]["auroc"]
-        ['Nodule']
-        >>> report["per_class"]["Nodule"]["auroc"]
-        nan
     """
     of_ranking = auroc_and_average_precision(scores, targets)
     metrics = {
@@ -294,6 +142,111 @@ def multilabel_report(
             for index, name in enumerate(names)
         },
     }
+
+
+def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
+    """Return the mean over the classes where a metric is defined, and the names of the other classes.
+
+    Args:
+        values: the metric of each class ``(C,)``, nan where undefined.
+        names: names of the classes.
+
+    Returns:
+        The mean, nan if no class is defined, and the names.
+
+    Raises:
+        ValueError: if there are not as many names as values.
+
+    Example:
+        >>> macro([0.5, float("nan"), 1.0], ["Emphysema", "Hiatal hernia", "Consolidation"])
+        (0.75, ['Hiatal hernia'])
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (len(names),):
+        raise ValueError(f"values must have shape ({len(names)},) as there are names, got {array.shape}.")
+    defined = ~np.isnan(array)
+    undefined = [name for name, known in zip(names, defined, strict=True) if not known]
+    return (float(array[defined].mean()) if defined.any() else float("nan")), undefined
+
+
+def ratio(numerator: FloatArray, denominator: ArrayLike) -> FloatArray:
+    """Divide element by element; nan where the denominator is 0."""
+    below = np.asarray(denominator, dtype=np.float64)
+    out = np.full(np.shape(numerator), np.nan)
+    np.divide(numerator, below, out=out, where=below > 0)
+    return out
+
+
+class Reliability(NamedTuple):
+    """Bins of samples in the order of their probability.
+
+    Attributes:
+        predicted: mean probability of each bin ``(M,)``.
+        positives: positives of each bin ``(M,)``.
+        counts: samples of each bin ``(M,)``.
+    """
+
+    predicted: FloatArray
+    positives: IntArray
+    counts: IntArray
+
+    @property
+    def observed(self) -> FloatArray:
+        """Share of positives of each bin ``(M,)``."""
+        share: FloatArray = self.positives / self.counts
+        return share
+
+
+def reliability(probabilities: ArrayLike, targets: ArrayLike, num_bins: int = 10) -> Reliability:
+    """Group samples into bins of equal size by probability, to compare what was predicted with what occurred.
+
+    Source: the reliability diagram. Bins of equal size are our choice: rare findings have most of their
+    probabilities near 0.
+
+    Args:
+        probabilities: probabilities of one class ``(N,)``.
+        targets: 0 or 1, ``(N,)``.
+        num_bins: M, or the number of samples if that is smaller.
+
+    Raises:
+        ValueError: if there is no sample or the shapes differ.
+
+    Example:
+        >>> reliability([0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0], num_bins=2)
+        Reliability(predicted=array([0.15, 0.75]), positives=array([0, 1]), counts=array([2, 2]))
+    """
+    probability, target = np.asarray(probabilities, np.float64), np.asarray(targets, np.int64)
+    if probability.ndim != 1 or probability.shape != target.shape or not len(target):
+        raise ValueError(
+            f"probabilities and targets must have one shape (N,) with samples, got {probability.shape} and "
+            f"{target.shape}."
+        )
+    bins = np.array_split(np.argsort(probability, kind="stable"), min(num_bins, len(target)))
+    return Reliability(
+        np.array([probability[members].mean() for members in bins]),
+        np.array([target[members].sum() for members in bins]),
+        np.array([len(members) for members in bins]),
+    )
+
+
+def expected_calibration_error(bins: Reliability) -> float:
+    """Return the mean distance between predicted and observed shares, weighted by samples per bin.
+
+    Example:
+        >>> expected_calibration_error(reliability([0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0], num_bins=2))
+        0.2
+    """
+    return float(np.average(np.abs(bins.predicted - bins.observed), weights=bins.counts))
+
+
+class _Positives(NamedTuple):
+    """The positives of one class in ascending order of score, and how the class's samples lie around each."""
+
+    scores: FloatArray
+    hits: IntArray  # positives of at least its score
+    false_alarms: IntArray  # negatives of at least its score
+    beaten_twice: IntArray  # negatives below it, each counted twice, and those of its score, each once
+    num_negative: int
 
 
 def _auroc(at: _Positives) -> float:

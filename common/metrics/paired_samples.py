@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import wilcoxon
 
-from common.cohort.patient_split import patient_of
+from common.cohort.cohort import patient_of
 from common.metrics.bootstrap import interval, resample_weights
 
 FloatArray = NDArray[np.float64]

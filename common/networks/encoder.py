@@ -1,9 +1,11 @@
-"""Slice encoder: tokens of a timm ViT, and its weights as safetensors in plain timm keys."""
+"""Slice encoder: tokens of a timm ViT, its weights as safetensors in timm's keys, and what they expect."""
+
+# N images, B images of a batch, P patches of one, D embedding
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from common.embeddings.store import check_identity
 from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 class SliceInput(NamedTuple):
     """The slices that an encoder was trained on.
 
-    Attributes:
+    Args:
         slice_axes: "yx", or "xy" for transposed slices.
         window: how their HU are normalized.
     """
@@ -57,14 +60,50 @@ def cls_and_patches(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Ten
     return tokens[:, 0], tokens[:, encoder.num_prefix_tokens :]
 
 
-def save_encoder(weights: Mapping[str, torch.Tensor], path: str | Path, identity: dict[str, Any]) -> None:
-    """Write encoder weights atomically, with what a loader must check beside them.
+class SlicesInferer(Inferer):
+    """Encode a batch of images: CLS, and patch tokens on demand.
+
+    Args:
+        amp_dtype: "bfloat16" for autocast, "float32" for none.
+        compiled: compile the encoder once for each shape of images that all batches share.
+        patch_tokens: whether to return the patch tokens as well.
+
+    Shape:
+        Input ``(B, 1, I, I)``. Output: CLS ``(B, D)`` and patches ``(B, P, D)`` or None, in the type that
+        the encoder computes them in.
+    """
+
+    def __init__(self, amp_dtype: str, compiled: bool, patch_tokens: bool) -> None:
+        super().__init__()
+        self.amp_dtype = amp_dtype
+        self.patch_tokens = patch_tokens
+        self.compiled = compiled
+        self._encode = torch.compile(_encode, dynamic=False) if compiled else _encode
+
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: nn.Module, is_fixed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode; see the class. Batches that do not share a shape are never compiled for."""
+        encode = self._encode if is_fixed else _encode
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"):
+            return encode(network, inputs, self.patch_tokens)
+
+
+def _encode(
+    network: nn.Module, images: torch.Tensor, patch_tokens: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if patch_tokens:
+        return cls_and_patches(network, images)
+    return network(images), None
+
+
+def save_encoder(weights: Mapping[str, torch.Tensor], path: str | Path, identity: Mapping[str, Any]) -> None:
+    """Write encoder weights atomically, with the facts that a loader must check.
 
     Args:
         weights: state dictionary of a timm VisionTransformer.
         path: ``.safetensors`` file to write.
-        identity: facts that weights only make sense with (name, patch size, HU window, slice axes, ...); JSON
-            values.
+        identity: JSON values such as name, patch size, HU window and slice axes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +112,38 @@ def save_encoder(weights: Mapping[str, torch.Tensor], path: str | Path, identity
         file.write(save(tensors, metadata={"identity": json.dumps(identity, sort_keys=True)}))
 
 
+class SaveEncoder:
+    """Save the encoder, without projector and heads, when training has completed all its steps.
+
+    Args:
+        encoder: timm VisionTransformer under training, sharded over the ranks or not.
+        path: safetensors file, in plain timm keys.
+        identity: facts of :func:`save_encoder`, to which the number of steps is added.
+    """
+
+    def __init__(self, encoder: nn.Module, path: str | Path, identity: dict[str, Any]) -> None:
+        self.encoder = encoder
+        self.path = path
+        self.identity = identity
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an Ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        if getattr(engine.state, "exit_status", 0):
+            return
+        # every rank takes part: each may hold a shard of every tensor
+        tensors = get_model_state_dict(
+            self.encoder, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if idist.get_rank() == 0:
+            weights = cast(dict[str, torch.Tensor], tensors)
+            save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
+
+
 def stated_identity(path: str | Path) -> dict[str, Any]:
-    """Read what a weights file says of itself; nothing for a file that :func:`save_encoder` did not write.
+    """Read what a weights file states of itself; nothing for a file that :func:`save_encoder` did not write.
 
     Args:
         path: safetensors file.
@@ -84,8 +153,7 @@ def stated_identity(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"encoder_weights must be a safetensors file, got '{path}', which does not exist. "
-            "Train the bundle first, or download it, or pass --encoder_weights."
+            f"No encoder weights '{path}'. Train the bundle first, or download it, or pass --encoder_weights."
         )
     with safe_open(path, framework="pt") as file:
         identity: dict[str, Any] = json.loads((file.metadata() or {}).get("identity", "{}"))
@@ -106,7 +174,7 @@ def slice_input(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file states something else than asked for, or something is stated nowhere.
+        ValueError: if the file states something else than the arguments, or neither states it.
     """
     if path is None:
         return SliceInput(slice_axes or PAPER_INPUT.slice_axes, hu_window(window or PAPER_INPUT.window))
@@ -116,16 +184,16 @@ def slice_input(
 def agreed_input(
     stated: Mapping[str, Any], source: str, slice_axes: str | None, window: str | Sequence[float] | None
 ) -> SliceInput:
-    """Combine what weights state of their slices with what options say; see :func:`slice_input`.
+    """Combine what weights state of their slices with the arguments of :func:`slice_input`.
 
     Args:
         stated: identity of the weights, as far as known.
-        source: where they come from, for messages.
-        slice_axes: option; None where it is not given.
-        window: option; None where it is not given.
+        source: where the weights come from, for messages.
+        slice_axes: as of :func:`slice_input`.
+        window: as of :func:`slice_input`.
 
     Raises:
-        ValueError: if the two differ, or neither says.
+        ValueError: if the two differ, or neither states it.
     """
     asked = {"slice_axes": slice_axes, "hu_window": None if window is None else list(hu_window(window))}
     for name, value in asked.items():
@@ -133,24 +201,23 @@ def agreed_input(
             raise ValueError(
                 f"'{source}' does not state its {name}. Pass --{name}: a wrong one gives wrong embeddings."
             )
-        if value is not None and stated.get(name, value) != value:
-            raise ValueError(
-                f"{name} must be {stated[name]!r} as '{source}' states, got {value!r}. Drop --{name}."
-            )
+        if value is not None:
+            about = {"of": "the command line", "source": f"'{source}' states", "remedy": f"Drop --{name}."}
+            check_identity({name: value}, stated, **about)
     agreed = {name: value for name, value in asked.items() if value is not None} | dict(stated)
     if agreed["slice_axes"] not in ("yx", "xy"):
         raise ValueError(f"slice_axes must be 'yx' or 'xy', got '{agreed['slice_axes']}'.")
     return SliceInput(agreed["slice_axes"], hu_window(agreed["hu_window"]))
 
 
-def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str, Any]) -> nn.Module:
+def load_encoder(encoder: nn.Module, path: str | Path | None, identity: Mapping[str, Any]) -> nn.Module:
     """Load weights strictly into an encoder, after checking that they were trained for the same input.
 
     Args:
         encoder: timm VisionTransformer built from the bundle's ``network_def``.
         path: safetensors file of :func:`save_encoder` or of the Hub (plain timm keys); None keeps the random
-            initial weights and says so.
-        identity: the bundle's own facts. Each one that the file also states must agree.
+            initial weights, with a warning.
+        identity: facts of the bundle. Each one that the file also states must agree.
 
     Returns:
         The same encoder, for use in a config.
@@ -162,41 +229,29 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: dict[str
     if path is None:
         logger.warning("encoder_weights is null: the encoder keeps its random initial weights.")
         return encoder
-    stated = stated_identity(path)
-    for name, expected in identity.items():
-        if name in stated and stated[name] != expected:
-            raise ValueError(
-                f"{name} of '{path}' must be {expected!r} as this bundle states, got {stated[name]!r}. "
-                f"Use the bundle of these weights, or in a run --{name} {stated[name]}."
-            )
+    remedy = "Use the bundle of these weights, or pass the value that they state."
+    about = {"of": f"'{path}'", "source": "this bundle states", "remedy": remedy}
+    check_identity(stated_identity(path), identity, **about)
     load_strictly(encoder, load_file(path), path)
     return encoder
 
 
 def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Load weights that must have exactly the keys and shapes of a network, and say which have not.
+    """Load weights that must have exactly the keys and shapes of a network, and say which do not.
 
     Args:
-        network: takes the weights.
+        network: network that takes the weights.
         tensors: its state dictionary.
-        path: where they come from, for the message.
+        path: where the weights come from, for the message.
 
     Raises:
         ValueError: if a key or a shape differs.
     """
-    own = network.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"weights must have exactly the encoder's keys, got missing {missing[:3]}, "
-            f"extra {unexpected[:3]} in '{path}'."
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{name} must have shape {tuple(own[name].shape)}, got {tuple(tensor.shape)} for '{path}'."
-            )
-    network.load_state_dict(tensors, strict=True)
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:  # names every key
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"Weights '{path}' do not fit the network. {reason}") from error
 
 
 def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> nn.Module:
@@ -215,7 +270,7 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         The same encoder, for use in a config.
 
     Raises:
-        FileNotFoundError: if there is no such file, or the hub neither answers nor was asked before.
+        FileNotFoundError: if there is no such file, or the hub can't be reached and its cache lacks it.
         ValueError: if the encoder is not of that architecture.
     """
     if source is None:
@@ -240,14 +295,13 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         encoder.load_state_dict(published.state_dict(), strict=True)
     except OSError as error:  # what the hub's client raises
         raise FileNotFoundError(
-            f"initial_weights must be reachable, got '{source}' for timm's '{model_name}', which is neither "
-            f"in the hub's cache nor could be downloaded ({str(error).splitlines()[0]}). Go online, or pass "
-            "the path of timm's safetensors file."
+            f"Cannot download timm's '{model_name}' for initial_weights '{source}' "
+            f"({str(error).splitlines()[0]}). Go online, or pass the path of timm's safetensors file."
         ) from error
     except RuntimeError as error:
         raise ValueError(
-            f"the network must be timm's '{model_name}' to start from its weights; vit, embed_dim, depth or "
-            f"num_heads is another ({str(error).splitlines()[1].strip()})."
+            f"The network is not timm's '{model_name}', so it cannot start from its weights: vit, embed_dim, "
+            f"depth or num_heads differ ({str(error).splitlines()[1].strip()})."
         ) from error
     return encoder
 
@@ -257,6 +311,7 @@ def encoder_id(
     seed: int,
     slice_axes: str = PAPER_INPUT.slice_axes,
     window: HUWindow = PAPER_INPUT.window,
+    layer_scale_init: float | None = None,
 ) -> str:
     """Name what made an embedding, so that embeddings of two encoders are never mixed.
 
@@ -266,12 +321,14 @@ def encoder_id(
     Args:
         path: weights file; None for random initial weights.
         seed: seed of the random initial weights.
-        slice_axes: how slices are shown to it, see :class:`common.embeddings.ct_batches.SliceBatches`.
+        slice_axes: how slices are shown to it, "yx" or "xy".
         window: how their HU are normalized.
+        layer_scale_init: LayerScale of random initial weights; None for networks without the knob.
 
     Returns:
-        ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``; with
-        ``:xy`` behind where slices are transposed, and with the window's numbers where it is not CT-RATE's.
+        ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``, with
+        ``:layer_scale=<value>`` where given; then ``:xy`` where slices are transposed, and the window's
+        numbers where it is not CT-RATE's.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -279,78 +336,7 @@ def encoder_id(
     shown = "" if slice_axes == PAPER_INPUT.slice_axes else f":{slice_axes}"
     shown += "" if window == PAPER_INPUT.window else ":" + ",".join(map(str, window))
     if path is None:
-        return f"random:{seed}{shown}"
+        scale = "" if layer_scale_init is None else f":layer_scale={layer_scale_init:g}"
+        return f"random:{seed}{scale}{shown}"
     with open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16] + shown
-
-
-class SaveEncoder:
-    """Save the encoder, without projector and heads, when training has completed all its steps.
-
-    Args:
-        encoder: timm VisionTransformer under training, sharded over the ranks or not.
-        path: safetensors file, in plain timm keys.
-        identity: facts that a loader checks, see :func:`common.networks.encoder.save_encoder`.
-    """
-
-    def __init__(self, encoder: nn.Module, path: str | Path, identity: dict[str, Any]) -> None:
-        self.encoder = encoder
-        self.path = path
-        self.identity = identity
-
-    def attach(self, engine: Engine) -> None:
-        """Register with an Ignite engine."""
-        engine.add_event_handler(Events.COMPLETED, self._save)
-
-    def _save(self, engine: Engine) -> None:
-        if getattr(engine.state, "exit_status", 0):
-            return
-        # every rank takes part: each may hold a shard of every tensor
-        tensors = get_model_state_dict(
-            self.encoder, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-        if idist.get_rank() == 0:
-            weights = cast(dict[str, torch.Tensor], tensors)
-            save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
-
-
-# B images of a batch, P patches of one, D embedding
-
-
-class SlicesInferer(Inferer):
-    """Encode a batch of images: CLS, and patch tokens on demand.
-
-    Args:
-        amp_dtype: "bfloat16" for autocast, "float32" for none.
-        compiled: compile the encoder once for each shape of images that all batches share.
-        patch_tokens: whether to return the patch tokens, too.
-
-    Shape:
-        Input ``(B, 1, I, I)``. Output: CLS ``(B, D)`` and patches ``(B, P, D)`` or None, in the type that
-        the encoder computes them in.
-    """
-
-    def __init__(self, amp_dtype: str, compiled: bool, patch_tokens: bool) -> None:
-        super().__init__()
-        self.amp_dtype = amp_dtype
-        self.patch_tokens = patch_tokens
-        self.compiled = compiled
-        self._encode: Callable[..., Any] = _encode
-        if compiled:
-            self._encode = torch.compile(_encode, dynamic=False)
-
-    def __call__(  # type: ignore[override]
-        self, inputs: torch.Tensor, network: nn.Module, is_fixed: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode; see the class. Batches that do not share a shape are never compiled for."""
-        encode = self._encode if is_fixed else _encode
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"):
-            return encode(network, inputs, self.patch_tokens)
-
-
-def _encode(
-    network: nn.Module, images: torch.Tensor, patch_tokens: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if patch_tokens:
-        return cls_and_patches(network, images)
-    return network(images), None

@@ -5,27 +5,22 @@ from collections.abc import Mapping
 
 import torch
 
-# transformers' names of Dinov2 and Dinov2WithRegisters, as written by versions 4 and 5, and timm's
-OUTSIDE = {
-    "embeddings.register_tokens": "reg_token",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-}
-IN_BLOCK = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-}
-QKV = (
-    ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"
+"""A name that the state dictionaries of transformers' Dinov2 and Dinov2WithRegisters have."""
+
+BLOCK, ATTENTION = r"encoder\.layer\.(\d+)\.", r"encoder\.layer\.(\d+)\.attention\."
+RENAMED = (
+    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"embeddings\.register_tokens", "reg_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"layernorm\.", "norm."),
+    (BLOCK + r"layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (BLOCK + r"(norm[12]|mlp\.fc[12])\.", r"blocks.\1.\2."),
+    (ATTENTION + r"(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
+    (ATTENTION + r"(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r"blocks.\1.attn.\2."),
 )
-BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+"""How names of transformers, versions 4 and 5, begin, and what they begin with in timm."""
 
 
 def to_timm_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -34,7 +29,8 @@ def to_timm_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     Known are timm's own names; the network of a pretraining checkpoint, of which the encoder is taken; and
     transformers' ``Dinov2Model`` and ``Dinov2WithRegistersModel``. Of the latter the position embedding of
     the CLS token is added to the token itself where the network has registers, as timm's networks with
-    registers have none; a mask token, which no inference uses, is left out.
+    registers have none; a mask token, which no inference uses, is left out. Names that transformers does not
+    have stay as they are, for a strict loader to refuse.
 
     Args:
         weights: state dictionary.
@@ -47,7 +43,7 @@ def to_timm_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     inner = {name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")}
     if "patch_embed.proj.weight" in inner:
         return inner
-    if "embeddings.patch_embeddings.projection.weight" in weights:
+    if TRANSFORMERS in weights:
         return _from_transformers(weights)
     raise ValueError(
         "weights must have the names of timm, of a pretraining checkpoint or of transformers' Dinov2, got "
@@ -56,28 +52,20 @@ def to_timm_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def _from_transformers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    result = {own: weights[theirs] for theirs, own in OUTSIDE.items() if theirs in weights}
-    cls_token, positions = weights["embeddings.cls_token"], weights["embeddings.position_embeddings"]
-    if "reg_token" in result:
-        result |= {"cls_token": cls_token + positions[:, :1], "pos_embed": positions[:, 1:]}
-    else:
-        result |= {"cls_token": cls_token, "pos_embed": positions}
-    blocks: dict[int, dict[str, torch.Tensor]] = {}
-    for name, weight in weights.items():
-        match = BLOCK.fullmatch(name)
-        if match:
-            blocks.setdefault(int(match[1]), {})[match[2]] = weight
-    for number, block in sorted(blocks.items()):
-        result |= {f"blocks.{number}.{name}": weight for name, weight in _block(block).items()}
+    result = {_renamed(name): tensor for name, tensor in weights.items() if name != "embeddings.mask_token"}
+    if {"reg_token", "cls_token", "pos_embed"} <= result.keys():
+        result["cls_token"] = result["cls_token"] + result["pos_embed"][:, :1]
+        result["pos_embed"] = result["pos_embed"][:, 1:]
+    for query in [name for name in result if ".attn.q." in name]:
+        three = [query.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
+        if result.keys() >= set(three):
+            joined = torch.cat([result.pop(name) for name in three])
+            result[query.replace(".attn.q.", ".attn.qkv.")] = joined
     return result
 
 
-def _block(block: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    result = {f"ls{number}.gamma": block[f"layer_scale{number}.lambda1"] for number in (1, 2)}
-    names = next(names for names in QKV if f"{names[0]}.weight" in block)
-    for kind in ("weight", "bias"):
-        result[f"attn.qkv.{kind}"] = torch.cat([block[f"{name}.{kind}"] for name in names])
-        for theirs, own in IN_BLOCK.items():
-            if f"{theirs}.{kind}" in block:
-                result[f"{own}.{kind}"] = block[f"{theirs}.{kind}"]
-    return result
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name, count=1)
+    return name

@@ -93,7 +93,8 @@ def patches(
         probability_rows,
         probe_of,
     )
-    from common.reports.slice_grid import Row, slice_grid, write_figure
+    from common.reports.slice_grid import Row, slice_grid
+    from common.run.process import write_figure
 
     encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
     probe = probe_of(probes, name, encoder.name) if probes and name else None
@@ -131,7 +132,7 @@ def levels(
     """
     from common.reports.ct_tokens import encode, open_slice_encoder, read_images, slices_to_show
     from common.reports.scan_levels import Scan, draw_levels, fit_positions, match_levels, read_positions
-    from common.reports.slice_grid import write_figure
+    from common.run.process import write_figure
 
     encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
     images = [read_images(path, encoder.side_px) for path in (query, *others)]
@@ -171,6 +172,39 @@ def paths(
     if not shared:
         raise ValueError(f"No volume is in all of {', '.join(map(str, embeddings))}.")
     draw_paths(out, chosen_paths(stores, volume or shared[:3]))
+
+
+@app.command(epilog="Example: python -m common.reports results results/*.csv")
+def results(
+    csvs: Annotated[list[Path], typer.Argument(help="Results CSVs, such as results/*.csv.")],
+) -> None:
+    """Print the results of all evaluations as one table."""
+    from common.reports.results import print_whole, read_rows, results_table
+
+    print_whole(results_table([row for path in csvs for row in read_rows(path)]))
+
+
+@app.command(
+    epilog="Example: python -m common.reports differences runs/dale_ct_0 runs/dale_ct_2s --out paired.csv"
+)
+def differences(
+    reference: Annotated[Path, typer.Argument(help="Folder of the evaluation to compare with.")],
+    others: Annotated[list[Path], typer.Argument(help="Folders of the other encoders' evaluations.")],
+    num_resamples: Annotated[
+        int, typer.Option(help="Bootstrap resamples; dense probes bring their own.")
+    ] = 2000,
+    resampling: Annotated[str, typer.Option(help="What a resample draws: patients or volumes.")] = "patients",
+    out: Annotated[Path | None, typer.Option(help="CSV to write, with every class.")] = None,
+) -> None:
+    """Compare encoders on the same test volumes, on the same bootstrap resamples.
+
+    Evaluations by MIL probes are compared by their test_predictions.csv, which may also be named, those by
+    dense probes by their resamples.npz.
+    """
+    from common.reports.paired_differences import compare, differences_table
+    from common.reports.results import print_whole
+
+    print_whole(differences_table(compare(reference, others, num_resamples, resampling, out)))
 
 
 if __name__ == "__main__":

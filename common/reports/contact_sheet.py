@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from common.reports.slice_grid import class_colours, write_figure
+from common.reports.slice_grid import class_colours
+from common.run.process import write_figure
 from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HUWindow, normalize_hu
 from common.transforms.multi_crop import GUIDED_BY_REX, GUIDED_BY_TS, UNGUIDED, nearest_cells

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from common.embeddings.store import EmbeddingStore
-from common.metrics.latent_continuity import latent_continuity
-from common.reports.slice_grid import write_figure
+from common.metrics.slice_paths import latent_continuity
+from common.run.process import write_figure
 
 FloatArray = NDArray[np.float64]
 COLOURS = "viridis"

@@ -1,23 +1,17 @@
-"""Differences between encoders that were tested on the same volumes, with intervals and p.
-
-``python -m common.reports.paired_differences dale_ct_0 dale_ct_2s`` compares the evaluation in each further
-folder with that in the first: MIL probes by their ``test_predictions.csv`` (the files may also be named),
-dense probes by their ``resamples.npz``.
-"""
+"""Differences between encoders that were tested on the same volumes, with intervals and p."""
 
 # R resamples, N volumes, C classes
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
-from common.cohort.tables import Predictions, read_predictions
+from common.cohort.cohort import write_table
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -27,9 +21,8 @@ from common.metrics.bootstrap import (
     resample_weights,
 )
 from common.metrics.multilabel import multilabel_report
-from common.reports.probe_pictures import METRICS, write_table
-from common.reports.results_csv import COLUMNS, print_whole
-from common.run.config import short_errors
+from common.reports.probe_pictures import METRICS
+from common.reports.results import MACRO_COLUMNS, Predictions, read_predictions
 
 MACRO = "macro"
 PREDICTIONS, RESAMPLES = "test_predictions.csv", "resamples.npz"
@@ -190,25 +183,36 @@ def differences_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         if row.get("class", MACRO) == MACRO:
-            name = row["measure"] if "measure" in row else COLUMNS[f"macro_{row['metric']}"]
+            name = row["measure"] if "measure" in row else MACRO_COLUMNS[f"macro_{row['metric']}"]
             ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
             numbers = (f"{row['difference']:+.4f}", ends, f"{row['p']:.4f}")
             table.add_row(row["encoder"], row["reference"], name, *numbers)
     return table
 
 
-def main(
-    reference: Annotated[Path, typer.Argument(help="Folder of the evaluation to compare with.")],
-    others: Annotated[list[Path], typer.Argument(help="Those of the other encoders.")],
-    num_resamples: Annotated[int, typer.Option(help="Bootstrap resamples; dense probes have theirs.")] = 2000,
-    resampling: Annotated[str, typer.Option(help="What a resample draws: patients or volumes.")] = "patients",
-    out: Annotated[Path | None, typer.Option(help="CSV to write, with every class.")] = None,
-) -> None:
-    """Compare encoders on the same test volumes, on the same bootstrap resamples."""
-    short_errors()
+def compare(
+    reference: Path,
+    others: Sequence[Path],
+    num_resamples: int = 2000,
+    resampling: str = "patients",
+    out: Path | None = None,
+) -> list[Row]:
+    """Compare evaluations of either kind with the first one.
+
+    Args:
+        reference: folder of the evaluation to compare with, or its ``test_predictions.csv``.
+        others: the others; the reference among them is passed over.
+        num_resamples: R, for MIL probes.
+        resampling: "patients" or "volumes", for MIL probes.
+        out: CSV to write, with every class.
+
+    Raises:
+        FileNotFoundError: if an evaluation is not there.
+        ValueError: if there is nothing to compare, or evaluations do not fit each other.
+    """
     others = [path for path in others if path.resolve() != reference.resolve()]
     if not others:
-        raise ValueError(f"others must name an evaluation besides the reference, got only '{reference}'.")
+        raise ValueError(f"Nothing to compare with '{reference}'. Name another evaluation.")
     if (reference / RESAMPLES).is_file():
         rows = dense_differences(reference, others)
     else:
@@ -218,8 +222,4 @@ def main(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_table(out, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
-    print_whole(differences_table(rows))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return rows

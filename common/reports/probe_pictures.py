@@ -1,6 +1,7 @@
-"""Curves and bars of a tested probe: scores by class, ROC, precision and recall, reliability, attention."""
+"""Pictures and tables of a tested probe: scores by class, ROC, precision-recall, reliability, attention."""
 
-import csv
+# N volumes, T tokens of a volume, H W pixels
+
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,31 +12,34 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from common.cohort.tables import Predictions
 from common.metrics.bootstrap import IntervalReport
-from common.metrics.calibration import brier_score, expected_calibration_error, reliability, wilson_interval
 from common.metrics.multilabel import (
+    METRICS,
     MultilabelReport,
-    auroc,
-    average_precision,
     balanced_accuracy,
+    expected_calibration_error,
     f1,
-    operating_points,
+    reliability,
 )
-from common.reports.slice_grid import PALETTE, show_slice, write_figure
-from common.run.process import atomic_file
-
-# N volumes, T tokens of a volume, H W pixels
-
+from common.reports.results import Predictions
+from common.reports.slice_grid import PALETTE, show_slice
+from common.run.process import write_figure
 
 BLUE, RED = PALETTE[:2]
 GREY = "0.6"
 COLUMNS = 6
-NUM_SHOWN = 4  # slices of a volume
+NUM_SHOWN = 4  # slices per volume
 
 
-def draw_per_class(path: Path, reports: Mapping[str, Any], intervals: Mapping[str, Any], title: str) -> None:
+def draw_per_class(
+    path: Path,
+    reports: Mapping[str, MultilabelReport],
+    intervals: Mapping[str, IntervalReport],
+    title: str,
+) -> None:
     """Draw AUROC and AUPRC of each class as bars with intervals; a mark shows the AUPRC of prevalence alone.
 
     Args:
@@ -116,39 +120,40 @@ def draw_classes(
 
 
 def _roc(axes: Axes, scores: np.ndarray, targets: np.ndarray, threshold: float) -> tuple[str, float]:
-    points = operating_points(scores, targets)
-    axes.plot(points.false_positive_rate, points.recall, color=BLUE, linewidth=1.4)
+    false_positive_rate, recall, _ = roc_curve(targets, scores, drop_intermediate=False)
+    axes.plot(false_positive_rate, recall, color=BLUE, linewidth=1.4)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     called, positive = scores >= threshold, targets == 1
     axes.plot(called[~positive].mean(), called[positive].mean(), "o", color=RED, markersize=5)
-    return "AUROC", float(auroc(scores[:, None], targets[:, None])[0])
+    return "AUROC", float(roc_auc_score(targets, scores))
 
 
 def _precision_recall(
     axes: Axes, scores: np.ndarray, targets: np.ndarray, threshold: float
 ) -> tuple[str, float]:
-    points = operating_points(scores, targets)
+    precision, recall, _ = precision_recall_curve(targets, scores)
+    precision, recall = precision[::-1], recall[::-1]
     # precision belongs to the whole step of recall that leads to a point, as average precision counts it
-    found = np.flatnonzero(points.recall > 0)
-    recall, precision = (values[[found[0], *found]] for values in (points.recall, points.precision))
-    recall[0] = 0.0
-    axes.step(recall, precision, where="pre", color=BLUE, linewidth=1.4)
+    found = np.flatnonzero(recall > 0)
+    steps = precision[[found[0], *found]]
+    axes.step([0.0, *recall[found]], steps, where="pre", color=BLUE, linewidth=1.4)
     axes.axhline(targets.mean(), color=GREY, linewidth=0.8, linestyle=":")
     called, positive = scores >= threshold, targets == 1
     if called.any():
         axes.plot(called[positive].mean(), positive[called].mean(), "o", color=RED, markersize=5)
-    return "AUPRC", float(average_precision(scores[:, None], targets[:, None])[0])
+    return "AUPRC", float(average_precision_score(targets, scores))
 
 
 def _reliability(axes: Axes, scores: np.ndarray, targets: np.ndarray, threshold: float) -> tuple[str, float]:
     bins = reliability(scores, targets)
-    low, high = wilson_interval(bins.observed, bins.counts)
-    right, top = 1.1 * float(bins.predicted.max()), 1.05 * float(max(high.max(), bins.predicted.max()))
+    tests = [binomtest(int(k), int(n)) for k, n in zip(bins.positives, bins.counts, strict=True)]
+    low, high = zip(*(test.proportion_ci(method="wilson") for test in tests), strict=True)
+    top = 1.05 * max(*high, float(bins.predicted.max()))
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
     axes.vlines(bins.predicted, low, high, color=BLUE, linewidth=0.8)
     axes.plot(bins.predicted, bins.observed, "o-", color=BLUE, markersize=3.5, linewidth=1)
     axes.axvline(threshold, color=RED, linewidth=0.8)
-    axes.set(xlim=(0, right), ylim=(0, top))
+    axes.set(xlim=(0, 1.1 * float(bins.predicted.max())), ylim=(0, top))
     return "ECE", expected_calibration_error(bins)
 
 
@@ -180,8 +185,9 @@ def draw_attention(
     Args:
         path: PNG to write.
         weights: volume to the weights ``(T,)`` of its tokens, which add up to 1.
-        captions: volume to what stands above its panel.
-        slices: volume to its CT ``(T, H, W)`` in HU, of which those of most weight are shown; may be empty.
+        captions: volume to the text above its panel.
+        slices: volume to its CT ``(T, H, W)`` in HU, of which the slices of most weight are shown; may be
+            empty.
         unit: what a token stands for: "slice", feet to head, or "token" for anything else.
     """
     shown = NUM_SHOWN if slices else 0
@@ -203,25 +209,6 @@ def draw_attention(
     write_figure(path, figure, dpi=110)
 
 
-# N volumes, C classes
-
-
-METRICS = ("auroc", "auprc", "f1", "balanced_accuracy")
-
-
-def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same columns as a CSV that appears only when whole.
-
-    Args:
-        path: file to write or replace; its folder must exist.
-        rows: at least one.
-    """
-    with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def class_rows(
     reports: Mapping[str, MultilabelReport], intervals: Mapping[str, IntervalReport], test: Predictions
 ) -> list[dict[str, Any]]:
@@ -232,17 +219,17 @@ def class_rows(
         intervals: ``engine.state.intervals``.
         test: predictions on the test set.
     """
-    brier, rows = brier_score(test.probabilities, test.labels), []
+    brier, rows = np.square(test.probabilities - test.labels).mean(0), []
     for index, (name, values) in enumerate(reports["probe"]["per_class"].items()):
         ends = intervals["probe"]["per_class"][name]
         numbers = {metric: values[metric] for metric in METRICS}
         numbers |= {
-            f"{metric}_{end}": ends[metric][place]
+            f"{metric}_{end}": number
             for metric in METRICS
-            for place, end in enumerate(("low", "high"))
+            for end, number in zip(("low", "high"), ends[metric], strict=True)
         }
-        bins = reliability(test.probabilities[:, index], test.labels[:, index])
         numbers["auprc_of_prevalence"] = reports["prevalence"]["per_class"][name]["auprc"]
+        bins = reliability(test.probabilities[:, index], test.labels[:, index])
         numbers |= {"brier": brier[index], "calibration_error": expected_calibration_error(bins)}
         numbers["threshold"] = test.thresholds[index]
         rows.append(
@@ -284,7 +271,7 @@ def seed_rows(seeds: Sequence[int], reports: Sequence[MultilabelReport]) -> list
     """Return one row per seed with the macro metrics of the chosen probe.
 
     Args:
-        seeds: the run's own first.
+        seeds: the run's seed first, then the further ones.
         reports: ``engine.state.seed_reports``.
     """
     return [

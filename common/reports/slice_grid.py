@@ -5,7 +5,6 @@
 import colorsys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +13,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
-
-from common.run.process import atomic_file
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
 """Colours of curves and bars, told apart by colour-blind readers too. Source: Paul Tol's "bright" scheme."""
@@ -119,16 +116,3 @@ def class_colours(count: int) -> NDArray[np.float64]:
         count: number of classes.
     """
     return np.array([colorsys.hsv_to_rgb(index * 0.618 % 1, 0.9, 1.0) for index in range(count)])
-
-
-def write_figure(path: str | Path, figure: Figure, dpi: int = 120) -> None:
-    """Write a figure as PNG, which appears only when whole; its folder is made where it is missing.
-
-    Args:
-        path: PNG to write.
-        figure: what to write.
-        dpi: dots per inch.
-    """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.metrics.paired_samples import Comparison, Mean
-from common.reports.slice_grid import PALETTE, write_figure
+from common.reports.slice_grid import PALETTE
+from common.run.process import write_figure
 
 World = Mapping[str, dict[str, Any]]
 

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # commands of data_prep start without torch
     from ignite.engine import Engine
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,13 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
             aside.unlink(missing_ok=True)
             raise
     flush_folder(final.parent)
+
+
+def write_figure(path: str | Path, figure: Figure, dpi: int = 120) -> None:
+    """Write a figure as PNG, which appears only when whole; its folder is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def _open_alone(path: str, flags: int) -> int:

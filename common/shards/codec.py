@@ -15,8 +15,8 @@ import blosc2
 import numpy as np
 from isal import isal_zlib
 
-from common.ct.names import VOLUME_NAME
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
+from common.ct.files import VOLUME_NAME
 from common.shards.index import ABSENT_MEMBER, FIELDS, SCHEMA_VERSION, IndexBuilder
 
 # Rows of a compressed block; 128 rows of a 512 pixel slice are 128 KiB, which a core's cache holds.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.ct.unzip import DAMAGED_ZIP
 from common.run.process import atomic_file
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from isal import isal_zlib
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.run.process import atomic_file
 from common.shards.codec import MASK_SIZE_PX, VolumeSlices, add_volume, decode_ct, decode_mask
 from common.shards.index import (

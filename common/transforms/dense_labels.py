@@ -10,24 +10,6 @@ SLICES_PER_CHUNK = 32
 """Slices counted at a time, so that temporaries stay small; our choice, results do not depend on it."""
 
 
-def pad_mask_to_square(mask: np.ndarray) -> np.ndarray:
-    """Pad slices to squares, background on both sides, as ``CropBodyd`` pads the image with air.
-
-    Args:
-        mask: of any type.
-
-    Shape:
-        ``(S, H, W)``. Output: ``(S, max(H, W), max(H, W))``.
-
-    Example:
-        >>> pad_mask_to_square(np.ones((1, 1, 3), np.uint8))[0].tolist()
-        [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
-    """
-    height, width = mask.shape[1:]
-    rows, columns = max(width - height, 0), max(height - width, 0)
-    return np.pad(mask, ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)))
-
-
 def patch_shares(ids: np.ndarray, box: tuple[int, int, int], grid: int, num_classes: int) -> csr_matrix:
     """Return the share of every patch's area that each class covers, background included.
 

@@ -1,25 +1,19 @@
 """The preprocessing strategies of Table VI: how a CT slice becomes the images that an encoder sees."""
 
+# S slices, H side of a slice, K images per slice, I side of an image, D embedding
+
 import re
-from collections.abc import Hashable, Mapping
-from typing import Any
 
+import numpy as np
 import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import Transform
 from torch.nn import functional as F
-
-from common.ct.geometry import STORED_HU_RANGE
-
-# S slices, H side of a slice, K images a slice, I side of an image, D embedding
-
 
 STRATEGIES = (
     *("raw_144", "raw_256", "raw_full", "cropped_144", "cropped_256", "cropped_full"),
     *("tiled_5cut", "tiled_5cut_items"),
 )
-"""Table VI in its order, and the tiles as items of the sequence. Sizes may be others: ``cropped_252``."""
+"""Table VI in its order, and the tiles as items of the sequence. Other sizes work too: ``cropped_252``."""
 
 FULL_PX = 512
 """Largest side of "full"; half of it, in whole patches, is the side of a tile. Source: FACTS 8."""
@@ -33,21 +27,20 @@ class SliceStrategy(Transform):
 
     ``raw_<px>`` and ``cropped_<px>`` resize the whole slice or the body's square to ``px``; ``_full`` keeps
     its side, rounded down to whole patches, at most 512. ``tiled_5cut`` resizes the body's square to twice
-    a tile (512 for patches of 16) and cuts the four quadrants and the centre; a slice's embedding is that of
-    its five tiles one after another along the features, or with ``_items`` five tokens of the sequence.
+    a tile (512 for patches of 16) and cuts the four quadrants and the centre; the embeddings of the five
+    tiles are joined along the features, or with ``_items`` are five tokens of the sequence.
     Every resize is antialiased (area-true) and in HU.
 
     Source: DALE-CT IV-F and Table VI. The paper's text concatenates tiles as features, its code as items; its
     code resizes whole slices without antialiasing, which confounds the crop with the filter.
 
     Args:
-        name: as above.
+        name: name of the strategy, as above.
         patch_size_px: side of the encoder's patch, of which sides are multiples.
 
     Attributes:
-        name: as given.
-        is_cropped: whether it wants the body box.
-        num_images: K, images a slice.
+        is_cropped: whether it needs the body box.
+        num_images: K, images per slice.
         is_fixed: whether images have the same side for all volumes.
 
     Shape:
@@ -85,17 +78,20 @@ class SliceStrategy(Transform):
                 f"Use {found['region']}_{whole}."
             )
 
-    def region(self, hu: Any, box: tuple[int, int, int]) -> Any:  # noqa: ANN401 (array or tensor, as given)
-        """Return the part of slices ``(S, H, H)`` that it shows, a view; the box is (top, left, side)."""
-        top, left, side = box
-        return hu[:, top : top + side, left : left + side] if self.is_cropped else hu
-
-    def side_px(self, region_px: int) -> int:
-        """Side of the images that are made of a region of this side.
+    def region(self, hu: torch.Tensor, box: tuple[int, int, int] | None) -> torch.Tensor:
+        """Return the part of slices ``(S, H, H)`` that it shows, a view.
 
         Args:
-            region_px: side of the region.
+            hu: slices.
+            box: top, left and side of the body; None for strategies that do not crop.
         """
+        if not self.is_cropped or box is None:
+            return hu
+        top, left, side = box
+        return hu[:, top : top + side, left : left + side]
+
+    def side_px(self, region_px: int) -> int:
+        """Side of the images that are made of a region of this side."""
         if self.is_tiled:
             return FULL_PX // 2 // self.patch_size_px * self.patch_size_px
         if self.size_px is not None:
@@ -114,10 +110,7 @@ class SliceStrategy(Transform):
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def tokens(self, cls: torch.Tensor) -> torch.Tensor:
-        """Join the embeddings of a volume's images to its tokens.
-
-        Args:
-            cls: ``(S * K, D)``.
+        """Join the embeddings ``(S * K, D)`` of a volume's images to its tokens.
 
         Returns:
             ``(S, K D)``, or ``(S * K, D)`` where tiles are items of the sequence.
@@ -130,12 +123,12 @@ class SliceStrategy(Transform):
 
 
 def slice_strategies(names: list[str], patch_size_px: int, patch_tokens: bool = False) -> list[SliceStrategy]:
-    """Build several strategies.
+    """Build the strategies of a run.
 
     Args:
-        names: see :class:`SliceStrategy`.
+        names: names of :class:`SliceStrategy`.
         patch_size_px: side of the encoder's patch.
-        patch_tokens: whether patch tokens are to be kept, too: of one image a slice, not of tiles.
+        patch_tokens: whether patch tokens are also kept: of one image per slice, not of tiles.
 
     Raises:
         ValueError: if there is none, one is unknown or named twice, or tiles are to keep patch tokens.
@@ -156,14 +149,26 @@ def _resized(region: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
-# S slices, H W pixels
+def pad_to_square(slices: np.ndarray, fill: int) -> np.ndarray:
+    """Pad slices to squares, evenly on both sides, in one contiguous block of memory.
+
+    Args:
+        slices: ``(S, H, W)``, of any type.
+        fill: value of the margins.
+
+    Example:
+        >>> pad_to_square(np.zeros((1, 1, 3), np.int16), -1024).tolist()
+        [[[-1024, -1024, -1024], [0, 0, 0], [-1024, -1024, -1024]]]
+    """
+    height, width = slices.shape[1:]
+    if height == width:
+        return np.ascontiguousarray(slices)
+    rows, columns = max(width - height, 0), max(height - width, 0)
+    margins = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
+    return np.pad(slices, margins, constant_values=fill)
 
 
-SLICES_PER_CHUNK = 32
-"""Slices handled at a time, so that temporaries stay small; our choice, results do not depend on it."""
-
-BITS = 8
-"""Slices whose masks are eroded at once, a bit each: of a byte."""
+BITS = 8  # slices whose masks are eroded at once: the bits of a byte
 
 
 def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 25) -> tuple[int, int, int]:
@@ -174,17 +179,16 @@ def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 2
     image. No opened mask is made: dilation by half the square only moves the bounding box of the eroded mask,
     and the masks of eight slices are eroded at once, as the bits of a byte.
 
-    Source: DALE-CT IV-A2 and its released preprocessing (threshold, opening). One box a volume, whatever the
-    batch size, is our choice: the released code makes one per chunk of slices.
+    Source: DALE-CT IV-A2 and its released preprocessing (threshold, opening). One box per volume, whatever
+    the batch size, is our choice: the released code makes one per chunk of slices.
 
     Args:
-        hu: CT in HU, square slices.
-        threshold_hu: body is above it.
+        hu: CT in HU, square slices ``(S, H, H)``.
+        threshold_hu: HU that the body exceeds.
         opening_px: side of the square structuring element, odd. The image border does not erode.
 
-    Shape:
-        ``hu (S, H, H)`` or ``(S, 1, H, H)``. Output: (top, left, side) in pixels; the whole image if no body
-        is left.
+    Returns:
+        (top, left, side) in pixels; the whole image if no body is left.
 
     Raises:
         ValueError: if the slices are not square, there is none, or ``opening_px`` is even or not positive.
@@ -197,11 +201,8 @@ def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 2
     """
     if opening_px < 1 or opening_px % 2 == 0:
         raise ValueError(f"opening_px must be odd and positive, got {opening_px}.")
-    hu = hu.squeeze(1) if hu.ndim == 4 else hu
     if hu.ndim != 3 or hu.shape[1] != hu.shape[2] or 0 in hu.shape:
-        raise ValueError(
-            f"hu must have shape (S, H, H) or (S, 1, H, H), got {tuple(hu.shape)}. Pad slices to squares."
-        )
+        raise ValueError(f"hu must have shape (S, H, H), got {tuple(hu.shape)}. Pad slices to squares.")
     size = hu.shape[-1]
     kept = torch.zeros(size, size, dtype=torch.uint8, device=hu.device)
     for slices in hu.split(BITS):
@@ -241,61 +242,3 @@ def _extent(occupied: torch.Tensor, grow: int) -> tuple[int, int]:
 def _shifted_inside(start: int, stop: int, side: int, size: int) -> int:
     """Start of the stretch of length ``side`` about the middle of [start, stop), inside [0, size)."""
     return min(max((start + stop - side) // 2, 0), size - side)
-
-
-class CropBodyd(MapTransform):
-    """Crop every slice of a volume to its body box and resize, antialiased (area-true), to a square.
-
-    Slices that are not square are first padded with air on both sides.
-
-    Args:
-        keys: keys of CT volumes in HU.
-        size_px: side of the output.
-
-    Shape:
-        ``(S, 1, H, W)``. Output: float32 ``(S, 1, size_px, size_px)`` in HU.
-
-    Raises:
-        KeyError: if a key is missing.
-        ValueError: if ``size_px`` is not positive or a volume has another shape.
-
-    Example:
-        >>> CropBodyd("image", size_px=16)({"image": torch.zeros(3, 1, 40, 30)})["image"].shape
-        torch.Size([3, 1, 16, 16])
-    """
-
-    def __init__(self, keys: KeysCollection, size_px: int) -> None:
-        super().__init__(keys)
-        if size_px < 1:
-            raise ValueError(f"size_px must be positive, got {size_px}.")
-        self.size_px = size_px
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of ``data`` with the keys cropped."""
-        out = dict(data)
-        for key in self.key_iterator(out):
-            hu = out[key]
-            out[key] = self._crop(hu.as_tensor() if isinstance(hu, MetaTensor) else torch.as_tensor(hu), key)
-        return out
-
-    def _crop(self, hu: torch.Tensor, key: Hashable) -> torch.Tensor:
-        if hu.ndim != 4 or hu.shape[1] != 1:
-            raise ValueError(f"{key} must have shape (S, 1, H, W), got {tuple(hu.shape)}.")
-        hu = _padded_to_square(hu)
-        top, left, side = body_box(hu)
-        crop = hu[..., top : top + side, left : left + side]
-        size = (self.size_px, self.size_px)
-        resized = [
-            F.interpolate(slices.float(), size, mode="bilinear", align_corners=False, antialias=True)
-            for slices in crop.split(SLICES_PER_CHUNK)
-        ]
-        return torch.cat(resized)
-
-
-def _padded_to_square(hu: torch.Tensor) -> torch.Tensor:
-    height, width = hu.shape[-2:]
-    if height == width:
-        return hu
-    top, left = max(width - height, 0) // 2, max(height - width, 0) // 2
-    bottom, right = max(width - height, 0) - top, max(height - width, 0) - left
-    return F.pad(hu, (left, right, top, bottom), value=STORED_HU_RANGE[0])

@@ -1,15 +1,95 @@
-"""The claims an audit proves, and the record of what held and what did not."""
+"""What an audit checks, of shards and of the volumes in them, and the record of the outcome."""
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from data_prep.audit.measures import RULES
+from common.ct.checks import CHEST_RULES, Rule
 
 ERROR, WARNING = "error", "warning"
 
 KEPT = 20
-"""Offenders of a check that are kept in words; the others are counted."""
+"""Offenders of a check that are described; the others are only counted."""
+
+
+RULES = (
+    *CHEST_RULES,
+    Rule(
+        name="step",
+        claim="Neighbouring slices resemble one another",
+        measure="greatest change to either neighbour over the change between both",
+        high=1.1,
+        too_high="a slice unlike both its neighbours: out of order?",
+    ),
+    Rule(
+        name="organs",
+        claim="The label map is not empty",
+        measure="share of the body that is labelled",
+        low=0.02,
+        too_low="hardly anything is labelled: was the label map lost?",
+    ),
+    Rule(
+        name="organs_lungs",
+        claim="Labelled lungs are dark",
+        measure="median HU of labelled lungs",
+        unit="HU",
+        high=-400,
+        too_high="labelled lungs are not lung: does the label map belong to this scan?",
+    ),
+    Rule(
+        name="organs_bones",
+        claim="Labelled bones are bright",
+        measure="median HU of labelled bones",
+        unit="HU",
+        low=100,
+        too_low="labelled bones are not bone: does the label map belong to this scan?",
+    ),
+    Rule(
+        name="organs_air",
+        claim="Labelled solid organs are not in air",
+        measure="share of labelled solid organs below -500 HU",
+        high=0.05,
+        too_high="labelled organs lie in air: label map shifted, flipped or of another scan?",
+    ),
+    Rule(
+        name="organs_head",
+        claim="Labelled chest is above labelled abdomen",
+        measure="chest organs above abdominal ones",
+        unit="mm",
+        low=0,
+        too_low="the chest is below the abdomen: slices from head to feet?",
+    ),
+    Rule(
+        name="organs_side",
+        claim="Labelled liver is on the right",
+        measure="spleen and heart left of the liver",
+        unit="mm",
+        low=0,
+        too_low="the liver is on the left: mirrored, or situs inversus?",
+    ),
+    Rule(
+        name="organs_named",
+        claim="Organs named left are on the left",
+        measure="organs named left, left of those named right",
+        unit="mm",
+        low=0,
+        too_low="left organs are on the right: label map and slices mirrored?",
+    ),
+    Rule(
+        name="organs_back",
+        claim="Labelled spine is at the back",
+        measure="spine behind heart and liver",
+        unit="mm",
+        low=0,
+        too_low="the spine is in front of the heart: front and back exchanged?",
+    ),
+)
+"""What is asked of each chest CT: ``common.ct.checks``, the order of its slices, its label map.
+
+The ranges are our choice. They are wide, and were set on six real scans and on synthetic ones: they should
+find what is shuffled or does not belong together, not the unusual patient. A volume outside them is shown to
+a person, never dropped.
+"""
 
 
 class Check(NamedTuple):
@@ -49,13 +129,7 @@ LEVELS = {check.name: check.level for check in CHECKS}
 
 
 class Offence(NamedTuple):
-    """Where a check failed.
-
-    Args:
-        check: its name.
-        where: a volume, a shard or a file.
-        what: in words.
-    """
+    """Where a check failed: its name; a volume, shard or file; what is wrong with it, in words."""
 
     check: str
     where: str
@@ -63,7 +137,7 @@ class Offence(NamedTuple):
 
 
 class Tally:
-    """Counts what checks looked at and what failed, and keeps the first offenders of each in words."""
+    """Counts what checks looked at and what failed, and describes the first offenders of each."""
 
     def __init__(self) -> None:
         self.checked: Counter[str] = Counter()
@@ -71,11 +145,11 @@ class Tally:
         self.offences: dict[str, list[Offence]] = {}
 
     def saw(self, check: str, number: int = 1) -> None:
-        """Note that a check looked at so many things, whatever came of it."""
+        """Count things that a check looked at, whatever the outcome."""
         self.checked[check] += number
 
     def fail(self, check: str, where: str, what: str) -> None:
-        """Note that one of them failed.
+        """Record that one of them failed.
 
         Example:
             >>> tally = Tally()
@@ -90,7 +164,7 @@ class Tally:
             kept.append(Offence(check, where, what))
 
     def add(self, other: "Tally") -> None:
-        """Take over another record."""
+        """Add another record to this one."""
         self.checked += other.checked
         self.failed += other.failed
         for check, offences in other.offences.items():
@@ -105,11 +179,11 @@ class Tally:
 
     @property
     def has_errors(self) -> bool:
-        """Whether a check failed that shards must pass."""
+        """Whether the shards cannot be trusted."""
         return any(self.failed[name] and level == ERROR for name, level in LEVELS.items())
 
     def as_rows(self) -> list[Mapping[str, Any]]:
-        """Return one mapping a check, in their order, for a JSON file."""
+        """Return one mapping per check, in their order, for a JSON file."""
         return [
             {
                 **check._asdict(),
@@ -117,8 +191,7 @@ class Tally:
                 "checked": self.checked[check.name],
                 "failed": self.failed[check.name],
                 "offenders": [
-                    {"where": offence.where, "what": offence.what}
-                    for offence in self.offences.get(check.name, [])
+                    {"where": where, "what": what} for _, where, what in self.offences.get(check.name, [])
                 ],
             }
             for check in CHECKS

@@ -1,31 +1,36 @@
-"""The folder as a whole: which shards there are, and whether they, their tables and one another agree."""
+"""The folder as a whole: which shards there are, and whether they agree with one another and their tables."""
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from common.shards.index import ShardIndex, VolumeEntry, index_path, load_index, volume_entries
+from common.shards.index import FIELDS, ShardIndex, VolumeEntry, index_path, load_index, volume_entries
 from common.shards.shards import SHARD_NAME
 from data_prep.audit.checks import Tally
-from data_prep.cohort_tables import MANIFEST, MANIFEST_COLUMNS, REJECTED, REJECTED_COLUMNS, WRITTEN
+from data_prep.shards.tables import (
+    MANIFEST,
+    MANIFEST_COLUMNS,
+    REJECTED,
+    REJECTED_COLUMNS,
+    WRITTEN,
+    written_rows,
+)
 
-CT_COLUMN = 0
-"""Of ``FIELDS``."""
+CT_COLUMN = FIELDS.index("ct.blosc2")
 UNFINISHED = (".partial", ".parts")
 Row = Mapping[str, str]
 
 
 class Volume(NamedTuple):
-    """A volume by the index of its shard.
+    """A volume according to the index of its shard.
 
     Args:
-        entry: what the index says of it.
+        entry: what the index says.
         split: such as ``train``.
-        ct_sha256: of the checksums of its CT slices: the same for two volumes of the same slices.
+        ct_sha256: checksum of its CT slices' checksums: the same for two volumes of the same slices.
     """
 
     entry: VolumeEntry
@@ -34,20 +39,17 @@ class Volume(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the volume."""
+        """Name of the volume."""
         return self.entry.volume
 
 
 def load_indices(folder: Path, splits: Sequence[str], tally: Tally) -> dict[Path, ShardIndex]:
-    """Read the indices of a folder's shards, and say which files do not belong there.
+    """Read the indices of a folder's shards, and report files that do not belong there.
 
-    Args:
-        folder: of the shards.
-        splits: to check; indices of other splits that cannot be read are left out without a word.
-        tally: told of every shard and file.
+    Unreadable indices of splits that are not checked are ignored.
 
     Returns:
-        The index of each shard that has a usable one, by the path of the tar.
+        The usable indices by the path of the tar.
     """
     files = {file.name for file in folder.iterdir()}
     tars = {name if name.endswith(".tar") else f"{name.removesuffix('.index.npz')}.tar" for name in files}
@@ -93,12 +95,12 @@ def _ct_sha256(index: ShardIndex, entry: VolumeEntry) -> str:
 def check_identity(volumes: Sequence[Volume], splits: Sequence[str], tally: Tally) -> None:
     """Check that no volume and no CT is there twice, within a split or across splits.
 
-    Two reconstructions of one scan have other voxels and are no duplicates.
+    Two reconstructions of one scan have different voxels and are no duplicates.
 
     Args:
-        volumes: of all splits.
-        splits: to check; the others count only as partners.
-        tally: told of every volume.
+        volumes: volumes of all splits.
+        splits: splits to check; volumes of others count only as partners.
+        tally: record of the checks.
     """
     for check in ("unique", "leak", "duplicates"):
         tally.saw(check, sum(volume.split in splits for volume in volumes))
@@ -136,12 +138,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_labels(volumes: Sequence[Volume], tally: Tally) -> None:
-    """Check that volumes are labelled for the same classes, and all or none of them.
-
-    Args:
-        volumes: of the splits to check.
-        tally: told of every volume.
-    """
+    """Check that volumes are labelled for the same classes, and all or none of them."""
     labelled = [volume for volume in volumes if volume.entry.labels]
     tally.saw("unlabelled", len(volumes))
     tally.saw("labels", len(labelled))
@@ -163,10 +160,10 @@ def check_tables(
     """Check manifest.csv and rejected.csv against the shards and one another.
 
     Args:
-        folder: of the shards.
-        splits: to check.
-        indices: of all usable shards; the rest were reported and rows about them are not.
-        tally: told of every row.
+        folder: folder of the shards.
+        splits: splits to check.
+        indices: indices of all usable shards; rows about the others, reported already, are skipped.
+        tally: record of the checks.
 
     Returns:
         The rows of rejected.csv.
@@ -192,64 +189,34 @@ def _read(
             table = csv.DictReader(file)
             rows = list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        tally.fail(check, path.name, f"it must be a readable table, got {type(error).__name__}")
+        tally.fail(check, path.name, f"cannot be read: {type(error).__name__}")
         return None
     missing = [column for column in columns if column not in (table.fieldnames or ())]
     if missing:
-        tally.fail(check, path.name, f"it must have the columns {missing}")
+        tally.fail(check, path.name, f"lacks the columns {missing}")
         return None
     return [row for row in rows if row["split"] in splits]
 
 
 def _check_written(rows: Sequence[Row], indices: Mapping[Path, ShardIndex], tally: Tally) -> None:
     expected = {
-        (str(index.volume[i]), shard.name): _expected_row(shard, index, i)
+        (str(row["volume"]), shard.name): {name: str(value) for name, value in row.items()}
         for shard, index in indices.items()
-        for i in range(len(index.volume))
+        for row in written_rows(shard.name, index)
     }
     tally.saw("manifest", len(expected))
     for row in rows:
         stated = expected.pop((row["volume"], row["shard"]), None)
         if stated is None:
-            what = f"its row says it is in {row['shard']}, where it is not, or stands there twice"
+            what = f"its row says that it is in {row['shard']}, where it is not, or the row is there twice"
             tally.fail("manifest", row["volume"], what)
             continue
-        differing = [name for name, value in stated.items() if not _agree(row[name], value)]
+        differing = [name for name, value in stated.items() if row[name] != value]
         if differing:
-            tally.fail(
-                "manifest", row["volume"], f"its row has another {', '.join(differing)} than the shard"
-            )
+            what = f"its row has another {', '.join(differing)} than the shard"
+            tally.fail("manifest", row["volume"], what)
     for volume, shard in expected:
         tally.fail("manifest", volume, f"it is in {shard} and has no row")
-
-
-def _expected_row(shard: Path, index: ShardIndex, i: int) -> dict[str, str | float]:
-    x, y, z = index.spacing_mm[i].tolist()
-    return {
-        "split": str(index.split),
-        "source": str(index.source[i]),
-        "source_sha256": str(index.source_sha256[i]),
-        "first_sample": str(index.first_sample[i]),
-        "num_slices": str(index.num_slices[i]),
-        "spacing_x_mm": x,
-        "spacing_y_mm": y,
-        "spacing_z_mm": z,
-        "height_px": str(index.shape[i][0]),
-        "width_px": str(index.shape[i][1]),
-        "original_shape": "x".join(map(str, index.original_shape[i])),
-        "original_axcodes": str(index.original_axcodes[i]),
-        "has_ts": str(int(index.has_ts[i])),
-        "has_rex": str(int(index.has_rex[i])),
-    }
-
-
-def _agree(text: str, value: str | float) -> bool:
-    if isinstance(value, str):
-        return text == value
-    try:
-        return math.isclose(float(text), value, rel_tol=1e-4)
-    except ValueError:
-        return False
 
 
 def _check_rejected(

@@ -8,14 +8,14 @@ import math
 
 import numpy as np
 
+from common.cohort.cohort import load_labels
 from common.ct.anatomy import AIR_HU
-from common.labels import load_labels
 from common.shards.codec import NUM_TS_CLASSES
 
 NAMES = tuple(label.name for label in load_labels("totalsegmentator"))
 
 MIN_VOXELS = 50
-"""Fewer voxels of the 128 x 128 grid say nothing about a group of organs: our choice, about 1 millilitre."""
+"""Groups of organs with fewer voxels of the 128 x 128 grid are not judged: our choice, about 1 millilitre."""
 
 
 def _ids(*beginnings: str) -> np.ndarray:
@@ -38,13 +38,13 @@ FRONT = LIVER | _ids("heart", "sternum")
 def measure_organs(
     planes: np.ndarray, ts: np.ndarray, shape: tuple[int, int], spacing_mm: tuple[float, float, float]
 ) -> dict[str, float]:
-    """Answer the questions about a label map, by name of the rule; NaN where one does not apply.
+    """Measure a label map, by name of the rule; NaN where one does not apply.
 
     Args:
         planes: int16 HU ``(Z, 128, 128)``: every slice at the centres of the masks' grid.
         ts: uint8 TotalSegmentator ids ``(Z, 128, 128)``.
         shape: height and width of the full slices.
-        spacing_mm: of the full slices as (x, y, z).
+        spacing_mm: spacing of the full slices as (x, y, z).
     """
     tissue = max(1, int(np.count_nonzero(planes > AIR_HU)))
     measures = {"organs": int(np.count_nonzero(ts)) / tissue}

@@ -4,7 +4,6 @@ Shapes: Z slices, H rows, W columns, of the volume as it is drawn: reduced to at
 """
 
 import io
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from common.labels import load_labels
-from common.shards.codec import REX_CODES, decode_ct, decode_mask
-from common.shards.index import FIELDS, ShardIndex, load_index
+from common.cohort.cohort import load_labels
+from common.shards.codec import MASK_SIZE_PX, REX_CODES
+from common.shards.index import FIELDS, load_index
+from data_prep.shards.slices import read_slices
 
 CT, TS, REX, _ = FIELDS
 
@@ -29,55 +29,43 @@ SOFT_WINDOW = (-160, 240)
 WIDE_WINDOW = (-1000, 700)
 """Black and white in HU: lung and mediastinum as radiologists set them, and one that shows both and bone."""
 
-ORGAN_COLOURS = {
-    "lungs": (60, 140, 255),
-    "airways and gullet": (0, 215, 215),
-    "heart and vessels": (255, 60, 60),
-    "liver": (235, 140, 40),
-    "other abdominal organs": (70, 200, 80),
-    "bones": (250, 225, 90),
-    "muscles and nerves": (185, 110, 220),
+ORGANS = {
+    "lungs": ((60, 140, 255), ("lung_",)),
+    "airways and gullet": ((0, 215, 215), ("trachea", "esophagus")),
+    "heart and vessels": (
+        (255, 60, 60),
+        (
+            *("heart", "aorta", "pulmonary_vein", "brachiocephalic", "subclavian", "common_carotid"),
+            *("atrial", "superior_vena", "inferior_vena", "portal_vein", "iliac_artery", "iliac_vena"),
+        ),
+    ),
+    "liver": ((235, 140, 40), ("liver",)),
+    "other abdominal organs": ((70, 200, 80), ()),
+    "bones": (
+        (250, 225, 90),
+        (
+            *("sacrum", "vertebrae", "humerus", "scapula", "clavicula", "femur", "hip_", "skull", "rib_"),
+            *("sternum", "costal"),
+        ),
+    ),
+    "muscles and nerves": ((185, 110, 220), ("spinal_cord", "gluteus", "autochthon", "iliopsoas", "brain")),
 }
+"""Group of organs to its colour and how the names of its TotalSegmentator classes begin."""
+
 FINDING_COLOUR = (255, 0, 230)
 MARK_COLOUR = (255, 225, 90)
 TINT = 0.33
 
-_GROUPS = {
-    "lungs": ("lung_",),
-    "airways and gullet": ("trachea", "esophagus"),
-    "heart and vessels": (
-        *("heart", "aorta", "pulmonary_vein", "brachiocephalic", "subclavian", "common_carotid"),
-        *("atrial", "superior_vena", "inferior_vena", "portal_vein", "iliac_artery", "iliac_vena"),
-    ),
-    "liver": ("liver",),
-    "bones": (
-        *("sacrum", "vertebrae", "humerus", "scapula", "clavicula", "femur", "hip_", "skull", "rib_"),
-        *("sternum", "costal"),
-    ),
-    "muscles and nerves": ("spinal_cord", "gluteus", "autochthon", "iliopsoas", "brain"),
-}
-
 
 class PictureTask(NamedTuple):
-    """What to draw.
-
-    Args:
-        shard: path of the tar.
-        volume: name.
-    """
+    """A volume to draw: path of its shard's tar, and name."""
 
     shard: Path
     volume: str
 
 
 class Picture(NamedTuple):
-    """A volume as it was drawn.
-
-    Args:
-        volume: name.
-        jpeg: the file.
-        findings: ReXGroundingCT's in words, with their slices.
-    """
+    """A drawn volume: name, JPEG file, and ReXGroundingCT's findings in words, with their slices."""
 
     volume: str
     jpeg: bytes
@@ -85,13 +73,13 @@ class Picture(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A volume in the size in which it is drawn.
+    """A volume at the size at which it is drawn.
 
     Args:
         ct: int16 HU ``(Z, H, W)``.
         ts: uint8 ids ``(Z, 128, 128)``; zeros without a label map.
         rex: uint16 bit planes ``(Z, 128, 128)``; zeros where not annotated.
-        size_mm: of the whole volume as (z, y, x).
+        size_mm: size of the whole volume as (z, y, x).
     """
 
     ct: np.ndarray
@@ -105,12 +93,6 @@ def draw_volume(task: PictureTask) -> Picture:
 
     Coronal and sagittal cuts go through the middle of the body, at true proportions, head up. Numbers at
     their sides are those of the axial slices: lung window above, mediastinal window with the masks below.
-
-    Args:
-        task: what to draw.
-
-    Returns:
-        The picture.
 
     Raises:
         OSError: if the shard cannot be read.
@@ -141,30 +123,18 @@ def _read(task: PictureTask) -> Drawn:
     index = load_index(task.shard)
     names = index.volume.tolist()
     if task.volume not in names:
-        raise ValueError(f"volume must be in '{task.shard}', got '{task.volume}'.")
+        raise ValueError(f"No volume '{task.volume}' in '{task.shard}'.")
     i = names.index(task.volume)
-    first, number = int(index.first_sample[i]), int(index.num_slices[i])
-    planes: dict[str, list[np.ndarray]] = {"ct": [], "ts": [], "rex": []}
-    with task.shard.open("rb") as file:
-        for row in range(first, first + number):
-            planes["ct"].append(_reduced(decode_ct(_member(file.fileno(), index, row, CT))))
-            planes["ts"].append(_mask(file.fileno(), index, row, TS, index.slice_has_ts))
-            planes["rex"].append(_mask(file.fileno(), index, row, REX, index.slice_has_rex))
+    rows = range(int(index.first_sample[i]), int(index.first_sample[i]) + int(index.num_slices[i]))
+    ct = np.stack([_reduced(hu) for hu in read_slices(task.shard, index, CT, rows)])
+    masks = np.zeros((2, len(rows), MASK_SIZE_PX, MASK_SIZE_PX), np.uint16)
+    for mask, field, present in zip(masks, (TS, REX), (index.slice_has_ts, index.slice_has_rex), strict=True):
+        drawn = np.flatnonzero(present[rows.start : rows.stop])
+        for z, stored in zip(drawn, read_slices(task.shard, index, field, drawn + rows.start), strict=True):
+            mask[z] = stored
     x, y, z = index.spacing_mm[i].tolist()
-    size_mm = (z * number, y * int(index.shape[i, 0]), x * int(index.shape[i, 1]))
-    ct, ts, rex = (np.stack(planes[name]) for name in ("ct", "ts", "rex"))
-    return Drawn(ct, ts, rex, size_mm)
-
-
-def _member(descriptor: int, index: ShardIndex, row: int, field: str) -> bytes:
-    column = FIELDS.index(field)
-    return os.pread(descriptor, int(index.member_size[row, column]), int(index.member_offset[row, column]))
-
-
-def _mask(descriptor: int, index: ShardIndex, row: int, field: str, present: np.ndarray) -> np.ndarray:
-    if not present[row]:
-        return np.zeros((128, 128), np.uint8)
-    return decode_mask(_member(descriptor, index, row, field))
+    size_mm = (z * len(rows), y * int(index.shape[i, 0]), x * int(index.shape[i, 1]))
+    return Drawn(ct, masks[0].astype(np.uint8), masks[1], size_mm)
 
 
 def _reduced(ct: np.ndarray) -> np.ndarray:
@@ -180,10 +150,10 @@ def chosen_slices(rex: np.ndarray, number: int = NUM_AXIAL) -> list[int]:
 
     Args:
         rex: bit planes ``(Z, 128, 128)``.
-        number: of slices; a volume of fewer shows all.
+        number: slices to choose; a volume of fewer shows all.
 
     Returns:
-        Their places, from the feet to the head.
+        Their positions, from the feet to the head.
 
     Example:
         >>> rex = np.zeros((100, 128, 128), np.uint16)
@@ -283,11 +253,11 @@ def _image(
 def _colours() -> np.ndarray:
     """Colour of every uint8 id: ``(256, 3)``."""
     colours = np.zeros((256, 3), np.float32)
-    colours[:] = ORGAN_COLOURS["other abdominal organs"]
+    colours[:] = ORGANS["other abdominal organs"][0]
     for label in load_labels("totalsegmentator"):
-        for group, beginnings in _GROUPS.items():
+        for colour, beginnings in ORGANS.values():
             if label.name.startswith(beginnings):
-                colours[label.index] = ORGAN_COLOURS[group]
+                colours[label.index] = colour
     return colours
 
 

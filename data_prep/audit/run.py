@@ -1,4 +1,4 @@
-"""Reads shards back and proves them; ``audit_checks`` lists the claims."""
+"""Reads shards back and proves them: :mod:`data_prep.audit.checks` lists what is checked."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.cohort.cohort import load_labels
 from common.ct.checks import judge
-from common.labels import load_labels
 from common.run.process import atomic_file
 from common.shards.shards import SHARD_NAME
-from data_prep.audit.checks import Tally
+from data_prep.audit.checks import RULES, Tally
 from data_prep.audit.cohort import (
     Row,
     Volume,
@@ -25,7 +25,6 @@ from data_prep.audit.cohort import (
     load_indices,
     volumes_of,
 )
-from data_prep.audit.measures import RULES
 from data_prep.audit.pictures import Picture, PictureTask, draw_volume
 from data_prep.audit.shard import ShardTask, audit_shard, draw
 from data_prep.audit.volume import VolumeContent
@@ -37,28 +36,28 @@ if TYPE_CHECKING:
     from data_prep.commands.console import ShowProgress
 
 MAX_SUSPICIOUS_PICTURES = 24
-"""Pictures of suspicious volumes in a report; the others are in its JSON file."""
+"""Suspicious volumes with a picture in the report; the others are in its JSON file."""
 
 MIN_COHORT = 20
-"""Fewer volumes have no outliers."""
+"""With fewer volumes, none counts as an outlier."""
 
 MAX_DEVIATIONS = 10
-"""How many robust standard deviations (1.4826 x median absolute deviation) from the median are suspicious."""
+"""Robust standard deviations (1.4826 x median absolute deviation) from the median that are suspicious."""
 
 
 class Audit(NamedTuple):
-    """What came of an audit.
+    """The outcome of an audit.
 
     Args:
-        folder: of the shards.
-        splits: that were checked.
-        share: of the volumes that were decoded.
-        num_shards: of the splits.
-        num_bytes: of their tars.
-        tally: of the checks.
-        volumes: of the splits.
-        contents: of the decoded volumes, by name.
-        suspicious: volumes to look at: name to what was asked and what is wrong with the answer.
+        folder: folder of the shards.
+        splits: splits that were checked.
+        share: share of their volumes that was decoded.
+        num_shards: shards of the splits.
+        num_bytes: size of their tars.
+        tally: outcome of each check.
+        volumes: volumes of the splits.
+        contents: content of the decoded volumes, by name.
+        suspicious: volumes to look at: name to the checks it fails, and why.
         rejected: rows of rejected.csv.
     """
 
@@ -84,19 +83,16 @@ def audit_shards(
 ) -> Audit:
     """Read shards back and check everything about them.
 
-    One shard is one task and is read once. Names, places, bytes, order and records are checked of every
-    slice; a share of the volumes is decoded, and looked at.
+    One shard is one task and is read once. Names, places, bytes, order and records of every slice are
+    checked; a share of the volumes is decoded, and looked at.
 
     Args:
-        folder: of the shards.
-        split: to check; None checks all.
-        client: of the cluster.
-        share: of the volumes to decode.
-        seed: of their choice.
-        progress: told of every shard.
-
-    Returns:
-        What came of it.
+        folder: folder of the shards.
+        split: split to check; None for all.
+        client: Dask cluster.
+        share: share of the volumes to decode.
+        seed: seed of their choice.
+        progress: called after every shard.
 
     Raises:
         FileNotFoundError: if the folder is missing or holds no shard of the split.
@@ -104,45 +100,47 @@ def audit_shards(
     splits = _splits(folder, split)
     tally = Tally()
     indices = load_indices(folder, splits, tally)
-    own = {shard: index for shard, index in indices.items() if str(index.split) in splits}
+    wanted = {shard: index for shard, index in indices.items() if str(index.split) in splits}
     everything = volumes_of(indices)
     volumes = [volume for volume in everything if volume.split in splits]
     check_identity(everything, splits, tally)
     check_labels(volumes, tally)
     rejected = check_tables(folder, splits, indices, tally)
     contents: dict[str, VolumeContent] = {}
-    tasks = [ShardTask(shard.resolve(), share, seed) for shard in own]
+    tasks = [ShardTask(shard.resolve(), share, seed) for shard in wanted]
     progress("Reading shards", 0, len(tasks))
     for done, (task, result) in enumerate(run_tasks(client, audit_shard, tasks), start=1):
         if isinstance(result, BaseException):
-            tally.fail("index", task.path.name, f"it could not be read: {result}")
+            tally.fail("index", task.path.name, f"cannot be read: {result}")
         else:
             tally.add(result.tally)
             contents |= result.contents
         progress("Reading shards", done, len(tasks))
     contents = {volume.name: contents[volume.name] for volume in volumes if volume.name in contents}
-    num_bytes = sum(int(index.tar_bytes) for index in own.values())
+    num_bytes = sum(int(index.tar_bytes) for index in wanted.values())
     suspicious = find_suspicious(contents, tally)
-    return Audit(folder, splits, share, len(own), num_bytes, tally, volumes, contents, suspicious, rejected)
+    return Audit(
+        folder, splits, share, len(wanted), num_bytes, tally, volumes, contents, suspicious, rejected
+    )
 
 
 def _splits(folder: Path, split: str | None) -> tuple[str, ...]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"shards must be in a folder, got '{folder}', which is none.")
+        raise FileNotFoundError(f"No folder '{folder}'.")
     names = (SHARD_NAME.fullmatch(file.name.replace(".index.npz", ".tar")) for file in folder.iterdir())
     present = tuple(sorted({name["split"] for name in names if name}))
     if not present or (split is not None and split not in present):
-        wanted = "shards" if split is None else f"shards of split '{split}'"
-        raise FileNotFoundError(f"'{folder}' must hold {wanted}, got splits {list(present)}.")
+        what = "shards" if split is None else f"shards of split '{split}'"
+        raise FileNotFoundError(f"No {what} in '{folder}', which has the splits {list(present)}.")
     return present if split is None else (split,)
 
 
 def find_suspicious(contents: Mapping[str, VolumeContent], tally: Tally) -> dict[str, dict[str, str]]:
-    """Hold every decoded volume to what a chest CT looks like, and to the other volumes.
+    """Compare every decoded volume with what a chest CT looks like, and with the other volumes.
 
     Args:
-        contents: by volume.
-        tally: told of every answer.
+        contents: content of each volume.
+        tally: record of the checks.
 
     Returns:
         Volume to the names of the checks it fails, and why.
@@ -166,12 +164,12 @@ def _outliers(contents: Mapping[str, VolumeContent], tally: Tally) -> dict[str, 
     tally.saw("outliers", len(contents))
     found = {}
     percentiles = np.array([content.hu_percentiles for content in contents.values()])
-    for name, hu in (("median HU", percentiles[:, 1]), ("HU that 99 % stay below", percentiles[:, 2])):
+    for name, hu in (("median HU", percentiles[:, 1]), ("HU below which 99 % lie", percentiles[:, 2])):
         usual = np.median(hu)
         deviation = 1.4826 * np.median(np.abs(hu - usual))
         far = np.abs(hu - usual) > MAX_DEVIATIONS * max(deviation, 1.0)
         for volume, value in ((v, h) for v, h, is_far in zip(contents, hu, far, strict=True) if is_far):
-            found[volume] = f"unlike the other volumes ({name}: {value:.0f}; theirs: {usual:.0f})"
+            found[volume] = f"unlike the other volumes ({name}: {value:.0f}; others: {usual:.0f})"
     return found
 
 
@@ -182,17 +180,17 @@ def draw_pictures(
     seed: int = 0,
     progress: ShowProgress = lambda stage, done, total: None,
 ) -> tuple[list[Picture], list[Picture]]:
-    """Draw a random sample of the sound volumes and the first suspicious ones, one task each.
+    """Draw a random sample of the volumes and the first suspicious ones, one task each.
 
     Args:
-        audit: what came of the checks.
-        client: of the cluster.
-        num_sheets: of the sample.
-        seed: of the sample.
-        progress: told of every picture.
+        audit: outcome of the checks.
+        client: Dask cluster.
+        num_sheets: size of the sample.
+        seed: seed of the sample.
+        progress: called after every picture.
 
     Returns:
-        Pictures of the sample, and of suspicious volumes. What cannot be drawn is left out.
+        Pictures of the sample, and of suspicious volumes, without those that cannot be drawn.
     """
     by_name = {volume.name: volume for volume in audit.volumes}
     sample = sorted(by_name, key=lambda name: draw(name, seed))[:num_sheets]
@@ -211,12 +209,7 @@ def draw_pictures(
 
 
 def write_json(audit: Audit, path: Path) -> None:
-    """Write what a program may want to know: checks, offenders, and a row of measures for every volume.
-
-    Args:
-        audit: what came of it.
-        path: of the file.
-    """
+    """Write the audit for programs: checks, offenders, and a row of measures for every volume."""
     document = {
         "folder": str(audit.folder),
         "splits": audit.splits,

@@ -1,4 +1,4 @@
-"""One volume, decoded slice by slice: what its voxels and masks say of it.
+"""One volume, decoded slice by slice: what its voxels and masks say about it.
 
 Shapes: Z slices of the volume, H rows, W columns.
 """
@@ -11,9 +11,10 @@ from common.ct.anatomy import Coarse, coarse_steps
 from common.ct.checks import blank_slices, measure
 from common.shards.codec import MASK_SIZE_PX, REX_CODES
 from data_prep.audit.organs import measure_organs, organ_voxels
+from data_prep.sources.mask_alignment import cell_voxels
 
 HU_BIN = 32
-"""Width of a bin of the histograms that are kept of every volume."""
+"""Width of a bin of each volume's histogram."""
 
 _NUM_UINT16 = 2**16
 
@@ -22,8 +23,8 @@ class VolumeContent(NamedTuple):
     """What a decoded volume holds.
 
     Args:
-        measures: answers to the questions of ``RULES``; NaN or absent where one does not apply.
-        hu_percentiles: HU that 1, 50 and 99 % of the voxels stay below.
+        measures: what ``RULES`` are about; NaN or absent where a rule does not apply.
+        hu_percentiles: HU below which 1, 50 and 99 % of the voxels lie.
         hu_counts: ``(128,)`` int64 voxels of each 32 HU from -1024 to 3071.
         organ_voxels: ``(118,)`` int64 voxels of each TotalSegmentator id; zeros without a label map.
         finding_slices: ``(14,)`` int64 slices with each ReXGroundingCT code.
@@ -37,13 +38,13 @@ class VolumeContent(NamedTuple):
 
 
 class VolumeDecoder:
-    """Takes in the slices of a volume in any order and needs little memory: 32 KiB a slice, and masks.
+    """Takes the slices of a volume in any order and needs little memory: 32 KiB per slice, and masks.
 
     Args:
-        num_slices: of the volume.
-        shape: height and width of its slices.
-        spacing_mm: as (x, y, z).
-        has_ts: whether it has a label map.
+        num_slices: number of slices.
+        shape: height and width of a slice.
+        spacing_mm: spacing as (x, y, z).
+        has_ts: whether the volume has a label map.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class VolumeDecoder:
     ) -> None:
         self.shape = shape
         self.spacing_mm = spacing_mm
-        self.grid = mask_grid(shape)
+        self.grid = tuple(map(cell_voxels, shape))
         self.steps = coarse_steps(spacing_mm)
         sizes = zip((num_slices, *shape), self.steps, strict=True)
         self.coarse = np.zeros([-(-size // step) for size, step in sizes], np.int16)
@@ -63,13 +64,13 @@ class VolumeDecoder:
         self.missing = set(range(num_slices))
 
     def add(self, z: int, ct: np.ndarray, ts: np.ndarray | None, rex: np.ndarray | None) -> None:
-        """Take in a slice.
+        """Take a slice.
 
         Args:
-            z: its place, from the feet.
+            z: its position, from the feet.
             ct: int16 HU ``(H, W)``.
-            ts: its TotalSegmentator ids, if there are any.
-            rex: its bit planes of findings, if there are any.
+            ts: TotalSegmentator ids, if there are any.
+            rex: bit planes of findings, if there are any.
         """
         rows, columns = self.grid
         self.planes[z] = ct[rows[:, None], columns]
@@ -86,8 +87,8 @@ class VolumeDecoder:
         self.missing.discard(z)
 
     def content(self) -> VolumeContent:
-        """Return what the volume holds, once all slices are in."""
-        # bincount saw int16 as uint16, in which the negative values come last
+        """Return what the volume holds, once it has all slices."""
+        # bincount took int16 for uint16, in which the negative values come last
         counts = np.roll(self.counts, _NUM_UINT16 // 2)
         hu = np.arange(_NUM_UINT16) - _NUM_UINT16 // 2
         reached = np.cumsum(counts) / counts.sum()
@@ -108,23 +109,15 @@ class VolumeDecoder:
         )
 
 
-def mask_grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows and columns of a slice at the centres of the masks' grid."""
-    rows, columns = (
-        ((np.arange(MASK_SIZE_PX) + 0.5) * size / MASK_SIZE_PX).astype(np.intp) for size in shape
-    )
-    return rows, columns
-
-
 def greatest_step(planes: np.ndarray) -> float:
-    """Look for slices that lie in the wrong place: unlike both neighbours, which are like each other.
+    """Find slices in the wrong place: unlike both neighbours, which are like each other.
 
     Args:
         planes: ``(Z, H, W)``.
 
     Returns:
-        The greatest, over all slices but the first and last, of the mean absolute change to the nearer
-        neighbour over the change between both; NaN where none changes.
+        The greatest ratio, over all slices but the first and last, of the mean absolute change to the nearer
+        neighbour to the change between both neighbours; NaN where nothing changes.
 
     Example:
         >>> ramp = np.arange(5)[:, None, None] * np.ones((1, 2, 2))

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from data_prep.audit.checks import CHECKS, ERROR
+from data_prep.audit.report import write_report
+from data_prep.audit.run import audit_shards, draw_pictures, write_json
+from data_prep.cluster import dask_client
+from data_prep.commands.console import console, progress_bars
 from data_prep.commands.options import Scheduler, Shards, Workers
 
 
@@ -12,7 +20,7 @@ def audit(
     shards: Shards,
     split: Annotated[str | None, typer.Option(help="Split to audit. Default: all.")] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Page to write, and a .json beside it. Default: SHARDS/audit.html.")
+        Path | None, typer.Option(help="Page to write, with a .json beside it. Default: SHARDS/audit.html.")
     ] = None,
     sheets: Annotated[int, typer.Option(help="Volumes of a random sample to draw.", min=0)] = 12,
     sample: Annotated[
@@ -23,7 +31,7 @@ def audit(
             max=1,
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the random samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random samples.")] = 0,
     workers: Workers = None,
     scheduler: Scheduler = None,
 ) -> None:
@@ -31,16 +39,6 @@ def audit(
 
     Exit status 1 if the shards cannot be trusted; volumes that only look strange are listed, with status 0.
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from data_prep.audit.checks import CHECKS, ERROR
-    from data_prep.audit.report import write_report
-    from data_prep.audit.run import audit_shards, draw_pictures, write_json
-    from data_prep.cluster import dask_client
-    from data_prep.commands.console import console, progress_bars
-
     path = report or shards / "audit.html"
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"report must be in a folder that exists, got '{path}'.")
@@ -61,6 +59,6 @@ def audit(
                 escape(f"{first.where}: {first.what}") if first else "",
             )
     Console().print(table)
-    console.print(f"The report is {escape(str(path))}.", soft_wrap=True)
+    console.print(f"The report is {path}.", soft_wrap=True, markup=False)
     if result.tally.has_errors:
         raise typer.Exit(1)

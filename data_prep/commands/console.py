@@ -1,9 +1,11 @@
-"""What the commands show while they work."""
+"""What the commands show: progress, the table at the end, volumes that were left out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True)
@@ -24,7 +27,7 @@ ShowProgress = Callable[[str, int, int], None]
 
 
 class RateColumn(ProgressColumn):
-    """Items a minute."""
+    """Items per minute."""
 
     def render(self, task: Task) -> Text:
         """Return the rate, once there is one."""
@@ -33,7 +36,7 @@ class RateColumn(ProgressColumn):
 
 @contextmanager
 def progress_bars() -> Iterator[ShowProgress]:
-    """Show a bar for each stage of the work, with its rate and the time it still takes."""
+    """Show a bar for each stage of the work, with its rate and the time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -47,8 +50,34 @@ def progress_bars() -> Iterator[ShowProgress]:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                # what an earlier run did is not of this run's rate
+                # what an earlier run did does not count for this run's rate
                 tasks[stage] = bars.add_task(stage, total=total, completed=done)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+def show_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print a table of names and numbers."""
+    table = Table(title=escape(title), show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def check_rejected(num_rejected: int, share: float, max_share: float) -> None:
+    """Exit with status 1 if more than a share of the volumes was rejected."""
+    if share > max_share:
+        console.print(
+            f"{share:.2%} of the volumes ({num_rejected}) were rejected, but only {max_share:.2%} may be. "
+            "Fix them, or raise --max-rejected.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+
+
+def left_out(volume: str, detail: str) -> None:
+    """Say in one line why something was left out."""
+    console.print(f"[red]Left out:[/red] '{escape(volume)}': {escape(detail)}", soft_wrap=True)

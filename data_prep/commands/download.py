@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
@@ -18,21 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
-from data_prep.commands.console import console
-from data_prep.download import (
-    FAILED,
-    ShowDownload,
-    check_room,
-    plan_download,
-    write_failed,
-)
-from data_prep.download import (
-    download as download_files,
-)
-from data_prep.hub_access import open_repository
-from data_prep.hub_files import (
+from data_prep.commands.console import console, show_rows
+from data_prep.hub import download as hub
+from data_prep.hub.access import open_repository
+from data_prep.hub.files import (
     REPOSITORIES,
     RemoteFile,
     label_map_places,
@@ -106,35 +95,35 @@ def download(
 def _fill(api: "HfApi", repository: str, commit: str, files: list[RemoteFile], out: Path, jobs: int) -> None:
     """Fetch what is missing and say what came of it; leave with status 1 where a file failed."""
     out.mkdir(parents=True, exist_ok=True)
-    plan = plan_download(files, out)
-    free = check_room(plan, out)
+    plan = hub.plan_download(files, out)
+    free = hub.check_room(plan, out)
     console.print(
         f"{repository} at {commit[:8]}: {len(plan.todo):,} files to fetch, which take "
         f"{decimal(plan.num_bytes)} of {decimal(free)} free; {plan.num_kept:,} are there.",
         soft_wrap=True,
     )
     with _bars(len(plan.todo), sum(file.num_bytes for file in plan.todo)) as show:
-        failed = plan.unsafe + download_files(api, repository, commit, plan.todo, out, jobs, show)
-    write_failed(out, failed)
-    table = Table(title=f"Download in {escape(str(out))}", show_header=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    table.add_row("commit", commit)
-    table.add_row("files fetched", f"{len(plan.todo) + len(plan.unsafe) - len(failed):,}")
-    table.add_row("there before", f"{plan.num_kept:,}")
-    table.add_row("failed", f"{len(failed):,}")
-    Console().print(table)
+        failed = plan.unsafe + hub.download(api, repository, commit, plan.todo, out, jobs, show)
+    hub.write_failed(out, failed)
+    rows = (
+        ("commit", commit),
+        ("files fetched", f"{len(plan.todo) + len(plan.unsafe) - len(failed):,}"),
+        ("there before", f"{plan.num_kept:,}"),
+        ("failed", f"{len(failed):,}"),
+    )
+    show_rows(f"Download in {out}", rows)
     if failed:
         for item in failed[:10]:
             console.print(escape(f"{item.path}: {item.reason}"), soft_wrap=True)
         console.print(
-            f"All that failed is listed in {escape(str(out / FAILED))}. Run the same again.", soft_wrap=True
+            f"All that failed is listed in {escape(str(out / hub.FAILED))}. Run the same again.",
+            soft_wrap=True,
         )
         raise typer.Exit(1)
 
 
 @contextmanager
-def _bars(num_files: int, num_bytes: int) -> Iterator[ShowDownload]:
+def _bars(num_files: int, num_bytes: int) -> Iterator[hub.ShowDownload]:
     """Show files and bytes, with the rate and the time they still take."""
     columns = (
         TextColumn("{task.fields[files]} files"),

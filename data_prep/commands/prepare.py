@@ -1,19 +1,128 @@
-"""What the commands that write shards share: workers, progress bars, the summary, the exit status."""
+"""``ct-rate``, ``rad-chestct``, ``nifti`` and ``dicom``: a dataset into shards."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from common.ct.geometry import RejectedVolume, is_failure
+from common.ct.rejection import RejectedVolume, is_failure
 from data_prep.cluster import dask_client
-from data_prep.cohort_tables import MANIFEST, REJECTED
-from data_prep.commands.console import console, progress_bars
-from data_prep.source_volume import SourceVolume
-from data_prep.write_shards import Summary, write_shards
+from data_prep.commands.console import check_rejected, console, progress_bars, show_rows
+from data_prep.commands.options import (
+    CTRateMaps,
+    CTRateRoot,
+    FirstVolumes,
+    LabelMaps,
+    MaxRejected,
+    Out,
+    Scheduler,
+    SlicesPerShard,
+    SplitName,
+    Workers,
+)
+from data_prep.shards.tables import MANIFEST, REJECTED
+from data_prep.shards.write import Summary, write_shards
+from data_prep.sources.ct_rate import find_ct_rate
+from data_prep.sources.folders import find_series, find_volumes
+from data_prep.sources.rad_chestct import find_rad_chestct
+from data_prep.sources.rexgroundingct import read_annotations
+from data_prep.sources.source_volume import SourceVolume
+
+
+def ct_rate(
+    root: CTRateRoot,
+    split: Annotated[Literal["train", "valid"], typer.Option(help="Split to convert.")],
+    out: Out,
+    form: Annotated[
+        Literal["auto", "v1", "v2"],
+        typer.Option(help="v1: raw values, blank headers. v2 (_fixed): HU. auto: by folder, then header."),
+    ] = "auto",
+    totalsegmentator: CTRateMaps = None,
+    rexgroundingct: Annotated[Path | None, typer.Option(help="ReXGroundingCT's dataset JSON.")] = None,
+    rexgroundingct_masks: Annotated[Path | None, typer.Option(help="ReXGroundingCT's segmentations.")] = None,
+    limit: FirstVolumes = None,
+    slices_per_shard: SlicesPerShard = 5000,
+    max_rejected: MaxRejected = 0.01,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Write CT-RATE into shards, with TotalSegmentator's and ReXGroundingCT's masks."""
+    if (rexgroundingct is None) != (rexgroundingct_masks is None):
+        raise ValueError(
+            "--rexgroundingct and --rexgroundingct-masks must be given together, got one of them."
+        )
+    annotations = (
+        read_annotations(rexgroundingct, rexgroundingct_masks)
+        if rexgroundingct is not None and rexgroundingct_masks is not None
+        else None
+    )
+    sources, rejected = find_ct_rate(root, split, form, totalsegmentator, annotations)
+    if limit is not None:
+        sources = sources[:limit]
+        last = sources[-1].volume if sources else ""
+        rejected = [item for item in rejected if item.volume <= last]
+    prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)
+
+
+def rad_chestct(
+    root: Annotated[
+        Path, typer.Option(help="RAD-ChestCT as downloaded: npz volumes and CSV tables.", exists=True)
+    ],
+    split: Annotated[
+        Literal["train", "valid", "test"], typer.Option(help="Split to convert: trn*, val* or tst*.npz.")
+    ],
+    out: Out,
+    totalsegmentator: LabelMaps = None,
+    slices_per_shard: SlicesPerShard = 5000,
+    max_rejected: MaxRejected = 0.01,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Write RAD-ChestCT into shards, with the 16 classes that it shares with CT-RATE."""
+    sources, rejected = find_rad_chestct(root, split, totalsegmentator)
+    prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)
+
+
+def nifti(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Volumes in HU (NIfTI, MetaImage, NRRD), with sub-folders.", metavar="IN", exists=True
+        ),
+    ],
+    out: Out,
+    split: SplitName = "train",
+    masks: LabelMaps = None,
+    slices_per_shard: SlicesPerShard = 5000,
+    max_rejected: MaxRejected = 0.01,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Write a folder of volumes, one file each, into shards."""
+    sources, rejected = find_volumes(folder, split, masks)
+    prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)
+
+
+def dicom(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Tree of DICOM files with any names, one slice per file.", metavar="IN", exists=True
+        ),
+    ],
+    out: Out,
+    split: SplitName = "train",
+    masks: LabelMaps = None,
+    slices_per_shard: SlicesPerShard = 5000,
+    max_rejected: MaxRejected = 0.01,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Write every axial CT series of a tree of DICOM files into shards."""
+    with dask_client(scheduler, workers) as client, progress_bars() as progress:
+        sources, rejected = find_series(folder, split, client, masks, progress)
+    prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)
 
 
 def prepare(
@@ -26,51 +135,32 @@ def prepare(
     workers: int | None,
     scheduler: str | None,
 ) -> None:
-    """Write a cohort into shards on a Dask cluster and say what came of it.
-
-    Args:
-        sources: volumes to write.
-        rejected: volumes that were left out before.
-        out: folder of the shards.
-        split: of all volumes.
-        slices_per_shard: see ``write_shards``.
-        max_rejected: share of rejected volumes past which the exit status is 1.
-        workers: see ``dask_client``.
-        scheduler: see ``dask_client``.
+    """Write a cohort into shards on a Dask cluster and show the outcome; the arguments are the options above.
 
     Raises:
         typer.Exit: with status 1 if too many volumes were rejected.
     """
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
-        here = [source.absolute() for source in sources]  # workers may stand in another folder
+        here = [source.absolute() for source in sources]  # workers may run in another folder
         summary = write_shards(here, rejected, out.absolute(), split, client, slices_per_shard, progress)
-    _finish(summary, out, max_rejected)
+    finish(summary, out, max_rejected)
 
 
-def _finish(summary: Summary, out: Path, max_rejected: float) -> None:
-    """Print what came of the cohort; leave with status 1 where too much of it was rejected."""
-    table = Table(title=f"Shards in {escape(str(out))}", show_header=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    for name, value in _rows(summary):
-        table.add_row(name, value)
-    Console().print(table)
+def finish(summary: Summary, out: Path, max_rejected: float) -> None:
+    """Show what became of the cohort; exit with status 1 if too much of it was rejected."""
+    show_rows(f"Shards in {out}", _rows(summary))
     if summary.num_doubtful:
         console.print(
             f"{summary.num_doubtful} of {summary.num_volumes} volumes are doubtful: see column 'doubts' of "
-            f"{escape(str(out / MANIFEST))}.",
+            f"{out / MANIFEST}.",
             soft_wrap=True,
+            markup=False,
         )
     left_out = f"; {len(summary.rejected):,} left out, listed in {REJECTED}" if summary.rejected else ""
     what = f"{summary.num_volumes:,} volumes in {summary.num_shards:,} shards"
-    console.print(f"Done: {what} in {escape(str(out))}{left_out}.", soft_wrap=True)
-    if summary.rejected_share > max_rejected:
-        console.print(
-            f"rejected volumes must be at most {max_rejected:.2%}, got {summary.rejected_share:.2%} "
-            f"({sum(map(is_failure, summary.rejected))} volumes). Mend them, or raise --max-rejected.",
-            soft_wrap=True,
-        )
-        raise typer.Exit(1)
+    console.print(f"Done: {what} in {out}{left_out}.", soft_wrap=True, markup=False)
+    num_failures = sum(map(is_failure, summary.rejected))
+    check_rejected(num_failures, summary.rejected_share, max_rejected)
 
 
 def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -81,12 +171,12 @@ def _rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "shards", f"{summary.num_shards:,}"
     yield "MB", f"{summary.num_bytes / 1e6:,.1f}"
     if summary.num_volumes:
-        yield "MB a volume", f"{summary.num_bytes / 1e6 / summary.num_volumes:,.1f}"
+        yield "MB per volume", f"{summary.num_bytes / 1e6 / summary.num_volumes:,.1f}"
     if summary.num_resumed:
         yield "done before: volumes", f"{summary.num_resumed:,}"
         yield "done before: shards", f"{summary.num_resumed_shards:,}"
     if summary.num_workers:
-        yield "volumes a minute", f"{summary.num_done / summary.seconds * 60:,.1f}"
+        yield "volumes per minute", f"{summary.num_done / summary.seconds * 60:,.1f}"
         yield "workers", f"{summary.num_workers:,}"
         yield "peak memory of a worker, MB", f"{summary.peak_worker_bytes / 1e6:,.0f}"
     for reason, count in sorted(summary.reasons.items()):

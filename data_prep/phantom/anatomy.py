@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.grid import Box, Floats, Grid, Mask
 
 TS_IDS = {label.name: label.index for label in load_labels("totalsegmentator")}

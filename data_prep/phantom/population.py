@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.anatomy import Anatomy
 from data_prep.phantom.grid import Pose
 from data_prep.phantom.scene import Fluid

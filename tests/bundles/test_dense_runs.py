@@ -12,11 +12,11 @@ from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 from scipy.sparse import csr_matrix
 
+from common.cohort.cohort import load_labels
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.labels import load_labels
 from common.networks.dense_probe import load_dense_probe
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SCHEDULE = {"max_steps": 40, "val_interval": 20, "checkpoint_every": 20, "log_every": 20}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
+from common.cohort.class_map import class_map
+from common.cohort.cohort import load_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.labels import load_labels
-from common.labels.class_map import class_map
 from common.networks.mil_probe import load_probe, save_probe
 from common.networks.poolers import POOLERS, GatedAttentionPool, build_pooler, pad_bags
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))

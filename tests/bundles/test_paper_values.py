@@ -8,7 +8,7 @@ import timm
 import torch
 from monai.bundle import ConfigParser
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.transforms.hounsfield import HU_WINDOWS
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"

@@ -11,11 +11,10 @@ import torch
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStoreWriter
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
+from common.embeddings.store import IDENTITY_KEYS, EmbeddingStoreWriter
 from common.networks.mil_probe import load_probe
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "eval_ct_rate"
 CLASSES = [label.name for label in load_labels("ct_rate")]
@@ -131,8 +130,8 @@ def test_checkpoint_of_other_data_is_refused(workflow: Callable[..., ConfigWorkf
     with pytest.raises(RuntimeError, match="Failed to evaluate") as failure:
         second.run()
     assert isinstance(failure.value.__cause__, ValueError)
-    assert "'num_volumes': ([30, 10, 20], [28, 12, 20])" in str(failure.value.__cause__)
-    assert "'data': ([" in str(failure.value.__cause__)
+    assert "num_volumes [30, 10, 20], now [28, 12, 20]" in str(failure.value.__cause__)
+    assert "data [" in str(failure.value.__cause__)
 
 
 def test_class_names_of_the_metadata_are_those_of_the_label_set() -> None:

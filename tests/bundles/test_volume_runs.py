@@ -11,10 +11,10 @@ import typer
 from monai.bundle import ConfigWorkflow, verify_net_in_out
 from typer.testing import CliRunner
 
+from common.cohort.cohort import load_labels
 from common.embeddings.store import EmbeddingStore
 from common.engines import neighbour_probe
-from common.labels import load_labels
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 from common.run.config import first_cause
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -93,9 +93,8 @@ def test_a_ct_becomes_a_bag_with_its_grid_and_pooled_vector(bundle, embedding, t
     run.run()
     store = EmbeddingStore(tmp_path / "out")
     bag = store.read("valid_1_a_1")
-    grid, width, pooled_width = GIVEN[bundle]
+    grid, width, _ = GIVEN[bundle]
     assert bag.tokens.shape == (np.prod(bag.metadata["grid_shape"]), width)
-    assert bag.pooled.shape == (pooled_width,)
     assert grid in (None, bag.metadata["grid_shape"])
     assert bag.metadata["axcodes"] == run.parser["axcodes"]
     assert bag.metadata["spacing_mm"] == pytest.approx([3.0, 3.0, 3.0])
@@ -106,7 +105,6 @@ def test_a_ct_becomes_a_bag_with_its_grid_and_pooled_vector(bundle, embedding, t
         (batch,) = run.parser.get_parsed_content("dataloader")
         expected = run.inferer(batch["image"], run.network_def)
     torch.testing.assert_close(bag.tokens, expected["tokens"][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(bag.pooled, expected["pooled"][0], rtol=1e-5, atol=1e-5)
     assert len(torch.unique(bag.tokens, dim=0)) > 1
 
 

@@ -23,7 +23,7 @@ WriteCohort = Callable[..., tuple[Path, Path]]
 
 
 @pytest.fixture
-def write_cohort(tmp_path: Path) -> WriteCohort:
+def write_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteCohort:
     """Return ``write(split, num_volumes, ...) -> (embeddings_dir, labels_csv)``.
 
     Class c of a volume shows as a shift of a third of its slices along dimension c.
@@ -53,7 +53,8 @@ def write_cohort(tmp_path: Path) -> WriteCohort:
             "token_kind": "slice",
         }
         names = {torch.float16: "float16", torch.float32: "float32"}
-        with EmbeddingStoreWriter(folder, identity, names[dtype], part_bytes=1000) as writer:
+        monkeypatch.setattr("common.embeddings.store.PART_BYTES", 1000)  # several parts
+        with EmbeddingStoreWriter(folder, identity, names[dtype]) as writer:
             for index, row in enumerate(labels):
                 volume = f"{split}_{index // 2 + 1}_{'ab'[index % 2]}_1"
                 tokens = torch.from_numpy(rng.standard_normal((int(rng.integers(3, 12)), dim)))

@@ -89,9 +89,9 @@ def test_what_the_source_states_needs_no_option_and_admits_no_other(where, bundl
     assert stated_identity(path) | shown == stated_identity(path)
     assert stated_identity(path)["name"] == "dale_ct_2s"
     assert import_weights(source, bundle, slice_axes="xy", window=[-900, 800, -50, 300]) == path
-    with pytest.raises(ValueError, match="slice_axes must be 'xy' as .*, got 'yx'. Drop --slice_axes"):
+    with pytest.raises(ValueError, match="slice_axes .*'xy'.*'yx'. Drop --slice_axes"):
         import_weights(source, bundle, slice_axes="yx")
-    with pytest.raises(ValueError, match=r"hu_window must be \[-900.* as .*, got \[-997.0.*Drop --hu_window"):
+    with pytest.raises(ValueError, match=r"hu_window .*\[-900.*\[-997.0.*Drop --hu_window"):
         import_weights(source, bundle, window="ct_rate")
 
 
@@ -133,7 +133,7 @@ def test_the_encoder_of_a_checkpoint_is_imported(bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embed_dim": 36}, "embed_dim of '.*other.*' must be 24 .*, got 36. .*in a run --embed_dim 36"),
+        ({"embed_dim": 36}, "embed_dim of '.*other.*' must be 24 .*, got 36"),
         ({"patch_size": 4}, "patch_size_px of '.*other.*' must be 8 as this bundle states, got 4"),
         ({"img_size": 48}, "img_size_px of '.*other.*' must be 32 as this bundle states, got 48"),
         ({"depth": 3}, "depth of '.*other.*' must be 2 as this bundle states, got 3"),

@@ -22,7 +22,7 @@ import pytest
 from distributed import Client, LocalCluster
 from typer.testing import CliRunner, Result
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE_XYZ = (19, 17, 5)
@@ -117,19 +117,27 @@ def dask() -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def invoke(dask: Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run a command that writes shards on the workers that all tests share."""
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., Result]:
+    """Run a command of data_prep in this process."""
     from data_prep.__main__ import app
+
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "250"})
+
+
+@pytest.fixture
+def invoke(
+    dask: Client, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Result]
+) -> Callable[..., Result]:
+    """Run a command on the workers that all tests share."""
 
     @contextmanager
     def shared_client(*_: object) -> Iterator[Client]:
         yield dask
 
-    monkeypatch.setattr("data_prep.commands.prepare.dask_client", shared_client)
-    return lambda *arguments: CliRunner().invoke(
-        app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
-    )
+    for module in ("audit", "dense", "prepare", "statistics"):
+        monkeypatch.setattr(f"data_prep.commands.{module}.dask_client", shared_client)
+    return run_command
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from common.ct.files import ct_file
-from common.ct.geometry import RejectedError, StoredGrid
+from common.ct.geometry import Grid
+from common.ct.rejection import RejectedError
 from common.embeddings.dense_labels import findings_present, read_dense_labels
 from data_prep.dense_labels import dense_labels_of, write_all
-from data_prep.rexgroundingct import Annotation, read_full_findings
-from data_prep.source_volume import SourceVolume
-from data_prep.totalsegmentator import read_full_label_map
+from data_prep.sources.rexgroundingct import Annotation, read_full_findings
+from data_prep.sources.source_volume import SourceVolume
+from data_prep.sources.totalsegmentator import read_full_label_map
+
+pytestmark = pytest.mark.usefixtures("any_values")
 
 SHAPE_XYZ = (61, 53, 5)
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
@@ -26,7 +29,7 @@ def as_stored(array: np.ndarray, axcodes: str) -> nib.Nifti1Image:
 def test_full_masks_are_turned_by_their_own_affine(axcodes: str, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 118, SHAPE_XYZ).astype(np.uint8)
     nib.save(as_stored(ids, axcodes), tmp_path / "a.nii.gz")
-    grid = StoredGrid(SHAPE_XYZ, AFFINE, "LPS")
+    grid = Grid(SHAPE_XYZ, AFFINE)
     np.testing.assert_array_equal(read_full_label_map(tmp_path / "a.nii.gz", grid), ids.transpose(2, 1, 0))
     finding = ids > 100
     nib.save(as_stored(finding.astype(np.uint8), axcodes), tmp_path / "rex.nii.gz")

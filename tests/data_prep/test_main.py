@@ -15,7 +15,7 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(module.app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
 
 
-COMMANDS = sorted(name.replace("_", "-") for name in module.EXAMPLES)
+COMMANDS = sorted(module.COMMANDS)
 
 
 def test_commands_are_listed_with_what_they_do() -> None:

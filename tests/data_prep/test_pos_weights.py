@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from common import labels as labels_module
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.shards.codec import VolumeSlices, encode_mask
 from common.shards.shards import write_shard
 from data_prep.pos_weights import (

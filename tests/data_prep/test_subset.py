@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cohort.tables import listed_volumes, read_labels
+from common.cohort.cohort import listed_volumes, read_labels
 from data_prep.subset import choose_subset, write_skip_list, write_subset
 
 NAMES = ["Emphysema", "Atelectasis", "Hiatal hernia", "Consolidation", "Lung nodule"]

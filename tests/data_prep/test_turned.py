@@ -4,9 +4,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedError, axial_slices
+from common.ct.geometry import axial_slices
 from common.ct.npz import read_ct
+from common.ct.rejection import RejectedError
 from data_prep.turned import TURNS, find_volumes, turned_slices, write_turned
+
+pytestmark = pytest.mark.usefixtures("any_values")
 
 
 def stored_npz(path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.embeddings.work import report_rejected
 from common.run import process
 

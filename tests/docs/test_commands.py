@@ -24,6 +24,7 @@ from monai.bundle import scripts
 from torch.distributed.run import get_args_parser
 
 from common.run.config import executed_config
+from data_prep.__main__ import COMMANDS
 from study.stages import SIZES, all_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ GIVEN_BY_SLURM = {"SLURM_NNODES": "2"}
 # Commands that are not run here, by a pattern of page and words: why, and the test that runs their like.
 NOT_RUN = {
     r"^bundles/\w+/docs/": ("as the README's, bundle by bundle", "bundles/test_embedding_runs.py"),
-    r"^data_prep/README.md": ("command by command, on phantoms", "data_prep/commands/test_ct_rate.py"),
+    r"^data_prep/README.md": ("command by command, on phantoms", "data_prep/commands/test_prepare.py"),
     r"^docs/bring_your_own_encoder.md": ("with the page's own JSON", "bundles/test_bring_your_own.py"),
     r": python (-m )?benchmarks": ("minutes each", None),
     r": (make|bash|python -m study\S*) ": ("minutes each", "test_hops.py"),
@@ -48,7 +49,7 @@ NOT_RUN = {
     r"bundles/merlin": ("weights of the hub", "bundles/test_volume_runs.py"),
     r"vit_b14_dinov2|table_v_": ("weights of the hub", "bundles/test_overlays.py"),
     r": python -m data_prep (dicom|audit)": ("run there", "data_prep/commands/test_audit.py"),
-    r"my_cts/train --out /data/my_shards": ("as with --masks", "data_prep/commands/test_nifti.py"),
+    r"my_cts/train --out /data/my_shards": ("as with --masks", "data_prep/commands/test_prepare.py"),
     r"dense_labels|patch_tokens": ("on masks of every slice", "bundles/test_dense_runs.py"),
     r"RAD-ChestCT": ("on RAD-ChestCT's layout", "bundles/test_external_runs.py"),
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
@@ -89,9 +90,7 @@ def scripts_of(page: str) -> list[str]:
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     # its tables leave the first words out
     bare = page == "data_prep/README.md"
-    names = (
-        {path.stem.replace("_", "-") for path in REPOSITORY.glob("data_prep/commands/*.py")} if bare else {}
-    )
+    names = COMMANDS if bare else {}
     found = []
     for block, span in re.findall(r"^```(.*?)^```|`([^`]+)`", text, re.M | re.S):
         line = " ".join(span.split())

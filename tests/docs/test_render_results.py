@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.reports.results_csv import NAN, ResultRow, add_rows
+from common.reports.results import NAN, ResultRow, add_rows
 from docs.render_results import cell
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from common.reports.results_csv import ResultRow, add_rows
+from common.reports.results import ResultRow, add_rows
 from study import render
 from study.run import write_record
 

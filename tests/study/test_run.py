@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -21,14 +22,6 @@ def progress() -> Progress:
     return Progress(console=Console(stderr=True))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    process = run.command_server(dict(os.environ))
-    yield process
-    process.stdin.close()
-    assert process.wait(timeout=30) == 0
-
-
 @pytest.fixture
 def module(tmp_path) -> Callable[[str, str], list[str]]:
     """Return ``write(name, code)``, which returns the command that runs the code."""
@@ -40,21 +33,21 @@ def module(tmp_path) -> Callable[[str, str], list[str]]:
     return write
 
 
-def test_commands_run_in_order_and_all_they_print_is_in_the_log(tmp_path, progress, server, module):
+def test_commands_run_in_order_and_all_they_print_is_in_the_log(tmp_path, progress, module):
     second = "import sys; print('second', sys.argv[1:], sys.stdin.read(), file=sys.stderr)"
     stage = Stage("one", [module("first", "print('first')"), [*module("other", second), "word"]])
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    run.run_stage(stage, tmp_path / "logs" / "one.log", environment, server, progress)
+    run.run_stage(stage, tmp_path / "logs" / "one.log", environment, progress)
     lines = (tmp_path / "logs" / "one.log").read_text().splitlines()
     assert lines == ["$ python -m first", "first", "$ python -m other word", "second ['word'] "]
 
 
-def test_a_command_that_fails_ends_the_study_with_the_end_of_its_log(tmp_path, progress, server, module):
+def test_a_command_that_fails_ends_the_study_with_the_end_of_its_log(tmp_path, progress, module):
     broken = module("broken", "print('before'); raise SystemExit('the reason')")
     stage = Stage("broken", [broken, module("never", "print('never')")])
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     with pytest.raises(SystemExit) as stopped:
-        run.run_stage(stage, tmp_path / "broken.log", environment, server, progress)
+        run.run_stage(stage, tmp_path / "broken.log", environment, progress)
     message = str(stopped.value)
     assert "the reason" in message
     assert "Stage 'broken' failed (exit 1): python -m broken" in message
@@ -126,7 +119,7 @@ def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_pat
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "The same command goes on here" in output
+    assert "same command again" in output
     assert not psutil.pid_exists(int((tmp_path / "started").read_text()))
     listed = subprocess.run(
         [*command, "--list"], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -143,20 +136,20 @@ def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_pat
 
 def test_a_study_whose_server_is_killed_stops_its_command_and_says_so(tmp_path, module, progress):
     module("slow", SLOW.replace("{here}", str(tmp_path)))
-    server = run.command_server(dict(os.environ))
 
     def kill() -> None:
         while not (tmp_path / "started").is_file() or not (tmp_path / "started").read_text():
             time.sleep(0.05)
-        server.kill()
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
 
     threading.Thread(target=kill).start()
     stage = Stage("slow", [[sys.executable, "-m", "slow"]])
     environment = {"PYTHONPATH": str(tmp_path)}
-    with pytest.raises(SystemExit, match="was killed. The same command goes on here"):
-        run.run_stage(stage, tmp_path / "slow.log", environment, server, progress)
+    with pytest.raises(SystemExit, match="was killed"):
+        run.run_stage(stage, tmp_path / "slow.log", environment, progress)
     command = int((tmp_path / "started").read_text())
     deadline = time.monotonic() + 10
     while psutil.pid_exists(command) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(command)
+    run.run_stage(Stage("next", [module("next", "")]), tmp_path / "next.log", environment, progress)

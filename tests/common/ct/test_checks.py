@@ -20,14 +20,15 @@ from common.ct.checks import (
     levels_without_padding,
 )
 from common.ct.files import ct_file
-from common.ct.geometry import HUValues, RejectedError, StoredCT, StoredGrid
+from common.ct.geometry import CT, Grid, HUValues
 from common.ct.nifti import Rescale
+from common.ct.rejection import RejectedError
 from common.embeddings.work import ct_sources
 from data_prep.audit.volume import VolumeDecoder
 from data_prep.phantom.anatomy import IS_LUNG
 from data_prep.phantom.population import CT_RATE_LABELS, roster
 from data_prep.phantom.scan import Volume, render
-from data_prep.source_volume import SourceVolume, read_ct, read_volume
+from data_prep.sources.source_volume import SourceVolume, read_ct, read_volume
 
 MATRIX, SLICE_MM = 128, (4.0, 5.0)
 SCAN = roster(1, seed=8)[0]
@@ -50,9 +51,9 @@ def unit_of(values: np.ndarray) -> set[str]:
     """Rules that make a reader refuse values before the clip."""
     seen = HUValues()
     seen.add(values.transpose(2, 1, 0))
-    grid = StoredGrid((1, 1, 1), np.eye(4), "RAS")
+    grid = Grid((1, 1, 1), np.eye(4))
     try:
-        check_hu(StoredCT(np.zeros(0), seen, (1, 1, 1), grid, ""))
+        check_hu(CT(np.zeros(0), (1, 1, 1), grid, "", seen))
     except RejectedError as error:
         words = ("dark as air", "darker", "soft tissue", "bone", "no CT")
         return {word for word in words if word in error.detail} | (

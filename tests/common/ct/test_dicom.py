@@ -13,7 +13,8 @@ from pydicom import Dataset
 from pydicom.uid import RLELossless
 
 from common.ct.dicom import read_ct, read_grid
-from common.ct.geometry import RejectedError, axial_slices
+from common.ct.geometry import axial_slices
+from common.ct.rejection import RejectedError
 
 SHAPE_ZYX = (5, 17, 19)
 SPACING_MM = (0.7, 0.8, 1.5)

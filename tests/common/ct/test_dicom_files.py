@@ -24,7 +24,7 @@ from common.ct.dicom_files import (
     series_volume,
     sort_series,
 )
-from common.ct.geometry import NOT_AXIAL_CT, is_failure
+from common.ct.rejection import NOT_AXIAL_CT, is_failure
 
 HU = np.zeros((2, 5, 7), np.int16)
 

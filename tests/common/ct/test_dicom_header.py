@@ -22,7 +22,7 @@ from pydicom.uid import (
 
 from common.ct.dicom import read_ct, read_grid
 from common.ct.dicom_files import AXIAL_CT, DAMAGED, LOCALIZER, NO_IMAGE, REFORMAT, look_at, sort_series
-from common.ct.geometry import NOT_AXIAL_CT, RejectedError
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError
 
 Write = Callable[..., list[Path]]
 SEQUENCES = {

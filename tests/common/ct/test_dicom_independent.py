@@ -15,7 +15,8 @@ from pydicom.uid import EnhancedCTImageStorage, RLELossless
 
 from common.ct.dicom import read_ct
 from common.ct.dicom_files import look_at, sort_series
-from common.ct.geometry import NOT_AXIAL_CT, StoredCT, canonical_indices
+from common.ct.geometry import CT, canonical_indices
+from common.ct.rejection import NOT_AXIAL_CT
 
 Write = Callable[..., list[Path]]
 HU = np.random.default_rng(7).integers(-1024, 3072, (7, 11, 13)).astype(np.int16)
@@ -29,7 +30,7 @@ def by_simpleitk(folder: Path) -> SimpleITK.Image:
     return reader.Execute()
 
 
-def assert_same_scan(ct: StoredCT, image: SimpleITK.Image) -> None:
+def assert_same_scan(ct: CT, image: SimpleITK.Image) -> None:
     """Every voxel of SimpleITK's lies on one of ours, with its value; the corner is found in float64."""
     steps = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     ours = np.diag([-1, -1, 1, 1]) @ ct.grid.affine @ canonical_indices(ct.grid)

@@ -14,7 +14,8 @@ from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from common.ct.dicom import read_ct
 from common.ct.dicom_pixels import read_hu
-from common.ct.geometry import HUValues, RejectedError
+from common.ct.geometry import HUValues
+from common.ct.rejection import RejectedError
 
 SHAPE_ZYX = (3, 17, 19)
 Write = Callable[..., list[Path]]
@@ -162,7 +163,7 @@ def test_real_files_in_every_storage_are_the_same(name: str) -> None:
     expected = np.frombuffer(plain.PixelData, "<i2").reshape(plain.Rows, plain.Columns)
     dataset = pydicom.dcmread(get_testdata_file(name, download=False))
     out = np.empty(expected.shape, np.int16)
-    read_hu(dataset, 0, 1, 0, out, HUValues())
+    read_hu(dataset, 0, 1, 0, out=out, kept=HUValues(), where="")
     np.testing.assert_array_equal(out, expected.clip(-1024, 3071))
 
 
@@ -171,7 +172,7 @@ def test_a_codestream_of_another_sign_than_the_header_is_read_as_the_header_says
     path = get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False)
     expected = pydicom.dcmread(path).pixel_array
     out = np.empty(expected.shape, np.int16)
-    read_hu(pydicom.dcmread(path), 0, 1, 0, out, HUValues())
+    read_hu(pydicom.dcmread(path), 0, 1, 0, out=out, kept=HUValues(), where="")
     np.testing.assert_array_equal(out, expected.clip(-1024, 3071))
 
 
@@ -297,5 +298,5 @@ def test_pixels_that_simpleitk_wrote_are_those_it_was_given(tmp_path: Path) -> N
         writer.SetFileName(str(tmp_path / "a.dcm"))
         writer.Execute(SimpleITK.GetImageFromArray(values))
         out = np.empty(values.shape[1:], np.int16)
-        read_hu(pydicom.dcmread(tmp_path / "a.dcm"), 0, 1, 0, out, HUValues())
+        read_hu(pydicom.dcmread(tmp_path / "a.dcm"), 0, 1, 0, out=out, kept=HUValues(), where="")
         np.testing.assert_array_equal(out, values[0])

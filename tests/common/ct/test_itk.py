@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from common.ct.geometry import RejectedError, canonical_indices
-from common.ct.nifti import open_volume, read_ct, read_header
+from common.ct.files import open_volume
+from common.ct.geometry import canonical_indices
+from common.ct.nifti import VolumeHeader, read_ct
+from common.ct.rejection import RejectedError
 
 SHAPE_ZYX = (3, 5, 7)
 SPACING_MM = (0.7, 0.8, 1.5)
@@ -25,6 +27,11 @@ def image_of(array: np.ndarray) -> sitk.Image:
     image = sitk.GetImageFromArray(array)
     image.SetSpacing((*SPACING_MM, 1)[: image.GetDimension()])
     return image
+
+
+def read_header(path: Path) -> VolumeHeader:
+    with open_volume(path) as file:
+        return file.header
 
 
 def read(path: Path) -> np.ndarray:
@@ -198,7 +205,8 @@ def test_real_scans_are_those_that_simpleitk_finds_in_the_world(real_ct_dir: Pat
             for key in written.GetMetaDataKeys():
                 written.EraseMetaData(key)
             sitk.WriteImage(written, str(tmp_path / f"a{suffix}"))
-            ct = read_ct(tmp_path / f"a{suffix}")
+            with open_volume(tmp_path / f"a{suffix}") as file:
+                ct = read_ct(file)
             expected = np.rint(sitk.GetArrayFromImage(lps)).clip(-1024, 3071)
             np.testing.assert_array_equal(ct.hu, expected)
             assert ct.spacing_mm == pytest.approx(lps.GetSpacing())

@@ -7,8 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedError, axial_slices
+from common.ct.geometry import axial_slices
 from common.ct.npz import npz_affine, read_ct, read_grid
+from common.ct.rejection import RejectedError
 from data_prep.phantom.files import npz_bytes, rad_chestct_array
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import render

@@ -22,8 +22,7 @@ from common.embeddings.bags import (
     labelled_volumes,
     open_embeddings,
 )
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
+from common.embeddings.store import IDENTITY_KEYS, EmbeddingStore, EmbeddingStoreWriter
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.transforms import Orientationd
 
-from common.ct.geometry import RejectedError
+from common.ct.rejection import RejectedError
 from common.embeddings import ct_batches as slice_batches
 from common.embeddings.ct_batches import SliceBatches, VolumeBatches, lps_volume, unembedded
 from common.embeddings.store import EmbeddingStoreWriter

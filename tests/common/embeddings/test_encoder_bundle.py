@@ -37,7 +37,7 @@ def test_parts_are_those_of_files_and_knobs(small_json: Path) -> None:
     assert bundle["amp_dtype"] == "bfloat16"
     assert bundle.config["network_def"]["depth"] == "@depth"
     numbers = ",".join(map(str, HU_WINDOWS["dale_ct_0_l"]))
-    assert bundle.embedding_identity["encoder_id"] == f"random:42:xy:{numbers}"
+    assert bundle.embedding_identity["encoder_id"] == f"random:42:layer_scale=1:xy:{numbers}"
     bundle.update(strategies=["cropped_24"])
     assert bundle.side_px == 24
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pydicom import Dataset
 
-from common.ct.geometry import EXCLUDED, RejectedError
+from common.ct.rejection import EXCLUDED, RejectedError
 from common.embeddings.store import EmbeddingStoreWriter
 from common.embeddings.work import (
     CTSlices,
@@ -23,7 +23,6 @@ from common.embeddings.work import (
     embedding_work,
     log_embedded,
     report_rejected,
-    squared,
     store_folders,
 )
 from common.shards.codec import VolumeSlices
@@ -314,18 +313,6 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
         ct_sources(tmp_path)
     with pytest.raises(FileNotFoundError, match="must be a file or a folder, got '.*none', which does not"):
         ct_sources(tmp_path / "none")
-
-
-@pytest.mark.parametrize(("height", "width"), [(3, 6), (6, 3), (5, 5)])
-def test_slices_are_padded_to_squares_about_the_middle(height: int, width: int) -> None:
-    image = np.arange(2 * height * width, dtype=np.int16).reshape(2, height, width)
-    square = squared(image[:, :, ::-1])
-    side = max(height, width)
-    assert square.shape == (2, side, side)
-    assert square.flags.c_contiguous
-    top, left = (side - height) // 2, (side - width) // 2
-    np.testing.assert_array_equal(square[:, top : top + height, left : left + width], image[:, :, ::-1])
-    assert (square == -1024).sum() == 2 * (side**2 - height * width)
 
 
 @pytest.mark.real_ct

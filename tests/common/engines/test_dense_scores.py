@@ -5,10 +5,10 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from common.cohort.cohort import load_labels
 from common.embeddings.dense_cohort import DenseCohort
 from common.engines import dense_scores
 from common.engines.dense_scores import each_column, report_on_test, validation_auprc
-from common.labels import load_labels
 
 NAMES = [label.name for label in load_labels("totalsegmentator")]
 

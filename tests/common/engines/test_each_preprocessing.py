@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.engines import each_preprocessing as module
-from common.reports.results_csv import ResultRow, add_rows
+from common.reports.results import ResultRow, add_rows
 
 
 def folders(root: Path, *strategies: str) -> list[str]:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from common.engines import embedding_cost as module
 from common.engines.embedding_cost import knobs_of, tokens_per_slice
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 from common.transforms.slice_strategies import SliceStrategy
 
 pytestmark = pytest.mark.usefixtures("any_values")

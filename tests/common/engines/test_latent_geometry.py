@@ -7,7 +7,7 @@ import torch
 
 from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.engines.latent_geometry import LatentGeometryEvaluator, open_pair, shared_volumes
-from common.metrics.latent_continuity import latent_continuity
+from common.metrics.slice_paths import latent_continuity
 
 Write = Callable[..., Path]
 

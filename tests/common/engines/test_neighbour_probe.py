@@ -8,13 +8,11 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
-from common.cohort.patient_split import split_by_patient
-from common.cohort.tables import read_labels
+from common.cohort.cohort import load_labels, read_labels, split_by_patient
 from common.embeddings.bags import EmbeddingBags
 from common.engines import neighbour_probe as module
 from common.engines.neighbour_probe import average_embeddings
-from common.labels import load_labels
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 CT_RATE = [label.name for label in load_labels("ct_rate")]
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
+from common.cohort.cohort import load_labels
 from common.embeddings.bags import EmbeddingBags
 from common.embeddings.store import EmbeddingStoreWriter
 from common.engines.probe_evaluation import Prediction, evaluate_probes, measure, predict
-from common.labels import load_labels
 from common.metrics.bootstrap import interval, resample_weights
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler, pad_bags
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 CT_RATE, RAD = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
 DIM = 19

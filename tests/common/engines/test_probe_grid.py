@@ -19,8 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.embeddings.bags import EmbeddingBags, ShuffledBatches, collate_bags
-from common.embeddings.part import IDENTITY_KEYS
-from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.store import IDENTITY_KEYS, EmbeddingStoreWriter
 from common.engines.probe_grid import BestProbe, ProbeGridTrainer
 from common.handlers.checkpoint import Checkpoint
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights

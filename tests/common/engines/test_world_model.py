@@ -6,10 +6,9 @@ import pytest
 import torch
 from sklearn.linear_model import LinearRegression
 
-from common.cohort.patient_split import split_three_ways
+from common.cohort.cohort import load_labels, split_three_ways
 from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.engines.world_model import ORGANS, label_free, organ_spans, positions, slices_of, z_position
-from common.labels import load_labels
 
 Write = Callable[..., Path]
 

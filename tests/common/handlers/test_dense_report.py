@@ -14,7 +14,7 @@ from common.engines.dense_probe import BestLayers, DenseProbeTrainer
 from common.handlers.dense_report import DenseReport, draw_classes
 from common.networks.dense_probe import DenseProbes, load_dense_probe
 from common.reports.paired_differences import dense_differences
-from common.reports.results_csv import read_rows
+from common.reports.results import read_rows
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import PrepareBatchExtraInput
 
-from common.ct.geometry import NOT_AXIAL_CT, RejectedError
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError
 from common.embeddings.ct_batches import Piece, SliceBatches, VolumeTask
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.embeddings.work import CTSlices, CTSource, Work, embedding_work, store_folders
@@ -198,7 +198,7 @@ def test_an_error_in_the_writing_thread_stops_the_run(
 
 def test_another_encoder_in_the_folder_is_refused(tmp_path: Path) -> None:
     run(tmp_path, SOURCES)
-    with pytest.raises(ValueError, match="dtype must be 'float32' as in .*, got 'float16'"):
+    with pytest.raises(ValueError, match="dtype .*'float32' as in .*'float16'"):
         run(tmp_path, SOURCES, dtype="float16")
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from common.engines.latent_geometry import LatentGeometryEvaluator, open_pair, shared_volumes
 from common.handlers.latent_report import LatentReport
-from common.reports.results_csv import ResultRow, add_rows, read_rows
+from common.reports.results import ResultRow, add_rows, read_rows
 
 
 def run(write_paths: Callable[..., Path], out: Path, classification: Path | None) -> LatentGeometryEvaluator:

@@ -11,7 +11,6 @@ import torch
 from ignite.engine import Engine
 from PIL import Image
 
-from common.cohort.tables import Predictions, read_predictions
 from common.embeddings.bags import EmbeddingBags
 from common.engines.probe_grid import BestProbe
 from common.handlers.probe_report import ProbeReport, read_slices, volumes_to_show
@@ -19,7 +18,7 @@ from common.metrics.bootstrap import bootstrap, interval_report, resample_weight
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
 from common.networks.poolers import pad_bags
-from common.reports.results_csv import read_rows
+from common.reports.results import Predictions, read_predictions, read_rows
 
 pytestmark = pytest.mark.usefixtures("any_values")
 

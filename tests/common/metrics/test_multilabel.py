@@ -6,17 +6,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
+from sklearn.calibration import calibration_curve
 
 from common.metrics.multilabel import (
     auroc,
     auroc_and_average_precision,
     average_precision,
     balanced_accuracy,
+    expected_calibration_error,
     f1,
     f1_thresholds,
     macro,
     multilabel_report,
-    operating_points,
+    reliability,
 )
 
 # P probes, N samples, C classes: all different
@@ -81,18 +83,6 @@ def test_auroc_and_average_precision_come_together(probes: tuple[int, ...]) -> N
     of_ranking = auroc_and_average_precision(scores, targets)
     np.testing.assert_array_equal(of_ranking[0], auroc(scores, targets))
     np.testing.assert_array_equal(of_ranking[1], average_precision(scores, targets))
-
-
-@pytest.mark.parametrize("decimals", DECIMALS)
-def test_operating_points_are_those_of_scikit_learn(decimals: int) -> None:
-    scores, targets = cohort(decimals)
-    for label in range(C):
-        points = operating_points(scores[:, label], targets[:, label])
-        expected = sklearn_metrics.roc_curve(targets[:, label], scores[:, label], drop_intermediate=False)
-        np.testing.assert_allclose(points.false_positive_rate, expected[0], rtol=1e-12)
-        np.testing.assert_allclose(points.recall, expected[1], rtol=1e-12)
-        expected = sklearn_metrics.precision_recall_curve(targets[:, label], scores[:, label])
-        np.testing.assert_allclose(points.precision[::-1], expected[0], rtol=1e-12)
 
 
 def test_constant_scores_have_chance_auroc_and_the_prevalence_as_average_precision() -> None:
@@ -272,3 +262,44 @@ def test_impossible_thresholds_are_refused(metric: Callable) -> None:
 def test_names_must_be_as_many_as_classes() -> None:
     with pytest.raises(ValueError, match=r"values must have shape \(2,\) as there are names, got \(3,\)\."):
         macro([0.1, 0.2, 0.3], ["Emphysema", "Nodule"])
+
+
+def sample(size: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(size) ** 3
+    return probabilities, (rng.random(size) < probabilities).astype(int)
+
+
+def test_bins_are_those_of_scikit_learn() -> None:
+    probabilities, targets = sample()
+    observed, predicted = calibration_curve(targets, probabilities, n_bins=10, strategy="quantile")
+    bins = reliability(probabilities, targets, num_bins=10)
+    np.testing.assert_allclose(bins.predicted, predicted, rtol=1e-12)
+    np.testing.assert_allclose(bins.observed, observed, rtol=1e-12)
+    assert bins.counts.tolist() == [50] * 10
+
+
+def test_honest_probabilities_have_a_small_error_and_shifted_ones_their_shift() -> None:
+    probabilities, targets = sample(20_000)
+    assert expected_calibration_error(reliability(probabilities, targets)) < 0.02
+    shifted = 0.1 + 0.5 * probabilities
+    errors = np.abs(shifted - probabilities).mean()
+    assert expected_calibration_error(reliability(shifted, targets, 50)) == pytest.approx(errors, abs=0.02)
+
+
+def test_a_bin_counts_by_its_samples() -> None:
+    # three samples off by 0.1 and two off by 0.4
+    bins = reliability([0.1, 0.1, 0.1, 0.6, 0.6], [0, 0, 0, 1, 1], num_bins=2)
+    assert bins.counts.tolist() == [3, 2]
+    assert expected_calibration_error(bins) == pytest.approx((3 * 0.1 + 2 * 0.4) / 5)
+
+
+def test_few_samples_get_a_bin_each() -> None:
+    bins = reliability([0.9, 0.1, 0.5], [1, 0, 0], num_bins=10)
+    assert bins.predicted.tolist() == [0.1, 0.5, 0.9]
+    assert bins.observed.tolist() == [0, 0, 1]
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"probabilities and targets .*\(2,\) and \(3,\)"):
+        reliability([0.1, 0.2], [0, 1, 0])

@@ -71,9 +71,9 @@ def test_saved_weights_have_plain_timm_keys_and_load_into_the_same_tokens(tmp_pa
 def test_weights_for_another_input_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_encoder(tiny_vit().state_dict(), path, IDENTITY)
-    with pytest.raises(ValueError, match=r"slice_axes of '.*' must be 'xy' as this bundle states, got 'yx'"):
+    with pytest.raises(ValueError, match=r"slice_axes of '.*'xy'.* got 'yx'"):
         load_encoder(tiny_vit(), path, {"slice_axes": "xy"})
-    with pytest.raises(ValueError, match=r"must have shape .*\b14\b.*got .*\b12\b"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*\b12\b.*\b14\b"):
         load_encoder(tiny_vit(embed_dim=14), path, IDENTITY)
 
 
@@ -84,11 +84,9 @@ def test_what_the_file_states_decides_which_slices_it_is_shown(tmp_path):
     save_file({}, plain)
     expected = ("xy", (-940.8, 923.1, -25.03, 246.87))
     assert slice_input(stated) == slice_input(stated, "xy", "dale_ct_0_l") == expected
-    with pytest.raises(
-        ValueError, match="slice_axes must be 'xy' as .*stated.*, got 'yx'. Drop --slice_axes"
-    ):
+    with pytest.raises(ValueError, match="slice_axes .*'xy' as .*stated.*'yx'. Drop --slice_axes"):
         slice_input(stated, slice_axes="yx")
-    with pytest.raises(ValueError, match=r"hu_window must be .*-940.8.*got \[-997.*Drop --hu_window"):
+    with pytest.raises(ValueError, match=r"hu_window .*-940.8.*\[-997.*Drop --hu_window"):
         slice_input(stated, window="ct_rate")
     assert slice_input(plain, "xy", window) == expected
     with pytest.raises(ValueError, match="plain.* does not state its slice_axes. Pass --slice_axes"):
@@ -109,12 +107,12 @@ def test_missing_and_extra_keys_are_named(tmp_path):
     tensors = dict(tiny_vit().state_dict())
     tensors["extra"] = tensors.pop("norm.bias")
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"missing \['norm.bias'\], extra \['extra'\]"):
+    with pytest.raises(ValueError, match=r'Missing.*"norm.bias".*Unexpected.*"extra"'):
         load_encoder(tiny_vit(), path, {})
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Train the bundle first, or download it"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*Train the bundle first, or download"):
         load_encoder(tiny_vit(), tmp_path / "none.safetensors", {})
 
 
@@ -131,14 +129,11 @@ def test_encoder_id_follows_the_bytes(tmp_path):
     assert encoder_id(None, seed=7) == "random:7"
 
 
-def test_the_same_weights_on_transposed_slices_are_another_encoder(tmp_path):
+def test_the_same_weights_on_slices_of_another_kind_are_another_encoder(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"abc")
-    assert encoder_id(path, seed=0, slice_axes="xy") == "sha256:ba7816bf8f01cfea:xy"
-    assert encoder_id(None, seed=7, slice_axes="xy") == "random:7:xy"
-
-
-def test_the_same_weights_on_slices_of_another_window_are_another_encoder():
+    assert encoder_id(path, seed=0, slice_axes="xy", layer_scale_init=1) == "sha256:ba7816bf8f01cfea:xy"
+    assert encoder_id(None, seed=7, layer_scale_init=0.5) == "random:7:layer_scale=0.5"
     assert encoder_id(None, seed=7, window=hu_window("ct_rate")) == "random:7"
     wide = hu_window([-1000, 1000, 0, 500.5])
     assert encoder_id(None, seed=7, slice_axes="xy", window=wide) == "random:7:xy:-1000.0,1000.0,0.0,500.5"
@@ -155,9 +150,7 @@ def test_an_encoder_that_is_not_timms_cannot_start_from_its_weights(tmp_path):
         encoder.patch_embed.proj.weight, published.patch_embed.proj.weight.sum(1, True)
     )
     shallow = timm.create_model("vit_small_patch14_dinov2", depth=1, **own)
-    with pytest.raises(
-        ValueError, match="the network must be timm's 'vit_small_patch14_dinov2' to start from"
-    ):
+    with pytest.raises(ValueError, match="not timm's 'vit_small_patch14_dinov2'.*depth"):
         start_from_timm(shallow, "vit_small_patch14_dinov2", tmp_path / "timm.safetensors")
 
 
@@ -203,7 +196,7 @@ def test_one_channel_gives_what_a_grey_image_in_three_channels_gives(tmp_path):
 
 def test_without_file_and_without_hub_the_error_says_which_weights_are_missing():
     encoder = timm.create_model(DINOV2, in_chans=1, **SMALL)
-    with pytest.raises(FileNotFoundError, match=f"got 'hub' for timm's '{DINOV2}'.*Go online, or pass"):
+    with pytest.raises(FileNotFoundError, match=f"'{DINOV2}'.*'hub'.*Go online"):
         start_from_timm(encoder, DINOV2, "hub")  # conftest keeps tests offline
 
 

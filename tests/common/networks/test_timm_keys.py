@@ -1,5 +1,8 @@
 """Published weights give the tokens of the network they were published for."""
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -10,7 +13,10 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
+from common.networks.encoder import load_strictly
 from common.networks.timm_keys import to_timm_keys
+
+BUNDLES = Path(__file__).resolve().parents[3] / "bundles"
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 4}
 SIZES |= {"image_size": 42, "patch_size": 14, "num_channels": 1}
@@ -25,7 +31,7 @@ VERSION_4 = {
 def timm_vit(registers: bool) -> torch.nn.Module:
     name = "vit_large_patch14_reg4_dinov2" if registers else "vit_large_patch14_dinov2"
     sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 42}
-    return timm.create_model(name, in_chans=1, num_classes=0, **sizes).eval()
+    return timm.create_model(name, in_chans=1, num_classes=0, dynamic_img_size=True, **sizes).eval()
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -44,11 +50,95 @@ def test_transformers_own_network_gives_the_same_tokens(registers: bool, version
         for new, old in VERSION_4.items():
             weights = {name.replace(new, old): weight for name, weight in weights.items()}
     ours = timm_vit(registers)
-    ours.load_state_dict(to_timm_keys(weights), strict=True)
-    image = torch.randn(3, 1, 42, 42)
-    with torch.no_grad():
-        expected = theirs(image).last_hidden_state
-        torch.testing.assert_close(ours.forward_features(image), expected, rtol=1e-5, atol=1e-5)
+    load_strictly(ours, to_timm_keys(weights), "theirs")
+    # without registers, transformers resamples positions without the anti-aliasing of timm and DINOv2
+    for height, width in ((42, 42), (28, 56)) if registers else ((42, 42),):
+        image = torch.randn(3, 1, height, width)
+        with torch.no_grad():
+            expected = theirs(image).last_hidden_state
+            torch.testing.assert_close(ours.forward_features(image), expected, rtol=1e-5, atol=1e-5)
+
+
+# Finetuned-DINOv2-Chest-CT: transformers' Dinov2WithRegisters, ViT-L/14, 518 px, one channel.
+D = 1024
+RELEASED = {
+    "embeddings.cls_token": (1, 1, D),
+    "embeddings.mask_token": (1, D),
+    "embeddings.register_tokens": (1, 4, D),
+    "embeddings.position_embeddings": (1, 1 + 37 * 37, D),
+    "embeddings.patch_embeddings.projection.weight": (D, 1, 14, 14),
+    "embeddings.patch_embeddings.projection.bias": (D,),
+    "layernorm.weight": (D,),
+    "layernorm.bias": (D,),
+}
+IN_BLOCK = {
+    **{f"norm{number}.{kind}": (D,) for number in (1, 2) for kind in ("weight", "bias")},
+    **{f"layer_scale{number}.lambda1": (D,) for number in (1, 2)},
+    **{f"attention.attention.{name}.weight": (D, D) for name in ("query", "key", "value")},
+    **{f"attention.attention.{name}.bias": (D,) for name in ("query", "key", "value")},
+    **{"attention.output.dense.weight": (D, D), "attention.output.dense.bias": (D,)},
+    **{
+        "mlp.fc1.weight": (4 * D, D),
+        "mlp.fc1.bias": (4 * D,),
+        "mlp.fc2.weight": (D, 4 * D),
+        "mlp.fc2.bias": (D,),
+    },
+}
+
+
+def released() -> dict[str, torch.Tensor]:
+    names = RELEASED | {
+        f"encoder.layer.{block}.{name}": shape for block in range(24) for name, shape in IN_BLOCK.items()
+    }
+    return {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+
+
+def bundle_vit() -> torch.nn.Module:
+    """The network that the bundle dinov2_ct builds, without memory."""
+    knobs = json.loads((BUNDLES / "dinov2_ct" / "configs" / "inference.json").read_text())
+    named = {name: value for name, value in knobs["network_def"].items() if not name.startswith("_")}
+    arguments = {name: knobs[value[1:]] if str(value)[0] == "@" else value for name, value in named.items()}
+    with torch.device("meta"):
+        return timm.create_model(**arguments)
+
+
+def test_every_name_and_shape_of_the_release_has_its_place_in_the_bundles_network() -> None:
+    ours = to_timm_keys(released())
+    expected = bundle_vit().state_dict()
+    assert {name: weight.shape for name, weight in ours.items()} == {
+        name: weight.shape for name, weight in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder.layer.3.mlp.fc3.weight": (D,)}, r"extra \['encoder.layer.3.mlp.fc3.weight'\]"),
+        ({"pooler.dense.weight": (D, D)}, r"extra \['pooler.dense.weight'\]"),
+        ({"encoder.layer.23.norm2.bias": None}, r"missing \['blocks.23.norm2.bias'\]"),
+        (
+            {"encoder.layer.0.attention.attention.key.bias": None},
+            r"missing \['blocks.0.attn.qkv.bias'\], extra",
+        ),
+        ({"embeddings.register_tokens": None}, r"missing \['reg_token'\]"),
+        (
+            {"embeddings.position_embeddings": (1, 1 + 32 * 32, D)},
+            r"pos_embed must have shape \(1, 1369, 1024\)",
+        ),
+        (
+            {"embeddings.patch_embeddings.projection.weight": (D, 3, 14, 14)},
+            r"patch_embed.proj.weight .*1, 14, 14",
+        ),
+    ],
+)
+def test_another_network_than_the_released_is_refused_by_name(change, message) -> None:
+    weights = released()
+    ((name, shape),) = change.items()
+    weights.pop(name, None)
+    if shape is not None:
+        weights[name] = torch.empty(shape, device="meta")
+    with pytest.raises(ValueError, match=message):
+        load_strictly(bundle_vit(), to_timm_keys(weights), "theirs")
 
 
 def test_timms_own_names_and_those_of_a_checkpoint_are_taken_as_they_are() -> None:

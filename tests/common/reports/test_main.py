@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.networks.mil_probe import save_probe
 from common.reports import slice_grid
 from common.reports.__main__ import app
+from common.reports.results import ResultRow, add_rows
 from common.reports.slice_grid import Row
 
 pytestmark = pytest.mark.usefixtures("any_values")
@@ -24,12 +25,12 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = {"torch", "monai", "matplotlib", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["levels", "patches", "paths"])
+@pytest.mark.parametrize("name", ["differences", "levels", "patches", "paths", "results"])
 def test_every_command_has_help_with_an_example(name: str) -> None:
     answer = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"})
     assert answer.exit_code == 0
     assert f"Example: python -m common.reports {name} " in answer.output
-    assert "PNG to write" in answer.output
+    assert ("PNG to write" in answer.output) == (name not in ("differences", "results"))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -129,3 +130,14 @@ def test_folders_without_a_volume_in_common_are_refused(
     folders = [str(write_paths("line")), str(write_paths("tangle", split="train"))]
     answer = CliRunner().invoke(app, ["paths", *folders, "--out", str(tmp_path / "a.png")])
     assert folders[1] in str(answer.exception)
+
+
+def test_results_of_several_tables_are_printed_together(tmp_path: Path) -> None:
+    for encoder, dataset in (("dale_ct_2s", "ct_rate"), ("merlin", "rad_chestct")):
+        rows = [ResultRow(encoder, "mil_probe", dataset, "macro_auroc", 0.8333, n=3002)]
+        add_rows(tmp_path / f"{dataset}.csv", rows)
+    answer = CliRunner().invoke(app, ["results", *map(str, sorted(tmp_path.glob("*.csv")))])
+    assert answer.exit_code == 0, answer.output
+    lines = [line.split() for line in answer.output.splitlines()]
+    assert ["dale_ct_2s", "mil_probe", "ct_rate", "0.8333", "3002"] in lines
+    assert ["merlin", "mil_probe", "rad_chestct", "0.8333", "3002"] in lines

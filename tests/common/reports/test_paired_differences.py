@@ -1,23 +1,22 @@
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from typer.testing import CliRunner
 
-from common.cohort.tables import Predictions, write_predictions
 from common.metrics.bootstrap import resample_weights, two_sided_p
+from common.reports.__main__ import app
 from common.reports.paired_differences import (
     MEASURES,
+    compare,
     dense_differences,
     differences_table,
-    main,
     paired_differences,
 )
+from common.reports.results import Predictions, write_predictions
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 CLASSES = ["Emphysema", "Lung nodule"]
 N, R = 60, 50
 LABELS = (np.random.default_rng(0).random((N, 2)) < 0.4).astype(float)
@@ -107,10 +106,9 @@ def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
     for seed, (encoder, signal) in enumerate((("weak", 0.2), ("strong", 0.8))):
         paths.append(tmp_path / f"{encoder}.csv")
         write_predictions(paths[-1], predictions(encoder, signal, seed))
-    command = [sys.executable, "-m", "common.reports.paired_differences", str(paths[0]), *map(str, paths)]
-    command += ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
-    answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "AUPRC" in answer.stdout
+    options = ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
+    answer = CliRunner().invoke(app, ["differences", str(paths[0]), *map(str, paths), *options])
+    assert "AUPRC" in answer.output
     with (tmp_path / "out" / "paired.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
@@ -123,7 +121,7 @@ def test_command_tells_evaluations_of_one_encoder_apart_by_their_folders(tmp_pat
         (tmp_path / folder).mkdir()
         paths.append(tmp_path / folder / "test_predictions.csv")
         write_predictions(paths[-1], predictions(encoder, 0.4, seed))
-    main(paths[0], paths[1:], num_resamples=R, out=tmp_path / "paired.csv")
+    compare(paths[0], paths[1:], num_resamples=R, out=tmp_path / "paired.csv")
     with (tmp_path / "paired.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["encoder"], row["reference"]) for row in rows} == {("cropped", "raw"), ("0", "raw")}
@@ -156,15 +154,18 @@ def test_differences_are_taken_resample_by_resample(tmp_path):
         assert row["p"] == two_sided_p(difference[1:])
 
 
-def test_the_command_knows_dense_evaluations_and_leaves_out_the_reference(tmp_path, capsys):
+def test_dense_evaluations_are_compared_and_the_reference_is_left_out(tmp_path):
     for seed, name in enumerate("abc"):
         write_resamples(tmp_path / name, name, ["v1"], seed)
-    main(tmp_path / "a", [tmp_path / name for name in "abc"], out=tmp_path / "new" / "d.csv")
-    assert "patch rexgroundingct auprc" in capsys.readouterr().out
+    folders = [tmp_path / name for name in "abc"]
+    rows = compare(folders[0], folders, out=tmp_path / "new" / "d.csv")
+    assert "patch rexgroundingct auprc" in list(differences_table(rows).columns[2].cells)
     with (tmp_path / "new" / "d.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["encoder"] for row in rows] == ["b"] * 8 + ["c"] * 8
     assert [row["measure"] for row in rows[:8]] == list(MEASURES)
+    with pytest.raises(ValueError, match=f"Nothing to compare with '{folders[0]}'"):
+        compare(folders[0], folders[:1])
 
 
 def test_other_volumes_and_missing_evaluations_are_refused(tmp_path):

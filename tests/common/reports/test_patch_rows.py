@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from common.networks.mil_probe import save_probe
 from common.reports.ct_tokens import read_images
 from common.reports.patch_rows import (
@@ -19,7 +19,8 @@ from common.reports.patch_rows import (
     probability_rows,
     probe_of,
 )
-from common.reports.slice_grid import class_colours, write_figure
+from common.reports.slice_grid import class_colours
+from common.run.process import write_figure
 from common.transforms.dense_labels import patch_shares
 
 pytestmark = pytest.mark.usefixtures("any_values")

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score
 
-from common.cohort.tables import Predictions
+from common.cohort.cohort import write_table
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import multilabel_report
 from common.reports.probe_pictures import (
@@ -20,8 +20,8 @@ from common.reports.probe_pictures import (
     draw_per_class,
     seed_rows,
     threshold_rows,
-    write_table,
 )
+from common.reports.results import Predictions
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 N = 40

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common.reports.slice_grid import Row, class_colours, slice_grid, write_figure
+from common.reports.slice_grid import Row, class_colours, slice_grid
+from common.run.process import write_figure
 
 
 def pixels_of(figure: Figure, folder: Path) -> np.ndarray:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards.codec import VolumeSlices
 from common.shards.index import (
     ABSENT_MEMBER,

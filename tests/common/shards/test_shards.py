@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards import shards as shards_module
 from common.shards.codec import VolumeSlices, decode_ct, decode_mask
 from common.shards.index import ShardIndex, index_path, volume_entries

@@ -9,11 +9,11 @@ import torch
 from scipy import ndimage
 
 from common.transforms.slice_strategies import (
-    SLICES_PER_CHUNK,
+    BITS,
     STRATEGIES,
-    CropBodyd,
     SliceStrategy,
     body_box,
+    pad_to_square,
     slice_strategies,
 )
 
@@ -107,7 +107,7 @@ def test_tiles_become_features_or_items() -> None:
 
 @pytest.mark.parametrize("name", ["", "cropped", "cropped_0", "raw_full_144", "tiled_4cut", "Cropped_256"])
 def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"strategy must be one of .*, or raw_<px> .*, got '{name}'"):
+    with pytest.raises(ValueError, match=rf"strategy .*raw_<px>.* got '{name}'"):
         SliceStrategy(name, 16)
 
 
@@ -220,15 +220,15 @@ def test_empty_volume_keeps_the_whole_image():
 
 
 def test_box_unites_all_slices_across_chunks():
-    hu = np.full((SLICES_PER_CHUNK + 5, 64, 64), AIR, np.int16)
+    hu = np.full((4 * BITS + 5, 64, 64), AIR, np.int16)
     hu[0, 2:30, 4:34] = TISSUE
     hu[-1, 20:50, 11:41] = TISSUE
     assert check_box(hu) == (2, 0, 48)
 
 
-def test_channel_axis_and_type_do_not_matter():
+def test_the_type_does_not_matter():
     hu = torch.from_numpy(chest())
-    assert body_box(hu[:, None].float()) == body_box(hu)
+    assert body_box(hu.float()) == body_box(hu)
 
 
 def test_threshold_is_exclusive():
@@ -243,55 +243,19 @@ def test_opening_without_a_centre_is_refused(opening_px):
         body_box(torch.zeros(1, 8, 8), opening_px=opening_px)
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 8), (2, 2, 8, 8), (8, 8), (0, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 7, 8), (2, 1, 8, 8), (8, 8), (0, 8, 8)])
 def test_box_of_other_shapes_is_refused(shape):
-    with pytest.raises(ValueError, match=r"hu must have shape \(S, H, H\) or \(S, 1, H, H\), got \("):
+    with pytest.raises(ValueError, match=r"hu must have shape \(S, H, H\), got \("):
         body_box(torch.zeros(shape))
 
 
-def test_crop_shows_the_box_antialiased():
-    hu = torch.from_numpy(chest(slices=SLICES_PER_CHUNK + 3))[:, None].float()
-    top, left, side = body_box(hu)
-    assert side > 80
-    out = CropBodyd("image", size_px=17)({"image": hu, "volume": "a"})
-    assert out["image"].shape == (SLICES_PER_CHUNK + 3, 1, 17, 17)
-    assert out["volume"] == "a"
-    box = hu[:, 0, top : top + side, left : left + side].double().numpy()
-    filters = triangle_filters_by_hand(side, 17)
-    np.testing.assert_allclose(out["image"][:, 0].numpy(), filters @ box @ filters.T, atol=2e-2)
-
-
-def triangle_filters_by_hand(side: int, size: int) -> np.ndarray:
-    """Float64 weights of an antialiased bilinear reduction, one row per output pixel."""
-    scale = side / size
-    weights = np.array(
-        [[max(0.0, 1 - abs(j + 0.5 - (i + 0.5) * scale) / scale) for j in range(side)] for i in range(size)]
-    )
-    return weights / weights.sum(1, keepdims=True)
-
-
-def test_int16_and_float_volumes_give_the_same_float_crop():
-    hu = torch.from_numpy(chest())[:, None]
-    crops = [CropBodyd("image", 31)({"image": volume})["image"] for volume in (hu, hu.float(), hu.numpy())]
-    assert {crop.dtype for crop in crops} == {torch.float32}
-    torch.testing.assert_close(crops[0], crops[1])
-    torch.testing.assert_close(crops[0], crops[2])
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_slices_that_are_not_square_are_padded_with_air_on_both_sides(transposed):
-    hu = torch.full((2, 1, 70, 45), TISSUE)
-    hu = hu.transpose(2, 3) if transposed else hu
-    out = CropBodyd("image", size_px=70)({"image": hu})["image"]
-    expected = torch.full((2, 1, 70, 70), -1024.0)
-    expected[..., 12:57] = TISSUE
-    torch.testing.assert_close(out, expected.transpose(2, 3) if transposed else expected)
-
-
-def test_crop_of_other_shapes_is_refused():
-    with pytest.raises(ValueError, match=r"image must have shape \(S, 1, H, W\), got \(1, 8, 8\)"):
-        CropBodyd("image", 4)({"image": torch.zeros(1, 8, 8)})
-    with pytest.raises(ValueError, match="size_px must be positive, got 0"):
-        CropBodyd("image", 0)
-    with pytest.raises(KeyError, match="image"):
-        CropBodyd("image", 4)({"ct": torch.zeros(1, 1, 8, 8)})
+@pytest.mark.parametrize(("height", "width"), [(3, 6), (6, 3), (5, 5), (4, 7)])
+def test_slices_are_padded_to_squares_about_the_middle(height: int, width: int) -> None:
+    image = np.arange(2 * height * width, dtype=np.int16).reshape(2, height, width)
+    square = pad_to_square(image[:, :, ::-1], -1024)
+    side = max(height, width)
+    assert square.shape == (2, side, side)
+    assert square.flags.c_contiguous
+    top, left = (side - height) // 2, (side - width) // 2
+    np.testing.assert_array_equal(square[:, top : top + height, left : left + width], image[:, :, ::-1])
+    assert (square == -1024).sum() == 2 * (side**2 - height * width)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.ct.geometry import RejectedVolume
+from common.ct.rejection import RejectedVolume
 from common.shards.codec import VolumeSlices
 from common.shards.index import index_path
 from common.shards.shards import write_shard
 from data_prep.audit.checks import Tally
 from data_prep.audit.cohort import check_identity, check_labels, check_tables, load_indices, volumes_of
-from data_prep.cohort_tables import write_manifest, write_rejected
+from data_prep.shards.tables import write_manifest, write_rejected
 
 BAD = RejectedVolume("train_9_a_1", "spacing", "it is 0.035 mm")
 
@@ -123,7 +123,7 @@ def test_tables_must_be_there_and_have_their_columns(cohort: Path) -> None:
     (cohort / "rejected.csv").write_text("volume,split\na,train\n", encoding="utf-8")
     tally = audited(cohort)
     assert tally.failed == {"manifest": 1, "rejected": 1}
-    assert "it must have the columns ['reason', 'detail']" in tally.offences["rejected"][0].what
+    assert "['reason', 'detail']" in tally.offences["rejected"][0].what
 
 
 def test_what_was_left_out_must_be_listed_everywhere(cohort: Path) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from common.ct.checks import judge
 from common.ct.geometry import axial_slices
-from data_prep.audit.measures import RULES
+from data_prep.audit.checks import RULES
 from data_prep.audit.organs import measure_organs, organ_voxels
-from data_prep.audit.volume import mask_grid
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import render
+from data_prep.sources.mask_alignment import cell_voxels
 
 SLICE_MM = 8.0
 
@@ -29,7 +29,7 @@ def patient() -> Planes:
     """CT and label map of a patient on the masks' grid, shape and spacing of the slices."""
     volume = render(roster(1, seed=2)[0], "a", 64, (SLICE_MM, SLICE_MM), {})
     shape = volume.hu.shape[1:]
-    rows, columns = mask_grid(shape)
+    rows, columns = map(cell_voxels, shape)
     hu, ts = (array[:, rows[:, None], columns] for array in (volume.hu, volume.ts))
     return hu, ts.astype(np.uint8), shape, (volume.protocol.pixel_mm, volume.protocol.pixel_mm, SLICE_MM)
 
@@ -99,7 +99,7 @@ def test_a_real_label_map_stored_in_another_order_lies_on_its_scan(real_ct_dir: 
         nib.load(real_ct_dir / f"totalseg_{name}_native.nii.gz") for name in ("dicom_ct", "dicom_seg117")
     ]
     (hu, spacing_mm), (ts, _) = (axial_slices(np.asarray(image.dataobj), image.affine) for image in stored)
-    rows, columns = mask_grid(hu.shape[1:])
+    rows, columns = map(cell_voxels, hu.shape[1:])
     planes = [array[:, rows[:, None], columns] for array in (hu.astype(np.int16), ts.astype(np.uint8))]
     assert reasons(measure_organs(*planes, hu.shape[1:], spacing_mm)) == {}
     mirrored = measure_organs(planes[0], planes[1][:, :, ::-1], hu.shape[1:], spacing_mm)

@@ -11,7 +11,7 @@ from common.shards.index import VolumeEntry
 from data_prep.audit.checks import CHECKS, Tally
 from data_prep.audit.cohort import Volume
 from data_prep.audit.pictures import Picture
-from data_prep.audit.report import write_report
+from data_prep.audit.report import NUM_BINS, bars, histogram, write_report
 from data_prep.audit.run import Audit
 from data_prep.audit.volume import VolumeContent
 
@@ -79,6 +79,26 @@ def written(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
+def test_bars_are_as_high_as_there_are_values() -> None:
+    values = [0.0] * 6 + [10.0] * 3 + [5.1]
+    (chart,) = histogram(values, "Length", "mm")
+    assert len(chart.bars) == NUM_BINS
+    heights = np.array([float(bar["height"]) for bar in chart.bars])
+    np.testing.assert_allclose(heights / heights.max(), np.histogram(values, NUM_BINS)[0] / 6, atol=1e-3)
+    assert (chart.most, [text for text, *_ in chart.ticks]) == (6, ["0", "5", "10"])
+
+
+def test_bars_outside_the_limits_are_marked() -> None:
+    chart = bars([1, 1, 1, 1], [0, 1, 2, 3, 4], "x", limits=(1.5, 2.5))
+    assert [bar["sound"] for bar in chart.bars] == [False, True, True, False]
+
+
+def test_one_value_and_none_can_be_drawn() -> None:
+    (chart,) = histogram([3.0, 3.0], "x")
+    assert sum(float(bar["height"]) > 0 for bar in chart.bars) == 1
+    assert histogram([], "x") == []
+
+
 @pytest.mark.parametrize(
     ("errors", "suspicious", "state", "words"),
     [
@@ -133,6 +153,7 @@ def test_facts_are_in_words(written: Callable[..., str]) -> None:
         "Labels: Label train_1_a_1",
         "Outlined: Nodules train_1_a_1",
         f"{len(CHECKS)} checks passed, 0 not applicable",
+        "Label train_1_a_1100%",
         "mask train_1_a_1",
     ):
         assert words in text

@@ -1,5 +1,7 @@
 """A small shard, damaged in one way at a time: one check must fail, and say where."""
 
+import io
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -8,80 +10,182 @@ import numpy as np
 import pytest
 
 from common.shards.codec import VolumeSlices
-from common.shards.index import FIELDS, ShardIndex, save_index
+from common.shards.index import FIELDS, ShardIndex, load_index, save_index
 from common.shards.shards import write_shard
-from data_prep.audit.shard import ShardAudit, ShardTask, audit_shard, draw
+from data_prep.audit.checks import Tally
+from data_prep.audit.shard import (
+    Sample,
+    ShardAudit,
+    ShardTask,
+    audit_shard,
+    check_order,
+    draw,
+    read_samples,
+)
 
-NUM_SLICES = 3
+SIZES = {"a": 4, "b_1": 3}
+NAME = "train-rex-000000.tar"
+Shard = tuple[Path, ShardIndex]
 
 
 def volume(name: str) -> VolumeSlices:
-    rng = np.random.default_rng(7)
-    rex = np.zeros((NUM_SLICES, 128, 128), np.uint16)
+    num_slices = SIZES[name]
+    rex = np.zeros((num_slices, 128, 128), np.uint16)
     rex[1, 3:5, 4] = 1 << 9
-    ts = np.zeros((NUM_SLICES, 128, 128), np.uint8)
+    ts = np.zeros((num_slices, 128, 128), np.uint8)
     ts[:2, 9, 9] = 117
     return VolumeSlices(
         volume=name,
-        ct=rng.integers(-1024, 3072, (NUM_SLICES, 11, 13)).astype(np.int16),
+        ct=np.random.default_rng(7).integers(-1024, 3072, (num_slices, 11, 13)).astype(np.int16),
         ts=ts,
         rex=rex,
         spacing_mm=(0.7, 0.8, 1.5),
-        original_shape=(13, 11, NUM_SLICES),
+        original_shape=(13, 11, num_slices),
         original_axcodes="LPS",
         labels={"Emphysema": 1, "Lung nodule": 0},
         split="train",
     )
 
 
-Shard = tuple[Path, ShardIndex]
-
-
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
-    path = tmp_path / "train-rex-000000.tar"
-    return path, write_shard(path, [volume("a"), volume("b")])
+    return tmp_path / NAME, write_shard(tmp_path / NAME, [volume(name) for name in SIZES])
+
+
+def read(path: Path, index: ShardIndex) -> tuple[list[Sample], Tally]:
+    tally = Tally()
+    return list(read_samples(path, index, tally)), tally
 
 
 def audited(path: Path, **index_changes: object) -> ShardAudit:
     """Audit a shard, its index changed."""
-    from common.shards.index import load_index
-
     if index_changes:
         save_index(path, load_index(path)._replace(**index_changes))
     return audit_shard(ShardTask(path))
 
 
+def rewritten(path: Path, index: ShardIndex, order: list[int]) -> ShardIndex:
+    """Write the tar's members in another order; the index follows them."""
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    offsets = {}
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in (members[k] for k in order):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            offsets[name] = tar.offset + tarfile.BLOCKSIZE
+            tar.addfile(info, io.BytesIO(data))
+    names = [f"{v}_{z:04d}" for v, n in SIZES.items() for z in range(n)]
+    moved = np.array([[offsets.get(f"{name}.{field}", -1) for field in FIELDS] for name in names])
+    return index._replace(member_offset=moved)
+
+
 def overwritten(
     shard: Shard, row: int, field: str, change: Callable[[bytes], bytes]
 ) -> dict[str, np.ndarray]:
-    """Change a member without changing its size, and let the checksum follow."""
+    """Change a member without changing its size; return the index's checksums that follow."""
     path, index = shard
     column = FIELDS.index(field)
+    first, size = index.member_offset[row, column], index.member_size[row, column]
     data = bytearray(path.read_bytes())
-    part = slice(
-        index.member_offset[row, column], index.member_offset[row, column] + index.member_size[row, column]
-    )
-    member = change(bytes(data[part]))
-    assert len(member) == index.member_size[row, column]
-    data[part] = member
+    member = change(bytes(data[first : first + size]))
+    assert len(member) == size
+    data[first : first + size] = member
     path.write_bytes(data)
     crc = index.member_crc32.copy()
     crc[row, column] = zlib.crc32(member)
     return {"member_crc32": crc}
 
 
-def test_a_whole_shard_passes_every_check_and_all_volumes_are_seen(shard: Shard) -> None:
+def test_a_whole_shard_passes_every_check_and_yields_its_slices_in_order(shard: Shard) -> None:
+    samples, tally = read(*shard)
+    assert [(s.volume_id, s.z, s.row) for s in samples] == [
+        *((0, z, z) for z in range(4)),
+        *((1, z, 4 + z) for z in range(3)),
+    ]
+    assert all(sample.data.keys() == set(FIELDS) == sample.fields for sample in samples)
+    assert not tally.failed
     result = audited(shard[0])
     assert not result.tally.failed
-    assert {name: result.tally.checked[name] for name in ("records", "ct", "masks")} == {
-        "records": 6,
-        "ct": 6,
-        "masks": 12,
-    }
-    assert list(result.contents) == ["a", "b"]
-    assert result.contents["b"].organ_voxels[117] == 2
-    assert result.contents["b"].finding_slices[9] == 1
+    counted = {name: result.tally.checked[name] for name in ("members", "checksums", "order", "ct", "masks")}
+    assert counted == {"members": 28, "checksums": 28, "order": 7, "ct": 7, "masks": 14}
+    assert list(result.contents) == list(SIZES)
+    assert result.contents["b_1"].organ_voxels[117] == 2
+    assert result.contents["b_1"].finding_slices[9] == 1
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_one_other_byte_fails_the_checksum_of_its_slice(field: str, shard: Shard) -> None:
+    path, index = shard
+    data = bytearray(path.read_bytes())
+    data[index.member_offset[5, FIELDS.index(field)] + 7] ^= 1
+    path.write_bytes(data)
+    samples, tally = read(path, index)
+    assert tally.failed == {"checksums": 1}
+    assert tally.offences["checksums"][0].where == "b_1"
+    assert f"slice 1: {field}" in tally.offences["checksums"][0].what
+    assert field not in samples[5].data
+
+
+def test_two_exchanged_slices_fail_the_order(shard: Shard) -> None:
+    order = [*range(4), *range(8, 12), *range(4, 8), *range(12, 28)]
+    _, tally = read(shard[0], rewritten(*shard, order))
+    assert tally.failed.keys() == {"order"}
+    assert tally.offences["order"][0][1:] == ("a", f"slice 2 follows slice 0 in {NAME}")
+
+
+def test_members_that_moved_without_their_index_are_noticed(shard: Shard) -> None:
+    rewritten(*shard, [3, 0, 1, 2, *range(4, 28)])
+    samples, tally = read(*shard)
+    assert tally.failed == {"members": 4}
+    assert "in the index" in tally.offences["members"][0].what
+    assert samples[0].data == {}
+
+
+def test_missing_and_foreign_members_are_noticed(shard: Shard) -> None:
+    shorter = rewritten(*shard, list(range(27)))
+    _, tally = read(shard[0], shorter)
+    assert tally.failed == {"members": 1}
+    assert tally.offences["members"][0][1:] == ("b_1", f"slice 2: json is not in {NAME}")
+    with tarfile.open(shard[0], "a") as tar:
+        tar.addfile(tarfile.TarInfo("b_1_0003.json"))
+    _, tally = read(shard[0], shorter)
+    assert tally.failed == {"members": 2}
+    assert "'b_1_0003.json' is not in the index" in tally.offences["members"][0].what
+
+
+def test_a_broken_header_loses_what_follows(shard: Shard) -> None:
+    path, index = shard
+    data = bytearray(path.read_bytes())
+    data[index.member_offset[4, 0] - tarfile.BLOCKSIZE] ^= 255
+    path.write_bytes(data)
+    samples, tally = read(path, index)
+    assert len(samples) == 4
+    assert tally.failed == {"members": 12}
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        (["a_0000", "a_0001", "b_0000"], []),
+        (["a_0001", "a_0002"], ["it begins with slice 1 in s"]),
+        (["a_0000", "a_0002"], ["slice 2 follows slice 0 in s"]),
+        (["a_0002", "a_0001", "a_0000"], ["it begins with slice 2", "slice 1 follows", "slice 0 follows"]),
+        (["a_0000", "b_0000", "a_0001"], ["it continues with slice 1 after another volume in s"]),
+    ],
+)
+def test_order_is_judged_by_the_tar_alone(keys: list[str], what: list[str]) -> None:
+    tally = Tally()
+    check_order([f"{key}.{field}" for key in keys for field in ("ct.blosc2", "json")], "s", tally)
+    found = [offence.what for offence in tally.offences.get("order", [])]
+    assert len(found) == len(what)
+    assert all(start in text for start, text in zip(what, found, strict=True))
+
+
+def test_members_of_a_slice_that_lie_apart_are_noticed() -> None:
+    tally = Tally()
+    check_order(["a_0000.ct.blosc2", "a_0001.ct.blosc2", "a_0000.json", "a_0001.json"], "s", tally)
+    assert tally.failed["order"] > 0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +201,7 @@ def test_a_record_that_the_index_contradicts_is_noticed(
     name: str, change: Callable[[np.ndarray], np.ndarray], shard: Shard
 ) -> None:
     tally = audited(shard[0], **{name: change(getattr(shard[1], name))}).tally
-    assert tally.failed == {"records": NUM_SLICES}
+    assert tally.failed == {"records": 4}
     assert tally.offences["records"][0][1:] == ("a", f"slice 0: the index has another {name}")
 
 
@@ -107,14 +211,14 @@ def test_a_record_that_the_index_contradicts_is_noticed(
         (b'"slice_index": 1', b'"slice_index": 2', "slice 1: the index has another slice_index"),
         (b'"num_slices": 3', b'"num_slices": 4', "slice 1: the index has another num_slices"),
         (b'"split": "train"', b'"split": "valid"', "slice 1: the index has another split"),
-        (b'"volume": "b"', b'"volume": "c"', "slice 1: the index has another volume"),
+        (b'"volume": "b', b'"volume": "c', "slice 1: the index has another volume"),
         (b'"schema_version": ', b'"schema_versiom": ', "another schema_versiom, schema_version"),
         (b'"rex_codes": ["2d"]', b'"rex_codes": null  ', "slice 1: the index has another rex_codes"),
-        (b"{", b"[", "slice 1: its record must be a JSON object, got JSONDecodeError"),
+        (b"{", b"[", "slice 1: its record is not a JSON object"),
     ],
 )
 def test_a_changed_record_is_noticed(old: bytes, new: bytes, what: str, shard: Shard) -> None:
-    crc = overwritten(shard, NUM_SLICES + 1, "json", lambda data: data.replace(old, new, 1))
+    crc = overwritten(shard, 5, "json", lambda data: data.replace(old, new, 1))
     tally = audited(shard[0], **crc).tally
     assert tally.failed == {"records": 1}
     assert what in tally.offences["records"][0].what
@@ -139,20 +243,20 @@ def test_what_does_not_decode_is_noticed_and_its_volume_not_looked_at(
     assert result.tally.failed == {check: 1}
     assert result.tally.offences[check][0].where == "a"
     assert result.tally.offences[check][0].what.startswith("slice 2: ")
-    assert list(result.contents) == ["b"]
+    assert list(result.contents) == ["b_1"]
 
 
 def test_slices_have_the_stated_size(shard: Shard) -> None:
     tally = audited(shard[0], shape=np.array([[11, 13], [13, 11]])).tally
-    assert tally.failed == {"ct": NUM_SLICES}
-    assert "slice 0: must have shape (13, 11) by the index, got (11, 13)" in tally.offences["ct"][0].what
+    assert tally.failed == {"ct": 3}
+    assert "slice 0: its shape is (11, 13), in the index (13, 11)" in tally.offences["ct"][0].what
 
 
 def test_hu_lie_in_the_stored_range(tmp_path: Path) -> None:
     one = volume("a")
     one.ct[1, 0, 0] = 3072
-    write_shard(tmp_path / "train-rex-000000.tar", [one])
-    tally = audited(tmp_path / "train-rex-000000.tar").tally
+    write_shard(tmp_path / NAME, [one])
+    tally = audited(tmp_path / NAME).tally
     assert tally.failed == {"ct": 1}
     assert "slice 1: HU must lie in (-1024, 3071), got" in tally.offences["ct"][0].what
 
@@ -167,11 +271,11 @@ def test_flags_of_the_index_are_those_of_the_masks(name: str, shard: Shard) -> N
 
 
 def test_a_random_share_is_decoded_and_all_bytes_are_read(shard: Shard) -> None:
-    between = sorted((draw("a", 0), draw("b", 0)))
-    result = audit_shard(ShardTask(shard[0], share=float(np.mean(between))))
-    assert len(result.contents) == 1
-    assert result.tally.checked["ct"] == NUM_SLICES
-    assert result.tally.checked["checksums"] == 4 * 2 * NUM_SLICES
+    first, second = sorted(SIZES, key=lambda name: draw(name, 0))
+    result = audit_shard(ShardTask(shard[0], share=(draw(first, 0) + draw(second, 0)) / 2))
+    assert list(result.contents) == [first]
+    assert result.tally.checked["ct"] == SIZES[first]
+    assert result.tally.checked["checksums"] == 4 * 7
     assert audit_shard(ShardTask(shard[0], share=0.0)).contents == {}
 
 
@@ -185,5 +289,5 @@ def test_a_share_is_that_share_of_many_volumes_and_another_with_another_seed() -
 def test_a_shard_without_a_usable_index_is_refused(shard: Shard) -> None:
     with shard[0].open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match="as its index says"):
+    with pytest.raises(ValueError, match="index"):
         audit_shard(ShardTask(shard[0]))

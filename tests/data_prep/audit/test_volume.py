@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from common.ct.checks import find_doubts, judge
-from data_prep.audit.volume import VolumeDecoder, greatest_step, mask_grid
+from data_prep.audit.volume import VolumeDecoder, greatest_step
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import render
 
@@ -61,12 +61,6 @@ def test_masks_are_counted_by_class_and_slice() -> None:
     assert (found.organ_voxels[51], found.organ_voxels.sum()) == (5, ts.size)
     assert found.finding_slices.tolist() == [3, *[0] * 12, 2]
     assert content(ct).organ_voxels.sum() == 0
-
-
-def test_the_grid_takes_the_pixel_at_the_centre_of_each_cell() -> None:
-    rows, columns = mask_grid((512, 64))
-    assert rows[:3].tolist() == [2, 6, 10]
-    assert columns[:5].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_a_slice_in_the_wrong_place_stands_out() -> None:

@@ -1,17 +1,14 @@
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed import Client
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from common.shards.codec import VolumeSlices
 from common.shards.shards import write_shard
-from data_prep import __main__ as module
-from data_prep.cohort_tables import write_manifest, write_rejected
+from data_prep.shards.tables import write_manifest, write_rejected
 
 
 @pytest.fixture
@@ -29,25 +26,10 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def invoke(dask: Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    @contextmanager
-    def client(scheduler: str | None, workers: int | None) -> Iterator[Client]:
-        yield dask
-
-    monkeypatch.setattr("data_prep.cluster.dask_client", client)
-
-    def run(*arguments: object) -> Result:
-        words = ["audit", *(str(argument) for argument in arguments)]
-        return CliRunner().invoke(module.app, words, env={"COLUMNS": "250"})
-
-    return run
-
-
 def test_sound_shards_end_with_status_0_and_strange_volumes_are_only_listed(
     shards: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    answer = invoke(shards, "--report", tmp_path / "page.html", "--sheets", 1)
+    answer = invoke("audit", shards, "--report", tmp_path / "page.html", "--sheets", 1)
     assert answer.exit_code == 0, answer.output
     assert "The scan is as long as a chest" in answer.stdout
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<img") == 1
@@ -56,23 +38,15 @@ def test_sound_shards_end_with_status_0_and_strange_volumes_are_only_listed(
 
 def test_damaged_shards_end_with_status_1(shards: Path, invoke: Callable[..., Result]) -> None:
     (shards / "manifest.csv").unlink()
-    answer = invoke(shards, "--sample", 0)
+    answer = invoke("audit", shards, "--sample", 0)
     assert answer.exit_code == 1, answer.output
-    assert "manifest.csv: it must be a readable table, got FileNotFoundError" in answer.stdout
+    assert "manifest.csv: cannot be read: FileNotFoundError" in answer.stdout
     assert json.loads((shards / "audit.json").read_text(encoding="utf-8"))["num_decoded"] == 0
 
 
 def test_a_report_needs_a_folder_before_anything_is_read(
     shards: Path, tmp_path: Path, invoke: Callable[..., Result]
 ) -> None:
-    answer = invoke(shards, "--report", tmp_path / "nowhere" / "page.html")
+    answer = invoke("audit", shards, "--report", tmp_path / "nowhere" / "page.html")
     assert isinstance(answer.exception, FileNotFoundError)
     assert "report must be in a folder that exists" in str(answer.exception)
-
-
-def test_help_shows_an_example_and_names_its_options() -> None:
-    answer = CliRunner().invoke(module.app, ["audit", "--help"], env={"COLUMNS": "200"})
-    assert answer.exit_code == 0
-    assert "Example: python -m data_prep audit" in answer.output
-    for option in ("--split", "--report", "--sheets", "--seed", "--sample", "--workers", "--scheduler"):
-        assert option in answer.output

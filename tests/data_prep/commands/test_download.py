@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from data_prep import __main__ as module
-from data_prep.ct_rate import find_ct_rate
-from data_prep.rexgroundingct import read_annotations
+from data_prep.sources.ct_rate import find_ct_rate
+from data_prep.sources.rexgroundingct import read_annotations
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CT_RATE, REX = "ibrahimhamamci/CT-RATE", "rajpurkarlab/ReXGroundingCT"

@@ -149,10 +149,8 @@ def test_volumes_without_a_label_map_are_listed_and_a_failure(
     table = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
     assert table.startswith('volume,reason,detail\nraw,v1 or v2,"')
     assert "blank header" in table
-    said = (
-        "rejected volumes must be at most 1.00%, got 50.00% (1 volumes). Mend them, or raise" in answer.stderr
-    )
-    assert said == (status == 1)
+    said = re.search(r"50\.00% .*\(1\).*1\.00%.*--max-rejected", answer.stderr)
+    assert (said is not None) == (status == 1)
 
 
 def test_processes_share_a_folder(
@@ -181,7 +179,7 @@ def test_mistakes_end_in_one_line(
     save_nifti(tmp_path / "in" / "a.nii.gz", scan(0), AFFINE)
     outside = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     for arguments, message in (
-        ([str(tmp_path / "in"), "--out", str(tmp_path / "in" / "masks")], "out must lie outside of '"),
+        ([str(tmp_path / "in"), "--out", str(tmp_path / "in" / "masks")], "out must lie outside '"),
         ([str(tmp_path / "weights"), *outside], "got none in"),
         (
             [str(tmp_path / "in"), *outside, "--part", "3/2"],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.anatomy import (
     IS_LUNG,
     LOBES,

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.cohort import Settings, write_cohort
 
 SMALL = Settings(seed=3, form="both", matrix=40, slice_mm=(6.0, 8.0), valid_share=0.4, rex_share=0.6)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.population import (
     PREVALENCE,
     ScanId,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.anatomy import IS_LUNG, TS_IDS
 from data_prep.phantom.population import CT_RATE_LABELS, ScanId, roster
 from data_prep.phantom.scan import DRAWERS, Volume, describe, render

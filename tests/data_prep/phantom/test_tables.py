@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.labels import load_labels
+from common.cohort.cohort import load_labels
 from data_prep.phantom.files import rad_name, sidecar
 from data_prep.phantom.population import CT_RATE_LABELS, ScanId, roster
 from data_prep.phantom.scan import describe, render

@@ -1,0 +1,1 @@
+"""Downloads datasets from the Hugging Face hub."""

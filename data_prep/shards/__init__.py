@@ -1,0 +1,1 @@
+"""Writes a cohort into shards: plan, parts, whole shards, tables."""

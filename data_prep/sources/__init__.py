@@ -1,0 +1,1 @@
+"""Finds the volumes, masks and labels of each dataset and reads them."""

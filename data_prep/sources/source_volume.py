@@ -1,0 +1,152 @@
+"""One CT volume and its masks on disk, and how they become what a shard holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.ct import files
+from common.ct.files import VOLUME_NAME, CTFile, only_file, unique_names, volume_files, volume_name
+from common.ct.geometry import CT, Grid, canonical_shape
+from common.ct.nifti import Rescale
+from common.ct.rejection import RejectedError, RejectedVolume
+from common.shards.codec import VolumeSlices
+from data_prep.sources.rexgroundingct import Annotation, read_findings
+from data_prep.sources.totalsegmentator import read_label_map
+
+NIFTI_FORMS = ("auto", "v1", "v2")
+
+
+class SourceVolume(NamedTuple):
+    """A volume to be written into shards.
+
+    Args:
+        volume: name.
+        split: such as ``train``.
+        ct: its files.
+        form: of NIfTI, one of ``NIFTI_FORMS``: ``v2`` is in HU with a header that says so; ``v1`` is raw with
+            a blank header, and ``rescale`` says the rest; ``auto`` is v1 iff the header is blank.
+        rescale: what a table says of it; needed for v1. Of RAD-ChestCT the spacing alone counts.
+        ts: TotalSegmentator label map, or None.
+        rex: ReXGroundingCT annotation, or None.
+        labels: class name to 0 or 1, or None.
+        source: path of the CT, of a DICOM series its folder, relative to the input folder.
+    """
+
+    volume: str
+    split: str
+    ct: CTFile
+    form: str = "v2"
+    rescale: Rescale | None = None
+    ts: Path | None = None
+    rex: Annotation | None = None
+    labels: dict[str, int] | None = None
+    source: str = ""
+
+    @classmethod
+    def of(cls, ct: CTFile, split: str, folder: Path) -> "SourceVolume":
+        """Return a volume in HU that was found below a folder, or is that file itself."""
+        folder = folder.absolute()
+        below = folder.parent if folder.is_file() else folder
+        return cls(ct.volume, split, ct, source=ct.path.relative_to(below).as_posix())
+
+    def absolute(self) -> "SourceVolume":
+        """Return the same with absolute paths, for a worker that stands in another folder."""
+        rex = self.rex and self.rex._replace(path=self.rex.path.absolute())
+        return self._replace(ct=self.ct.absolute(), ts=self.ts and self.ts.absolute(), rex=rex)
+
+
+def planned_slices(source: SourceVolume) -> int:
+    """Return the number of slices a volume will have, from headers and metadata alone.
+
+    Args:
+        source: the volume.
+
+    Returns:
+        Number of slices.
+
+    Raises:
+        RejectedError: for everything that can be known without the voxels.
+    """
+    if not VOLUME_NAME.fullmatch(source.volume):
+        raise RejectedError("name", f"volume must match {VOLUME_NAME.pattern}, got '{source.volume}'.")
+    return canonical_shape(read_grid(source))[0]
+
+
+def read_volume(source: SourceVolume) -> VolumeSlices:
+    """Read a volume and its masks.
+
+    Args:
+        source: the volume.
+
+    Returns:
+        What a shard holds of it.
+
+    Raises:
+        RejectedError: if anything about the CT or a mask is not what it must be.
+    """
+    ct = read_ct(source)
+    return VolumeSlices(
+        volume=source.volume,
+        ct=ct.hu,
+        ts=None if source.ts is None else read_label_map(source.ts, ct.grid),
+        rex=None if source.rex is None else read_findings(source.rex, ct.grid),
+        spacing_mm=ct.spacing_mm,
+        original_shape=ct.grid.shape,
+        original_axcodes=ct.grid.axcodes,
+        labels=source.labels,
+        split=source.split,
+        source=source.source,
+        source_sha256=ct.sha256,
+        doubts="; ".join(doubt.text for doubt in ct.doubts),
+    )
+
+
+def read_grid(source: SourceVolume) -> Grid:
+    """Read the voxel grid of a volume's CT, whatever its format, from headers alone."""
+    return files.read_grid(source.ct, source.form, source.rescale)
+
+
+def read_ct(source: SourceVolume) -> CT:
+    """Read a volume's CT, whatever its format."""
+    return files.read_ct(source.ct, source.form, source.rescale)
+
+
+def with_masks(
+    sources: Sequence[SourceVolume], masks: Path, knob: str
+) -> tuple[list[SourceVolume], list[RejectedVolume]]:
+    """Give each volume the label map at its own place below another folder, or else that of its name.
+
+    Args:
+        sources: volumes.
+        masks: folder of label maps.
+        knob: what the folder is called in errors.
+
+    Returns:
+        The volumes, and those that have several label maps.
+
+    Raises:
+        FileNotFoundError: if no volume has one.
+    """
+    paths = [path for some in volume_files(masks).values() for path in some]
+    names = unique_names([path.relative_to(masks) for path in paths])
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        below = path.relative_to(masks)
+        for key in {_place(below), volume_name(below.name), names[below]}:
+            found.setdefault(key, []).append(path)
+    joined, rejected = [], []
+    for source in sources:
+        maps = found.get(_place(Path(source.source))) or found.get(source.volume, [])
+        try:
+            joined.append(source._replace(ts=only_file(maps, "label maps") if maps else None))
+        except RejectedError as error:
+            rejected.append(error.of(source.volume))
+    if not rejected and all(source.ts is None for source in joined):
+        raise FileNotFoundError(
+            f"{knob} must hold label maps named like the volumes, got none of theirs in '{masks}'."
+        )
+    return joined, rejected
+
+
+def _place(path: Path) -> str:
+    return (path.parent / volume_name(path.name)).as_posix()

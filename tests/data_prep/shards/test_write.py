@@ -1,0 +1,360 @@
+import csv
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+
+from common.ct.rejection import EXCLUDED, RejectedVolume
+from common.shards.index import index_path, load_index
+from common.shards.shards import ShardSet
+from data_prep.cluster import dask_client
+from data_prep.shards import parts
+from data_prep.shards.parts import OutputError
+from data_prep.shards.write import Summary, write_shards
+from data_prep.sources.ct_rate import find_ct_rate
+from data_prep.sources.rexgroundingct import read_annotations
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+VOLUMES = [f"train_{n}_a_1" for n in range(1, 7)]
+SHAPE_XYZ = (19, 17, 5)
+Save = Callable[[Path, np.ndarray, np.ndarray], Path]
+
+
+class Cohort:
+    """A small download whose volumes have 5 slices, and the shards that it is written into.
+
+    Args:
+        tiny: the download.
+        client: of the workers.
+    """
+
+    def __init__(self, tiny: Any, client: Client) -> None:
+        self.tiny = tiny
+        self.client = client
+        for volume in VOLUMES:
+            tiny.add(volume)
+
+    def run(self, out: Path, split: str = "train", **options: Any) -> Summary:
+        sources, rejected = find_ct_rate(self.tiny.root, split)
+        return write_shards(sources, rejected, out, split, self.client, **{"slices_per_shard": 10} | options)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.iterdir()) if path.suffix in {".tar", ".npz", ".csv"})
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rejected_rows(out: Path) -> dict[str, tuple[str, str]]:
+    with (out / "rejected.csv").open(newline="") as file:
+        return {row["volume"]: (row["reason"], row["detail"]) for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def cohort(tiny: Any, dask: Client) -> Cohort:
+    return Cohort(tiny, dask)
+
+
+def test_every_voxel_arrives_in_the_shards(cohort: Cohort, tmp_path: Path) -> None:
+    summary = cohort.run(tmp_path / "out")
+    shards = ShardSet(tmp_path / "out", "train")
+    assert [entry.volume for entry in shards.volumes] == VOLUMES
+    for volume_id, volume in enumerate(VOLUMES):
+        slices = np.stack([shards.read_ct(volume_id, z) for z in range(5)])
+        np.testing.assert_array_equal(slices, cohort.tiny.hu(volume).transpose(2, 1, 0))
+    assert summary.num_volumes == 6
+    assert summary.num_slices == 30
+    assert summary.num_shards == 3
+    assert summary.num_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert (summary.num_ts, summary.num_rex, summary.num_resumed, summary.rejected) == (0, 0, 0, ())
+
+
+def test_annotated_scans_get_shards_of_their_own(
+    cohort: Cohort, tmp_path: Path, write_rex: Callable[..., tuple[Path, Path]], save_nifti: Save
+) -> None:
+    masks = np.zeros((2, *SHAPE_XYZ), np.uint8)
+    masks[1, 3, 5, 2] = 1
+    annotated = ("train_2_a_1", "train_5_a_1")
+    listing = write_rex(
+        dict.fromkeys(annotated, masks), dict.fromkeys(annotated, ["1a", "2g"]), cohort.tiny.affine()
+    )
+    ids = np.full(SHAPE_XYZ, 10, np.uint8)
+    save_nifti(cohort.tiny.ts_path("train_2_a_1", "train"), ids, cohort.tiny.affine())
+    sources, rejected = find_ct_rate(cohort.tiny.root, "train", annotations=read_annotations(*listing))
+    summary = write_shards(sources, rejected, tmp_path / "out", "train", cohort.client)
+    assert (summary.num_ts, summary.num_rex, summary.num_shards) == (1, 2, 2)
+    shards = ShardSet(tmp_path / "out", "train")
+    entries = {entry.volume: (i, entry) for i, entry in enumerate(shards.volumes)}
+    volume_id, entry = entries["train_2_a_1"]
+    assert Path(entry.shard).name == "train-rex-000000.tar"
+    assert np.unique(shards.read_rex(volume_id, 2, 1)).tolist() == [0, 2**12]
+    assert np.unique(shards.read_ts(volume_id, 0, 5)).tolist() == [10]
+    assert shards.read_rex(entries["train_1_a_1"][0], 0, 1) is None
+
+
+def test_the_order_of_the_sources_does_not_matter(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "a")
+    sources, rejected = find_ct_rate(cohort.tiny.root, "train")
+    write_shards(sources[::-1], rejected, tmp_path / "b", "train", cohort.client, slices_per_shard=10)
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+
+
+def test_a_finished_run_is_not_done_again(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = cohort.run(tmp_path / "out")
+    before = checksums(tmp_path / "out")
+    monkeypatch.setattr(parts, "read_volume", None)
+    second = cohort.run(tmp_path / "out")
+    assert (first.num_done, first.num_resumed, first.num_workers) == (6, 0, 1)
+    assert (second.num_done, second.num_resumed, second.num_resumed_shards) == (0, 6, 3)
+    assert second[:6] == first[:6]
+    assert checksums(tmp_path / "out") == before
+
+
+KILLED_AT_THE_FOURTH_VOLUME = """
+import os, signal, sys
+from pathlib import Path
+from distributed import Client, LocalCluster
+from data_prep.shards import parts
+from data_prep.sources.ct_rate import find_ct_rate
+from data_prep.shards.write import write_shards
+
+read_volume, seen = parts.read_volume, []
+
+def read_or_die(source):
+    seen.append(source)
+    if len(seen) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_volume(source)
+
+parts.read_volume = read_or_die
+cluster = LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None)
+with cluster, Client(cluster) as client:
+    sources, rejected = find_ct_rate(Path(sys.argv[1]), "train")
+    write_shards(sources, rejected, Path(sys.argv[2]), "train", client, slices_per_shard=15)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(cohort: Cohort, tmp_path: Path) -> None:
+    """Killed while it reads the fourth volume: two or three are done, in no shard or in the first."""
+    out = tmp_path / "out"
+    whole = cohort.run(tmp_path / "whole", slices_per_shard=15)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_FOURTH_VOLUME, str(cohort.tiny.root), str(out)],
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "manifest.csv").exists()
+    (out / ".parts" / "train-000001").mkdir(parents=True, exist_ok=True)
+    (out / ".parts" / "train-000001.0f.tar.partial").write_bytes(b"half")
+    (out / ".parts" / "train-000007").mkdir()
+    summary = cohort.run(out, slices_per_shard=15)
+    assert (summary.num_resumed, summary.num_done) == (3, 3)
+    assert summary[:6] == whole[:6]
+    assert checksums(out) == checksums(tmp_path / "whole")
+    assert sorted(path.name for path in out.iterdir()) == [".lock", *checksums(out)]
+
+
+def test_a_lost_workers_volumes_are_done_again(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "whole")
+    with dask_client(workers=2) as client:
+        cohort.client = client
+        pids = list(client.run(os.getpid).values())
+
+        def kill_one(stage: str, done: int, total: int) -> None:
+            if stage == "Writing volumes" and done == 1 and pids:
+                os.kill(pids.pop(), signal.SIGKILL)
+
+        summary = cohort.run(tmp_path / "out", progress=kill_one)
+    assert len(pids) == 1
+    assert (summary.num_volumes, summary.rejected) == (6, ())
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["no index", "no tar", "short tar", "broken index"])
+def test_a_shard_that_is_not_whole_is_written_again(damage: str, cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "out")
+    before = checksums(tmp_path / "out")
+    shard = tmp_path / "out" / "train-000001.tar"
+    if damage == "no index":
+        index_path(shard).unlink()
+    elif damage == "no tar":
+        shard.unlink()
+    elif damage == "short tar":
+        os.truncate(shard, 512)
+    else:
+        index_path(shard).write_bytes(b"broken")
+    assert cohort.run(tmp_path / "out").num_resumed_shards == 2
+    assert checksums(tmp_path / "out") == before
+
+
+def test_a_volume_that_was_mended_is_taken_up(cohort: Cohort, tmp_path: Path, save_nifti: Save) -> None:
+    path = cohort.tiny.path("train_3_a_1", "train")
+    whole = path.read_bytes()
+    save_nifti(path, np.zeros(SHAPE_XYZ, np.int16), cohort.tiny.affine())  # no air: seen in the voxels alone
+    assert [item.volume for item in cohort.run(tmp_path / "out").rejected] == ["train_3_a_1"]
+    assert [item.volume for item in cohort.run(tmp_path / "out").rejected] == ["train_3_a_1"]
+    path.write_bytes(whole)
+    summary = cohort.run(tmp_path / "out")
+    assert (summary.num_volumes, summary.rejected, summary.num_resumed_shards) == (6, (), 2)
+    cohort.run(tmp_path / "whole")
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+
+
+def test_every_volume_is_in_the_shards_or_among_the_rejected(
+    cohort: Cohort, tmp_path: Path, save_nifti: Save
+) -> None:
+    """One of each: no header, half a file, a mask of another scan, no chest, no metadata."""
+    cohort.tiny.path("train_1_a_1", "train").write_bytes(b"<html>")
+    half = cohort.tiny.path("train_2_a_1", "train")
+    half.write_bytes(half.read_bytes()[:-100])
+    save_nifti(
+        cohort.tiny.ts_path("train_3_a_1", "train"), np.zeros((3, 5, 7), np.uint8), cohort.tiny.affine()
+    )
+    (cohort.tiny.root / "dataset" / "metadata" / "no_chest_train.txt").write_text("train_4_a_1.nii.gz\n")
+    cohort.tiny.rows = [row for row in cohort.tiny.rows if row["VolumeName"] != "train_5_a_1.nii.gz"]
+    cohort.tiny.write_tables()
+    summary = cohort.run(tmp_path / "out")
+    assert [entry.volume for entry in ShardSet(tmp_path / "out", "train").volumes] == ["train_6_a_1"]
+    rows = rejected_rows(tmp_path / "out")
+    assert {volume: reason for volume, (reason, _) in rows.items()} == {
+        "train_1_a_1": "unreadable",
+        "train_2_a_1": "unreadable",
+        "train_3_a_1": "mask",
+        "train_4_a_1": EXCLUDED,
+        "train_5_a_1": "metadata",
+    }
+    assert "must have the CT's shape (5, 17, 19), got (7, 5, 3)" in rows["train_3_a_1"][1]
+    assert all("\n" not in detail for _, detail in rows.values())
+    assert summary.reasons == {"unreadable": 2, "mask": 1, EXCLUDED: 1, "metadata": 1}
+    assert summary.rejected_share == pytest.approx(4 / 5)  # what is no chest was not meant to be used
+    assert cohort.run(tmp_path / "out").reasons == summary.reasons
+
+
+def test_a_cohort_of_nothing_counts_as_rejected() -> None:
+    nothing = Summary(*[0] * 10, (), 0, 0, 0.0)
+    assert nothing.rejected_share == 1
+    assert nothing._replace(num_volumes=3).rejected_share == 0
+    only_heads = nothing._replace(num_volumes=3, rejected=(RejectedVolume("a", EXCLUDED, "listed"),))
+    assert only_heads.rejected_share == 0
+
+
+def test_a_shard_all_of_whose_volumes_failed_is_finished_too(
+    cohort: Cohort, tmp_path: Path, save_nifti: Save
+) -> None:
+    for volume in VOLUMES[:2]:
+        save_nifti(cohort.tiny.path(volume, "train"), np.zeros(SHAPE_XYZ, np.int16), cohort.tiny.affine())
+    assert cohort.run(tmp_path / "out").num_volumes == 4
+    assert load_index(tmp_path / "out" / "train-000000.tar").rejected_volume.tolist() == VOLUMES[:2]
+    assert cohort.run(tmp_path / "out").num_resumed_shards == 3
+    assert [entry.volume for entry in ShardSet(tmp_path / "out", "train").volumes] == VOLUMES[2:]
+
+
+def test_splits_share_a_folder(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "out")
+    cohort.tiny.rows, cohort.tiny.labels = [], []
+    cohort.tiny.add("valid_1_a_1", split="valid")
+    cohort.run(tmp_path / "out", "valid")
+    with (tmp_path / "out" / "manifest.csv").open(newline="") as file:
+        assert [row["volume"] for row in csv.DictReader(file)] == [*VOLUMES, "valid_1_a_1"]
+
+
+def test_shards_of_another_plan_are_not_left_among_ours(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "out")
+    before = checksums(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"out must hold only shards of this plan, got \['train-000001\.tar', .*Delete"
+    ):
+        cohort.run(tmp_path / "out", slices_per_shard=99)
+    assert checksums(tmp_path / "out") == before
+
+
+def test_shards_of_another_cohort_are_not_written_over(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.run(tmp_path / "out", slices_per_shard=1000)
+    before = checksums(tmp_path / "out")
+    sources, _ = find_ct_rate(cohort.tiny.root, "train")
+    others = [source._replace(volume=f"other_{source.volume}") for source in sources]
+    with pytest.raises(ValueError, match=r"only shards of this plan, got \['train-000000\.tar'\] of another"):
+        write_shards(others, [], tmp_path / "out", "train", cohort.client, 1000)
+    assert checksums(tmp_path / "out") == before
+    some = write_shards([*others, sources[0]], [], tmp_path / "out", "train", cohort.client, 1000)
+    assert some.num_volumes == 7  # the cohort has changed: it is the same one
+
+
+def test_progress_counts_volumes_and_what_was_done_before(cohort: Cohort, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    cohort.run(tmp_path / "out", progress=lambda *step: seen.append(step))
+    assert seen[:2] == [("Reading headers", 0, 6), ("Reading headers", 6, 6)]
+    assert seen[2:] == [("Writing volumes", n, 6) for n in range(7)]
+    index_path(tmp_path / "out" / "train-000002.tar").unlink()
+    seen.clear()
+    cohort.run(tmp_path / "out", progress=lambda *step: seen.append(step))
+    assert seen[2:] == [("Writing volumes", n, 6) for n in (4, 5, 6)]
+
+
+def test_the_manifest_has_a_row_for_every_volume(cohort: Cohort, tmp_path: Path) -> None:
+    cohort.tiny.path("train_2_a_1", "train").write_bytes(b"<html>")
+    cohort.run(tmp_path / "out")
+    with (tmp_path / "out" / "manifest.csv").open(newline="") as file:
+        rows = {row["volume"]: row for row in csv.DictReader(file)}
+    assert list(rows) == VOLUMES
+    assert {rows[volume]["status"] for volume in VOLUMES[2:]} == {"written"}
+    ct = cohort.tiny.path("train_3_a_1", "train")
+    assert rows["train_3_a_1"]["source"] == ct.relative_to(cohort.tiny.root).as_posix()
+    assert rows["train_3_a_1"]["source_sha256"] == hashlib.sha256(ct.read_bytes()).hexdigest()
+    assert (rows["train_2_a_1"]["status"], rows["train_2_a_1"]["reason"]) == ("rejected", "unreadable")
+    assert rows["train_2_a_1"]["source"].endswith("train_2_a_1.nii.gz")
+
+
+def test_a_full_disk_stops_the_run_and_says_what_to_do(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up between the shards; what is finished stays, and the same command goes on."""
+    cohort.run(tmp_path / "whole")
+    write_tar, written = parts.write_tar, []
+
+    def write_until_full(*arguments: Any) -> Any:
+        written.append(arguments)
+        if len(written) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_tar(*arguments)
+
+    monkeypatch.setattr(parts, "write_tar", write_until_full)
+    with pytest.raises(
+        OutputError, match=r"got 'No space left on device' in '.*out'. Free space, then run the same command"
+    ):
+        cohort.run(tmp_path / "out")
+    monkeypatch.undo()
+    summary = cohort.run(tmp_path / "out")
+    assert summary.num_resumed in (4, 5)  # one may have been at work while the other failed
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+
+
+def test_two_runs_do_not_write_into_one_folder(cohort: Cohort, tmp_path: Path) -> None:
+    def meddle(stage: str, done: int, total: int) -> None:
+        cohort.run(tmp_path / "out")
+
+    with pytest.raises(BlockingIOError, match="'.*out' is in use by process"):
+        cohort.run(tmp_path / "out", progress=meddle)
+    assert cohort.run(tmp_path / "out").num_volumes == 6
+
+
+def test_a_split_must_be_able_to_name_a_shard(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"shard must be named .*, got 'my-split-000000\.tar'"):
+        write_shards([], [], tmp_path / "out", "my-split", cohort.client)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_must_hold_slices(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="slices_per_shard must be positive, got 0"):
+        cohort.run(tmp_path / "out", slices_per_shard=0)

@@ -1,0 +1,256 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+from pydicom import Dataset
+from pydicom.uid import MRImageStorage
+
+from common.ct import files as ct_files
+from common.ct.dicom import read_ct
+from common.ct.rejection import NOT_AXIAL_CT, RejectedError, is_failure
+from data_prep.sources import folders
+from data_prep.sources.folders import find_series, find_volumes
+
+Write = Callable[..., list[Path]]
+
+
+def hu(seed: int = 0, num_slices: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 1000, (num_slices, 4, 5)).astype(np.int16)
+
+
+def test_series_are_told_apart_by_their_headers(tmp_path: Path, dask: Client, write_series: Write) -> None:
+    """Two series in one folder, one spread over two folders; every file without a suffix."""
+    write_series(tmp_path / "study" / "a", hu(1), series="1.2.840.1")
+    for name in ("IM0000", "IM0001", "IM0002"):
+        (tmp_path / "study" / "a" / name).rename(tmp_path / "study" / "a" / f"0 {name}")
+    write_series(tmp_path / "study" / "a", hu(2), series="1.2.840.2")
+    write_series(tmp_path / "study" / "ä b", hu(3), series="1.2.840.3")
+    (tmp_path / "study" / "ä b" / "IM0001").rename(tmp_path / "study" / "moved")
+    sources, rejected = find_series(tmp_path, "valid", dask)
+    assert rejected == []
+    assert [(source.volume, source.source, source.form, source.split) for source in sources] == [
+        ("1_2_840_1", "study/a", "v2", "valid"),
+        ("1_2_840_2", "study/a", "v2", "valid"),
+        ("1_2_840_3", "study", "v2", "valid"),
+    ]
+    for seed, source in enumerate(sources, start=1):
+        np.testing.assert_array_equal(read_ct(source.ct.files).hu, hu(seed))
+
+
+def test_files_without_a_series_are_one_series_a_folder(
+    tmp_path: Path, dask: Client, write_series: Write
+) -> None:
+    """As in scans whose identifiers were blanked; the class is then in the meta information alone."""
+
+    def blank(z: int, dataset: Dataset) -> None:
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+        dataset.SOPClassUID = ""
+
+    for place in ("a", "a/b"):
+        write_series(tmp_path / place, hu(), series="", edit=blank)
+    sources, _ = find_series(tmp_path, "train", dask)
+    assert sorted(source.source for source in sources) == ["a", "a/b"]
+    assert len({source.volume for source in sources}) == 2
+    assert all(source.volume.startswith("series_") for source in sources)
+    (tmp_path / "a").rename(tmp_path / "c")
+    again, _ = find_series(tmp_path / "c", "train", dask)
+    assert sorted(source.source for source in again) == [".", "b"]
+
+
+def test_what_is_no_axial_ct_is_left_out_and_no_failure(
+    tmp_path: Path, dask: Client, write_series: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def scout(z: int, dataset: Dataset) -> None:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    def magnet(z: int, dataset: Dataset) -> None:
+        dataset.SOPClassUID, dataset.Modality = MRImageStorage, "MR"
+
+    axial = write_series(tmp_path / "ct", hu(), series="1.1")
+    write_series(tmp_path / "scout", hu(num_slices=2), series="1.2", edit=scout)
+    write_series(tmp_path / "mr", hu(num_slices=1), series="1.3", edit=magnet)
+    write_series(tmp_path / "coronal", hu(), series="1.4", orientation=(1, 0, 0, 0, 0, -1))
+    write_series(tmp_path / "ct" / "own scout", hu(num_slices=1), series="1.1", edit=scout)
+    (tmp_path / "notes.txt").write_text("no DICOM")
+    (tmp_path / "again").symlink_to(tmp_path / "ct")
+    sources, rejected = find_series(tmp_path, "train", dask)
+    assert [(source.volume, sorted(source.ct.files)) for source in sources] == [("1_1", sorted(axial))]
+    assert {item.volume: item.detail.partition("got ")[2] for item in rejected} == {
+        "1_2": f"files in '{tmp_path / 'scout'}': 2 of CT localizer",
+        "1_3": f"files in '{tmp_path / 'mr'}': 1 of MR Image Storage",
+        "1_4": f"files in '{tmp_path / 'coronal'}': 3 of CT of another plane",
+    }
+    assert {item.reason for item in rejected} == {NOT_AXIAL_CT}
+    assert not any(map(is_failure, rejected))
+    assert [r.getMessage() for r in caplog.records if r.name == ct_files.__name__] == [
+        f"'{tmp_path / 'again'}' is a link to a folder and is not searched.",
+        f"Not read, as no volumes: 1 .txt, such as '{tmp_path / 'notes.txt'}'.",
+    ]
+
+
+def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
+    tmp_path: Path, dask: Client, write_series: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_series(tmp_path / "ct", hu(), series="1.1")
+    (tmp_path / "a.dcm").write_bytes(b"<html>404</html>")
+    (tmp_path / "b.DCM").write_bytes(b"")
+    (tmp_path / "cut").write_bytes(files[0].read_bytes()[:150])
+    (tmp_path / "link").symlink_to("nowhere")
+    _, rejected = find_series(tmp_path, "train", dask)
+    assert [(item.volume, item.reason) for item in rejected] == [
+        (name, "unreadable") for name in ("a.dcm", "b.DCM", "cut", "link")
+    ]
+
+    def closed(folder: Path, onerror: Callable[[OSError], None]) -> Any:
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "secret")))
+        return [(str(tmp_path / "ct"), [], [path.name for path in files])]
+
+    monkeypatch.setattr(ct_files.os, "walk", closed)
+    _, rejected = find_series(tmp_path, "train", dask)
+    assert [(item.volume, item.reason) for item in rejected] == [("secret", "unreadable")]
+    assert "Permission denied" in rejected[0].detail
+
+
+def test_what_only_reading_shows_is_left_to_reading(
+    tmp_path: Path, dask: Client, write_series: Write
+) -> None:
+    files = write_series(tmp_path, hu(num_slices=4))
+    files[2].unlink()
+    (source,), rejected = find_series(tmp_path, "train", dask)
+    assert rejected == []
+    with pytest.raises(RejectedError, match="missing slices"):
+        read_ct(source.ct.files)
+
+
+def test_many_files_are_looked_at_in_the_same_order(
+    tmp_path: Path, dask: Client, write_series: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "FILES_PER_TASK", 2)
+    for number in range(3):
+        write_series(tmp_path / str(number), hu(number), series=f"1.{3 - number}")
+    told: list[tuple[str, int, int]] = []
+    sources, _ = find_series(tmp_path, "train", dask, progress=lambda *step: told.append(step))
+    assert [source.volume for source in sources] == ["1_1", "1_2", "1_3"]
+    assert all(list(source.ct.files) == sorted(source.ct.files) for source in sources)
+    assert [step[0] for step in told] == ["Looking at files"] * 5
+    assert told[-1] == ("Looking at files", 9, 9)
+
+
+def test_label_maps_are_found_by_the_name_of_the_series(
+    tmp_path: Path, dask: Client, write_series: Write
+) -> None:
+    for number in range(1, 5):
+        write_series(tmp_path / "ct" / str(number), hu(number), series=f"1.2.{number}")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name in ("1.2.1.nii.gz", "1_2_2.nii", "1.2.4.nii.gz", "1_2_4.nii.gz", "9.nii"):
+        (masks / name).touch()
+    sources, rejected = find_series(tmp_path / "ct", "train", dask, masks)
+    assert {source.volume: source.ts and source.ts.name for source in sources} == {
+        "1_2_1": "1.2.1.nii.gz",
+        "1_2_2": "1_2_2.nii",
+        "1_2_3": None,
+    }
+    assert [(item.volume, item.reason) for item in rejected] == [("1_2_4", "duplicate")]
+    with pytest.raises(FileNotFoundError, match="masks must hold label maps named like"):
+        find_series(tmp_path / "ct", "train", dask, tmp_path / "nowhere")
+
+
+def test_a_tree_without_ct_is_refused(tmp_path: Path, dask: Client) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match="folder must hold axial CT series in DICOM, got none in"):
+        find_series(tmp_path, "train", dask)
+    with pytest.raises(FileNotFoundError, match="got '.*nowhere', which does not exist"):
+        find_series(tmp_path / "nowhere", "train", dask)
+
+
+@pytest.mark.real_ct
+def test_a_real_tree_is_one_series(real_ct_dir: Path, dask: Client) -> None:
+    """Its identifiers are blank, and NIfTI files lie beside it."""
+    (source,), rejected = find_series(real_ct_dir, "train", dask)
+    assert rejected == []
+    assert (len(source.ct.files), source.source) == (20, "totalseg_dicom_series")
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_volumes_of_a_folder_get_the_label_maps_of_their_name(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "ct", "b.nii.gz", "sub/a.nii", "notes.txt")
+    masks = touch(tmp_path / "masks", "b.nii.gz", "c.nii.gz")
+    sources, rejected = find_volumes(folder, "valid", masks)
+    assert rejected == []
+    assert [(source.volume, source.ts, source.split, source.form, source.source) for source in sources] == [
+        ("a", None, "valid", "v2", "sub/a.nii"),
+        ("b", masks / "b.nii.gz", "valid", "v2", "b.nii.gz"),
+    ]
+
+
+def test_masks_may_lie_inside_the_folder_of_volumes(tmp_path: Path) -> None:
+    folder = touch(tmp_path, "a.nii.gz", "masks/a.nii.gz")
+    sources, rejected = find_volumes(folder, "train", folder / "masks")
+    assert rejected == []
+    assert [(source.ct.path, source.ts) for source in sources] == [
+        (folder / "a.nii.gz", folder / "masks" / "a.nii.gz")
+    ]
+
+
+def test_volumes_of_one_name_are_rejected(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "ct", "a.nii.gz", "a.MHA", "1/d.nii.gz", "1/d.nrrd", "b.nii.gz", "c.nii.gz")
+    masks = touch(tmp_path / "masks", "x/b.nii.gz", "y/b.nii", "c.nii")
+    sources, rejected = find_volumes(folder, "train", masks)
+    assert [source.volume for source in sources] == ["c"]
+    assert [(item.volume, item.reason) for item in rejected] == [(name, "duplicate") for name in "adb"]
+    assert rejected[0].detail.startswith("2 volumes have one name")
+    assert rejected[2].detail.startswith("2 label maps have one name")
+
+
+def test_a_file_name_that_is_not_unique_takes_its_folders(tmp_path: Path) -> None:
+    """As TotalSegmentator publishes its data set; label maps in the same tree, or named like the volumes."""
+    folder = touch(tmp_path / "ct", "s0/ct.nii.gz", "s1/ct.nii.gz", "s1/b.nrrd", "s2/x/ct.NII", "s3/x/ct.nii")
+    masks = touch(tmp_path / "masks", "s0/ct.nii.gz", "s2/x/ct.mha", "s1.nii.gz", "b/m.nii", "c/m.nii")
+    sources, rejected = find_volumes(folder, "train", masks)
+    assert rejected == []
+    found = {one.volume: (one.source, one.ts and one.ts.relative_to(masks).as_posix()) for one in sources}
+    assert found == {
+        "s0": ("s0/ct.nii.gz", "s0/ct.nii.gz"),
+        "s1": ("s1/ct.nii.gz", "s1.nii.gz"),
+        "b": ("s1/b.nrrd", "b/m.nii"),
+        "s2_x_ct": ("s2/x/ct.NII", "s2/x/ct.mha"),
+        "s3_x_ct": ("s3/x/ct.nii", None),
+    }
+    assert [source.source for source in find_volumes(folder / "s0" / "ct.nii.gz", "train")[0]] == [
+        "ct.nii.gz"
+    ]
+
+
+def test_folders_and_dead_links_under_the_name_of_a_volume_are_accounted_for(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "Thorax é 中", "1 2/a.nii.gz")
+    touch(folder, "b.nii.gz/b.nii")  # as some tools unpack
+    (folder / "c.nii.gz").symlink_to("nowhere")
+    sources, rejected = find_volumes(folder, "train")
+    assert [source.source for source in sources] == ["1 2/a.nii.gz", "b.nii.gz/b.nii", "c.nii.gz"]
+    assert rejected == []
+
+
+def test_folders_without_volumes_or_matching_masks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="folder must be .*, got '.*nowhere', which does not exist"):
+        find_volumes(tmp_path / "nowhere", "train")
+    folder, masks = touch(tmp_path / "ct", "a.nii"), touch(tmp_path / "masks", "b.nii")
+    with pytest.raises(FileNotFoundError, match="folder must hold volumes in NIfTI, .* got none in"):
+        find_volumes(touch(tmp_path / "text", "a.txt"), "train")
+    for wrong in (masks, tmp_path / "nowhere"):
+        with pytest.raises(
+            FileNotFoundError, match="masks must hold label maps named like the volumes, got none"
+        ):
+            find_volumes(folder, "train", wrong)
