@@ -164,6 +164,7 @@ def trainer_of(cohorts: list[DenseCohort]) -> DenseProbeTrainer:
         val_interval=VAL_INTERVAL,
         min_positives=MIN_POSITIVES,
         num_resamples=NUM_RESAMPLES,
+        train_handlers=[],
     )
 
 

@@ -42,15 +42,6 @@ class EmbeddingArrays:
     Arrays do not say what made them: in ``identity`` all but dim and dtype is "unknown", unless the caller
     names the encoder. Pickled objects are never opened.
 
-    Attributes:
-        volumes: names, sorted.
-        lengths: int64 ``(N,)``, number of tokens per volume.
-        identity: as in an ``EmbeddingStore``.
-
-    Args:
-        folder: folder with at least one such file.
-        encoder: name of the encoder.
-
     Raises:
         ValueError: if a file is damaged or pickled, empty or not floating (S, D), or files differ in width or
             number type.
@@ -58,13 +49,10 @@ class EmbeddingArrays:
 
     def __init__(self, folder: str | Path, encoder: str = UNKNOWN) -> None:
         self.folder = Path(folder)
-        arrays = {
-            path.name.removesuffix(ARRAY_SUFFIX): _mapped(path)
-            for path in self.folder.glob(f"*{ARRAY_SUFFIX}")
-        }
+        paths = self.folder.glob(f"*{ARRAY_SUFFIX}")
+        arrays = {path.name.removesuffix(ARRAY_SUFFIX): _mapped(path) for path in paths}
         self.volumes = sorted(arrays)
-        first = self.volumes[0]
-        dim, dtype = arrays[first].shape[1], arrays[first].dtype
+        dim, dtype = arrays[self.volumes[0]].shape[1], arrays[self.volumes[0]].dtype
         for volume, array in arrays.items():
             if (array.shape[1], array.dtype) != (dim, dtype):
                 raise ValueError(
@@ -82,9 +70,7 @@ class EmbeddingArrays:
     def view(self, volume: str) -> torch.Tensor:
         """Return the tokens ``(S, D)`` of a volume where they lie in their file; float64 becomes float32.
 
-        Raises:
-            KeyError: if there is no such volume.
-            ValueError: if a value is NaN or Inf.
+        Raises a KeyError if there is no such volume, and a ValueError if a value is NaN or Inf.
         """
         if volume not in self.volumes:
             raise KeyError(f"No array of volume '{volume}' in '{self.folder}'.")
@@ -116,9 +102,7 @@ def _mapped(path: Path) -> np.ndarray:
 def open_embeddings(folder: str | Path, encoder: str | None = None) -> EmbeddingStore | EmbeddingArrays:
     """Open a folder of embeddings: a store written by an encoder bundle, or plain ``<volume>.npy`` arrays.
 
-    Args:
-        folder: folder of the embeddings.
-        encoder: name that a store must state, and that is given to plain arrays; None accepts any.
+    A store must state the name of the encoder, if one is given; arrays take it.
 
     Raises:
         FileNotFoundError: if the folder holds neither.
@@ -147,10 +131,6 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
     """List the volumes that have an embedding, in the order of the label table.
 
     A warning counts the labelled volumes without an embedding.
-
-    Args:
-        embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
-        labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
 
     Raises:
         FileNotFoundError: if there is no embedding in the folder, or no such table.
@@ -209,8 +189,8 @@ class EmbeddingBags(Dataset):
 
     Raises:
         FileNotFoundError: if an embedding or the table does not exist.
-        ValueError: if labels are missing or given twice, or embeddings differ in origin or width or are
-            empty; when a bag is read for the first time, if it is not what was written or not finite.
+        ValueError: if labels are missing or given twice, or embeddings differ in origin or width; when a bag
+            is read for the first time, if it is not what was written or not finite.
     """
 
     def __init__(
@@ -281,15 +261,7 @@ def check_cohorts(cohorts: Mapping[str, EmbeddingBags], resampling: str) -> None
 
 
 def check_disjoint(groups: Mapping[str, Iterable[str]], what: str) -> None:
-    """Refuse cohorts that have something in common.
-
-    Args:
-        groups: cohort to its patients, or its volumes.
-        what: "patients" or "volumes".
-
-    Raises:
-        ValueError: if one is in two cohorts.
-    """
+    """Raise a ValueError if a member of one cohort, such as a patient, is in another too."""
     cohort_of: dict[str, str] = {}
     for cohort, members in groups.items():
         for member in members:
@@ -315,10 +287,6 @@ class BagReader:
 
     Attributes:
         resident: all bags if they lie on a GPU, else None.
-
-    Args:
-        bags: cohort.
-        device: where the bags are wanted.
     """
 
     def __init__(self, bags: EmbeddingBags, device: torch.device) -> None:
@@ -359,11 +327,6 @@ class ShuffledBatches(Sampler[list[int]]):
     Epoch e visits the bags in the order ``np.random.default_rng([seed, e]).permutation(num_bags)``.
     Its last batch is short when the batch size does not divide the number of bags. Iteration starts at
     ``start_step``.
-
-    Args:
-        num_bags: bags per epoch.
-        batch_size: bags per batch.
-        seed: seed of the orders.
 
     Raises:
         ValueError: if there is no bag or the batch size is not positive.

@@ -36,10 +36,6 @@ def tasks() -> dict[str, int]:
 def labelled_and_embedded(embeddings_dir: str | Path, labels_dir: str | Path) -> list[str]:
     """List the volumes with dense labels, all of which must be embedded with their patch tokens.
 
-    Args:
-        embeddings_dir: embeddings from an encoder bundle.
-        labels_dir: labels from ``python -m data_prep dense-labels``.
-
     Raises:
         FileNotFoundError: if a folder holds nothing, or a labelled volume has no embedding.
         ValueError: if no patch tokens are stored.
@@ -70,9 +66,7 @@ class DenseCohort:
     and patch row s * P + p its patch p. Columns are the classes of ``TASKS``, one task after the other.
 
     Attributes:
-        volumes: names.
         patients: patients of the volumes, in natural order.
-        identity: identity of the embeddings.
         num_rows: kind of token to N.
 
     Args:
@@ -208,12 +202,6 @@ class DrawnRows(Dataset):
 
     Attributes:
         tokens: for each kind of token, the different rows in memory.
-
-    Args:
-        cohort: training volumes.
-        num_steps: number of batches.
-        batch_size: rows per batch, of each kind of token.
-        seed: seed of the draw.
 
     Raises:
         ValueError: if there is no step or no row.

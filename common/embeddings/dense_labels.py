@@ -57,11 +57,7 @@ def findings_present(bits: NDArray[np.uint16]) -> NDArray[np.bool_]:
 
 
 def write_dense_labels(folder: str | Path, labels: DenseLabels) -> None:
-    """Write ``<volume>.safetensors``; the file appears only when it is whole.
-
-    Args:
-        folder: folder of the files; made when missing.
-        labels: labels of one volume.
+    """Write ``<volume>.safetensors``; the file appears only when it is whole, and its folder when missing.
 
     Raises:
         ValueError: if shares and findings are not of the same patches, or classes are missing.
@@ -97,9 +93,6 @@ def _crc32(tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, st
 
 def read_dense_labels(path: str | Path) -> DenseLabels:
     """Read a file of :func:`write_dense_labels`.
-
-    Args:
-        path: ``<volume>.safetensors``.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -42,9 +42,6 @@ class BestLayers:
     """Keeps the learning rate and step with the highest validation macro AUPRC, for each kind and task.
 
     Ties keep the earlier step, and within a step the learning rate that is named first.
-
-    Attributes:
-        chosen: kind and task to the best probe so far.
     """
 
     def __init__(self) -> None:
@@ -53,11 +50,7 @@ class BestLayers:
     def offer(self, key: Key, auprc: NDArray[np.float64], step: int, network: DenseProbes) -> None:
         """Keep the best learning rate of this validation if it beats the best so far.
 
-        Args:
-            key: kind of token and task.
-            auprc: macro AUPRC ``(L,)``, nan for a probe that diverged.
-            step: optimizer steps taken.
-            network: probes whose weights are copied.
+        ``auprc (L,)`` is the macro AUPRC, nan for a probe that diverged; the weights are copied.
         """
         rate = int(np.nanargmax(auprc))
         if key in self.chosen and auprc[rate] <= self.chosen[key]["auprc"]:

@@ -41,13 +41,9 @@ class DenseResults(TypedDict):
 def each_column(
     cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
 ) -> Iterator[NDArray[np.float32]]:
-    """Score all rows of a kind of token and yield the logits column by column, float32 ``(N,)``.
+    """Score all rows of a kind of token by linear probes, ``weight (M, D)`` and ``bias (M,)``.
 
-    Args:
-        cohort: volumes whose tokens are scored.
-        kind: kind of token.
-        weight: weights of linear probes ``(M, D)``, one row per column of scores.
-        bias: their biases ``(M,)``.
+    Yields the logits column by column, float32 ``(N,)``.
     """
     num_rows = cohort.num_rows[kind]
     per_pass = max(1, SCORE_BYTES // (4 * num_rows))
@@ -65,16 +61,9 @@ def each_column(
 def validation_auprc(
     cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
 ) -> NDArray[np.float64]:
-    """Return the AUPRC of every class of every probe.
+    """Return the AUPRC of every class of every probe, given ``weight (L, C, D)`` and ``bias (L, C)``.
 
-    Args:
-        cohort: validation volumes.
-        kind: kind of token.
-        weight: weights ``(L, C, D)`` of L probes for all classes of all tasks.
-        bias: their biases ``(L, C)``.
-
-    Returns:
-        ``(L, C)``, nan where a class has no positive, and for a probe that has diverged.
+    Output ``(L, C)``, nan where a class has no positive, and for a probe that has diverged.
     """
     rates, classes = bias.shape
     # class by class, so that the targets of one serve all learning rates

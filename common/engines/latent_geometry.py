@@ -25,14 +25,7 @@ SAMPLINGS = ("stored", "matched")
 
 
 def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, EmbeddingStore]:
-    """Open the embeddings of two encoders.
-
-    Args:
-        slab_dir: embeddings of the encoder pre-trained on slabs.
-        flat_dir: embeddings of the encoder pre-trained on single slices.
-
-    Returns:
-        Name of each encoder to its embeddings, in this order.
+    """Open the embeddings of an encoder pre-trained on slabs and of one on single slices, by encoder's name.
 
     Raises:
         ValueError: if both are of one encoder, or one is not of slices.
@@ -52,11 +45,7 @@ def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, Embedding
 
 
 def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[str]:
-    """List the volumes that both encoders embedded and that have enough slices.
-
-    Args:
-        stores: embeddings from :func:`open_pair`.
-        min_slices: least number of slices; 16 in the authors' re-created probe.
+    """List the volumes that both encoders embedded with enough slices: 16 in the authors' re-created probe.
 
     Raises:
         ValueError: if there is none, or encoders disagree on the number of slices of a volume.
@@ -101,7 +90,7 @@ class LatentGeometryEvaluator(Engine):
         gaps_mm: gaps of the distance-gap curve.
         split_percent: percent of patients to fit, choose and test read-outs on.
         split_seed: seed of the split.
-        num_resamples: R.
+        num_resamples: number of resamples of patients, R.
         seed: seed of the resamples.
         dense_labels_dir: labels from ``data_prep dense-labels``, for organ spans; None leaves these out.
         probe_dirs: MIL probe of each encoder, for stride robustness; None leaves it out.

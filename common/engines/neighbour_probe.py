@@ -34,13 +34,8 @@ def knn_measured(
 ) -> dict[str, Measured]:
     """Measure kNN for every k and weighting, with the thresholds of the best F1 on validation.
 
-    Args:
-        cohorts: "train", in which neighbours are searched; "validation"; "test".
-        ks: numbers of neighbours.
-        weights: resamples of the test set, from :func:`common.metrics.bootstrap.resample_weights`.
-
-    Returns:
-        Protocol, such as "knn_5_majority", to what was measured on the test set.
+    Neighbours are searched in "train"; ``weights`` are resamples of "test". Returns protocol, such as
+    "knn_5_majority", to what was measured on the test set.
     """
     bank, labels = average_embeddings(cohorts["train"]), cohorts["train"].labels.numpy()
     nearest = {
@@ -63,12 +58,7 @@ def knn_measured(
 def retrieval_values(cohorts: dict[str, EmbeddingBags], ks: list[int]) -> dict[str, float]:
     """Measure retrieval of training volumes by test volumes, by class and as means over the classes.
 
-    Args:
-        cohorts: "train", in which neighbours are searched; "test".
-        ks: numbers of neighbours.
-
-    Returns:
-        Metric, such as "macro_recall_at_5" and "recall_at_5/Emphysema", to value; nan where undefined.
+    Returns metric, such as "macro_recall_at_5" and "recall_at_5/Emphysema", to value; nan where undefined.
     """
     bank, test = cohorts["train"], cohorts["test"]
     nearest = cosine_neighbours(average_embeddings(test), average_embeddings(bank), max(ks))

@@ -76,11 +76,6 @@ class Measured(NamedTuple):
 def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | str = "cpu") -> Prediction:
     """Apply a saved probe with its thresholds; its classes are mapped onto those of the test set.
 
-    Args:
-        probe_dir: folder of ``probe.safetensors`` and ``probe.json``.
-        bags: test set.
-        device: where to compute.
-
     Raises:
         FileNotFoundError: if there is no probe.
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
@@ -97,10 +92,7 @@ def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | s
 def measure(prediction: Prediction, bags: EmbeddingBags, weights: np.ndarray) -> Measured:
     """Measure macro AUROC, AUPRC, F1 and balanced accuracy, on the test set and on each resample of it.
 
-    Args:
-        prediction: prediction for the test set.
-        bags: test set.
-        weights: resamples ``(R, N)`` from :func:`common.metrics.bootstrap.resample_weights`.
+    ``weights (R, N)`` come from :func:`common.metrics.bootstrap.resample_weights`.
     """
     targets, half = bags.labels.numpy(), np.full(len(bags.class_names), 0.5)
     values: dict[str, float] = {}
@@ -132,26 +124,16 @@ def evaluate_probes(
 ) -> dict[str, Measured]:
     """Test probes on the same volumes, embedded in one way or several, and compare each with the first.
 
+    ``probes`` and ``embeddings`` map names to folders, the embeddings of the right way first; those that are
+    None are passed over. ``test_prefix`` is how names of test volumes start, ``label_set`` a list of
+    ``common/labels``.
+
     A row for each metric goes into the results, named by the probe ("frozen"), for embeddings after the first
     also by these ("frozen_transposed"), with its interval over the same resamples of patients for all; and
     the paired difference from the first ("retrained-frozen"). Only the first probe is tested on further
-    embeddings.
+    embeddings. An MLflow run records the rows.
 
     Source: DALE-CT IV-B and Table IV; the intervals are ours.
-
-    Args:
-        probes: name to folder of the probe.
-        embeddings: name to folder of embeddings of the same volumes, the first the right way. A folder of
-            either that is None is passed over.
-        labels_csv: label table of the test set; may hold further volumes.
-        label_set: classes of the test set, a list of ``common.cohort.cohort``.
-        test_prefix: how names of test volumes start; "" for all.
-        dataset_name: name of the data in the results.
-        results_csv: CSV of all evaluations.
-        num_resamples: R.
-        tracking_uri: MLflow store.
-        experiment: MLflow experiment of the run that records the rows.
-        device: where to compute.
 
     Returns:
         Protocol to what was measured.
@@ -215,13 +197,9 @@ def _cells(
 def rows_of(
     numbers: Mapping[str, Numbers], bags: EmbeddingBags, dataset_name: str, settings: dict[str, Any]
 ) -> list[ResultRow]:
-    """Make the result rows of a test set.
+    """Make the result rows of a test set from the numbers of each protocol.
 
-    Args:
-        numbers: protocol to its numbers.
-        bags: test set.
-        dataset_name: name of the data.
-        settings: what the numbers depend on besides the embeddings.
+    ``settings`` are what the numbers depend on besides the embeddings.
     """
     rows = []
     for protocol, of_protocol in numbers.items():

@@ -12,9 +12,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
-from monai.inferers import Inferer
-from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
@@ -38,36 +35,26 @@ class BestProbe:
     """Keeps the probe and step with the highest validation macro AUPRC, with its weights and thresholds.
 
     Ties keep the earlier step, and within a step the probe that the grid names first.
-
-    Attributes:
-        auprc: its validation macro AUPRC; nan before the first validation.
-        index: its place in ``ProbeGrid.names``.
-        step: optimizer steps it was trained for.
-        parameters: its state dictionary.
-        thresholds: float64 ``(C,)``, per-class optimum of F1 on validation.
     """
 
     def __init__(self) -> None:
-        self.auprc = float("nan")
-        self.index = -1
+        self.auprc = float("nan")  # before the first validation
+        self.index = -1  # in ProbeGrid.names
         self.step = -1
         self.parameters: dict[str, torch.Tensor] = {}
-        self.thresholds = torch.empty(0, dtype=torch.float64)
+        self.thresholds = torch.empty(0, dtype=torch.float64)  # (C,), best F1 of each class on validation
 
     def offer(
         self, *, auprc: np.ndarray, step: int, network: ProbeGrid, scores: np.ndarray, targets: np.ndarray
     ) -> None:
-        """Keep the best probe of this validation if it beats the best so far.
+        """Keep the best probe of this validation if it beats the best so far; its weights are copied.
 
         Args:
-            auprc: macro AUPRC of every probe, nan for one that diverged.
+            auprc: macro AUPRC of every probe ``(L * K,)``, nan for one that diverged.
             step: optimizer steps taken.
-            network: grid whose weights are copied.
-            scores: validation scores.
-            targets: validation labels.
-
-        Shape:
-            ``auprc (L * K,)``, ``scores (L * K, N, C)``, ``targets (N, C)``.
+            network: the grid.
+            scores: validation scores ``(L * K, N, C)``.
+            targets: validation labels ``(N, C)``.
         """
         index = int(np.nanargmax(auprc))
         if auprc[index] <= self.auprc:
@@ -92,47 +79,27 @@ class ProbeTrainer(SupervisedTrainer, ABC):
     ``engine.state.reports`` is empty until the test. A run that resumes after its last step tests at once.
 
     Args:
-        device: device of network and batch.
         max_epochs: 1: an epoch is all ``max_steps`` steps.
         max_steps: optimizer steps.
-        train_data_loader: batches from a sampler with ``start_step``.
-        network: all probes; they share no parameter.
-        optimizer: optimizer over ``network.parameter_groups()``.
         lr_scheduler: stepped after every optimizer step.
-        loss_function: element-wise loss of logits and labels.
         val_interval: steps between two validations; the last step is always validated.
-        sampler: the loader's, told the step to start at when a run resumes.
-        inferer: how a batch goes through the network; MONAI's SimpleInferer by default.
+        sampler: the loader's sampler; ``start_step`` is set when a run resumes.
         train_handlers: Ignite handlers.
+        others: as MONAI's ``SupervisedTrainer``; the loss is element-wise.
     """
 
     def __init__(
         self,
         *,
-        device: torch.device,
         max_epochs: int,
         max_steps: int,
-        train_data_loader: DataLoader,
-        network: nn.Module,
-        optimizer: Optimizer,
         lr_scheduler: LRScheduler,
-        loss_function: nn.Module,
         val_interval: int,
         sampler: Any,  # noqa: ANN401 (torch's samplers have no start_step)
-        inferer: Inferer | None,
-        train_handlers: Sequence[Any] | None,
+        train_handlers: Sequence[Any],
+        **others: Any,  # noqa: ANN401 (MONAI's)
     ) -> None:
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            train_data_loader=train_data_loader,
-            network=network,
-            optimizer=optimizer,
-            loss_function=loss_function,
-            epoch_length=max_steps,
-            inferer=inferer,
-            decollate=False,
-        )
+        super().__init__(max_epochs=max_epochs, epoch_length=max_steps, decollate=False, **others)
         self.lr_scheduler, self.val_interval, self.sampler = lr_scheduler, val_interval, sampler
         self.num_steps = max_epochs * max_steps
         self.state.reports = {}
@@ -142,7 +109,7 @@ class ProbeTrainer(SupervisedTrainer, ABC):
         self.add_event_handler(Events.ITERATION_COMPLETED, self._validate_at_intervals)
         last_step = Events.ITERATION_COMPLETED(once=self.num_steps)
         self.add_event_handler(last_step | Events.COMPLETED, self._test_once)
-        self._register_handlers(list(train_handlers or []))
+        self._register_handlers(list(train_handlers))
 
     def prepare(self) -> None:  # noqa: B027 (nothing to prepare by default)
         """Get ready before the first step."""
@@ -327,9 +294,6 @@ class ProbeGridTrainer(ProbeTrainer):
 
         A seed decides on the initial weights and on the order of the batches: on all that chance decides in
         training a probe. The probes share no parameter, so that each ends where it would alone.
-
-        Args:
-            seeds: one probe each.
         """
         if not seeds:
             return []

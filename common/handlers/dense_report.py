@@ -96,13 +96,7 @@ def class_rows(report: DenseResults) -> list[dict[str, Any]]:
 
 
 def draw_classes(path: Path, report: DenseResults, title: str) -> None:
-    """Draw AUROC and AUPRC of each averaged class as points, with its prevalence, in order of AUPRC.
-
-    Args:
-        path: PNG to write.
-        report: results of ``report_on_test``.
-        title: first line of the picture.
-    """
+    """Draw AUROC and AUPRC of each averaged class as points, with its prevalence, in order of AUPRC."""
     averaged = {
         name: values for name, values in report["per_class"].items() if name not in report["left_out"]
     }

@@ -222,14 +222,8 @@ class ProbeReport(EvaluationReport):
 def volumes_to_show(predictions: Predictions, most: int = MAX_SHOWN) -> dict[str, str]:
     """Choose volumes to look at: for each class the true positive that the probe is surest of.
 
-    A class that it never finds is passed over, and a volume is chosen once, for its first class.
-
-    Args:
-        predictions: predictions on the test set.
-        most: largest number of volumes.
-
-    Returns:
-        Volume to the class it was chosen for.
+    A class that it never finds is passed over, and a volume is chosen once, for its first class. Returns
+    volume to the class it was chosen for.
     """
     chosen: dict[str, str] = {}
     for index, name in enumerate(predictions.class_names):
@@ -243,9 +237,7 @@ def volumes_to_show(predictions: Predictions, most: int = MAX_SHOWN) -> dict[str
 def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndarray]:
     """Read CT volumes as axial slices ``(S, H, H)`` in HU, feet to head, shown the radiological way.
 
-    Args:
-        ct_dir: file, zip or folder that was embedded; see :func:`common.embeddings.work.ct_sources`.
-        volumes: volumes to read.
+    ``ct_dir`` is the file, zip or folder that was embedded; see :func:`common.embeddings.work.ct_sources`.
 
     Raises:
         FileNotFoundError: if a volume is not there.

@@ -75,10 +75,8 @@ class DenseProbes(nn.Module):
     def layer(self, kind: int, rate: int, columns: slice) -> nn.Linear:
         """Return a copy of one probe that works alone.
 
-        Args:
-            kind: 0 for CLS tokens, 1 for patch tokens.
-            rate: place in ``learning_rates``.
-            columns: one of ``self.columns``.
+        ``kind`` is 0 for CLS and 1 for patch tokens, ``rate`` a place in ``learning_rates``, and ``columns``
+        one of ``self.columns``.
         """
         weight, bias = self.weights[rate][kind, columns], self.biases[rate][kind, columns]
         layer = nn.Linear(self.dim, len(bias)).to(weight)
@@ -87,15 +85,7 @@ class DenseProbes(nn.Module):
 
 
 def load_dense_probe(folder: str | Path, kind: str, task: str) -> tuple[nn.Linear, dict[str, Any]]:
-    """Load a probe that :func:`common.networks.mil_probe.save_probe` wrote as ``<kind>_<task>``.
-
-    Args:
-        folder: folder of the probes.
-        kind: "cls" or "patch".
-        task: name of the task.
-
-    Returns:
-        The probe, and its card.
+    """Load a probe that was saved as ``<kind>_<task>``, such as "patch_rexgroundingct", and its card.
 
     Raises:
         FileNotFoundError: if one of the two files does not exist.

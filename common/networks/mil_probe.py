@@ -123,14 +123,7 @@ class ProbeGrid(nn.Module):
 
     @torch.no_grad()
     def fixed_features(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Apply the poolers that have no parameters.
-
-        Args:
-            bags: tensors ``(S, D)``.
-
-        Shape:
-            Output: ``(len(bags), F, D)``.
-        """
+        """Apply the poolers that have no parameters to bags ``(S, D)``; returns ``(B, F, D)``."""
         weight = self.weights[0]
         features = weight.new_empty(len(bags), len(self.fixed_poolers), self.dim)
         first = 0
@@ -157,11 +150,7 @@ class ProbeGrid(nn.Module):
         return (pooled @ weight.mT + bias[:, :, None]).flatten(0, 1)
 
     def probe(self, index: int) -> MILProbe:
-        """Return a copy of one probe that works alone, in evaluation mode.
-
-        Args:
-            index: place in ``names``.
-        """
+        """Return a copy of one of ``names`` that works alone, in evaluation mode."""
         rate, place = divmod(index, len(self.kinds))
         kind, nth = self.kinds[place], self.kinds[:place].count(self.kinds[place])
         pooler: Any
@@ -224,24 +213,15 @@ def _read_together(bags: Sequence[torch.Tensor], device: torch.device) -> list[l
 
 
 def probe_name(pooler: str, learning_rate: float) -> str:
-    """Name a probe of the grid, as metrics and tables do.
-
-    Example:
-        >>> probe_name("max", 0.1)
-        'max/lr_0.1'
-    """
+    """Name a probe of the grid, as metrics and tables do: "max/lr_0.1"."""
     return f"{pooler}/lr_{learning_rate:g}"
 
 
 def save_probe(folder: str | Path, probe: nn.Module, card: Mapping[str, Any], name: str = "probe") -> None:
     """Write a probe as ``<name>.safetensors`` and ``<name>.json``, each appearing only when whole.
 
-    Args:
-        folder: where to write.
-        probe: trained probe.
-        card: what the weights only make sense with, JSON values; NaN becomes null. :func:`load_probe` needs
-            ``pooler``, ``dim`` and ``class_names``.
-        name: name of the two files without suffix.
+    The card is what the weights only make sense with, JSON values; NaN becomes null. :func:`load_probe` needs
+    ``pooler``, ``dim`` and ``class_names``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,10 +243,6 @@ def _without_nan(value: Any) -> Any:  # noqa: ANN401 (any of JSON's)
 def read_probe(folder: str | Path, name: str = "probe") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read the weights and the card that :func:`save_probe` wrote.
 
-    Args:
-        folder: folder of the two files.
-        name: their name without suffix.
-
     Raises:
         FileNotFoundError: if one of the two files does not exist.
     """
@@ -278,13 +254,7 @@ def read_probe(folder: str | Path, name: str = "probe") -> tuple[dict[str, torch
 
 
 def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
-    """Load a probe of :func:`save_probe`.
-
-    Args:
-        folder: folder of ``probe.safetensors`` and ``probe.json``.
-
-    Returns:
-        The probe in evaluation mode, and its card: class names, thresholds, encoder.
+    """Load a probe of :func:`save_probe` in evaluation mode, and its card: class names, thresholds, encoder.
 
     Raises:
         FileNotFoundError: if one of the two files does not exist.

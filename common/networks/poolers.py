@@ -109,10 +109,6 @@ class GatedAttentionPool(nn.Module):
 
     Source: Attention-based deep multiple instance learning (arXiv:1802.04712), equation 9 (gated ABMIL), with
     its 128 hidden units.
-
-    Args:
-        dim: D, width of the embeddings.
-        hidden_dim: units of the attention.
     """
 
     def __init__(self, dim: int, hidden_dim: int = 128) -> None:
@@ -196,11 +192,7 @@ PAPER_POOLERS = tuple(POOLERS)[:5]
 
 
 def build_pooler(name: str, dim: int) -> nn.Module:
-    """Make a pooler by its name.
-
-    Args:
-        name: key of ``POOLERS``.
-        dim: D, width of the embeddings.
+    """Make one of ``POOLERS`` for embeddings of width D.
 
     Raises:
         ValueError: if there is no such pooler, or it has no ``slice_weights``.
@@ -221,13 +213,7 @@ def build_pooler(name: str, dim: int) -> nn.Module:
 
 
 def pad_bags(bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join bags of different lengths into one tensor and a mask of where the slices are.
-
-    Args:
-        bags: tensors ``(S, D)``.
-
-    Shape:
-        Output: ``(B, S, D)`` zero-padded at the end, and bool ``(B, S)``.
+    """Join bags ``(S, D)`` into one tensor ``(B, S, D)``, zero-padded at the end, and a mask ``(B, S)``.
 
     Raises:
         ValueError: if a bag is empty.
@@ -246,14 +232,7 @@ def pad_bags(bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def segment_softmax(scores: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Take the softmax within each bag of packed slices.
-
-    Args:
-        scores: scores of the slices, one bag after the other.
-        lengths: number of slices per bag.
-
-    Shape:
-        scores ``(Q, T)`` with T the sum of the lengths. Output: the same.
+    """Take the softmax within each bag of packed slices; scores ``(Q, T)``, T being the sum of the lengths.
 
     Example:
         >>> segment_softmax(torch.zeros(1, 3), [1, 2])

@@ -93,10 +93,13 @@ def run_in_mlflow(tmp_path: Path, experiment: str) -> tuple[Any, set[str]]:
     return record, {file.path for file in client.list_artifacts(record.info.run_id)}
 
 
-def test_dense_bundle_fulfils_monais_contract(dense: Make) -> None:
+def test_dense_bundle_fulfils_monais_contract_and_splits_patients_in_three(dense: Make) -> None:
     evaluation = dense()
     evaluation.initialize()
     assert evaluation.check_properties() == []
+    trainer = evaluation.trainer
+    cohorts = trainer.drawn.cohort, trainer.val_cohort, trainer.test_cohort
+    assert [len(cohort.volumes) for cohort in cohorts] == [14, 2, 4]
 
 
 def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
@@ -117,14 +120,6 @@ def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
         found.value, abs=1e-6
     )
     assert {"patch_rexgroundingct.png", "cls_totalsegmentator.csv", "executed_config.json"} <= files
-
-
-def test_patients_are_split_in_three(dense: Make) -> None:
-    evaluation = dense()
-    evaluation.initialize()
-    trainer = evaluation.trainer
-    cohorts = trainer.drawn.cohort, trainer.val_cohort, trainer.test_cohort
-    assert [len(cohort.volumes) for cohort in cohorts] == [14, 2, 4]
 
 
 def test_dense_checkpoint_of_other_patients_is_refused(dense: Make) -> None:

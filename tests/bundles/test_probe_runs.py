@@ -68,10 +68,16 @@ def workflow(cohort: Path, tmp_path: Path) -> Callable[..., ConfigWorkflow]:
     return make
 
 
-def test_bundle_fulfils_monais_contract(workflow: Callable[..., ConfigWorkflow]) -> None:
+def test_bundle_fulfils_monais_contract_and_validates_on_a_draw_of_patients(
+    workflow: Callable[..., ConfigWorkflow],
+) -> None:
     evaluation = workflow()
     evaluation.initialize()
     assert evaluation.check_properties() == []
+    bags = evaluation.trainer.train_bags, evaluation.trainer.val_bags, evaluation.trainer.test_bags
+    assert [len(cohort) for cohort in bags] == [30, 10, 20]
+    patients = [{volume.rsplit("_", 2)[0] for volume in cohort.volumes} for cohort in bags]
+    assert not patients[0] & patients[1]
 
 
 def test_evaluation_leaves_a_probe_pictures_and_rows(
@@ -110,15 +116,6 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     pictures = {"per_class", "roc", "precision_recall", "reliability", "attention"}
     expected = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
     assert {"probe.json", "probe.safetensors", *expected} <= files
-
-
-def test_validation_is_a_draw_of_patients(workflow: Callable[..., ConfigWorkflow]) -> None:
-    evaluation = workflow()
-    evaluation.initialize()
-    bags = evaluation.trainer.train_bags, evaluation.trainer.val_bags, evaluation.trainer.test_bags
-    assert [len(cohort) for cohort in bags] == [30, 10, 20]
-    patients = [{volume.rsplit("_", 2)[0] for volume in cohort.volumes} for cohort in bags]
-    assert not patients[0] & patients[1]
 
 
 def test_checkpoint_of_other_data_is_refused(workflow: Callable[..., ConfigWorkflow]) -> None:
