@@ -38,9 +38,8 @@ from common.embeddings import dense_cohort
 from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
 from common.embeddings.dense_labels import TASKS, DenseLabels, findings_present, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.engines.dense_probe import BACKGROUND, BestLayers, DenseProbeTrainer
-from common.engines.dense_scores import DenseResults, report_on_test, validation_auprc
-from common.metrics.bootstrap import interval, resample_weights
+from common.engines.dense_probe import BACKGROUND, BestLayers, DenseProbeTrainer, validation_auprc
+from common.metrics.bootstrap import RESAMPLING_SEED, interval, resample_weights
 from common.networks.dense_probe import DenseProbes
 from common.transforms.dense_labels import patch_bits, patch_shares
 
@@ -232,7 +231,7 @@ def plain_kind_and_task(trainer: DenseProbeTrainer, kind: str, task: str) -> dic
         "auprc": np.mean([average_precision_score(test.hard[:, c], scores[:, c]) for c in counted]),
     }
     testing = time.process_time() - began
-    weights = resample_weights(trainer.test_cohort.patients, NUM_RESAMPLES, SEED)[:PLAIN_RESAMPLES]
+    weights = resample_weights(trainer.test_cohort.patients, NUM_RESAMPLES, RESAMPLING_SEED)[:PLAIN_RESAMPLES]
     began, resampled = time.process_time(), []
     for weight in weights:
         drawn = np.repeat(np.arange(len(scores)), weight[test.patients].astype(int))
@@ -257,7 +256,7 @@ def largest_differences(
 ) -> dict[str, float]:
     """Compare a kind and task of both ways: weights, macro means and intervals of a few resamples."""
     report, chosen = trainer.state.reports[kind, task], trainer.best.chosen[kind, task]
-    few = report_with(trainer, kind, task, PLAIN_RESAMPLES)
+    few = trainer.report_on_test(kind, task, PLAIN_RESAMPLES)
     weight = found["best"][2].weight.detach()
     intervals = zip(("auroc", "auprc"), found["resampled"].T, strict=True)
     return {
@@ -271,26 +270,12 @@ def largest_differences(
     }
 
 
-def report_with(trainer: DenseProbeTrainer, kind: str, task: str, num_resamples: int) -> DenseResults:
-    """Test the chosen probe with so many resamples."""
-    return report_on_test(
-        trainer.test_cohort,
-        kind,
-        first_column=trainer.probes.columns[task].start,
-        layer=trainer.best.layer((kind, task)),
-        class_names=trainer.class_names[task],
-        averaged=lambda name, n: name != BACKGROUND and n >= MIN_POSITIVES,
-        num_resamples=num_resamples,
-        seed=SEED,
-    )
-
-
 def report_seconds(trainer: DenseProbeTrainer, num_resamples: int) -> float:
     """Return the time of all tests with so many resamples."""
 
     def test_all() -> None:
         for kind, task in ((kind, task) for kind in TOKEN_KINDS for task in TASKS):
-            report_with(trainer, kind, task, num_resamples)
+            trainer.report_on_test(kind, task, num_resamples)
 
     return seconds_of(test_all)[0]
 

@@ -1,8 +1,10 @@
 """Train linear probes of CLS and patch tokens in one pass, choose on validation, test once."""
 
-# L learning rates, K = 2 kinds of tokens, B rows of a batch, D embedding, C classes
+# L learning rates, K = 2 kinds of tokens, B rows of a batch, D embedding, C classes,
+# N rows of a kind of token, M probes' classes, R resamples
 
 import logging
+from collections.abc import Iterator
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -14,15 +16,27 @@ from torch.utils.data import DataLoader
 from common.cohort.cohort import load_labels
 from common.embeddings.bags import check_disjoint
 from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RowBatch
-from common.engines.dense_scores import report_on_test, validation_auprc
 from common.engines.probe_grid import ProbeTrainer
-from common.metrics.bootstrap import RESAMPLING_SEED
+from common.metrics.bootstrap import (
+    RESAMPLING_SEED,
+    interval,
+    macro_means,
+    resample_weights,
+    resampled_areas,
+)
+from common.metrics.multilabel import auroc_and_average_precision, average_precision
 from common.networks.dense_probe import DenseProbes
 
 logger = logging.getLogger(__name__)
 
 BACKGROUND = "background"
 """Trained on and listed, but in no macro mean: it is no organ, and nearly every slice shows some."""
+
+SCORE_BYTES = 2**30
+"""Memory for scores; our choice. More classes than fit are scored in several passes over the tokens."""
+
+MAX_LEVELS = 4096
+"""Distinct scores of positives that resamples tell apart; our choice: the areas are off by less than 1e-3."""
 
 Key = tuple[str, str]
 """Kind of token and task."""
@@ -36,6 +50,24 @@ class ChosenLayer(TypedDict):
     step: int  # optimizer steps taken
     weight: torch.Tensor
     bias: torch.Tensor
+
+
+class ClassScores(TypedDict):
+    """What is measured of one class on all test tokens."""
+
+    auroc: float
+    auprc: float
+    positives: int
+    prevalence: float
+
+
+class DenseResults(TypedDict):
+    """One linear probe on the test set; the metrics are "auroc" and "auprc"."""
+
+    per_class: dict[str, ClassScores]
+    macro: dict[str, tuple[float, tuple[float, float]]]  # mean of the averaged classes, 95 % interval
+    resampled: dict[str, NDArray[np.float64]]  # that mean on each resample of the patients, (R,)
+    left_out: list[str]  # classes that do not count in the means
 
 
 class BestLayers:
@@ -94,7 +126,7 @@ class DenseProbeTrainer(ProbeTrainer):
 
     ``engine.state.metrics`` holds ``val_macro_auprc/<kind>/<task>/lr_<lr>`` and
     ``val_macro_auprc_best/<kind>/<task>``; after the test ``test_macro_<metric>/<kind>/<task>``.
-    ``engine.state.reports`` then holds what :func:`common.engines.dense_scores.report_on_test` returns, by
+    ``engine.state.reports`` then holds what :meth:`report_on_test` returns, by
     (kind, task).
 
     Source: DALE-CT IV-A3 and its released code.
@@ -192,16 +224,84 @@ class DenseProbeTrainer(ProbeTrainer):
     def test(self) -> None:
         """Test the chosen probe of each kind and task."""
         for kind, task in self.best.chosen:
-            report = report_on_test(
-                self.test_cohort,
-                kind,
-                first_column=self.probes.columns[task].start,
-                layer=self.best.layer((kind, task)).to(self.state.device),  # a checkpoint is read on the CPU
-                class_names=self.class_names[task],
-                averaged=lambda name, positives: name != BACKGROUND and positives >= self.min_positives,
-                num_resamples=self.num_resamples,
-                seed=RESAMPLING_SEED,
-            )
+            report = self.report_on_test(kind, task, self.num_resamples)
             self.state.reports[kind, task] = report
             for metric, (mean, _) in report["macro"].items():
                 self.state.metrics[f"test_macro_{metric}/{kind}/{task}"] = mean
+
+    def report_on_test(self, kind: str, task: str, num_resamples: int) -> DenseResults:
+        """Measure a chosen probe: every class, and the macro means with intervals over resampled patients."""
+        cohort, first_column = self.test_cohort, self.probes.columns[task].start
+        layer = self.best.layer((kind, task)).to(self.state.device)  # a checkpoint is read on the CPU
+        # float64, for a resample may hold more than 2 ** 24 tokens
+        weights = resample_weights(cohort.patients, num_resamples, RESAMPLING_SEED).astype(np.float64)
+        patient_of_row = cohort.patient_of_row(kind)
+        per_class: dict[str, ClassScores] = {}
+        drawn: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        counted: list[str] = []
+        scored = each_column(cohort, kind, layer.weight.detach(), layer.bias.detach())
+        for column, (name, scores) in enumerate(zip(self.class_names[task], scored, strict=True)):
+            target = cohort.targets(kind, first_column + column)
+            positives = int(target.sum())
+            auroc, auprc = auroc_and_average_precision(scores[:, None], target[:, None])
+            per_class[name] = {
+                "auroc": float(auroc[0]),
+                "auprc": float(auprc[0]),
+                "positives": positives,
+                "prevalence": positives / len(target),
+            }
+            if name != BACKGROUND and positives >= self.min_positives:
+                counted.append(name)
+                drawn.append(resampled_areas(scores, target, patient_of_row, weights, MAX_LEVELS))
+        of_metric = np.reshape(drawn, (len(counted), 2, num_resamples))
+        resampled = {"auroc": macro_means(of_metric[:, 0].T), "auprc": macro_means(of_metric[:, 1].T)}
+        values = np.reshape([(per_class[n]["auroc"], per_class[n]["auprc"]) for n in counted], (-1, 2))
+        return {
+            "per_class": per_class,
+            "macro": {
+                metric: (float(macro_means(of_classes)), interval(resampled[metric]))
+                for metric, of_classes in zip(resampled, values.T, strict=True)
+            },
+            "resampled": resampled,
+            "left_out": [name for name in self.class_names[task] if name not in counted],
+        }
+
+
+def each_column(
+    cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
+) -> Iterator[NDArray[np.float32]]:
+    """Score all rows of a kind of token by linear probes, ``weight (M, D)`` and ``bias (M,)``.
+
+    Yields the logits column by column, float32 ``(N,)``.
+    """
+    num_rows = cohort.num_rows[kind]
+    per_pass = max(1, SCORE_BYTES // (4 * num_rows))
+    for first in range(0, len(weight), per_pass):
+        block, offset = weight[first : first + per_pass].float(), bias[first : first + per_pass].float()
+        scores = np.empty((len(block), num_rows), np.float32)
+        done = 0
+        for tokens in cohort.tokens(kind):
+            logits = torch.addmm(offset[:, None], block, tokens.to(block).mT)
+            scores[:, done : done + len(tokens)] = logits.cpu().numpy()
+            done += len(tokens)
+        yield from scores
+
+
+def validation_auprc(
+    cohort: DenseCohort, kind: str, weight: torch.Tensor, bias: torch.Tensor
+) -> NDArray[np.float64]:
+    """Return the AUPRC of every class of every probe, given ``weight (L, C, D)`` and ``bias (L, C)``.
+
+    Output ``(L, C)``, nan where a class has no positive, and for a probe that has diverged.
+    """
+    rates, classes = bias.shape
+    # class by class, so that the targets of one serve all learning rates
+    columns = each_column(cohort, kind, weight.transpose(0, 1).flatten(0, 1), bias.transpose(0, 1).flatten())
+    values = np.full((rates, classes), np.nan)
+    for column in range(classes):
+        target = cohort.targets(kind, column)
+        for rate in range(rates):
+            scores = next(columns)
+            if target.any() and np.isfinite(scores).all():
+                values[rate, column] = average_precision(scores[:, None], target[:, None])[0]
+    return values

@@ -3,6 +3,8 @@
 # S slices, D embedding, R resamples
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from common.embeddings.dense_labels import read_dense_labels
 from common.embeddings.store import EmbeddingStore
 from common.metrics.bootstrap import interval, macro_means, resample_weights
 from common.metrics.effective_rank import jackknife, participation_ratio, spectral_effective_rank
-from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
+from common.metrics.linear_readout import moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
 from common.metrics.slice_paths import (
@@ -98,8 +100,8 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
         ``r2_fraction``, ``r2_mm``, ``mae_fraction`` and ``mae_mm`` as :class:`Mean`, and ``predicted_mm`` and
         ``true_mm`` of all test slices.
     """
-    of_train = _sum(moments(v.tokens, positions(v.z_mm)) for v in slices_of(store, split["train"]))
-    fits = ridge(of_train)
+    of_train = (moments(v.tokens, positions(v.z_mm)) for v in slices_of(store, split["train"]))
+    fits = ridge(reduce(add, of_train))
     errors = np.zeros(len(fits))
     for volume in slices_of(store, split["validation"]):
         residual = read_out(fits, volume.tokens)[..., 0] - positions(volume.z_mm)[:, 0]
@@ -126,13 +128,6 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
         found[f"r2_{unit}"] = Mean(value, float("nan"), low, high, len(names))
     found["predicted_mm"], found["true_mm"] = (np.concatenate(part)[:, 1] for part in (predicted, true))
     return found
-
-
-def _sum(parts: Iterator[Moments]) -> Moments:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
 
 
 def label_free(
@@ -186,11 +181,8 @@ def organ_spans(
         Organ that at least ``MIN_SCANS`` test scans show, and "mean" of these, to ``iou``, ``boundary_mm``
         and ``miss_rate`` (no slice predicted) as :class:`Mean`.
     """
-    of_train = _sum(
-        moments(volume.tokens, _shares(labels_dir, volume.volume))
-        for volume in slices_of(store, split["train"])
-    )
-    fits = ridge(of_train)
+    train = slices_of(store, split["train"])
+    fits = ridge(reduce(add, (moments(v.tokens, _shares(labels_dir, v.volume)) for v in train)))
     ious = np.array(
         [
             [

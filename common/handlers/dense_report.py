@@ -7,8 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.cohort.cohort import write_table
-from common.engines.dense_probe import DenseProbeTrainer
-from common.engines.dense_scores import DenseResults
+from common.engines.dense_probe import DenseProbeTrainer, DenseResults
 from common.handlers.probe_report import EvaluationReport
 from common.networks.mil_probe import save_probe
 from common.reports.results import ResultRow

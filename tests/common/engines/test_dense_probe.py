@@ -7,13 +7,21 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.optimizers import WarmupCosineSchedule
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
 
+from common.cohort.cohort import load_labels
 from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps, tasks
-from common.engines.dense_probe import BestLayers, DenseProbeTrainer
+from common.engines import dense_probe
+from common.engines.dense_probe import (
+    BestLayers,
+    DenseProbeTrainer,
+    each_column,
+    validation_auprc,
+)
 from common.handlers.checkpoint import Checkpoint
+from common.metrics.bootstrap import RESAMPLING_SEED, resample_weights
 from common.networks.dense_probe import DenseProbes
 
 RATES = [0.3, 0.1]
@@ -188,3 +196,56 @@ def test_the_best_learning_rate_and_step_are_kept_and_restored() -> None:
     for choice in (best, restored):
         assert torch.equal(choice.layer(("patch", "ts")).weight, expected.weight)
     assert restored.chosen["patch", "ts"]["auprc"] == 0.4
+
+
+NAMES = [label.name for label in load_labels("totalsegmentator")]
+
+
+@pytest.fixture
+def five(write_dense: Any) -> DenseCohort:
+    return DenseCohort(*write_dense(num_volumes=9), [f"valid_{n}_a_1" for n in (1, 9, 4, 5, 7)])
+
+
+def test_columns_are_those_of_the_linear_layer(five: DenseCohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(9, 7)
+    monkeypatch.setattr(dense_probe, "SCORE_BYTES", 3 * 4 * five.num_rows["patch"])
+    scores = np.stack(list(each_column(five, "patch", layer.weight.detach(), layer.bias.detach())))
+    expected = layer(torch.cat(list(five.tokens("patch")))).detach().T
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_validation_is_sklearns_for_every_probe_and_class(five: DenseCohort) -> None:
+    weight, bias = torch.randn(3, 132, 9), torch.randn(3, 132)
+    bias[1, 15] = float("nan")
+    values = validation_auprc(five, "cls", weight, bias)
+    tokens = torch.cat(list(five.tokens("cls")))
+    for rate, column in ((0, 0), (2, 1), (1, 16), (0, 17)):
+        scores = tokens @ weight[rate, column] + bias[rate, column]
+        expected = average_precision_score(five.targets("cls", column), scores)
+        assert values[rate, column] == pytest.approx(expected, abs=1e-6)
+    assert np.isnan(values[:, 100]).all()  # no positive
+    assert np.isnan(values[:, 15]).tolist() == [False, True, False]
+
+
+def test_report_is_sklearns_and_its_interval_that_of_resampled_patients(
+    cohorts: dict[str, DenseCohort],
+) -> None:
+    trainer, cohort = build(cohorts, max_steps=3), cohorts["test"]
+    trainer.run()
+    report = trainer.state.reports["patch", "totalsegmentator"]
+    layer = trainer.best.layer(("patch", "totalsegmentator"))
+    scores = layer(torch.cat(list(cohort.tokens("patch")))).detach().numpy()
+    targets = np.stack([cohort.targets("patch", 14 + organ) for organ in (1, 2, 3)], axis=1)
+    for organ, name in enumerate(NAMES[1:4]):
+        values = report["per_class"][name]
+        assert values["auroc"] == pytest.approx(roc_auc_score(targets[:, organ], scores[:, organ + 1]))
+        assert values["positives"] == targets[:, organ].sum()
+    assert sorted(report["left_out"]) == sorted({*NAMES} - {*NAMES[1:4]})
+    mean, (low, high) = report["macro"]["auprc"]
+    assert mean == pytest.approx(average_precision_score(targets, scores[:, 1:4], average="macro"))
+    patients, drawn = cohort.patient_of_row("patch"), []
+    for weights in resample_weights(cohort.patients, 20, RESAMPLING_SEED):
+        rows = np.repeat(np.arange(len(patients)), weights[patients].astype(int))
+        drawn.append(average_precision_score(targets[rows], scores[rows, 1:4], average="macro"))
+    assert report["resampled"]["auprc"] == pytest.approx(np.array(drawn), abs=1e-9)
+    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=1e-9)
