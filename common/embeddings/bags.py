@@ -174,11 +174,9 @@ class EmbeddingBags(Dataset):
     A cohort may be larger than memory; the operating system keeps in memory what it has room for.
 
     Attributes:
-        volumes: names, in the order of the bags.
-        class_names: names of the labels' columns.
         lengths: int64 ``(N,)``, number of tokens per bag.
         labels: float32 ``(N, C)`` of 0 and 1.
-        identity: encoder, encoder_id, preprocessing, slice_order, token_kind, dim and dtype of all of them.
+        identity: ``IDENTITY_KEYS``, dim and dtype, the same for all bags.
 
     Args:
         embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
@@ -242,9 +240,7 @@ class EmbeddingBags(Dataset):
 def check_cohorts(cohorts: Mapping[str, EmbeddingBags], resampling: str) -> None:
     """Refuse cohorts that do not belong together; name classes that cannot be learned or measured.
 
-    Args:
-        cohorts: by the name that a message uses; all others are compared with ``train``.
-        resampling: "patients" or "volumes": what no two cohorts may share.
+    All are compared with ``train``; no two may share what ``resampling`` names, "patients" or "volumes".
 
     Raises:
         ValueError: if embeddings differ in origin or width, or two cohorts share a patient.
@@ -273,10 +269,8 @@ def check_disjoint(groups: Mapping[str, Iterable[str]], what: str) -> None:
 
 def collate_bags(samples: Sequence[Bag]) -> BagBatch:
     """Join the places and labels of bags; their tokens stay where they are."""
-    return {
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "labels": torch.stack([sample["labels"] for sample in samples]),
-    }
+    index, labels = zip(*((sample["index"], sample["labels"]) for sample in samples), strict=True)
+    return {"index": torch.tensor(index), "labels": torch.stack(labels)}
 
 
 class BagReader:

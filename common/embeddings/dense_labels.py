@@ -25,19 +25,12 @@ TASKS = {name: len(load_labels(name)) for name in ("rexgroundingct", "totalsegme
 
 
 class DenseLabels(NamedTuple):
-    """Labels of one volume, seen through the body crop of its image.
-
-    Args:
-        volume: name.
-        box: top, left and side in pixels of the square that was cropped, in slices padded to squares.
-        shares: TotalSegmentator, sparse float32 ``(S * P, 118)``: share of each patch, background included.
-        findings: ReXGroundingCT, uint16 ``(S, P)``: bit k for the k-th code.
-    """
+    """Labels of one volume, seen through the body crop of its image."""
 
     volume: str
-    box: tuple[int, int, int]
-    shares: csr_matrix
-    findings: NDArray[np.uint16]
+    box: tuple[int, int, int]  # top, left and side in pixels of the square crop, in slices padded to squares
+    shares: csr_matrix  # TotalSegmentator, float32 (S * P, 118): share of each patch, with background
+    findings: NDArray[np.uint16]  # ReXGroundingCT, (S, P): bit k for the k-th code
 
     def of_slices(self) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
         """Return what whole slices show: shares ``(S, 118)`` and findings ``(S,)``."""

@@ -37,28 +37,17 @@ Numbers = dict[str, tuple[float, float, float]]
 
 
 class Prediction(NamedTuple):
-    """What a probe says of the volumes of a test set.
+    """What a probe says of the volumes of a test set."""
 
-    Attributes:
-        scores: probabilities, float64 ``(N, K)``.
-        decisions: whether each class is called positive, bool ``(N, K)``; a class merged from several has no
-            single threshold.
-    """
-
-    scores: np.ndarray
-    decisions: np.ndarray
+    scores: np.ndarray  # probabilities, float64 (N, K)
+    decisions: np.ndarray  # called positive, bool (N, K); a class merged from several has no single threshold
 
 
 class Measured(NamedTuple):
-    """The macro metrics of a prediction.
-
-    Attributes:
-        values: by metric.
-        resampled: by metric, on each resample, ``(R,)``.
-    """
+    """The macro metrics of a prediction."""
 
     values: dict[str, float]
-    resampled: dict[str, np.ndarray]
+    resampled: dict[str, np.ndarray]  # on each resample, (R,)
 
     def numbers(self) -> Numbers:
         """Return the metrics with their intervals, as result rows name them."""
@@ -95,17 +84,16 @@ def measure(prediction: Prediction, bags: EmbeddingBags, weights: np.ndarray) ->
     ``weights (R, N)`` come from :func:`common.metrics.bootstrap.resample_weights`.
     """
     targets, half = bags.labels.numpy(), np.full(len(bags.class_names), 0.5)
-    values: dict[str, float] = {}
-    resampled: dict[str, np.ndarray] = {}
+    measured = Measured({}, {})
     # rankings by score; F1 and balanced accuracy by what was called positive, of which 0.5 is the threshold
     for scores, of_ranking in ((prediction.scores, True), (prediction.decisions.astype(np.float64), False)):
         report = multilabel_report(scores, targets, half, bags.class_names)["macro"]
         samples = bootstrap(scores, targets, half, weights)
         for name in report:
             if (name in RANKING) == of_ranking:
-                values[name] = report[name]
-                resampled[name] = macro_means(samples[name])
-    return Measured(values, resampled)
+                measured.values[name] = report[name]
+                measured.resampled[name] = macro_means(samples[name])
+    return measured
 
 
 def evaluate_probes(

@@ -22,11 +22,6 @@ class MILProbe(nn.Module):
 
     Source: DALE-CT IV-B.
 
-    Args:
-        pooler: module from bags and mask to ``(B, D)``.
-        dim: D, width of the embeddings.
-        num_classes: C.
-
     Shape:
         ``bags (B, S, D)`` of any floating type, ``mask (B, S)`` bool. Output: logits ``(B, C)``.
 
