@@ -34,7 +34,7 @@ from common.embeddings.store import EmbeddingStore
 from common.embeddings.work import ct_sources, embedding_work, store_folders
 from common.handlers.embedding_writer import EmbeddingWriter
 from common.networks.encoder import SlicesInferer
-from common.shards.shards import VolumeSlices, write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.slice_strategies import slice_strategies
 

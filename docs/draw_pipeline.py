@@ -3,6 +3,8 @@
 The CT is a synthetic volume of ``data_prep phantom``; slab and views are cut by the code that training uses.
 """
 
+import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +18,13 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.shards.slab_dataset import slab_num_slices
 from common.transforms.multi_crop import GUIDED_BY_REX, RandSlabMultiCrop
-from common.transforms.resize import resize_square
+from common.transforms.render_views import resize_square
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import Volume, render
 
 INK, ACCENT, BLUE, SOFT = "#1d2733", "#b3541e", "#2f6f9f", "#5b6b7c"
 WINDOW_HU = (-1350, 350)
+RECIPE = Path(__file__).resolve().parents[1] / "bundles" / "_recipes" / "lejepa_train.json"
 SIZES_PX = (256, 144)
 
 
@@ -65,7 +68,9 @@ def arrow(figure: Figure, start: tuple[float, float], end: tuple[float, float]) 
 def draw_views(figure: Figure, volume: Volume, first: int, length: int) -> None:
     """Draw the views of a slab, 2 global and 8 local ones, as they are cut in training."""
     slab = slice(first, first + length)
-    crop = RandSlabMultiCrop(*SIZES_PX, patch_size_px=16)
+    knobs = json.loads(RECIPE.read_text())
+    names = inspect.signature(RandSlabMultiCrop).parameters
+    crop = RandSlabMultiCrop(**{name: knobs[name] for name in names})
     masks = np.stack([ts[:: len(ts) // 128, :: len(ts) // 128][:128, :128] for ts in volume.ts[slab]])
     plan = crop.draw(np.random.default_rng(5), length, volume.hu.shape[1:], masks, None)
     places = [(0.405, 0.56, 0.072, 0.23), (0.482, 0.56, 0.072, 0.23)]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from common.losses.sigreg import unit_directions
+from common.losses.lejepa import unit_directions
 from common.run.distributed import gather_over_ranks
 
 
@@ -38,13 +38,14 @@ class VISReg(nn.Module):
         ValueError: if there is no direction; in a call, if there are fewer than two samples.
 
     Example:
-        >>> round(float(VISReg()(torch.zeros(1, 8, 3), step=0)), 3)  # no spread: 0.5; no shape: the rest
+        >>> visreg = VISReg(num_directions=4096)
+        >>> round(float(visreg(torch.zeros(1, 8, 3), step=0)), 3)  # no spread: 0.5; no shape: the rest
         2.202
     """
 
     def __init__(
         self,
-        num_directions: int = 4096,
+        num_directions: int,
         scale_weight: float = 0.5,
         shape_weight: float = 2.0,
         centre_weight: float = 0.5,

@@ -35,13 +35,13 @@ def adamw(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, floor: float) -> float:
+def warmup_cosine_factor(step: int, warmup_steps: int, max_steps: int, floor: float) -> float:
     """Return the share of the peak learning rate that optimizer step number ``step`` (from 0) uses.
 
     Args:
         step: optimizer step, from 0.
         warmup_steps: steps of linear rise from 0; step ``warmup_steps`` runs at the peak.
-        total_steps: the step at which the floor is reached.
+        max_steps: the step at which the floor is reached.
         floor: final share of the peak.
 
     Example:
@@ -50,11 +50,11 @@ def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, floor: 
     """
     if step < warmup_steps:
         return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr: float) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, max_steps: int, final_lr: float) -> LambdaLR:
     """Schedule every parameter group from 0 to its own ``lr`` and down to ``final_lr``.
 
     Source: DALE-CT's recipe: 0 to 3e-4 over 5,000 steps, cosine to 3e-5 at 50,000.
@@ -62,15 +62,15 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, fin
     Args:
         optimizer: optimizer whose groups hold the peak learning rate.
         warmup_steps: steps of the linear rise.
-        total_steps: step at which ``final_lr`` is reached.
+        max_steps: step at which ``final_lr`` is reached.
         final_lr: learning rate at the end and after it.
 
     Raises:
         ValueError: if the warm-up is longer than the run.
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warmup_steps must be between 0 and max_steps = {total_steps}, got {warmup_steps}.")
-    factor = partial(warmup_cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps)
+    if not 0 <= warmup_steps <= max_steps:
+        raise ValueError(f"warmup_steps must be between 0 and max_steps = {max_steps}, got {warmup_steps}.")
+    factor = partial(warmup_cosine_factor, warmup_steps=warmup_steps, max_steps=max_steps)
     return LambdaLR(
         optimizer, [partial(factor, floor=final_lr / group["lr"]) for group in optimizer.param_groups]
     )
@@ -86,6 +86,7 @@ LAST_LAYER = re.compile(r"(^|\.)last_layer\.")
 
 def layerwise_adamw(
     network: nn.Module,
+    *,
     depth: int,
     lr: float,
     weight_decay: float,

@@ -20,14 +20,14 @@ class TeacherStep(NamedTuple):
     temperature: float
 
 
-def cosine(step: int, start: float, end: float, total_steps: int) -> float:
-    """Return the value of half a cosine from ``start`` at step 0 to ``end`` at ``total_steps`` and after.
+def cosine(step: int, start: float, end: float, max_steps: int) -> float:
+    """Return the value of half a cosine from ``start`` at step 0 to ``end`` at ``max_steps`` and after.
 
     Example:
         >>> [round(cosine(step, 0.994, 1.0, 4), 6) for step in (0, 2, 4, 9)]
         [0.994, 0.997, 1.0, 1.0]
     """
-    progress = min(1.0, step / total_steps)
+    progress = min(1.0, step / max_steps)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -44,7 +44,7 @@ class DINOSchedule:
 
     Args:
         optimizer: of ``layerwise_adamw``.
-        total_steps: of the run.
+        max_steps: of the run.
         warmup_steps: of the learning rate. DALE-CT III-B: 3,300.
         lr: peak.
         final_lr: at the end.
@@ -60,8 +60,12 @@ class DINOSchedule:
     Example:
         >>> import torch
         >>> from common.optimizers.adamw import layerwise_adamw
-        >>> optimizer = layerwise_adamw(torch.nn.Linear(2, 1), 1, 0.1, 0.04, 1.0, 0.2)
-        >>> DINOSchedule(optimizer, 10, 4, 0.1, 0.01, [0.04, 0.2], [0.5, 1.0], [0.04, 0.07], 3, 1).set_step(2)
+        >>> rates = {"lr": 0.1, "layer_decay": 1.0, "patch_embed_lr_multiplier": 0.2}
+        >>> optimizer = layerwise_adamw(torch.nn.Linear(2, 1), depth=1, weight_decay=0.04, **rates)
+        >>> steps = {"max_steps": 10, "warmup_steps": 4, "teacher_temp_warmup_steps": 3}
+        >>> rates = {"lr": 0.1, "final_lr": 0.01, "weight_decay": [0.04, 0.2], "freeze_last_layer_steps": 1}
+        >>> teacher = {"teacher_momentum": [0.5, 1.0], "teacher_temp": [0.04, 0.07]}
+        >>> DINOSchedule(optimizer, **steps, **rates, **teacher).set_step(2)
         TeacherStep(momentum=0.5477, temperature=0.06)
         >>> optimizer.param_groups[0]["lr"]
         0.05
@@ -70,7 +74,8 @@ class DINOSchedule:
     def __init__(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        *,
+        max_steps: int,
         warmup_steps: int,
         lr: float,
         final_lr: float,
@@ -86,8 +91,8 @@ class DINOSchedule:
             "freeze_last_layer_steps": freeze_last_layer_steps,
         }
         for name, number in steps.items():
-            if not 0 <= number <= total_steps:
-                raise ValueError(f"{name} must be between 0 and max_steps = {total_steps}, got {number}.")
+            if not 0 <= number <= max_steps:
+                raise ValueError(f"{name} must be between 0 and max_steps = {max_steps}, got {number}.")
         pairs = {"weight_decay": weight_decay, "teacher_momentum": teacher_momentum}
         pairs |= {"teacher_temp": teacher_temp}
         for name, pair in pairs.items():
@@ -96,7 +101,7 @@ class DINOSchedule:
         if not min(teacher_temp) > 0:
             raise ValueError(f"teacher_temp must be positive, got {teacher_temp}.")
         self.optimizer = optimizer
-        self.total_steps = total_steps
+        self.max_steps = max_steps
         self.warmup_steps = warmup_steps
         self.lr = lr
         self.final_lr = final_lr
@@ -116,13 +121,13 @@ class DINOSchedule:
             What the teacher needs in this step.
         """
         floor = self.final_lr / self.lr
-        lr = self.lr * warmup_cosine_factor(step, self.warmup_steps, self.total_steps, floor)
-        weight_decay = cosine(step, *self.weight_decay, self.total_steps)
+        lr = self.lr * warmup_cosine_factor(step, self.warmup_steps, self.max_steps, floor)
+        weight_decay = cosine(step, *self.weight_decay, self.max_steps)
         for group in self.optimizer.param_groups:
             frozen = group["is_last_layer"] and step < self.freeze_last_layer_steps
             group["lr"] = 0.0 if frozen else lr * group["lr_multiplier"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         first, last = self.teacher_temp
         risen = min(1.0, step / self.teacher_temp_warmup_steps) if self.teacher_temp_warmup_steps else 1.0
-        momentum = cosine(step, *self.teacher_momentum, self.total_steps)
+        momentum = cosine(step, *self.teacher_momentum, self.max_steps)
         return TeacherStep(momentum, first + (last - first) * risen)

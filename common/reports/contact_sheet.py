@@ -16,9 +16,9 @@ from matplotlib.patches import Patch
 
 from common.reports.slice_grid import class_colours
 from common.run.process import write_figure
-from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HUWindow, normalize_hu
 from common.transforms.multi_crop import GUIDED_BY_REX, GUIDED_BY_TS, UNGUIDED, nearest_cells
+from common.transforms.render_views import render_views
 
 # B samples, V views (Vg global first, then Vl local), S view size
 

@@ -1,9 +1,10 @@
-"""From masks under views to soft labels of each whole view (CLS) and of each of its patches, by counting."""
+"""Counts masks under views into soft labels of each whole view (CLS) and of each of its patches."""
 
 # N views, S view size, P patches in row-major order, G patches along a side, M side of the mask grid,
 # D mask cells that a patch may touch along a side, L planes, C classes
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ def patch_cells(
     boxes: torch.Tensor,
     flips: torch.Tensor,
     shapes: torch.Tensor,
+    *,
     size_px: int,
     patch_size_px: int,
     grid: int,
@@ -64,9 +66,9 @@ def patch_cells(
         boxes: of ``ViewPlan``: slice, top, left, side.
         flips: whether a view is mirrored, columns reversed.
         shapes: height and width of each view's slice.
-        size_px: pixels of a view, S.
-        patch_size_px: pixels of a patch.
-        grid: cells of the mask, M.
+        size_px: see ``most_cells_per_patch``.
+        patch_size_px: see ``most_cells_per_patch``.
+        grid: see ``most_cells_per_patch``.
         most_cells: D, at least ``most_cells_per_patch`` of every view; stated because the device is not
             asked.
 
@@ -114,7 +116,8 @@ def coverage_fractions(
     Example:
         >>> planes = torch.tensor([[[0, 1], [0, 2]]], dtype=torch.uint8)
         >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, 4, patch_size_px=2, grid=2, most_cells=2)
+        >>> sizes = {"size_px": 4, "patch_size_px": 2, "grid": 2, "most_cells": 2}
+        >>> cells = patch_cells(box, torch.tensor([False]), shape, **sizes)
         >>> cls, patches = coverage_fractions(planes, torch.tensor([0]), cells, num_classes=3)
         >>> cls
         tensor([[0.5000, 0.2500, 0.2500]])
@@ -148,7 +151,8 @@ def finding_presence(
     Example:
         >>> planes = torch.tensor([[[0, 1], [0, 3]]], dtype=torch.int16)
         >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, 4, patch_size_px=4, grid=2, most_cells=2)
+        >>> sizes = {"size_px": 4, "patch_size_px": 4, "grid": 2, "most_cells": 2}
+        >>> cells = patch_cells(box, torch.tensor([False]), shape, **sizes)
         >>> finding_presence(planes, torch.tensor([0]), cells, num_classes=3)[0]
         tensor([[1., 1., 0.]])
     """
@@ -163,23 +167,14 @@ def finding_fractions(
 
     Source: released DALE-CT code; the paper's text says presence, for which see ``finding_presence``.
 
-    Args:
-        planes: as in ``finding_presence``.
-        plane: as in ``finding_presence``.
-        cells: as in ``finding_presence``.
-        num_classes: as in ``finding_presence``.
-
-    Shape:
-        As ``coverage_fractions``.
-
-    Example:
-        >>> planes = torch.tensor([[[0, 1], [0, 3]]], dtype=torch.int16)
-        >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, 4, patch_size_px=4, grid=2, most_cells=2)
-        >>> finding_fractions(planes, torch.tensor([0]), cells, num_classes=3)[0]
-        tensor([[0.5000, 0.2500, 0.0000]])
+    Arguments and shapes are those of ``finding_presence``.
     """
     return _shares(_finding_counts(planes, plane, cells, num_classes), cells.patch_size_px)
+
+
+Labels = Callable[[torch.Tensor, torch.Tensor, PatchCells], tuple[torch.Tensor, torch.Tensor]]
+REX_TARGETS: Mapping[str, Labels] = {"presence": finding_presence, "fraction": finding_fractions}
+"""What a finding's soft label is, by the name that recipes use."""
 
 
 def _cells_of_patches(

@@ -15,7 +15,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from common.shards.shards import VolumeSlices, write_shard
+from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 

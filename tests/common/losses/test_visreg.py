@@ -33,7 +33,7 @@ def by_hand(views: np.ndarray, directions: np.ndarray) -> tuple[float, float, fl
 
 
 def test_the_value_is_that_of_the_loop():
-    visreg = VISReg(num_directions=M)
+    visreg = VISReg(M)
     views = projections()
     drawn = torch.randn(K, M, generator=torch.Generator().manual_seed(4)).numpy().astype(np.float64)
     directions = drawn / np.linalg.norm(drawn, axis=0)

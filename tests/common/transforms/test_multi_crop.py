@@ -18,6 +18,7 @@ from common.transforms.multi_crop import (
     cut_crops,
     nearest_cells,
 )
+from tests.common.conftest import multi_crop as recipes_crop
 
 SLAB_LEN, SHAPE, GRID = 7, (97, 131), 16
 GLOBAL, LOCAL = slice(0, 2), slice(2, 10)
@@ -26,7 +27,8 @@ SIGNIFICANCE = 1e-4
 
 
 def multi_crop(**changes: Any) -> RandSlabMultiCrop:
-    return RandSlabMultiCrop(**{"global_size_px": 32, "local_size_px": 16, "patch_size_px": 8, **changes})
+    sizes = {"global_size_px": 32, "local_size_px": 16, "patch_size_px": 8}
+    return recipes_crop(**sizes | changes)
 
 
 def draws(
@@ -271,7 +273,7 @@ def test_other_numbers_of_views():
             "num_global and num_local must be positive, got 0 and 8",
         ),
         ({"num_local": 0}, "num_global and num_local must be positive, got 2 and 0"),
-        ({"blur_probs": (0.5,)}, "blur_probs must have one entry a global view, got 1 for 2"),
+        ({"blur_probs": (0.5,)}, "blur_probs must have one entry per global view, got 1 for 2"),
         ({"blur_probs": (0.5, 1.5)}, "blur_probs must be between 0 and 1, got 1.5"),
         ({"guided_prob": -0.1}, "guided_prob must be between 0 and 1, got -0.1"),
         ({"gamma_prob": 2}, "gamma_prob must be between 0 and 1, got 2"),
@@ -305,7 +307,9 @@ def test_each_view_can_have_its_own_chance_of_guidance() -> None:
     plan = draws(multi_crop(guided_prob=probs), 300, ts=organ_mask())
     assert (plan.guide[:, [0, *range(2, 7)]] == UNGUIDED).all()
     assert (plan.guide[:, [1, 7, 8, 9]] == GUIDED_BY_TS).all()
-    with pytest.raises(ValueError, match="guided_prob must be one number or one a view, got 2 for 10 views"):
+    with pytest.raises(
+        ValueError, match="guided_prob must be one number or one per view, got 2 for 10 views"
+    ):
         multi_crop(guided_prob=[0.5, 0.5])
     with pytest.raises(ValueError, match=r"guided_prob must be between 0 and 1, got 1.5"):
         multi_crop(guided_prob=[*[0.5] * 9, 1.5])

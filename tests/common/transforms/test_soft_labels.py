@@ -80,7 +80,9 @@ def cells_of(case: Case, device: str = "cpu") -> PatchCells:
         for box, shape in zip(case.boxes, case.shapes, strict=True)
     )
     tensors = (torch.tensor(part, device=device) for part in (case.boxes, case.flips, case.shapes))
-    return patch_cells(*tensors, case.size_px, case.patch_size_px, case.grid, most)
+    return patch_cells(
+        *tensors, size_px=case.size_px, patch_size_px=case.patch_size_px, grid=case.grid, most_cells=most
+    )
 
 
 def class_planes(num_classes: int, grid: int) -> torch.Tensor:
@@ -206,4 +208,4 @@ def test_views_that_patches_do_not_tile_are_refused(patch_size_px):
     case = CASES["more cells than pixels"]
     tensors = (torch.tensor(part) for part in (case.boxes, case.flips, case.shapes))
     with pytest.raises(ValueError, match=message):
-        patch_cells(*tensors, 14, patch_size_px, grid=33, most_cells=3)
+        patch_cells(*tensors, size_px=14, patch_size_px=patch_size_px, grid=33, most_cells=3)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from common.metrics.effective_rank import (
+from common.metrics.linear_readout import moments
+from common.metrics.spread import (
     covariance_of,
     effective_rank,
     jackknife,
@@ -13,7 +14,6 @@ from common.metrics.effective_rank import (
     participation_ratio,
     spectral_effective_rank,
 )
-from common.metrics.linear_readout import moments
 
 
 def test_effective_rank_equals_the_entropy_of_numpys_singular_values():
