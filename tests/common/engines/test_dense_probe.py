@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from monai.optimizers import WarmupCosineSchedule
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
-from torch.utils.data import DataLoader
 
 from common.cohort.cohort import load_labels
-from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps, tasks
+from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, tasks
 from common.engines import dense_probe
 from common.engines.dense_probe import (
     BestLayers,
@@ -20,63 +19,19 @@ from common.engines.dense_probe import (
     each_column,
     validation_auprc,
 )
-from common.handlers.checkpoint import Checkpoint
 from common.metrics.bootstrap import RESAMPLING_SEED, resample_weights
 from common.networks.dense_probe import DenseProbes
 
-RATES = [0.3, 0.1]
+RATES = (0.3, 0.1)
 KEYS = [(kind, task) for kind in TOKEN_KINDS for task in tasks()]
 
 
-@pytest.fixture
-def cohorts(write_dense: Any) -> dict[str, DenseCohort]:
-    dirs = write_dense(num_volumes=24)
-    return {
-        side: DenseCohort(*dirs, [f"valid_{number}_a_1" for number in numbers])
-        for side, numbers in (("train", range(1, 13)), ("validation", range(13, 18)), ("test", range(18, 25)))
-    }
+Cohorts = dict[str, DenseCohort]
+Build = Callable[..., DenseProbeTrainer]
 
 
-def build(
-    cohorts: dict[str, DenseCohort],
-    max_steps: int = 20,
-    val_interval: int = 10,
-    rates: list[float] = RATES,
-    dtype: torch.dtype = torch.float32,
-    checkpoints: Path | None = None,
-) -> DenseProbeTrainer:
-    """Build everything anew, as a new process does."""
-    network = DenseProbes(tasks(), rates, dim=9, seed=42).to(dtype)
-    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    scheduler = WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=max_steps)
-    best = BestLayers()
-    others = {"lr_scheduler": scheduler, "best": best}
-    keeping = {"network": network, "optimizer": optimizer, "others": others, "knobs": {}}
-    keeping |= {"interval_steps": 7, "keep": 2, "only_finite": False}
-    folders = [checkpoints] if checkpoints else []
-    drawn = DrawnRows(cohorts["train"], max_steps, batch_size=16, seed=7)
-    return DenseProbeTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        max_steps=max_steps,
-        train_data_loader=DataLoader(drawn, batch_size=None, sampler=RemainingSteps(max_steps)),
-        val_cohort=cohorts["validation"],
-        test_cohort=cohorts["test"],
-        network=network,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        loss_function=nn.BCEWithLogitsLoss(reduction="none"),
-        best=best,
-        val_interval=val_interval,
-        min_positives=5,
-        num_resamples=20,
-        inferer=None,
-        train_handlers=[Checkpoint(**keeping, folder=folder) for folder in folders],
-    )
-
-
-def test_every_probe_ends_where_it_would_alone(cohorts: dict[str, DenseCohort]) -> None:
-    trainer = build(cohorts, max_steps=17, dtype=torch.float64)
+def test_every_probe_ends_where_it_would_alone(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer = build_dense(dense_cohorts, max_steps=17, dtype=torch.float64)
     start = DenseProbes(tasks(), RATES, dim=9, seed=42).double()
     trainer.run()
     for kind in range(2):
@@ -99,8 +54,8 @@ def test_every_probe_ends_where_it_would_alone(cohorts: dict[str, DenseCohort]) 
                 assert float((together - alone.weight).detach().norm()) < 1e-10 * update
 
 
-def test_planted_signals_are_found_where_they_are(cohorts: dict[str, DenseCohort]) -> None:
-    trainer = build(cohorts, max_steps=300, val_interval=100, rates=[30.0, 3.0])
+def test_planted_signals_are_found_where_they_are(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer = build_dense(dense_cohorts, max_steps=300, val_interval=100, rates=[30.0, 3.0])
     trainer.run()
     assert set(trainer.state.reports) == set(KEYS)
     for key in KEYS[:1] + KEYS[2:]:
@@ -111,8 +66,8 @@ def test_planted_signals_are_found_where_they_are(cohorts: dict[str, DenseCohort
     assert len(left_out) == 115
 
 
-def test_the_choice_is_that_of_validation(cohorts: dict[str, DenseCohort]) -> None:
-    trainer, cohort, found = build(cohorts, max_steps=25), cohorts["validation"], {}
+def test_the_choice_is_that_of_validation(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer, cohort, found = build_dense(dense_cohorts, max_steps=25), dense_cohorts["validation"], {}
 
     def measure_again() -> None:
         if trainer.state.iteration not in (10, 20, 25):
@@ -140,11 +95,11 @@ def test_the_choice_is_that_of_validation(cohorts: dict[str, DenseCohort]) -> No
 
 @pytest.mark.parametrize("killed_after", [1, 8, 19])
 def test_killed_run_resumes_to_the_same_bits(
-    cohorts: dict[str, DenseCohort], tmp_path: Path, killed_after: int
+    build_dense: Build, dense_cohorts: Cohorts, tmp_path: Path, killed_after: int
 ) -> None:
-    straight = build(cohorts)
+    straight = build_dense(dense_cohorts)
     straight.run()
-    killed = build(cohorts, checkpoints=tmp_path / "checkpoints")
+    killed = build_dense(dense_cohorts, checkpoints=tmp_path / "checkpoints")
 
     def kill() -> None:
         raise KeyboardInterrupt
@@ -152,31 +107,28 @@ def test_killed_run_resumes_to_the_same_bits(
     killed.add_event_handler(Events.ITERATION_COMPLETED(once=killed_after), kill)
     with pytest.raises(KeyboardInterrupt):
         killed.run()
-    resumed = build(cohorts, checkpoints=tmp_path / "checkpoints")
+    resumed = build_dense(dense_cohorts, checkpoints=tmp_path / "checkpoints")
     resumed.run()
     pairs = zip(resumed.probes.parameters(), straight.probes.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     np.testing.assert_equal(resumed.state.reports, straight.state.reports)  # NaN is equal to NaN
 
 
-def test_diverged_probes_are_not_chosen(cohorts: dict[str, DenseCohort]) -> None:
-    trainer = build(cohorts, rates=[3e38, 0.1], max_steps=10)
+def test_diverged_probes_are_not_chosen(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer = build_dense(dense_cohorts, rates=[3e38, 0.1], max_steps=10)
     trainer.run()
     assert {chosen["rate"] for chosen in trainer.best.chosen.values()} == {1}
     assert math.isfinite(float(trainer.state.output[0]["loss"]))
-    with pytest.raises(FloatingPointError, match="(cls|patch) probe of rexgroundingct .* step 10"):
-        build(cohorts, rates=[3e38], max_steps=10).run()
 
 
-def test_validation_without_any_positive_is_refused(cohorts: dict[str, DenseCohort]) -> None:
-    cohorts["validation"]._findings["patch"][:] = 0
-    with pytest.raises(ValueError, match="5 validation volumes .* rexgroundingct"):
-        build(cohorts).run()
-
-
-def test_cohorts_that_share_a_patient_are_refused(cohorts: dict[str, DenseCohort]) -> None:
+def test_what_cannot_be_trained_is_refused(build_dense: Build, dense_cohorts: Cohorts) -> None:
     with pytest.raises(ValueError, match="patients, got 'valid_1' in train and test"):
-        build(cohorts | {"test": cohorts["train"]})
+        build_dense(dense_cohorts | {"test": dense_cohorts["train"]})
+    with pytest.raises(FloatingPointError, match="(cls|patch) probe of rexgroundingct .* step 10"):
+        build_dense(dense_cohorts, rates=[3e38], max_steps=10).run()
+    dense_cohorts["validation"]._findings["patch"][:] = 0
+    with pytest.raises(ValueError, match="5 validation volumes .* rexgroundingct"):
+        build_dense(dense_cohorts).run()
 
 
 def test_the_best_learning_rate_and_step_are_kept_and_restored() -> None:
@@ -228,9 +180,10 @@ def test_validation_is_sklearns_for_every_probe_and_class(five: DenseCohort) -> 
 
 
 def test_report_is_sklearns_and_its_interval_that_of_resampled_patients(
-    cohorts: dict[str, DenseCohort],
+    build_dense: Build,
+    dense_cohorts: Cohorts,
 ) -> None:
-    trainer, cohort = build(cohorts, max_steps=3), cohorts["test"]
+    trainer, cohort = build_dense(dense_cohorts, max_steps=3), dense_cohorts["test"]
     trainer.run()
     report = trainer.state.reports["patch", "totalsegmentator"]
     layer = trainer.best.layer(("patch", "totalsegmentator"))
