@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 from requests import RequestException  # noqa: E402 (see above)
 from tqdm import tqdm  # noqa: E402 (see above)
 
-from common.run.config import code_version, config_files, experiment_id, plain_knobs  # noqa: E402 (see above)
+from common.run.config import code_version, experiment_id, plain_knobs, read_knobs  # noqa: E402 (see above)
 from common.run.process import atomic_file  # noqa: E402 (see above)
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,11 @@ MAX_PARAMS_PER_CALL = 100  # MLflow's limit on a batch
 
 @dataclass(kw_only=True, eq=False)
 class Throughput:
-    """Measure the pace of a run between two records and put it into ``engine.state.metrics``.
+    """Measure the pace of a run and put it into ``engine.state.metrics``, for the handlers attached after it.
 
     ``<rate_name>`` is the number of items per second over all ranks; ``data_wait_share`` the share of the
     time that this rank waited for its batch; ``gpu_memory_gib`` the most memory allocated so far, on a GPU;
-    ``mfu`` the share of the device's peak that went into the network, where the peak is known. Attach it
-    before the handlers that record metrics.
+    ``mfu`` the share of the device's peak that went into the network, where the peak is known.
 
     Args:
         log_every: iterations between two measurements.
@@ -226,7 +225,7 @@ class MLflowRun:
         tags = {
             "output_dir": str(self.memory.parent.resolve()),
             "world_size": str(idist.get_world_size()),
-            "mlflow.source.name": (config_files(sys.argv) or [Path(sys.argv[0]).name])[0],
+            "mlflow.source.name": str(read_knobs(sys.argv).get("config_file", Path(sys.argv[0]).name)),
             "mlflow.source.type": "LOCAL",
             "mlflow.source.git.commit": code_version(),
             "mlflow.user": _user(),

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from common.embeddings.dense_labels import TASKS
 from common.networks.dense_probe import load_dense_probe
-from common.reports.ct_tokens import CTImages
-from common.reports.patch_maps import above_even
+from common.reports.ct_tokens import CTImages, above_even
 from common.reports.slice_grid import Row, class_colours, slice_grid
 
 AIR_HU = -930.0

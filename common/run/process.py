@@ -56,8 +56,7 @@ def on_stop(act: Callable[[int], None]) -> None:
     """Call a function with the number of the signal when this process gets Ctrl-C or SIGTERM.
 
     Processes forked from this one, such as the workers of a DataLoader, ignore Ctrl-C, which a terminal sends
-    to all of them: they end with this one. Outside the main thread, where Python allows no handlers, the
-    signals keep their meaning.
+    to all of them: they end with this one. Outside the main thread Python allows no handlers.
 
     Args:
         act: called in the main thread, between two of its instructions.
