@@ -140,7 +140,7 @@ MUTANTS = (
     Mutant("common/onnx_export.py", '{**facts, "size_px": size_px}', '{"size_px": size_px}'),
     Mutant("common/losses/dino.py", "num_global * (num_views - 1)", "num_global * num_views"),
     Mutant("common/losses/dino.py", "with_itself - with_every", "-with_every"),
-    Mutant("common/losses/dino.py", "mean, 1 - self.centre_momentum", "mean, self.centre_momentum"),
+    Mutant("common/losses/dino.py", "mean, 1 - CENTRE_MOMENTUM", "mean, CENTRE_MOMENTUM"),
     Mutant("common/losses/dino.py", "1 / sum_over_ranks(rows @ scores)", "1 / (rows @ scores)", TWO_RANKS),
     Mutant("common/losses/dino.py", "sum_over_ranks(present @ logits)", "(present @ logits)", TWO_RANKS),
     Mutant("common/losses/dino.py", "-(weights * by_patch).sum()", "-by_patch.sum()"),

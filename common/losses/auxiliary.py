@@ -43,14 +43,6 @@ class AuxiliaryBCELoss(nn.Module):
     Raises:
         ValueError: if terms, weights or targets make no sense; in a call, if shapes do not agree.
         KeyError: in a call, if a group or term is missing.
-
-    Example:
-        >>> terms = {"auxiliary_terms": ["ts_cls"], "aux_weight": 0.1, "rex_targets": "presence"}
-        >>> loss = AuxiliaryBCELoss(ts_pos_weight=[1.0, 3.0], rex_pos_weight=None, **terms)
-        >>> views = {"global": {"ts_cls": torch.zeros(5, 2, 2)}, "local": {"ts_cls": torch.zeros(5, 8, 2)}}
-        >>> everywhere = torch.ones(5, dtype=torch.bool)
-        >>> loss(views, views, has_ts=everywhere, has_rex=~everywhere)
-        {'loss': tensor(0.6931), 'ts_cls': tensor(0.6931)}
     """
 
     def __init__(
@@ -95,8 +87,6 @@ class AuxiliaryBCELoss(nn.Module):
         if has_ts.dim() != 1 or has_ts.shape != has_rex.shape:
             shapes = f"{tuple(has_ts.shape)} and {tuple(has_rex.shape)}"
             raise ValueError(f"has_ts and has_rex must have one shape (B,), got {shapes}.")
-        if not logits:
-            raise ValueError("logits must hold at least one group of views, got none.")
         by_sample = []
         for term in self.terms:
             groups = [self._by_sample(term, group, logits, targets, len(has_ts[part])) for group in logits]
@@ -111,8 +101,7 @@ class AuxiliaryBCELoss(nn.Module):
         self, term: str, group: str, logits: LogitTree, targets: LogitTree, num_samples: int
     ) -> torch.Tensor:
         """Return the cross-entropy of each sample, averaged over its views, patches and classes."""
-        predicted = _item(logits, "logits", group, term)
-        target = _item(targets, "targets", group, term)
+        predicted, target = logits[group][term], targets[group][term]
         pos_weight = self.get_buffer(f"{_source(term)}_pos_weight")
         shape = tuple(predicted.shape)
         if shape[0] != num_samples or shape[-1] != len(pos_weight):
@@ -139,11 +128,3 @@ def _checked_pos_weight(source: str, pos_weight: Sequence[float] | torch.Tensor 
 
 def _source(term: str) -> str:
     return term.split("_")[0]
-
-
-def _item(tree: LogitTree, name: str, group: str, term: str) -> torch.Tensor:
-    if group not in tree:
-        raise KeyError(f"{name} must have the group '{group}', got {list(tree)}.")
-    if term not in tree[group]:
-        raise KeyError(f"{name} of the {group} views must have the term '{term}', got {list(tree[group])}.")
-    return tree[group][term]

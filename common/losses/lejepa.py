@@ -45,13 +45,7 @@ class LeJEPALoss(nn.Module):
         self.sigreg_weight = sigreg_weight
 
     def forward(self, projections: torch.Tensor, num_global: int, step: int) -> dict[str, torch.Tensor]:
-        """Return the loss and its two terms.
-
-        Args:
-            projections: see the class.
-            num_global: number of global views.
-            step: optimizer step, which chooses the regularizer's random directions.
-        """
+        """Return the loss and its two terms; the step chooses the regularizer's random directions."""
         invariance = invariance_loss(projections, num_global)
         regularization = self.regularizer(projections, step)
         loss = (1 - self.sigreg_weight) * invariance + self.sigreg_weight * regularization
@@ -60,19 +54,12 @@ class LeJEPALoss(nn.Module):
 
 
 def invariance_loss(projections: torch.Tensor, num_global: int) -> torch.Tensor:
-    """Return the mean squared distance of all views to the centre of the global views.
+    """Return the mean squared distance of all views ``(V, N, K)`` to the centre of the global views.
 
     The mean is over views, samples of the global batch and features: on several ranks the mean of the ranks'
     values is the value of the global batch. The centre has a gradient, too. In float32 unless given float64.
 
     Source: LeJEPA, arXiv:2511.08544, Eq. 5. Used in DALE-CT III-C1, Eq. 1.
-
-    Args:
-        projections: global views first.
-        num_global: number of global views.
-
-    Shape:
-        Input ``(V, N, K)``. Output: scalar.
 
     Raises:
         ValueError: if the projections are not three-dimensional or hold fewer than ``num_global`` views.
@@ -149,12 +136,7 @@ class SIGReg(nn.Module):
         self.num_multiples = num_knots // 2 if num_knots % 2 else num_knots - 1
 
     def forward(self, projections: torch.Tensor, step: int) -> torch.Tensor:
-        """Return the statistic of the global batch, the same on every rank.
-
-        Args:
-            projections: see the class.
-            step: optimizer step; it alone chooses the directions.
-        """
+        """Return the statistic of the global batch, the same on every rank, along the step's directions."""
         shape = tuple(projections.shape)
         if len(shape) < 2 or 0 in shape:
             raise ValueError(f"projections must have shape (..., N, K) with samples, got {shape}.")
@@ -256,23 +238,16 @@ def unit_directions(
     Drawn on the CPU from a generator of their own; the global random state is neither read nor changed.
 
     Args:
-        num_features: length of a direction.
-        num_directions: number of directions.
+        num_features: length of a direction, K.
+        num_directions: M.
         step: seed of the draw.
         dtype: type they are normalized in; float64 is for checks of exactness.
 
-    Shape:
-        Output: ``(K, M)`` = (num_features, num_directions), on the CPU.
+    Returns:
+        ``(K, M)`` on the CPU.
 
     Raises:
         ValueError: if the step is negative.
-
-    Example:
-        >>> directions = unit_directions(16, 3, step=7)
-        >>> torch.allclose(directions.norm(dim=0), torch.ones(3))
-        True
-        >>> bool((directions == unit_directions(16, 3, step=8)).any())
-        False
     """
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}.")

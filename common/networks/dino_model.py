@@ -16,8 +16,8 @@ from common.networks.pretraining_model import check_positive
 class DINOHead(nn.Module):
     """Three-layer perceptron to the unit sphere, then the cosine of the angle to every prototype.
 
-    Linear, GELU, twice, Linear, unit length; the last layer has rows of unit length and no bias. Weights
-    start from a normal distribution of width 0.02, cut off at two.
+    Linear, GELU, twice, Linear, unit length; the last layer has rows of unit length and no bias: ``(..., D)``
+    to ``(..., K)`` within [-1, 1]. Weights start from a normal distribution of width 0.02, cut off at two.
 
     Source: DINO, arXiv:2104.14294, appendix C, as in DINOv2, but with the length of a prototype fixed at 1
     (DINO's ``norm_last_layer``; DINOv2 starts it at 1). Sizes: DINOv2's defaults, which DALE-CT's code names.
@@ -28,16 +28,8 @@ class DINOHead(nn.Module):
         head_bottleneck_dim: dimensions of the sphere. 256.
         num_prototypes: K. 65,536.
 
-    Shape:
-        Input ``(..., D)``. Output: ``(..., K)``, within [-1, 1].
-
     Raises:
         ValueError: if a width is not positive.
-
-    Example:
-        >>> head = DINOHead(embed_dim=16, head_hidden_dim=32, head_bottleneck_dim=8, num_prototypes=5)
-        >>> head(torch.zeros(3, 16)).shape
-        torch.Size([3, 5])
     """
 
     def __init__(
@@ -128,17 +120,10 @@ class DINOModel(nn.Module):
         }
 
     def tokens(self, images: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
-        """Return all tokens after the final norm, the mask token standing for masked patches.
+        """Return all tokens ``(N, prefix + P, D)`` after the final norm, the mask token for masked patches.
 
-        The steps of timm's ``forward_features``, with the masked patches replaced before their positions are
-        added, as in BEiT and DINOv2.
-
-        Args:
-            images: normalized views.
-            masks: which patches to replace, or None.
-
-        Shape:
-            ``images (N, 1, H, W)``, ``masks (N, P)``. Output: ``(N, prefix + P, D)``.
+        The steps of timm's ``forward_features``, with the patches of ``masks (N, P)`` replaced before their
+        positions are added, as in BEiT and DINOv2.
         """
         vit: nn.Module = self.encoder
         x = vit.patch_embed(images)  # type: ignore[operator]
@@ -167,13 +152,6 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         teacher: of ``new_teacher``, spread over the ranks as the student is.
         student: of ``distribute``.
         momentum: share that stays.
-
-    Example:
-        >>> student, teacher = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-        >>> _ = student.weight.data.fill_(1.0), teacher.weight.data.fill_(0.0)
-        >>> follow(teacher, student, momentum=0.75)
-        >>> teacher.weight.item()
-        0.25
     """
     own, target = ([_held(parameter) for parameter in network.parameters()] for network in (teacher, student))
     torch._foreach_lerp_(own, target, 1 - momentum)

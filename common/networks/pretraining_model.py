@@ -18,24 +18,17 @@ from common.networks.encoder import cls_and_patches
 class ProjectionHead(nn.Sequential):
     """Three-layer perceptron from the CLS token to the space where LeJEPA compares views.
 
-    Linear, LayerNorm, GELU, twice, then Linear.
+    Linear, LayerNorm, GELU, twice, then Linear: ``(..., D)`` to ``(..., K)``.
 
     Source: DALE-CT III-C1; widths of the released configurations.
 
     Args:
         embed_dim: D, width of the encoder. ViT-L: 1024.
         projector_hidden_dim: width of the two hidden layers. Released DALE-CT configurations: 2048.
-        projection_dim: K, width of the projection. Released DALE-CT configurations: 124.
-
-    Shape:
-        Input ``(..., D)``. Output: ``(..., K)``.
+        projection_dim: K. Released DALE-CT configurations: 124.
 
     Raises:
         ValueError: if a width is not positive.
-
-    Example:
-        >>> ProjectionHead(embed_dim=16, projector_hidden_dim=32, projection_dim=5)(torch.zeros(3, 16)).shape
-        torch.Size([3, 5])
     """
 
     def __init__(self, embed_dim: int, projector_hidden_dim: int, projection_dim: int) -> None:
@@ -70,12 +63,6 @@ class AuxiliaryHead(nn.Module):
 
     Raises:
         ValueError: if a width is not positive, or the number of findings negative.
-
-    Example:
-        >>> head = AuxiliaryHead(16, num_ts_classes=118, num_rex_classes=14, train_auxiliary_head=True)
-        >>> logits = head(torch.zeros(3, 81, 16))
-        >>> {source: tuple(tensor.shape) for source, tensor in logits.items()}
-        {'ts': (3, 81, 118), 'rex': (3, 81, 14)}
     """
 
     def __init__(
@@ -205,12 +192,7 @@ def distribute(
 
 @contextmanager
 def gradients_stay_here(network: nn.Module, unless: bool) -> Iterator[None]:
-    """Keep the ranks from exchanging gradients in a backward pass that others follow.
-
-    Args:
-        network: of ``distribute``.
-        unless: whether this is the last backward pass of the step, after which the ranks must agree.
-    """
+    """Keep the ranks from exchanging gradients in a backward pass, ``unless`` it is the step's last."""
     if isinstance(network, DistributedDataParallel) and not unless:
         with network.no_sync():
             yield
@@ -221,16 +203,10 @@ def gradients_stay_here(network: nn.Module, unless: bool) -> Iterator[None]:
 
 
 def clip_by_global_norm(network: nn.Module, largest: float) -> torch.Tensor:
-    """Scale the gradients so that their norm over all parameters is at most ``largest``.
+    """Scale the gradients so that their norm over all parameters is at most ``largest``; return it as it was.
 
-    Nothing waits for the device: the factor is computed and applied there.
-
-    Args:
-        network: of ``distribute``.
-        largest: norm that is left as it is.
-
-    Returns:
-        The norm before, a scalar, the same on every rank.
+    Nothing waits for the device: the factor is computed and applied there. The norm is the same on every
+    rank.
     """
     norm = nn.utils.clip_grad_norm_(network.parameters(), largest).detach()
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -250,13 +226,6 @@ def training_flops(encoder: nn.Module, views: Mapping[int, int]) -> int:
     Args:
         encoder: timm VisionTransformer with one input channel.
         views: side of a view in pixels to number of such views.
-
-    Example:
-        >>> import timm
-        >>> vit = timm.create_model("vit_large_patch14_dinov2", in_chans=1, num_classes=0, depth=1,
-        ...                         dynamic_img_size=True, patch_size=16, img_size=256)
-        >>> training_flops(vit, {256: 2, 144: 8}) // 10**9
-        92
     """
     patch_px: int = encoder.patch_embed.patch_size[0]  # type: ignore[union-attr, index, assignment]
     width: int = encoder.embed_dim  # type: ignore[assignment]
@@ -273,11 +242,7 @@ def training_flops(encoder: nn.Module, views: Mapping[int, int]) -> int:
 
 
 def peak_bf16_flops(device: torch.device) -> float | None:
-    """Return a device's dense bfloat16 operations per second, or None where we do not know them.
-
-    Example:
-        >>> peak_bf16_flops(torch.device("cpu"))
-    """
+    """Return a device's dense bfloat16 operations per second, or None where we do not know them."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -88,12 +88,7 @@ class ShardIndex(NamedTuple):
 
 
 def index_path(shard: Path) -> Path:
-    """Path of the index that belongs to ``<name>.tar``.
-
-    Example:
-        >>> index_path(Path("shards/train-000000.tar")).name
-        'train-000000.index.npz'
-    """
+    """Return the path of the index that belongs to ``<name>.tar``."""
     return shard.with_suffix(".index.npz")
 
 
@@ -104,10 +99,7 @@ def save_index(shard: Path, index: ShardIndex) -> None:
 
 
 def load_index(shard: Path) -> ShardIndex:
-    """Read the index of a shard and check that it belongs to it.
-
-    Args:
-        shard: path of the tar.
+    """Read the index of a shard (path of the tar) and check that it belongs to it.
 
     Raises:
         FileNotFoundError: if the shard or its index is missing: an interrupted run leaves such shards.
@@ -161,20 +153,10 @@ def _check_rows(index: ShardIndex, path: Path) -> None:
 
 
 class VolumeEntry(NamedTuple):
-    """One volume of a shard set; its fields are those of ``ShardIndex``, as Python's own types.
+    """One volume of a shard set: rows of ``ShardIndex`` as Python's own types.
 
-    Args:
-        volume: name.
-        shard: path of the tar.
-        first_sample: place of its first slice in the shard.
-        num_slices: number of its slices.
-        spacing_mm: as (x, y, z).
-        shape: height and width of its slices.
-        has_ts: whether it has a TotalSegmentator label map.
-        has_rex: whether it is annotated by ReXGroundingCT.
-        labels: class name to 0 or 1, or None.
-        source: path of the CT.
-        source_sha256: checksum of the CT.
+    ``shard`` is the path of the tar, ``first_sample`` the place of its first slice there, ``labels`` a class
+    name to 0 or 1, or None.
     """
 
     volume: str
@@ -191,12 +173,7 @@ class VolumeEntry(NamedTuple):
 
 
 def volume_entries(shard: str, index: ShardIndex) -> list[VolumeEntry]:
-    """List the volumes of a shard.
-
-    Args:
-        shard: path of the tar.
-        index: index of the shard.
-    """
+    """List the volumes of a shard, of which the path is given, too."""
     names, first_samples = index.label_names.tolist(), index.first_sample.tolist()
     return [
         VolumeEntry(

@@ -34,12 +34,7 @@ PARTS = ".parts"
 
 
 class ShardName(NamedTuple):
-    """What the name of a shard says.
-
-    Args:
-        split: split of its volumes.
-        annotated: whether it holds the scans annotated by ReXGroundingCT.
-    """
+    """What the name of a shard says: the split of its volumes, and whether these are ReX-annotated."""
 
     split: str
     annotated: bool
@@ -50,10 +45,6 @@ def parse_shard_name(name: str) -> ShardName:
 
     Raises:
         ValueError: if this is not the name of a shard.
-
-    Example:
-        >>> parse_shard_name("train-rex-000012.tar")
-        ShardName(split='train', annotated=True)
     """
     match = SHARD_NAME.fullmatch(name)
     if match is None:
@@ -84,24 +75,16 @@ class Slab(NamedTuple):
         """Decode one CT slice, counted from the first of the slab, as int16 HU ``(H, W)``.
 
         Raises:
-            ValueError: if the shard is damaged there.
+            ValueError: if the shard is damaged there; so do ``read_ts`` and ``read_rex``.
         """
         return self._decoded(z, "ct.blosc2")
 
     def read_ts(self) -> np.ndarray | None:
-        """Decode the TotalSegmentator ids of all slices as uint8 ``(N, 128, 128)``; None without a label map.
-
-        Raises:
-            ValueError: if the shard is damaged there.
-        """
+        """Decode TotalSegmentator ids, uint8 ``(N, 128, 128)``; None without a label map."""
         return self._planes("ts.png", self.index.slice_has_ts, np.uint8) if self.entry.has_ts else None
 
     def read_rex(self) -> np.ndarray | None:
-        """Decode the findings as uint16 ``(N, 128, 128)``, bit k for ``REX_CODES[k]``; None if not annotated.
-
-        Raises:
-            ValueError: if the shard is damaged there.
-        """
+        """Decode findings, uint16 ``(N, 128, 128)``, bit k for ``REX_CODES[k]``; None if not annotated."""
         return self._planes("rex.png", self.index.slice_has_rex, np.uint16) if self.entry.has_rex else None
 
     def _planes(self, field: str, present: np.ndarray, dtype: type[np.generic]) -> np.ndarray:

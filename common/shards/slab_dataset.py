@@ -32,8 +32,8 @@ def slab_num_slices(spacing_z_mm: float, slab_mm: float, volume: str = "") -> in
     Source: DALE-CT III-A, 12 mm. Rounding half up is our choice (the released code rounds half to even).
 
     Args:
-        spacing_z_mm: distance of neighbouring slices in mm.
-        slab_mm: thickness of the slab in mm; 0 for slabs of one slice, the pure 2D ablation of Table V.
+        spacing_z_mm: distance of neighbouring slices.
+        slab_mm: thickness of the slab; 0 for slabs of one slice, the pure 2D ablation of Table V.
         volume: named in the error.
 
     Raises:
@@ -46,10 +46,9 @@ def slab_num_slices(spacing_z_mm: float, slab_mm: float, volume: str = "") -> in
     if not (math.isfinite(slab_mm) and slab_mm >= 0):
         raise ValueError(f"slab_mm must be positive, or 0 for single slices, got {slab_mm}.")
     if not (math.isfinite(spacing_z_mm) and spacing_z_mm > 0):
-        of = f" for volume '{volume}'" if volume else ""
         raise ValueError(
-            f"spacing_mm must be positive to cut {slab_mm} mm slabs, got {spacing_z_mm}{of}. "
-            "Prepare the shards again without it."
+            f"spacing_mm must be positive to cut {slab_mm} mm slabs, got {spacing_z_mm} for volume "
+            f"'{volume}'. Prepare the shards again without it."
         )
     return max(1, math.floor(slab_mm / spacing_z_mm * (1 + HEADER_TOLERANCE) + 0.5))
 
@@ -63,15 +62,11 @@ def slab_starts(num_slices: int, length: int) -> np.ndarray:
     Source: tiling from DALE-CT III-A; the full-length last slab is our choice (the released code keeps a
     short one).
 
-    Args:
-        num_slices: slices of the volume.
-        length: slices of a slab.
-
     Raises:
-        ValueError: if one of the two is not positive.
+        ValueError: if a number of slices is not positive.
 
     Example:
-        >>> slab_starts(29, 12)
+        >>> slab_starts(num_slices=29, length=12)
         array([ 0, 12, 17])
     """
     if num_slices < 1 or length < 1:
@@ -251,18 +246,13 @@ class StepBatches(Sampler[list[int]]):
 
     Args:
         batch_size: samples per rank and step, B.
-        rank: of this process.
+        rank: number of this process.
         world_size: number of processes.
         start_step: first step. Set the attribute before iterating to resume.
 
     Raises:
         ValueError: if ``batch_size`` is not positive, ``rank`` not in [0, world_size) or ``start_step``
             negative.
-
-    Example:
-        >>> batches = iter(StepBatches(batch_size=2, rank=1, world_size=3, start_step=1))
-        >>> next(batches), next(batches)
-        ([8, 9], [14, 15])
     """
 
     def __init__(self, batch_size: int, rank: int, world_size: int, start_step: int = 0) -> None:

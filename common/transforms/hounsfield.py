@@ -69,9 +69,5 @@ def normalize_hu(hu: torch.Tensor, window: HUWindow) -> torch.Tensor:
 
     Returns:
         float32 of the same shape, without unit.
-
-    Example:
-        >>> normalize_hu(torch.tensor([-3000, 100, 3000]), HUWindow(-1000, 1000, 100, 300))
-        tensor([-3.6667,  0.0000,  3.0000])
     """
     return (hu.float().clamp(window.min_hu, window.max_hu) - window.mean_hu) / window.std_hu

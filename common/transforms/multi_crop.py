@@ -11,27 +11,10 @@ import torch
 
 
 class PositiveCells:
-    """Positive cells of a slab's mask, in the order of slice, row and column.
+    """Positive cells of a slab's mask ``(S, M, M)``, in the order of slice, row and column.
 
-    They are counted by row, and looked for in the rows that are asked for alone.
-
-    Args:
-        mask: positive where not 0.
-
-    Shape:
-        ``(S, M, M)``.
-
-    Attributes:
-        by_slice: number of positive cells in each slice ``(S,)``.
-
-    Example:
-        >>> mask = np.zeros((3, 4, 4), np.uint8)
-        >>> mask[2, 1, 3] = 7
-        >>> cells = PositiveCells(mask)
-        >>> cells.by_slice
-        array([0, 0, 1])
-        >>> cells.take(np.array([0]))
-        (array([2]), array([[1, 3]]))
+    They are counted by row, and looked for only in the rows that are asked for. ``by_slice (S,)`` is their
+    number in each slice.
     """
 
     def __init__(self, mask: np.ndarray) -> None:
@@ -42,11 +25,7 @@ class PositiveCells:
         self.by_slice = by_row.sum(1)
 
     def take(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the cells of the given ranks, each from 0 to the number of positive cells, exclusive.
-
-        Returns:
-            Slices ``(N,)``, and (row, column) in the grid ``(N, 2)``.
-        """
+        """Find the cells of ranks from 0: their slices ``(N,)``, and (row, column) in the grid ``(N, 2)``."""
         rows = np.searchsorted(self._up_to_row, ranks, side="right")
         cells = self._positive.reshape(len(self._up_to_row), -1)[rows]
         before = self._up_to_row[rows] - cells.sum(1)
@@ -71,7 +50,7 @@ def nearest_cells(
         grid: cells of the mask.
 
     Shape:
-        All ``(N,)``. Output: int64 ``(N, P)``.
+        ``(N,)`` each. Output: int64 ``(N, P)``.
 
     Example:
         >>> nearest_cells(torch.tensor([4]), torch.tensor([8]), 4, torch.tensor([16]), grid=8)
@@ -268,10 +247,6 @@ def cut_crops(boxes: np.ndarray, read_slice: Callable[[int], np.ndarray]) -> np.
 
     Returns:
         int16 HU (sum of the squares of the sides,): crop after crop, each by rows.
-
-    Example:
-        >>> cut_crops(np.array([[1, 0, 1, 2], [0, 2, 2, 1]]), lambda z: np.arange(9).reshape(3, 3) + 10 * z)
-        array([11, 12, 14, 15,  8], dtype=int16)
     """
     ends = (boxes[:, 3].astype(np.int64) ** 2).cumsum()
     pixels = np.empty(ends[-1], np.int16)

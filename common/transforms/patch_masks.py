@@ -41,13 +41,6 @@ class PatchMasks:
 
     Raises:
         ValueError: if ``mask_sample_prob`` or ``mask_ratio`` is out of range, or no view is masked.
-
-    Example:
-        >>> sizes = {"global_size_px": 256, "patch_size_px": 16, "num_global": 2}
-        >>> masks = PatchMasks(**sizes, seed=0, mask_sample_prob=0.5, mask_ratio=(0.1, 0.5))
-        >>> drawn = np.stack([masks.draw(place) for place in range(8)])
-        >>> drawn.shape, int(drawn.any(-1).sum())
-        ((8, 2, 256), 8)
     """
 
     def __init__(
@@ -78,11 +71,7 @@ class PatchMasks:
         self.ratios = np.linspace(*mask_ratio, self.num_masked + 1)
 
     def draw(self, place: int) -> np.ndarray:
-        """Return the masks of a slab, bool (Vg, P).
-
-        Args:
-            place: of the slab in the run.
-        """
+        """Return the masks of a slab, bool (Vg, P), from its place in the run."""
         together, own = divmod(place, SAMPLES_TOGETHER)
         shared = np.random.default_rng([self.seed, MASKS, together, 0])
         parts = shared.permutation(SAMPLES_TOGETHER * self.num_global)
@@ -104,13 +93,7 @@ class PatchMasks:
 
 
 def block_mask(rng: np.random.Generator, grid: int, num_patches: int) -> np.ndarray:
-    """Draw a mask of rectangles, bool (grid, grid), with at most ``num_patches`` patches.
-
-    Args:
-        rng: the only source of randomness.
-        grid: patches along a side.
-        num_patches: how many to mask.
-    """
+    """Draw a mask of rectangles, bool (grid, grid), with at most ``num_patches`` patches."""
     mask = np.zeros((grid, grid), bool)
     missing, failures = num_patches, 0
     while missing > 0 and failures < TRIES:
@@ -133,19 +116,14 @@ def masked_places(masks: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.
     """Return where the masked patches of a batch are, in a fixed number of entries, and their weights.
 
     Args:
-        masks: of the batch.
-        bound: entries; those that are not needed point to the first patch with weight 0.
+        masks: ``(B, Vg, P)`` bool.
+        bound: M entries; those that are not needed point to the first patch with weight 0.
 
-    Shape:
-        masks ``(B, Vg, P)`` bool. Output: int64 ``(M,)``, places among all ``B Vg P``; float32 ``(M,)``, one
-        over the number of masked patches of the view.
+    Returns:
+        int64 ``(M,)``, places among all ``B Vg P``; float32 ``(M,)``, one over the view's masked patches.
 
     Raises:
         ValueError: if there are more masked patches than entries.
-
-    Example:
-        >>> masked_places(torch.tensor([[[False, True, True]], [[False, False, True]]]), bound=4)
-        (tensor([1, 2, 5, 0]), tensor([0.5000, 0.5000, 1.0000, 0.0000]))
     """
     found = masks.flatten().nonzero().flatten()
     if len(found) > bound:

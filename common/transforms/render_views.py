@@ -20,10 +20,8 @@ GROUPS = ("global", "local")
 class CutViews(NamedTuple):
     """One group of views of a batch before they are rendered.
 
-    Shape:
-        ``pixels`` int16 HU (sum of sides squared,), ``sides_px``, ``flips``, ``gamma``, ``blur_sigma``
-        (B, V), all on one device; ``size_px``, ``largest_px`` whole numbers: S, and the largest of
-        ``sides_px``.
+    ``pixels`` int16 HU (sum of sides squared,); ``sides_px``, ``flips``, ``gamma``, ``blur_sigma`` (B, V);
+    whole numbers: ``size_px``, S, and ``largest_px``, the largest of ``sides_px``.
     """
 
     pixels: torch.Tensor
@@ -160,12 +158,6 @@ def photometric(
 
     Raises:
         ValueError: if the shapes do not agree.
-
-    Example:
-        >>> views = torch.full((1, 1, 4, 4), 500, dtype=torch.int16)
-        >>> window = HUWindow(0, 1000, 0, 100)
-        >>> photometric(views, torch.tensor([[2.0]]), torch.zeros(1, 1), window)[0, 0, 0, 0]
-        tensor([2.5000, 2.5000, 2.5000, 2.5000])
     """
     for name, drawn in (("gamma", gamma), ("blur_sigma", blur_sigma)):
         if views.ndim != 4 or drawn.shape != views.shape[:2]:
@@ -211,18 +203,14 @@ def resize_square(crop: np.ndarray, size_px: int) -> np.ndarray:
     of sizes.
 
     Args:
-        crop: any real type.
-        size_px: side of the output.
+        crop: ``(side, side)``, any real type.
+        size_px: S.
 
-    Shape:
-        ``(side, side)``. Output: float32 ``(size_px, size_px)``.
+    Returns:
+        float32 ``(S, S)``.
 
     Raises:
         ValueError: if the crop is not square.
-
-    Example:
-        >>> resize_square(np.array([[0, 4], [8, 12]]), 1)
-        array([[6.]], dtype=float32)
     """
     if crop.ndim != 2 or crop.shape[0] != crop.shape[1]:
         raise ValueError(f"crop must be a square image, got shape {crop.shape}.")
@@ -254,11 +242,6 @@ def resize_squares(
 
     Shape:
         ``pixels (sum of sides_px squared,)``, ``sides_px (N,)``. Output: float32 ``(N, S, S)``.
-
-    Example:
-        >>> resize_squares(torch.tensor([7, 0, 4, 8, 12]), torch.tensor([1, 2]), largest_px=2, size_px=1)
-        tensor([[[7.]],
-                [[6.]]])
     """
     sides = sides_px.long()[:, None]
     firsts = (sides.square().cumsum(0) - sides.square())[..., None]

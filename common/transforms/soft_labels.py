@@ -19,10 +19,8 @@ class PatchCells(NamedTuple):
     The nearest resize of a mask is separable, so that a pixel's cell is its row's and its column's. A patch
     touches few cells: with 16 pixels a side at the paper's scales at most 9 x 9, where it has 256 pixels.
 
-    Shape:
-        ``rows``, ``columns`` int64 (N, G, D): cells, clipped to the grid. ``row_pixels``, ``column_pixels``
-        float32 (N, G, D): pixels over each; 0 for cells that the patch does not touch. ``patch_size_px`` is
-        their sum.
+    ``rows``, ``columns`` int64 (N, G, D): cells, clipped to the grid. ``row_pixels``, ``column_pixels``
+    float32 (N, G, D): pixels over each, ``patch_size_px`` in all; 0 for cells that the patch does not touch.
     """
 
     rows: torch.Tensor
@@ -41,10 +39,6 @@ def most_cells_per_patch(side_px: int, size_px: int, length_px: int, patch_size_
         length_px: pixels of the slice.
         patch_size_px: pixels of a patch.
         grid: cells of the mask, M.
-
-    Example:
-        >>> most_cells_per_patch(side_px=307, size_px=144, length_px=512, patch_size_px=16, grid=128)
-        9
     """
     slice_pixels = math.ceil((patch_size_px - 1) * side_px / size_px)
     return math.ceil(slice_pixels * grid / length_px) + 1
@@ -141,20 +135,12 @@ def finding_presence(
 
     Args:
         planes: findings of every cell, bit k for the k-th of ``common/labels/rexgroundingct.csv``.
-        plane: which of them lies under each view.
-        cells: of the views.
+        plane: see ``coverage_fractions``.
+        cells: see ``coverage_fractions``.
         num_classes: C. ReXGroundingCT: 14.
 
     Shape:
         As ``coverage_fractions``.
-
-    Example:
-        >>> planes = torch.tensor([[[0, 1], [0, 3]]], dtype=torch.int16)
-        >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> sizes = {"size_px": 4, "patch_size_px": 4, "grid": 2, "most_cells": 2}
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, **sizes)
-        >>> finding_presence(planes, torch.tensor([0]), cells, num_classes=3)[0]
-        tensor([[1., 1., 0.]])
     """
     counts = _finding_counts(planes, plane, cells, num_classes)
     return counts.any(1).float(), (counts > 0).float()

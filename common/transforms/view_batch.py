@@ -3,13 +3,15 @@
 # B slabs, V views (Vg global first, then Vl local), P patches of a view, M side of the mask grid, C labels
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
 from common.transforms.soft_labels import most_cells_per_patch
+
+Array = TypeVar("Array")
 
 VIEW_FIELDS = ("global_pixels", "local_pixels", "boxes", "flips", "gamma", "blur_sigma")
 """What ``render_views`` reads on the device."""
@@ -21,81 +23,71 @@ MASK_FIELDS = ("masks", "masked_places", "masked_weights")
 """What DINOv2's networks and iBOT's loss read on the device, beside the views."""
 
 
-class Sample(TypedDict):
-    """The views of one slab before they are rendered; arrays of NumPy.
+class Views(TypedDict, Generic[Array]):
+    """What a sample and a batch have in common.
 
     Shape:
         ``global_pixels``, ``local_pixels`` int16 HU: the crops one after the other (``cut_crops``).
         ``boxes``, ``guide``, ``points``, ``flips``, ``gamma``, ``blur_sigma``: see ``ViewPlan``.
         ``shape`` int32 (2,): height and width of the slices.
-        ``has_ts``, ``has_rex``: whether the volume has these masks.
-        ``labels`` int8 (C,): 1, 0, or -1 where not labelled.
-        ``position``: place of the slab in the run. ``first_slice``: of the slab. ``spacing_mm`` float32 (3,).
+        ``labels`` int8 (C,): 1, 0, or -1 where not labelled. ``spacing_mm`` float32 (3,): x, y, z.
         With masks ``ts_planes`` uint8 ids and ``rex_planes`` int16 bits (planes, M, M): those under a view
         that are not empty; ``ts_plane``, ``rex_plane`` int64 (V,): the plane under each view, -1 if empty.
         With ``PatchMasks`` ``masks`` bool (Vg, P): patches the student does not see.
     """
 
-    global_pixels: np.ndarray
-    local_pixels: np.ndarray
-    boxes: np.ndarray
-    guide: np.ndarray
-    points: np.ndarray
-    flips: np.ndarray
-    gamma: np.ndarray
-    blur_sigma: np.ndarray
-    shape: np.ndarray
-    has_ts: bool
-    has_rex: bool
-    labels: np.ndarray
-    volume: str
-    first_slice: int
-    spacing_mm: np.ndarray
-    position: int
-    ts_planes: NotRequired[np.ndarray]
-    ts_plane: NotRequired[np.ndarray]
-    rex_planes: NotRequired[np.ndarray]
-    rex_plane: NotRequired[np.ndarray]
-    masks: NotRequired[np.ndarray]
+    global_pixels: Array
+    local_pixels: Array
+    boxes: Array
+    guide: Array
+    points: Array
+    flips: Array
+    gamma: Array
+    blur_sigma: Array
+    shape: Array
+    labels: Array
+    spacing_mm: Array
+    ts_planes: NotRequired[Array]
+    ts_plane: NotRequired[Array]
+    rex_planes: NotRequired[Array]
+    rex_plane: NotRequired[Array]
+    masks: NotRequired[Array]
 
 
-class Batch(TypedDict):
-    """The views of B slabs; slices of different sizes go into one batch.
+class Sample(Views[np.ndarray]):
+    """The views of one slab before they are rendered.
 
-    Shape:
-        As ``Sample``, along a new first axis B; but the pixels of all samples one after the other, and so the
-        planes, after an empty one: a view without mask has plane 0. ``masked_places``, ``masked_weights``:
-        see ``masked_places``. Whole numbers, so that a device need not be asked: ``num_global``; for global
-        and local views ``sizes_px``, ``largest_px`` (the largest crop's side) and, with masks, ``most_cells``
-        (mask cells that a patch may touch along a side).
+    ``has_ts``, ``has_rex``: whether the volume has these masks; ``first_slice`` of the slab in its volume;
+    ``position`` of the slab in the run.
     """
 
-    global_pixels: torch.Tensor
-    local_pixels: torch.Tensor
-    boxes: torch.Tensor
-    guide: torch.Tensor
-    points: torch.Tensor
-    flips: torch.Tensor
-    gamma: torch.Tensor
-    blur_sigma: torch.Tensor
-    shape: torch.Tensor
+    volume: str
+    has_ts: bool
+    has_rex: bool
+    first_slice: int
+    position: int
+
+
+class Batch(Views[torch.Tensor]):
+    """The views of B slabs, along a new first axis; slices of different sizes go into one batch.
+
+    The pixels of all samples lie one after the other, and so do the planes, after an empty one: a view
+    without mask has plane 0. ``masked_places`` and ``masked_weights`` are those of ``PatchMasks``. Whole
+    numbers, so that a device need not be asked: ``num_global``, ``patch_size_px``; for global and local views
+    ``sizes_px``, ``largest_px`` (the largest crop's side) and, with masks, ``most_cells`` (mask cells that a
+    patch may touch along a side).
+    """
+
+    volume: list[str]
     has_ts: torch.Tensor
     has_rex: torch.Tensor
-    labels: torch.Tensor
-    volume: list[str]
     first_slice: torch.Tensor
-    spacing_mm: torch.Tensor
     position: torch.Tensor
     num_global: int
+    patch_size_px: int
     sizes_px: list[int]
     largest_px: list[int]
-    patch_size_px: int
     most_cells: NotRequired[list[int]]
-    ts_planes: NotRequired[torch.Tensor]
-    ts_plane: NotRequired[torch.Tensor]
-    rex_planes: NotRequired[torch.Tensor]
-    rex_plane: NotRequired[torch.Tensor]
-    masks: NotRequired[torch.Tensor]
     masked_places: NotRequired[torch.Tensor]
     masked_weights: NotRequired[torch.Tensor]
 
@@ -103,10 +95,10 @@ class Batch(TypedDict):
 def collate_views(
     samples: Sequence[Sample], num_global: int, sizes_px: Sequence[int], patch_size_px: int
 ) -> Batch:
-    """Put samples together.
+    """Put samples together, all with masks or all without.
 
     Args:
-        samples: B of them, all with masks or all without.
+        samples: B samples.
         num_global: global views per sample.
         sizes_px: sides of a global and of a local view.
         patch_size_px: side of the encoder's patches.
@@ -114,7 +106,7 @@ def collate_views(
     batch: dict[str, Any] = {"num_global": num_global, "sizes_px": list(sizes_px)}
     batch["patch_size_px"] = patch_size_px
     for name in samples[0]:
-        values = [cast(dict[str, Any], sample)[name] for sample in samples]
+        values = [cast(Any, sample)[name] for sample in samples]
         if name in ("global_pixels", "local_pixels"):
             batch[name] = _joined(values)
         elif isinstance(values[0], str):
@@ -125,12 +117,11 @@ def collate_views(
     largest = [sides[:, :num_global].amax(1).tolist(), sides[:, num_global:].amax(1).tolist()]
     batch["largest_px"] = [max(sides) for sides in largest]
     if "ts_planes" in samples[0]:
-        batch["ts_planes"], batch["ts_plane"] = _joined_planes(
-            [sample["ts_planes"] for sample in samples], [sample["ts_plane"] for sample in samples]
-        )
-        batch["rex_planes"], batch["rex_plane"] = _joined_planes(
-            [sample["rex_planes"] for sample in samples], [sample["rex_plane"] for sample in samples]
-        )
+        for mask in ("ts", "rex"):
+            planes, numbers = (
+                [cast(Any, sample)[f"{mask}_plane{s}"] for sample in samples] for s in ("s", "")
+            )
+            batch[f"{mask}_planes"], batch[f"{mask}_plane"] = _joined_planes(planes, numbers)
         lengths, grid = batch["shape"].amin(1).tolist(), batch["ts_planes"].shape[-1]
         batch["most_cells"] = [
             max(
@@ -144,11 +135,9 @@ def collate_views(
 
 def on_device(batch: Batch, names: Iterable[str], device: torch.device) -> Batch:
     """Return a batch whose named tensors, if it has them, are on a device; nothing waits for the copies."""
-    fields: dict[str, Any] = dict(batch)
-    return cast(
-        Batch,
-        fields | {name: fields[name].to(device, non_blocking=True) for name in names if name in fields},
-    )
+    found = {name: part for name, part in batch.items() if name in names and isinstance(part, torch.Tensor)}
+    moved = {name: part.to(device, non_blocking=True) for name, part in found.items()}
+    return cast(Batch, {**batch, **moved})
 
 
 def _joined_planes(

@@ -74,28 +74,14 @@ def test_every_term_is_the_loop_over_annotated_samples_and_the_loss_their_mean()
     assert float(terms["loss"]) == pytest.approx(sum(expected.values()) / 4, rel=1e-12)
 
 
-def test_subset_of_terms_is_averaged_alone_and_needs_only_its_weights() -> None:
+@pytest.mark.parametrize("terms", [("ts_cls",), ("ts_cls", "ts_patch")], ids=["1s", "1s_v2"])
+def test_a_subset_of_terms_is_averaged_alone_and_needs_only_its_weights(terms) -> None:
     logits, targets = logits_and_targets()
-    only_cls = {group: {"ts_cls": terms["ts_cls"]} for group, terms in logits.items()}
-    terms = auxiliary_loss(rex=None, terms=["ts_cls"])(only_cls, targets, HAS_TS, HAS_REX)
-    assert list(terms) == ["loss", "ts_cls"]
-    assert float(terms["loss"]) == pytest.approx(term_by_loop("ts_cls", logits, targets, HAS_TS), rel=1e-12)
-
-
-def test_two_terms_of_one_source_are_the_loss_of_1s_v2() -> None:
-    logits, targets = logits_and_targets()
-    terms = auxiliary_loss(rex=None, terms=("ts_cls", "ts_patch"))(logits, targets, HAS_TS, HAS_REX)
-    expected = [term_by_loop(term, logits, targets, HAS_TS) for term in ("ts_cls", "ts_patch")]
-    assert float(terms["loss"]) == pytest.approx(sum(expected) / 2, rel=1e-12)
-
-
-def test_zero_logits_have_the_value_by_hand() -> None:
-    # log 2 * (w y + 1 - y) with y = 1/4
-    views = {"global": {"ts_cls": torch.zeros(1, 2, 1)}}
-    quarter = {"global": {"ts_cls": torch.full((1, 2, 1), 0.25)}}
-    yes = torch.ones(1, dtype=torch.bool)
-    terms = auxiliary_loss([5.0], None, ("ts_cls",))(views, quarter, yes, yes)
-    assert float(terms["loss"]) == pytest.approx(math.log(2) * 2, rel=1e-6)
+    only = {group: {term: of_group[term] for term in terms} for group, of_group in logits.items()}
+    found = auxiliary_loss(rex=None, terms=terms)(only, targets, HAS_TS, HAS_REX)
+    assert list(found) == ["loss", *terms]
+    expected = [term_by_loop(term, logits, targets, HAS_TS) for term in terms]
+    assert float(found["loss"]) == pytest.approx(sum(expected) / len(terms), rel=1e-12)
 
 
 def test_optimum_is_the_weighted_odds_of_the_share() -> None:
@@ -184,53 +170,22 @@ def test_impossible_weights_are_refused(pos_weight: list) -> None:
         auxiliary_loss(pos_weight, None, ("ts_cls",))
 
 
-def test_flags_of_another_shape_are_refused() -> None:
-    logits, targets = logits_and_targets()
-    loss = auxiliary_loss()
-    with pytest.raises(
-        ValueError, match=r"has_ts and has_rex must have one shape \(B,\), got \(5,\) and \(4,\)\."
-    ):
-        loss(logits, targets, HAS_TS, HAS_REX[:4])
-    message = (
-        r"logits must have 4 samples and 3 classes, got shape \(5, 2, 3\) for 'ts_cls' of the global views\."
-    )
-    with pytest.raises(ValueError, match=message):
-        loss(logits, targets, HAS_TS[:4], HAS_REX[:4])
-
-
-def test_logits_of_another_number_of_classes_are_refused() -> None:
-    logits, targets = logits_and_targets()
-    loss = auxiliary_loss([1.0, 1.0], WEIGHTS["rex"])
-    with pytest.raises(
-        ValueError, match=r"logits must have 5 samples and 2 classes, got shape \(5, 2, 3\) for"
-    ):
-        loss(logits, targets, HAS_TS, HAS_REX)
-
-
-def test_targets_of_another_shape_are_refused() -> None:
-    logits, targets = logits_and_targets()
-    targets["local"]["rex_cls"] = targets["local"]["rex_cls"][:, :1]
-    message = (
-        r"targets must have the shape of the logits \(5, 3, 2\), got \(5, 1, 2\) for 'rex_cls' of the local"
-    )
-    with pytest.raises(ValueError, match=message):
-        auxiliary_loss()(logits, targets, HAS_TS, HAS_REX)
-
-
-def test_missing_groups_and_terms_are_named() -> None:
-    logits, targets = logits_and_targets()
-    loss = auxiliary_loss()
-    with pytest.raises(ValueError, match=r"logits must hold at least one group of views, got none\."):
-        loss({}, targets, HAS_TS, HAS_REX)
-    with pytest.raises(KeyError, match=r"targets must have the group 'local', got \['global'\]\."):
-        loss(logits, {"global": targets["global"]}, HAS_TS, HAS_REX)
-    del logits["global"]["rex_patch"]
-    with pytest.raises(
-        KeyError, match=r"logits of the global views must have the term 'rex_patch', got \['ts_cls'"
-    ):
-        loss(logits, targets, HAS_TS, HAS_REX)
-
-
 def test_other_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="rex_targets.*'presence', 'fraction'.*got 'share'"):
         auxiliary_loss(rex_targets="share")
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    logits, targets = logits_and_targets()
+    loss = auxiliary_loss()
+    with pytest.raises(ValueError, match=r"has_ts and has_rex .*\(5,\) and \(4,\)"):
+        loss(logits, targets, HAS_TS, HAS_REX[:4])
+    with pytest.raises(ValueError, match=r"4 samples and 3 classes, got shape \(5, 2, 3\) for 'ts_cls'"):
+        loss(logits, targets, HAS_TS[:4], HAS_REX[:4])
+    with pytest.raises(ValueError, match=r"5 samples and 2 classes, got shape \(5, 2, 3\) for 'ts_cls'"):
+        auxiliary_loss([1.0, 1.0])(logits, targets, HAS_TS, HAS_REX)
+    with pytest.raises(KeyError, match="local"):
+        loss(logits, {"global": targets["global"]}, HAS_TS, HAS_REX)
+    targets["local"]["rex_cls"] = targets["local"]["rex_cls"][:, :1]
+    with pytest.raises(ValueError, match=r"logits \(5, 3, 2\), got \(5, 1, 2\) for 'rex_cls' of the local"):
+        loss(logits, targets, HAS_TS, HAS_REX)

@@ -68,15 +68,6 @@ def test_the_shape_term_does_not_push_on_the_spread():
     assert float((gradient * centred.detach()).sum().abs()) > 1e-3  # the gradient of fixed deviations does
 
 
-def test_a_normal_batch_is_better_than_a_collapsed_or_shifted_one():
-    normal = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0))
-    visreg = VISReg(256)
-    value = float(visreg(normal, step=0))
-    assert value < 0.05
-    for worse in (0.01 * normal, normal + 1, normal[..., :1].expand(-1, -1, 8)):
-        assert float(visreg(worse, step=0)) > 4 * value
-
-
 def test_a_collapsed_batch_has_a_finite_gradient():
     views = torch.zeros(1, 4, 3, requires_grad=True)
     VISReg(M)(views, step=0).backward()

@@ -88,14 +88,6 @@ def test_one_sample_has_the_statistic_by_hand_on_either_side(sample, expected):
     assert float(kolmogorov_smirnov(torch.tensor([[sample]]))) == pytest.approx(expected)
 
 
-def test_a_normal_sample_is_close_and_a_collapsed_one_far():
-    generator = torch.Generator().manual_seed(0)
-    normal = kolmogorov_smirnov(torch.randn(2000, 3, generator=generator))
-    collapsed = kolmogorov_smirnov(0.01 * torch.randn(2000, 3, generator=generator))
-    assert normal.max() < 0.04
-    assert collapsed.min() > 0.45
-
-
 def test_samples_must_be_rows():
     with pytest.raises(ValueError, match=r"samples must have shape \(N, K\) with samples, got \(0, 3\)"):
         kolmogorov_smirnov(torch.zeros(0, 3))

@@ -111,11 +111,6 @@ def test_guided_global_view_uses_the_centre_slice_alone():
     assert set(plan.boxes[:, LOCAL, 0].flat) == {0, 5}
 
 
-def test_global_views_come_from_the_centre_slice_of_any_slab():
-    for slab_len, centre in ((1, 0), (2, 1), (5, 2), (12, 6)):
-        assert (draws(multi_crop(), 3, slab_len=slab_len).boxes[:, GLOBAL, 0] == centre).all()
-
-
 def test_positions_are_uniform_over_the_positive_cells_of_the_slab():
     rex = np.zeros((SLAB_LEN, GRID, GRID), np.uint16)
     rex[1, 2, 3:6] = 1
@@ -249,13 +244,6 @@ def test_each_used_slice_is_read_once_and_no_other():
     assert sorted(read) == sorted(set(plan.boxes[:, 0].tolist()))
 
 
-def test_other_numbers_of_views():
-    crop = multi_crop(num_global=3, num_local=5, blur_probs=(0.5, 0.1, 0.0))
-    plan = crop.draw(np.random.default_rng(0), SLAB_LEN, SHAPE, organ_mask(), None)
-    assert plan.boxes.shape == (8, 4)
-    assert (plan.boxes[:3, 0] == SLAB_LEN // 2).all()
-
-
 # Refusals
 
 
@@ -333,14 +321,6 @@ def test_cells_equal_enlarge_crop_and_resize_step_by_step(length, share, size):
         np.testing.assert_array_equal(cells, enlarged[start : start + side][nearest_resize(side, size)])
 
 
-def test_views_of_slices_of_different_sizes_are_looked_up_together():
-    starts, sides, lengths = torch.tensor([3, 0]), torch.tensor([7, 40]), torch.tensor([11, 97])
-    together = nearest_cells(starts, sides, 5, lengths, 16)
-    for view in range(2):
-        one = slice(view, view + 1)
-        assert torch.equal(together[one], nearest_cells(starts[one], sides[one], 5, lengths[one], 16))
-
-
 @pytest.mark.parametrize("shape", [(5, 11, 7), (1, 3, 70), (4, 128, 128)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_every_rank_is_the_cell_that_a_search_through_the_mask_finds(shape, dtype):
@@ -355,7 +335,3 @@ def test_every_rank_is_the_cell_that_a_search_through_the_mask_finds(shape, dtyp
     slices, places = cells.take(np.arange(len(expected)))
     np.testing.assert_array_equal(np.column_stack([slices, places]), expected)
     assert len(expected) > 10
-
-
-def test_an_empty_mask_has_no_positive_cells():
-    assert PositiveCells(np.zeros((2, 3, 5), np.uint8)).by_slice.tolist() == [0, 0]
