@@ -168,7 +168,7 @@ class BagBatch(TypedDict):
     labels: torch.Tensor  # (B, C)
 
 
-class EmbeddingBags(Dataset):
+class EmbeddingBags(Dataset[Bag]):
     """Embeddings and labels of a cohort: bags of tokens, read from mapped files when they are asked for.
 
     A cohort may be larger than memory; the operating system keeps in memory what it has room for.

@@ -194,7 +194,7 @@ class RowBatch(TypedDict):
     targets: torch.Tensor  # (K, B, C)
 
 
-class DrawnRows(Dataset):
+class DrawnRows(Dataset[RowBatch]):
     """The batches of a training run: rows are drawn before any token is read, and only those are kept.
 
     Row b of step t is drawn with replacement from all rows, by the seed alone. Of CT-RATE's patch tokens the

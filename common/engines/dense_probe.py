@@ -150,7 +150,7 @@ class DenseProbeTrainer(ProbeTrainer):
     def __init__(
         self,
         *,
-        train_data_loader: DataLoader,
+        train_data_loader: DataLoader[Any],
         network: DenseProbes,
         val_cohort: DenseCohort,
         test_cohort: DenseCohort,

@@ -193,7 +193,7 @@ class ProbeGridTrainer(ProbeTrainer):
     def __init__(
         self,
         *,
-        train_data_loader: DataLoader,
+        train_data_loader: DataLoader[Any],
         network: ProbeGrid,
         val_bags: EmbeddingBags,
         test_bags: EmbeddingBags,
