@@ -159,7 +159,7 @@ def trainer_of(cohorts: list[DenseCohort]) -> DenseProbeTrainer:
         test_cohort=cohorts[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=STEPS, final_lr=0.0),
+        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, max_steps=STEPS, final_lr=0.0),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=VAL_INTERVAL,

@@ -24,9 +24,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.losses.dino import SINKHORN_ITERATIONS, DINOLoss, IBOTLoss, sinkhorn_knopp
-from common.metrics.flops import peak_bf16_flops, training_flops
-from common.networks.dino_model import DINOModel, follow, new_teacher
-from common.networks.pretraining_model import DINOHead, clip_by_global_norm, distribute
+from common.networks.dino_model import DINOHead, DINOModel, follow, new_teacher
+from common.networks.pretraining_model import clip_by_global_norm, distribute, peak_bf16_flops, training_flops
 from common.optimizers.adamw import layerwise_adamw
 from common.transforms.patch_masks import PatchMasks, masked_places
 
@@ -46,11 +45,19 @@ class Networks:
         )
         width, hidden = size["embed_dim"], 2048 if device.type == "cuda" else 256
         heads = [DINOHead(width, hidden, 256 if device.type == "cuda" else 64, prototypes) for _ in range(2)]
-        student = DINOModel(encoder, *heads)
+        student = DINOModel(encoder, *heads, checkpoint_activations=False)
         teacher = new_teacher(student)
-        self.teacher = distribute(teacher, teacher.encoder.blocks, "ddp", compiled, device)
-        self.student = distribute(student, encoder.blocks, "ddp", compiled, device)
-        self.optimizer = layerwise_adamw(self.student, size["depth"], 1e-5, 0.04, 1.0, 0.2)
+        how = {"sharding": "ddp", "compiled": compiled, "device": device}
+        self.teacher = distribute(network=teacher, blocks=teacher.encoder.blocks, **how)
+        self.student = distribute(network=student, blocks=encoder.blocks, **how)
+        self.optimizer = layerwise_adamw(
+            self.student,
+            depth=size["depth"],
+            lr=1e-5,
+            weight_decay=0.04,
+            layer_decay=1.0,
+            patch_embed_lr_multiplier=0.2,
+        )
         self.dino = DINOLoss(prototypes, "sinkhorn_knopp").to(device)
         self.ibot = IBOTLoss(prototypes, "sinkhorn_knopp").to(device)
         self.device = device
@@ -136,9 +143,17 @@ def new_batch(batch_size: int, sizes: tuple[int, int], patch_px: int, device: to
         group: torch.randn(batch_size, views, 1, side, side, generator=generator)
         for group, views, side in groups
     }
-    drawn = PatchMasks(sizes[0] // patch_px, VIEWS[0], seed=0)
+    drawn = PatchMasks(
+        global_size_px=sizes[0],
+        patch_size_px=patch_px,
+        num_global=VIEWS[0],
+        seed=0,
+        mask_sample_prob=0.5,
+        mask_ratio=(0.1, 0.5),
+    )
     batch["masks"] = torch.stack([torch.from_numpy(drawn.draw(place)) for place in range(batch_size)])
-    batch |= masked_places(batch["masks"], drawn.most_masked(batch_size))
+    places, weights = masked_places(batch["masks"], drawn.most_masked(batch_size))
+    batch |= {"masked_places": places, "masked_weights": weights}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -34,7 +34,7 @@ from common.embeddings.store import EmbeddingStore
 from common.embeddings.work import ct_sources, embedding_work, store_folders
 from common.handlers.embedding_writer import EmbeddingWriter
 from common.networks.encoder import SlicesInferer
-from common.shards.shards import VolumeSlices, write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.slice_strategies import slice_strategies
 
@@ -88,18 +88,26 @@ def embed(
     knobs = GPU if device.type == "cuda" else CPU
     sources, rejected = ct_sources(shards, split="train")
     strategies = slice_strategies(["cropped_256"], 16)
-    folders = store_folders(out, strategies)
+    folders = store_folders(out, ["cropped_256"])
     batches = SliceBatches(
-        embedding_work(sources, strategies, folders),
-        HU_WINDOWS["ct_rate"],
-        "yx",
-        knobs["slices"],
-        num_workers,
-        device,
+        work=embedding_work(sources, folders),
+        strategies=strategies,
+        window=HU_WINDOWS["ct_rate"],
+        slice_axes="yx",
+        slices_per_batch=knobs["slices"],
+        num_workers=num_workers,
+        device=device,
         padded=inferer.compiled,
     )
     writer = EmbeddingWriter(
-        folders, out, IDENTITY, "float16", batches, len(sources), rejected, max_rejected=0
+        folders=folders,
+        output_dir=out,
+        identity=IDENTITY,
+        dtype="float16",
+        batches=batches,
+        num_volumes=len(sources),
+        rejected=rejected,
+        max_rejected=0,
     )
     SupervisedEvaluator(
         device=device,

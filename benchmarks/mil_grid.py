@@ -75,7 +75,7 @@ class GridStep:
         names = list(PAPER_POOLERS)
         self.grid = ProbeGrid(names, LEARNING_RATES, bags.tokens.shape[1], NUM_CLASSES, SEED).to(device)
         self.optimizer = torch.optim.SGD(self.grid.parameter_groups(), momentum=0.95)
-        self.scheduler = warmup_cosine(self.optimizer, warmup_steps=0, total_steps=total_steps, final_lr=0.0)
+        self.scheduler = warmup_cosine(self.optimizer, warmup_steps=0, max_steps=total_steps, final_lr=0.0)
         self.reader, self.loss = BagReader(bags, device), nn.BCEWithLogitsLoss(reduction="none")
         batches = ShuffledBatches(len(bags), BATCH_SIZE, SEED)
         self.loader = iter(DataLoader(bags, batch_sampler=batches, collate_fn=collate_bags))

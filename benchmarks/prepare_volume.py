@@ -38,7 +38,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.ct.geometry import STORED_HU_RANGE
 from common.shards.codec import decode_ct
-from common.shards.shards import write_shard
+from common.shards.writer import write_shard
 from data_prep.sources.rexgroundingct import Annotation
 from data_prep.sources.source_volume import SourceVolume, read_volume
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
-from common.losses.sigreg import SIGReg, unit_directions
+from common.losses.lejepa import SIGReg, unit_directions
 
 NUM_DIRECTIONS, NUM_KNOTS, T_MAX = 1024, 17, 3.0
 COMPLEX_EQUATION, REAL_EQUATION = "exp(itx)", "cos and sin, compiled"
@@ -157,7 +157,7 @@ def costs_of_shape(shape: tuple[int, int, int], repeats: int, device: torch.devi
     passes = {
         COMPLEX_EQUATION: pass_of(complex_equation, samples),
         REAL_EQUATION: pass_of(torch.compile(real_equation), samples),
-        EAGER: pass_of_sigreg(SIGReg(NUM_DIRECTIONS, NUM_KNOTS, T_MAX), samples),
+        EAGER: pass_of_sigreg(SIGReg(NUM_DIRECTIONS, NUM_KNOTS, T_MAX, compiled=False), samples),
         COMPILED: pass_of_sigreg(compiled_sigreg(), samples),
         MATMULS: pass_of_matmuls(samples),
     }

@@ -23,16 +23,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.cohort.cohort import pos_weights
-from common.losses.auxiliary import AuxiliaryBCELoss
-from common.losses.lejepa import LeJEPALoss
-from common.losses.sigreg import SIGReg
-from common.metrics.flops import peak_bf16_flops, training_flops
+from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
+from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import (
     AuxiliaryHead,
     PretrainingModel,
     ProjectionHead,
     clip_by_global_norm,
     distribute,
+    peak_bf16_flops,
+    training_flops,
 )
 from common.optimizers.adamw import adamw
 
@@ -47,8 +47,9 @@ def new_network(size: dict[str, int], device: torch.device, compiled: bool) -> P
         "vit_large_patch14_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, init_values=1e-5, **size
     )
     width = size["embed_dim"]
-    network = PretrainingModel(encoder, ProjectionHead(width, 2048, 124), AuxiliaryHead(width, 118, 14))
-    distribute(network, encoder.blocks, "ddp", compiled, device)
+    head = AuxiliaryHead(width, 118, 14, train_auxiliary_head=True)
+    network = PretrainingModel(encoder, ProjectionHead(width, 2048, 124), head, checkpoint_activations=False)
+    distribute(network=network, blocks=encoder.blocks, sharding="ddp", compiled=compiled, device=device)
     return network
 
 
@@ -59,10 +60,14 @@ class Step:
         self, network: PretrainingModel, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> None:
         self.network, self.optimizer, self.device = network, optimizer, device
-        self.lejepa = LeJEPALoss(SIGReg(), 0.02)
-        self.auxiliary = AuxiliaryBCELoss(pos_weights("totalsegmentator"), pos_weights("rexgroundingct")).to(
-            device
-        )
+        self.lejepa = LeJEPALoss(SIGReg(1024, num_knots=17, t_max=3.0, compiled=False), 0.02)
+        self.auxiliary = AuxiliaryBCELoss(
+            ts_pos_weight=pos_weights("totalsegmentator"),
+            rex_pos_weight=pos_weights("rexgroundingct"),
+            auxiliary_terms=TERMS,
+            aux_weight=0.1,
+            rex_targets="presence",
+        ).to(device)
 
     def __call__(self, batch: dict, number: int) -> torch.Tensor:
         """Train one step; return the loss, still on the device."""

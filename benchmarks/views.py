@@ -9,6 +9,7 @@ matters less. Ends in one line of JSON.
 
 # V views, S view size, H W slice pixels
 
+import inspect
 import json
 import os
 import statistics
@@ -27,14 +28,15 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.ct.files import ct_file, read_ct
-from common.shards.shards import ShardSet, VolumeSlices, write_shard
+from common.shards.shards import ShardSet
 from common.shards.slab_dataset import VIEWS, SlabViews
-from common.transforms.batch_views import count_labels, render_views
+from common.shards.writer import VolumeSlices, write_shard
 from common.transforms.hounsfield import HU_WINDOWS
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan
-from common.transforms.soft_labels import finding_presence
+from common.transforms.render_views import count_labels, render_views
 from data_prep.sources.totalsegmentator import read_label_map
 
+RECIPE = Path(__file__).resolve().parents[1] / "bundles" / "_recipes" / "lejepa_train.json"
 PATCH_SIZE_PX, SIZES_PX = 16, (256, 144)  # DALE-CT-2S
 WINDOW = HU_WINDOWS["ct_rate"]
 NUM_VOLUMES, NUM_SLICES = 5, 32
@@ -82,14 +84,16 @@ def write_cohort(folder: Path) -> tuple[ShardSet, str]:
 
 def slab_views(shards: ShardSet) -> SlabViews:
     """Return the samples of DALE-CT-2S."""
-    multi_crop = RandSlabMultiCrop(*SIZES_PX, PATCH_SIZE_PX)
-    return SlabViews(shards, slab_mm=12.0, rex_fraction=0.2, seed=0, multi_crop=multi_crop, with_masks=True)
+    knobs = json.loads(RECIPE.read_text())
+    names = inspect.signature(RandSlabMultiCrop).parameters
+    crop = RandSlabMultiCrop(**{name: knobs[name] for name in names})
+    return SlabViews(shards=shards, slab_mm=12.0, rex_fraction=0.2, seed=0, multi_crop=crop, with_masks=True)
 
 
 def finished(slabs: SlabViews, places: range) -> tuple[tuple[torch.Tensor, ...], dict]:
     """Return views and soft labels of a batch, the way of this repository."""
     batch = slabs.collate([slabs[place] for place in places])
-    return render_views(batch, WINDOW), count_labels(batch, PATCH_SIZE_PX, finding_presence)
+    return render_views(batch, WINDOW), count_labels(batch, "presence")
 
 
 def plain_slab(slabs: SlabViews, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, ViewPlan]:
@@ -219,7 +223,7 @@ def main(
             "  read, draw, cut": lambda: [slabs[place] for place in places],
             "  collate": lambda: slabs.collate(items),
             "  render": lambda: render_views(batch, WINDOW),
-            "  count labels": lambda: count_labels(batch, PATCH_SIZE_PX, finding_presence),
+            "  count labels": lambda: count_labels(batch, "presence"),
             "plain sample": lambda: [plain_sample(slabs, place) for place in few],
             "  plain labels": lambda: [
                 plain_labels(ts, rex, hu.shape[1:], plan, view)

@@ -7,9 +7,10 @@ page is up to date.
 
 import csv
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -170,17 +171,9 @@ class Page:
             for task, labels in tasks.items():
                 for encoder in TABLE_ENCODERS:
                     protocol = f"dense_{kind} {task}"
-                    own = self.macro(encoder, protocol)[:2]
-                    less = self.less(encoder, f"{kind} {task} auprc")
-                    lines.append(
-                        [
-                            f"{tokens}, {labels}",
-                            f"`{encoder}`",
-                            *own,
-                            less,
-                            self.theirs("I", encoder, protocol),
-                        ]
-                    )
+                    line = [f"{tokens}, {labels}", f"`{encoder}`", *self.macro(encoder, protocol)[:2]]
+                    line += [self.less(encoder, f"{kind} {task} auprc"), self.theirs("I", encoder, protocol)]
+                    lines.append(line)
         heads = ("tokens, labels", "encoder", "AUROC", "AUPRC", "AUPRC less 2S's", "paper: AUROC / AUPRC")
         return markdown(heads, lines)
 
@@ -195,7 +188,7 @@ class Page:
         heads = ("encoder", "AUROC", "AUPRC", "F1", "BA", "AUPRC, five seeds", "AUPRC less 2S's")
         return markdown((*heads, "paper: AUROC / AUPRC"), lines)
 
-    def beside(self) -> str:
+    def beside_table_iii(self) -> str:
         """Other readers of the 2S's embeddings."""
         known = {protocol for encoder, protocol, _ in self.rows if encoder == REFERENCE}
         names = sorted(
@@ -206,16 +199,11 @@ class Page:
 
     def table_iv(self) -> str:
         """Frozen and retrained probes on site B."""
-        lines = [
-            [
-                f"`{encoder}`",
-                protocol,
-                *self.macro(encoder, protocol, "-" in protocol),
-                self.theirs("IV", encoder, protocol),
-            ]
-            for encoder in TABLE_ENCODERS
-            for protocol in ("frozen", "retrained", "retrained-frozen")
-        ]
+        lines = []
+        for encoder in TABLE_ENCODERS:
+            for protocol in ("frozen", "retrained", "retrained-frozen"):
+                numbers = self.macro(encoder, protocol, "-" in protocol)
+                lines.append([f"`{encoder}`", protocol, *numbers, self.theirs("IV", encoder, protocol)])
         return markdown(("encoder", "probe", "AUROC", "AUPRC", "F1", "BA", "paper: AUROC / AUPRC"), lines)
 
     def orientation(self) -> str:
@@ -277,15 +265,8 @@ class Page:
             auroc, auprc = self.macro(name, "mil_probe")[:2]
             less = [self.less(name, f"{measure} auprc") for measure in ("table_iii", *dense)]
             shown = [self.macro(name, f"dense_{protocol}")[1] for protocol in dense]
-            lines.append(
-                [
-                    change,
-                    auroc,
-                    auprc,
-                    less[0],
-                    *(part for pair in zip(shown, less[1:], strict=True) for part in pair),
-                ]
-            )
+            pairs = (part for pair in zip(shown, less[1:], strict=True) for part in pair)
+            lines.append([change, auroc, auprc, less[0], *pairs])
         heads = ["change", "AUROC", "AUPRC", "less 2S's", "patches, organs: AUPRC", "less 2S's"]
         heads += ["patches, findings: AUPRC", "less 2S's"]
         return markdown(heads, lines)
@@ -315,31 +296,16 @@ class Page:
         return markdown(("stages", "number", "minutes"), lines)
 
     def write(self) -> str:
-        """Return the whole page."""
+        """Return the whole page: the template, with a fact or a table in place of each ``@NAME@``."""
         facts = {
             "DATE": self.stages[-1]["finished"][:10],
             "HARDWARE": "; ".join(sorted({stage["hardware"] for stage in self.stages})),
             "COMMITS": ", ".join(self.commits),
         }
-        tables: dict[str, Callable[[], str]] = {
-            "TABLE_I": self.table_i,
-            "TABLE_III": self.table_iii,
-            "BESIDE_TABLE_III": self.beside,
-            "TABLE_IV": self.table_iv,
-            "ORIENTATION": self.orientation,
-            "TABLE_V": self.table_v,
-            "TABLE_VI": self.table_vi,
-            "PAPER_VI": self.paper_vi,
-            "ABLATIONS": self.ablations,
-            "TWO_TRAININGS": self.two_trainings,
-            "TIMES": self.times,
-        }
         text = (KEPT / "results.md.template").read_text(encoding="utf-8")
-        for name, value in facts.items():
-            text = text.replace(f"@{name}@", value)
-        for name, table in tables.items():
-            text = text.replace(f"@{name}@", table())
-        return text
+        return re.sub(
+            r"@([A-Z_]+)@", lambda name: facts.get(name[1]) or getattr(self, name[1].lower())(), text
+        )
 
 
 def main(

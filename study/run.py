@@ -37,7 +37,7 @@ def keys_of(stages: list[Stage]) -> dict[str, str]:
     """Return for each stage a hash of its commands, the configs they name, and the stages it builds on."""
     keys: dict[str, str] = {}
     for stage in stages:
-        arguments = [command[1:] for command in stage.commands]  # without the path of Python
+        arguments = [["-m", *words] for words in stage.commands]
         named = sorted(set(OUR_CONFIG.findall(json.dumps(arguments))))
         configs = [(REPOSITORY / name).read_text(encoding="utf-8") for name in named]
         text = json.dumps([arguments, configs, [keys[name] for name in stage.needs]])
@@ -60,7 +60,7 @@ def run_stage(stage: Stage, log: Path, environment: dict[str, str], progress: Pr
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = progress.add_task("", total=None, name="", count="")
-    for number, (_, _, *words) in enumerate(stage.commands, 1):
+    for number, words in enumerate(stage.commands, 1):
         shown = " ".join(["python", "-m", *words])
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shown}\n")

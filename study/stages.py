@@ -4,7 +4,6 @@ Site A of the synthetic cohort stands in for CT-RATE, site B (other scanners) fo
 trained on site A's training split; every number comes from volumes that no encoder has seen.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,8 +84,8 @@ class Stage(NamedTuple):
     """Some commands that belong together, run one after the other.
 
     Args:
-        name: of its log and in the list of what is done.
-        commands: to run in the repository's root.
+        name: name of its log and in the list of what is done.
+        commands: words after ``python -m`` of each command, to run in the repository's root.
         needs: stages whose results it reads; when one of them changes, this one runs anew.
     """
 
@@ -96,8 +95,8 @@ class Stage(NamedTuple):
 
 
 def module(name: str, *arguments: object) -> list[str]:
-    """Return the command ``python -m name arguments``."""
-    return [sys.executable, "-m", name, *map(str, arguments)]
+    """Return the words of the command ``python -m name arguments`` after ``-m``."""
+    return [name, *map(str, arguments)]
 
 
 def options(knobs: dict[str, Any]) -> list[str]:

@@ -1,7 +1,10 @@
 """Settings and fixtures that all tests share."""
 
 import os
+import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,6 +76,9 @@ def pinned() -> Callable[[str], dict[str, str]]:
     return read
 
 
+PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="session")
 def python_m(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
     """Run ``python -m`` and words in a folder and say what came of it; see ``study/commands.py``.
@@ -80,15 +86,39 @@ def python_m(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproce
     Nothing but what a user has is on its path; keywords are variables of its environment.
     """
     said = [tmp_path_factory.mktemp("said") / name for name in ("out.txt", "err.txt")]
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
         for path in said:
             path.write_bytes(b"")
-        process = start_command([str(word) for word in words], cwd, own | environment, *said)
+        process = start_command([str(word) for word in words], cwd, PLAIN_ENVIRONMENT | environment, *said)
         process.join()
         out, err = (path.read_text(errors="replace") for path in said)
         return subprocess.CompletedProcess(words, process.exitcode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def stop_and_resume(python_m: Callable, tmp_path: Path) -> Callable[..., str]:
+    """Send Ctrl-C to a command that has come so far, look at how it ends, and run it again to its end."""
+
+    def run(words: list[str], has_come_so_far: Callable[[str], object], folder: Path) -> str:
+        said = tmp_path / "said.txt"
+        said.touch()
+        process = start_command([str(word) for word in words], tmp_path, PLAIN_ENVIRONMENT, said, said)
+        while not has_come_so_far(said.read_text()):
+            assert process.is_alive(), said.read_text()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to a loader's workers as well
+        process.join(120)
+        text = said.read_text()
+        assert process.exitcode == 130, text
+        assert "Traceback" not in text
+        assert re.search("Stopped.*Run the same command again to resume.$", text.splitlines()[-1])
+        assert not list(folder.rglob("*.partial"))
+        resumed = python_m(words, tmp_path)
+        assert resumed.returncode == 0, resumed.stderr
+        return resumed.stdout + resumed.stderr
 
     return run
 

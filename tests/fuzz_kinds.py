@@ -22,8 +22,8 @@ from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.embeddings.work import ct_sources
 from common.reports.results import FIELDS, PREDICTION_COLUMNS, read_predictions, read_rows
 from common.run.config import executed_config
-from common.shards.codec import VolumeSlices
-from common.shards.shards import ShardSet, write_shard
+from common.shards.shards import ShardSet
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.shard import ShardTask, audit_shard
 from data_prep.sources.ct_rate import METADATA_COLUMNS, read_metadata
 from data_prep.sources.rexgroundingct import read_annotations

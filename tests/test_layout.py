@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -93,6 +94,14 @@ def test_every_mirrored_test_has_its_module() -> None:
     tests = [file for package in PACKAGES for file in (REPOSITORY / "tests" / package).rglob("*.py")]
     strays = [relative(file) for file in tests if file not in mirrored and file.name not in SWEEPING_TESTS]
     assert not strays, "\n".join(strays)
+
+
+MAX_MODULES_OF_A_FOLDER = 18
+
+
+def test_a_folder_is_small_enough_to_be_read_as_a_list() -> None:
+    folders = Counter(relative(file.parent) for file in source_files() if file.name != "__init__.py")
+    assert not {folder: number for folder, number in folders.items() if number > MAX_MODULES_OF_A_FOLDER}
 
 
 def test_test_folders_are_no_packages() -> None:

@@ -188,7 +188,7 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
     return [volume for volume in labels if volume in embedded]
 
 
-class EmbeddingBags(Dataset):
+class EmbeddingBags(Dataset[dict[str, Any]]):
     """Embeddings and labels of a cohort: bags of tokens, read from mapped files when they are asked for.
 
     Cohorts may be larger than the memory; what the memory has room for, the system keeps there.

@@ -210,7 +210,7 @@ def _patch_order(shape: tuple[int, int], slice_axes: str) -> NDArray[np.int64]:
     return rows.reshape(shape[0], grid, grid).transpose(0, 2, 1).ravel()
 
 
-class DrawnRows(Dataset):
+class DrawnRows(Dataset[dict[str, torch.Tensor]]):
     """The batches of a training run: rows drawn before any token is read, so that only those are kept.
 
     Row b of step t is drawn with replacement from all rows; which, the seed alone decides. Of CT-RATE's patch

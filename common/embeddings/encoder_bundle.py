@@ -31,9 +31,9 @@ def open_encoder_bundle(
     path = Path(folder) / "configs" / "inference.json"
     if not path.is_file():
         raise FileNotFoundError(f"No encoder bundle in '{folder}': it has no configs/inference.json.")
-    own = json.loads(path.read_text(encoding="utf-8"))
+    known = json.loads(path.read_text(encoding="utf-8"))
     knobs = {"bundle_root": str(folder), **(knobs or {})}
-    return EncoderBundle(merged_config(own, [str(path), *map(str, configs)], knobs))
+    return EncoderBundle(merged_config(known, [str(path), *map(str, configs)], knobs))
 
 
 class EncoderBundle:
@@ -66,9 +66,9 @@ class EncoderBundle:
                 raise
             raise cause from None
 
-    def update(self, **parts: Any) -> None:  # noqa: ANN401 (as __getitem__)
+    def update(self, parts: Mapping[str, Any]) -> None:
         """Set parts by name. What was built before is built anew when it is asked for again."""
-        self.parser.update(pairs=parts)
+        self.parser.update(pairs=dict(parts))
 
     @property
     def name(self) -> str:
@@ -76,23 +76,11 @@ class EncoderBundle:
         return str(self.parser["name"])
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The config as written, references and expressions included."""
-        content: dict[str, Any] = self.parser.get()
-        return content
-
-    @property
     def network(self) -> nn.Module:
         """The encoder with its weights, in evaluation mode; random weights are those of the knob ``seed``."""
         torch.manual_seed(self["seed"])
         network: nn.Module = self["network"]
         return network.eval()
-
-    @property
-    def embedding_identity(self) -> dict[str, Any]:
-        """What its embeddings are compared by: encoder, weights, order of slices, kind of token."""
-        identity: dict[str, Any] = self["embedding_identity"]
-        return identity
 
     @property
     def window(self) -> HUWindow:
@@ -120,9 +108,3 @@ class EncoderBundle:
     def side_px(self) -> int:
         """Side of the images that it embeds; for whole sides, of slices of 512 px."""
         return self.strategies[0].side_px(FULL_PX)
-
-    @property
-    def sources(self) -> tuple[list[Any], list[Any]]:
-        """The CTs that it would embed, and those that cannot be read; see ``ct_sources``."""
-        sources: tuple[list[Any], list[Any]] = self["sources"]
-        return sources

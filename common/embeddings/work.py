@@ -1,9 +1,11 @@
-"""What an embedding run still has to do, and which of it falls to this process."""
+"""What an embedding run has to do, which of it falls to this process, and what came of it."""
+
+# Z slices, H side of a slice padded to a square
 
 import csv
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +21,10 @@ from common.ct.rejection import Doubt, RejectedError, RejectedVolume, is_failure
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.process import atomic_file, gather_objects, wait_for_ranks
 from common.shards.shards import SHARD_NAME, ShardSet
-from common.transforms.slice_strategies import SliceStrategy, pad_to_square
-
-# Z slices, H rows, W columns
+from common.transforms.slice_strategies import pad_to_square
 
 logger = logging.getLogger(__name__)
+REJECTED = "rejected.csv"
 
 
 class CTSlices(NamedTuple):
@@ -32,7 +33,7 @@ class CTSlices(NamedTuple):
     Args:
         hu: int16 ``(Z, H, H)``, padded with air on both sides to squares.
         spacing_mm: (x, y, z).
-        sha256: of the files it was read from, see :class:`common.ct.geometry.CT`.
+        sha256: checksum of the files it was read from.
         doubts: what makes it unlike a chest CT, see :func:`common.ct.checks.find_doubts`.
         blank: numbers of its blank slices, from 0.
     """
@@ -44,23 +45,25 @@ class CTSlices(NamedTuple):
     blank: Sequence[int] = ()
 
     @property
-    def notes(self) -> dict[str, list[Any]]:
-        """Doubts and blank slices as JSON values to keep with an embedding; empty where all is well."""
+    def notes(self) -> dict[str, Any]:
+        """JSON values to keep with an embedding: checksum, doubts and blank slices, where there are any."""
         texts = [doubt.text for doubt in self.doubts]
-        notes: dict[str, list[Any]] = {"doubts": texts, "blank_slices": list(self.blank)}
-        return {name: values for name, values in notes.items() if values}
+        notes = {"sha256": self.sha256, "doubts": texts, "blank_slices": list(self.blank)}
+        return {name: value for name, value in notes.items() if value}
 
 
 class CTSource(NamedTuple):
     """A volume to be read.
 
     Args:
-        volume: name.
+        volume: name of the volume.
         read: reads it; raises ``RejectedError`` if it must not be used.
+        stores: names of the stores that have no embedding of it yet.
     """
 
     volume: str
     read: Callable[[], CTSlices]
+    stores: tuple[str, ...] = ()
 
 
 def ct_sources(
@@ -71,9 +74,9 @@ def ct_sources(
 ) -> tuple[list[CTSource], list[RejectedVolume]]:
     """List the volumes of a file or folder.
 
-    A volume is called as its file without suffix, or as its folder where files of several folders have one
-    name; of a DICOM series by its SeriesInstanceUID; of shards as they say. Dots and blanks become ``_``. It
-    is called so in a zip file, too.
+    A volume has the name of its file without suffix, or of its folder where files of several folders have one
+    name; a DICOM series its SeriesInstanceUID; one of a shard the name stated there. Dots and blanks become
+    ``_``. Volumes in a zip file are named in the same way.
 
     Args:
         dataset_dir: a file of NIfTI (``.nii``, ``.nii.gz``, ``.hdr``), MetaImage (``.mha``, ``.mhd``), NRRD
@@ -81,7 +84,7 @@ def ct_sources(
             PACS export them; a folder of all these and of DICOM series, searched with its sub-folders; or a
             folder of shards. Files in HU with a header that states its geometry; npz with ``ct`` (I, P, L) at
             0.8 mm, as RAD-ChestCT's.
-        split: which shards.
+        split: split of the shards.
         subset_csv: table or text file of the volumes to use, see ``listed_names``; None for all.
         skip_list: table or text file of volumes to leave out, as CT-RATE's ``no_chest_*.txt``.
 
@@ -95,15 +98,23 @@ def ct_sources(
     """
     root = Path(dataset_dir)
     if not root.exists():
-        raise FileNotFoundError(
-            f"dataset_dir must be a file or a folder, got '{root}', which does not exist."
-        )
-    found, places, rejected = _shard_volumes(root, split) if _holds_shards(root) else _file_volumes(root)
+        raise FileNotFoundError(f"No file or folder '{root}' (--dataset_dir).")
+    found: dict[str, Callable[[], CTSlices]]
+    rejected: list[RejectedVolume] = []
+    if root.is_dir() and any(SHARD_NAME.fullmatch(name) for name in os.listdir(root)):
+        shards = ShardSet(root, split)
+        found = {entry.volume: partial(_read_shard, shards, i) for i, entry in enumerate(shards.volumes)}
+        places = {entry.volume: Path(entry.source) for entry in shards.volumes}
+    else:
+        cts, rejected = find_cts(root)
+        found = {ct.volume: partial(_read_file, ct) for ct in cts}
+        places = {item.volume: Path() for item in rejected if item.reason == "duplicate"}
+        places |= {ct.volume: ct.path for ct in cts}
     if not found and not any(map(is_failure, rejected)):
-        left_out = f", but {len(rejected)} such as: {rejected[0].detail}" if rejected else ""
+        left_out = f" {len(rejected)} were left out, such as: {rejected[0].detail}" if rejected else ""
         raise FileNotFoundError(
-            "dataset_dir must hold volumes in NIfTI, MetaImage, NRRD or npz, DICOM series, zips of these, or "
-            f"shards, got none in '{root}'{left_out}."
+            f"No volumes in '{root}'. It must hold files of NIfTI, MetaImage, NRRD or npz, DICOM series, "
+            f"zips of these, or shards.{left_out}"
         )
     chosen = {*places} if subset_csv is None else _named(subset_csv, "subset_csv", places, root)
     skipped = set() if skip_list is None else _named(skip_list, "skip_list", places, root)
@@ -116,30 +127,8 @@ def ct_sources(
     return used, [item for item in rejected if item.volume not in others]
 
 
-Reads = dict[str, Callable[[], CTSlices]]
-Found = tuple[Reads, Places, list[RejectedVolume]]
-
-
-def _holds_shards(root: Path) -> bool:
-    return root.is_dir() and any(SHARD_NAME.fullmatch(name) for name in os.listdir(root))
-
-
-def _shard_volumes(root: Path, split: str) -> Found:
-    shards = ShardSet(root, split)
-    reads: Reads = {entry.volume: partial(_read_shard, shards, i) for i, entry in enumerate(shards.volumes)}
-    return reads, {entry.volume: Path(entry.source) for entry in shards.volumes}, []
-
-
-def _file_volumes(root: Path) -> Found:
-    cts, rejected = find_cts(root)
-    places = {item.volume: Path() for item in rejected if item.reason == "duplicate"}
-    places |= {ct.volume: ct.path for ct in cts}
-    reads: Reads = {ct.volume: partial(_read_file, ct) for ct in cts}
-    return reads, places, rejected
-
-
 def _named(listing: str | Path, knob: str, places: Places, root: Path) -> set[str]:
-    """Find the volumes that a list names; a warning counts the names of none."""
+    """Find the volumes that a list names; names of no volume are counted in a warning."""
     names = listed_names(listing, knob)
     found, absent = find_named(names, places)
     if absent:
@@ -154,9 +143,7 @@ def _read_file(file: CTFile) -> CTSlices:
     """Read a volume in HU; every message names its file."""
     try:
         ct = read_ct(file)
-        check_size((len(ct.hu), *2 * [max(ct.hu.shape[1:])]))  # of the squares
-        hu = pad_to_square(ct.hu, STORED_HU_RANGE[0])
-        return CTSlices(hu, ct.spacing_mm, ct.sha256, ct.doubts, ct.blank)
+        return CTSlices(_squares(ct.hu), ct.spacing_mm, ct.sha256, ct.doubts, ct.blank)
     except RejectedError as error:
         if str(file.path) in error.detail or f"'{file.path.name}'" in error.detail:
             raise
@@ -170,44 +157,33 @@ def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     for z in range(entry.num_slices):
         hu[z] = slab.read_ct(z)
     doubts, blank = find_doubts(hu, entry.spacing_mm)
-    return CTSlices(
-        pad_to_square(hu, STORED_HU_RANGE[0]), entry.spacing_mm, entry.source_sha256, doubts, blank
-    )
+    return CTSlices(_squares(hu), entry.spacing_mm, entry.source_sha256, doubts, blank)
 
 
-class Work(NamedTuple):
-    """A volume and what is to be made of it.
-
-    Args:
-        source: the volume.
-        strategies: that have no embedding of it yet.
-    """
-
-    source: CTSource
-    strategies: tuple[SliceStrategy, ...]
+def _squares(hu: np.ndarray) -> np.ndarray:
+    side = max(hu.shape[1:])
+    check_size((len(hu), side, side))
+    return pad_to_square(hu, STORED_HU_RANGE[0])
 
 
-def store_folders(output_dir: str | Path, strategies: Sequence[SliceStrategy]) -> dict[str, Path]:
-    """Say where each strategy's store lies: one alone in the folder itself, several in a sub-folder each.
+def store_folders(output_dir: str | Path, names: Sequence[str]) -> dict[str, Path]:
+    """Say where each store of a run lies: one alone in the folder itself, several in a sub-folder each.
 
     Args:
         output_dir: folder of the run.
-        strategies: of the run.
+        names: strategies of the run, or the preprocessing of a 3D encoder.
 
     Example:
-        >>> strategies = [SliceStrategy(name, 16) for name in ("raw_144", "cropped_256")]
-        >>> str(store_folders("embeddings/train", strategies)["raw_144"])
+        >>> str(store_folders("embeddings/train", ["raw_144", "cropped_256"])["raw_144"])
         'embeddings/train/raw_144'
-        >>> str(store_folders("embeddings/train", strategies[:1])["raw_144"])
+        >>> str(store_folders("embeddings/train", ["raw_144"])["raw_144"])
         'embeddings/train'
     """
     root = Path(output_dir)
-    return {one.name: root if len(strategies) == 1 else root / one.name for one in strategies}
+    return {name: root if len(names) == 1 else root / name for name in names}
 
 
-def embedding_work(
-    sources: Sequence[CTSource], strategies: Sequence[SliceStrategy], folders: Mapping[str, Path]
-) -> list[Work]:
+def embedding_work(sources: Sequence[CTSource], folders: Mapping[str, Path]) -> list[CTSource]:
     """List this process's share of the volumes that are not embedded yet.
 
     With several processes (torchrun) every n-th volume falls to each. They agree, as none of them writes
@@ -215,20 +191,16 @@ def embedding_work(
 
     Args:
         sources: all volumes.
-        strategies: of the run.
-        folders: see :func:`store_folders`.
+        folders: folders of :func:`store_folders`.
     """
-    done = {strategy.name: stored_volumes(folders[strategy.name]) for strategy in strategies}
+    done = {name: stored_volumes(folder) for name, folder in folders.items()}
     work = []
     for source in sources:
-        missing = tuple(strategy for strategy in strategies if source.volume not in done[strategy.name])
+        missing = tuple(name for name in folders if source.volume not in done[name])
         if missing:
-            work.append(Work(source, missing))
+            work.append(source._replace(stores=missing))
     wait_for_ranks()
     return work[idist.get_rank() :: idist.get_world_size()]
-
-
-REJECTED = "rejected.csv"
 
 
 def report_rejected(
@@ -240,8 +212,8 @@ def report_rejected(
 
     Args:
         output_dir: folder of the list.
-        rejected: of this rank.
-        num_volumes: of the whole run.
+        rejected: volumes of this rank.
+        num_volumes: number of volumes of the whole run.
         max_rejected: share of volumes that may fail.
 
     Returns:
@@ -259,43 +231,11 @@ def report_rejected(
     share = num_failed / max(num_volumes, 1)
     if share > max_rejected:
         raise ValueError(
-            f"rejected volumes must be at most {max_rejected:.2%}, got {share:.2%} "
-            f"({len(failed)} volumes, such as '{failed[0].volume}': {failed[0].detail}). "
-            f"They are listed in '{path}': fix them, or raise --max_rejected."
+            f"{share:.2%} of the volumes were rejected, more than --max_rejected {max_rejected:.2%}: "
+            f"{len(failed)}, such as '{failed[0].volume}': {failed[0].detail}. '{path}' lists them. "
+            "Fix them, or raise --max_rejected."
         )
     return num_failed
-
-
-def log_embedded(output_dir: str | Path, num_volumes: int, num_failed: int) -> None:
-    """Say on rank 0, as the last line of a run, what lies where and what does not.
-
-    Args:
-        output_dir: folder of the embeddings.
-        num_volumes: of the whole run.
-        num_failed: of these that have no embedding.
-    """
-    if idist.get_rank() == 0:
-        left_out = f"; {num_failed} rejected, listed in '{Path(output_dir) / REJECTED}'" if num_failed else ""
-        embedded = num_volumes - num_failed
-        logger.info("Done: embeddings of %d volumes in '%s'%s.", embedded, output_dir, left_out)
-
-
-def report_doubts(folder: str | Path) -> None:
-    """Say in one line how many embedded volumes are doubtful; call it after ``report_rejected``.
-
-    Args:
-        folder: of the embedding store, into which all ranks have written.
-    """
-    if idist.get_rank() > 0 or not stored_volumes(folder):
-        return
-    store = EmbeddingStore(folder)
-    if doubts := store.doubts():
-        volume, texts = next(iter(doubts.items()))
-        logger.warning(
-            "%d of %d embedded volumes are doubtful, such as '%s': %s. "
-            "EmbeddingStore('%s').doubts() lists them.",
-            *(len(doubts), len(store), volume, texts[0], folder),
-        )
 
 
 def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:
@@ -307,3 +247,34 @@ def _write(path: Path, rejected: Sequence[RejectedVolume]) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(RejectedVolume._fields)
         table.writerows(rejected)
+
+
+def report_embedded(
+    output_dir: str | Path, folders: Collection[Path], num_volumes: int, num_failed: int
+) -> None:
+    """Say on rank 0, at the end of a run, what lies where, what of it is doubtful, and what is missing.
+
+    Args:
+        output_dir: folder of the run.
+        folders: folders of its stores, into which all ranks have written.
+        num_volumes: number of volumes of the whole run.
+        num_failed: number of these that have no embedding.
+    """
+    if idist.get_rank() > 0:
+        return
+    doubts: dict[str, tuple[str, Path]] = {}
+    for folder in folders:
+        of_store = EmbeddingStore(folder).doubts() if stored_volumes(folder) else {}
+        doubts |= {volume: (texts[0], folder) for volume, texts in of_store.items() if volume not in doubts}
+    if doubts:
+        volume, (text, folder) = next(iter(doubts.items()))
+        logger.warning(
+            "%d embedded volumes are doubtful, such as '%s': %s. EmbeddingStore('%s').doubts() lists them.",
+            *(len(doubts), volume, text, folder),
+        )
+    doubtful = f", {len(doubts)} of them doubtful" if doubts else ""
+    left_out = f"; {num_failed} rejected, listed in '{Path(output_dir) / REJECTED}'" if num_failed else ""
+    logger.info(
+        "Done: embeddings of %d volumes in '%s'%s%s.",
+        *(num_volumes - num_failed, output_dir, doubtful, left_out),
+    )

@@ -76,7 +76,7 @@ class DenseProbeTrainer(SupervisedTrainer):
         device: torch.device,
         max_epochs: int,
         epoch_length: int,
-        train_data_loader: DataLoader,
+        train_data_loader: DataLoader[Any],
         val_cohort: DenseCohort,
         test_cohort: DenseCohort,
         network: DenseProbes,

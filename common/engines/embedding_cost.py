@@ -4,23 +4,21 @@
 inference.json, on the same few volumes: reading, preprocessing, encoding and writing. Nothing is kept.
 """
 
-import ast
-import csv
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from monai.bundle.workflows import ConfigWorkflow
+from monai.utils import set_determinism
 from rich.console import Console
 
+from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.embeddings.store import EmbeddingStore
-from common.embeddings.work import ct_sources
 from common.engines.each_preprocessing import TABLE_VI
 from common.reports.results import NAN, add_rows, result_rows
-from common.run.config import short_errors
+from common.run.config import read_knobs, short_errors
 from common.transforms.slice_strategies import SliceStrategy
 
 
@@ -41,85 +39,42 @@ def tokens_per_slice(strategy: SliceStrategy, side_px: int, box: Sequence[int] |
 
 
 def embedding_cost(
-    config_files: Sequence[Path],
-    strategy: str,
-    dataset_dir: Path,
-    volumes: Sequence[str],
-    knobs: dict[str, Any],
-) -> tuple[dict[str, float], dict[str, Any]]:
+    config_files: Sequence[Path], strategy: str, dataset_dir: Path, num_volumes: int, knobs: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, Any], int]:
     """Embed some volumes with one strategy, into a folder that is then deleted, and time it.
 
     Args:
         config_files: inference.json of an encoder bundle, and files that override it.
         strategy: name of the strategy.
         dataset_dir: folder of the volumes.
-        volumes: names of those to embed.
+        num_volumes: how many to embed, spread over the sorted names.
         knobs: other knobs of the bundle.
 
     Returns:
-        ``slices_per_second`` and ``tokens_per_slice``, and the identity of the embeddings.
+        ``slices_per_second`` and ``tokens_per_slice``; the identity of the embeddings; how many they are.
     """
     with tempfile.TemporaryDirectory() as folder:
-        subset = Path(folder) / "subset.csv"
-        with subset.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["VolumeName"], *([volume] for volume in volumes)])
-        out = Path(folder) / "embeddings"
-        workflow = ConfigWorkflow(
-            [str(path) for path in config_files],
-            workflow_type="inference",
-            logging_file=False,
-            bundle_root=str(config_files[0].parent.parent),
-            dataset_dir=str(dataset_dir),
-            subset_csv=str(subset),
-            output_dir=str(out),
-            strategies=[strategy],
-            **knobs,
-        )
-        workflow.initialize()
-        # the encoder is loaded before the clock starts
-        evaluator = workflow.parser.get_parsed_content("evaluator")
+        paths = {"dataset_dir": str(dataset_dir), "output_dir": folder}
+        root, further = config_files[0].parents[1], config_files[1:]
+        bundle = open_encoder_bundle(root, further, {**knobs, **paths, "strategies": [strategy]})
+        found, _ = bundle["sources"]
+        bundle.update({"sources": (found[:: max(len(found) // num_volumes, 1)][:num_volumes], [])})
+        set_determinism(seed=bundle["seed"])
+        evaluator = bundle["evaluator"]  # the encoder is loaded before the clock starts
         started = time.perf_counter()
         evaluator.run()
         seconds = time.perf_counter() - started
-        store = EmbeddingStore(out)
-        applied = SliceStrategy(strategy, workflow.parser.get_parsed_content("patch_size_px"))
-        # tiles as items of the sequence are several tokens of the store for one slice
-        per_slice = applied.num_images if applied.as_items else 1
+        store = EmbeddingStore(folder)
+        (applied,) = bundle.strategies
         tokens = slices = 0
         for volume, length in zip(store.volumes, store.lengths.tolist(), strict=True):
             metadata = store.read(volume).metadata
-            slices += length // per_slice
-            tokens += (
-                length // per_slice * tokens_per_slice(applied, metadata["side_px"], metadata.get("box"))
-            )
-        identity = dict(store.identity)
-    return {"slices_per_second": slices / seconds, "tokens_per_slice": tokens / slices}, identity
-
-
-def knobs_of(words: Sequence[str]) -> dict[str, Any]:
-    """Read ``--name value`` pairs; a value that is a Python literal is read as one.
-
-    Args:
-        words: words of a command line.
-
-    Raises:
-        ValueError: if a name has no value, or a value has no name.
-
-    Example:
-        >>> knobs_of(["--embed_dim", "128", "--amp_dtype", "float32"])
-        {'embed_dim': 128, 'amp_dtype': 'float32'}
-    """
-    pairs = list(zip(words[::2], words[1::2], strict=False))
-    odd = [word for word in words[::2] if not word.startswith("--")] or (words[-1:] if len(words) % 2 else [])
-    if odd:
-        raise ValueError(f"Options must be pairs --name value, got '{odd[0]}' on its own.")
-    knobs: dict[str, Any] = {}
-    for name, value in pairs:
-        try:
-            knobs[name.removeprefix("--")] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            knobs[name.removeprefix("--")] = value
-    return knobs
+            # tiles as items of the sequence are several tokens of the store for one slice
+            num_slices = length // (applied.num_images if applied.as_items else 1)
+            slices += num_slices
+            tokens += num_slices * tokens_per_slice(applied, metadata["side_px"], metadata.get("box"))
+    cost = {"slices_per_second": slices / seconds, "tokens_per_slice": tokens / slices}
+    return cost, store.identity, len(store)
 
 
 def main(
@@ -137,17 +92,15 @@ def main(
 ) -> None:
     """Measure slices per second and tokens per slice of each strategy; other arguments are bundle knobs."""
     short_errors()
-    knobs = knobs_of(context.args)
-    names = [source.volume for source in ct_sources(dataset_dir)[0]]
-    chosen = names[:: max(len(names) // volumes, 1)][:volumes]
+    knobs = read_knobs(context.args)
     for name in strategy or TABLE_VI:
-        cost, identity = embedding_cost(config_file, name, dataset_dir, chosen, knobs)
+        cost, identity, num_embedded = embedding_cost(config_file, name, dataset_dir, volumes, knobs)
         rows = result_rows(
             {metric: (value, NAN, NAN) for metric, value in cost.items()},
             encoder=str(identity["encoder"]),
             protocol=f"preprocessing_{name}",
             dataset=dataset,
-            n=len(chosen),
+            n=num_embedded,
             config={"knobs": {k: str(v) for k, v in knobs.items()}} | identity,
         )
         add_rows(results_csv, rows)

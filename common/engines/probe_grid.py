@@ -151,7 +151,7 @@ class ProbeGridTrainer(SupervisedTrainer):
         device: torch.device,
         max_epochs: int,
         epoch_length: int,
-        train_data_loader: DataLoader,
+        train_data_loader: DataLoader[Any],
         val_bags: EmbeddingBags,
         test_bags: EmbeddingBags,
         network: ProbeGrid,

@@ -13,7 +13,6 @@ from common.cohort.cohort import load_labels, patient_of
 from common.embeddings.dense_labels import read_dense_labels
 from common.embeddings.store import EmbeddingStore
 from common.metrics.bootstrap import interval, macro_means, resample_weights
-from common.metrics.effective_rank import jackknife, participation_ratio, spectral_effective_rank
 from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
@@ -23,6 +22,7 @@ from common.metrics.slice_paths import (
     order_by_nearest_neighbours,
     order_by_principal_axis,
 )
+from common.metrics.spread import jackknife, participation_ratio, spectral_effective_rank
 
 FloatArray = NDArray[np.float64]
 Split = Mapping[str, Sequence[str]]

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from common.engines.pretraining_step import PretrainingEngine, stop_if_not_finite
 from common.run.process import atomic_file, on_stop, raise_stopped
 
 logger = logging.getLogger(__name__)
@@ -121,8 +120,8 @@ class Checkpoint:
         if self.saved_step == engine.state.iteration:
             return
         path = Path(self.folder) / f"step_{engine.state.iteration:08d}.pt"
-        if getattr(engine, "unchecked", None):  # steps of a pretraining engine
-            stop_if_not_finite(cast(PretrainingEngine, engine))
+        if hasattr(engine, "stop_if_not_finite"):  # pretraining looks at its losses only now and then
+            engine.stop_if_not_finite()
         # every rank takes part: each may hold a shard of every tensor
         network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
         others = {

@@ -1,9 +1,11 @@
 """Write the embeddings of each volume while the next are encoded, and say what came of a run."""
 
-import logging
+# B images of a batch, N images of a volume, P patches of one, D embedding
+
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,33 +17,37 @@ from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
-from common.embeddings.ct_batches import Piece, SliceBatches, VolumeTask
-from common.embeddings.store import DTYPES, EmbeddingStoreWriter, check_finite
-from common.embeddings.work import log_embedded, report_doubts, report_rejected
-
-# B images of a batch, N images of a volume, P patches of one, D embedding
-
+from common.embeddings.ct_batches import Piece, SliceBatches, Task, VolumeBatches
+from common.embeddings.store import DTYPES, EmbeddingStoreWriter
+from common.embeddings.work import report_embedded, report_rejected
 
 BATCHES_IN_FLIGHT = 2
 """Batches whose outputs may be on their way from a GPU before the oldest is waited for."""
 
+NOT_EMBEDDED = "embedding"  # reason for rejecting a volume whose tokens are not finite
+MAX_WAITING = 4
+"""Volumes that may wait for the disk before the encoder waits for them."""
+
 
 class VolumeOutput(NamedTuple):
-    """All images of a volume under one strategy.
+    """What an encoder made of all images of a volume: ``(N, D)``, with patches ``(N, P, D)`` or None."""
 
-    Args:
-        task: the volume.
-        cls: ``(N, D)``.
-        patches: ``(N, P, D)``, or None.
-    """
-
-    task: VolumeTask
-    cls: torch.Tensor
+    task: Task
+    encoded: torch.Tensor
     patches: torch.Tensor | None
 
 
+class _Batch(NamedTuple):
+    """Outputs on the host, valid once the event has happened."""
+
+    pieces: Sequence[Piece]
+    encoded: torch.Tensor
+    patches: torch.Tensor | None
+    event: torch.cuda.Event | None
+
+
 class VolumeOutputs:
-    """Collect batches and give back the volumes that are complete.
+    """Collect the outputs of batches and give back the volumes that are complete.
 
     From a GPU, outputs are copied while the next batch is computed.
 
@@ -52,28 +58,25 @@ class VolumeOutputs:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._in_flight: deque[_Batch] = deque()
-        self._collected: dict[tuple[str, str], tuple[VolumeOutput, int]] = {}
+        self._collected: dict[tuple[str, str], VolumeOutput] = {}
 
     def add(
-        self, pieces: Sequence[Piece], cls: torch.Tensor, patches: torch.Tensor | None
+        self, pieces: Sequence[Piece], encoded: torch.Tensor, patches: torch.Tensor | None
     ) -> Iterator[VolumeOutput]:
         """Take a batch; yield what is complete by now.
 
         Args:
-            pieces: whose images they are, in order; what follows them is padding.
-            cls: CLS of the images.
-            patches: their patch tokens, or None.
-
-        Shape:
-            ``cls (B, D)``, ``patches (B, P, D)``.
+            pieces: pieces of the batch, in order; what follows them is padding.
+            encoded: CLS of the images ``(B, D)``, or a grid of tokens ``(1, D, G0, G1, G2)``.
+            patches: patch tokens of the images ``(B, P, D)``, or None.
         """
         used = sum(piece.num_images for piece in pieces)
-        tensors = [None if output is None else self._copy(output[:used]) for output in (cls, patches)]
-        event = torch.cuda.Event() if cls.is_cuda else None
+        copies = [None if output is None else self._copy(output[:used]) for output in (encoded, patches)]
+        event = torch.cuda.Event() if encoded.is_cuda else None
         if event is not None:
             event.record()
-        assert tensors[0] is not None
-        self._in_flight.append(_Batch(pieces, tensors[0], tensors[1], event))
+        assert copies[0] is not None
+        self._in_flight.append(_Batch(pieces, copies[0], copies[1], event))
         while self._in_flight and (event is None or len(self._in_flight) > BATCHES_IN_FLIGHT):
             yield from self._collect(self._in_flight.popleft())
 
@@ -88,70 +91,47 @@ class VolumeOutputs:
             return output
         return torch.empty(output.shape, dtype=self.dtype, pin_memory=True).copy_(output, non_blocking=True)
 
-    def _collect(self, batch: "_Batch") -> Iterator[VolumeOutput]:
+    def _collect(self, batch: _Batch) -> Iterator[VolumeOutput]:
         if batch.event is not None:
             batch.event.synchronize()
         start = 0
-        for piece in batch.pieces:
-            rows = slice(start, start + piece.num_images)
-            start += piece.num_images
-            volume, missing = self._collected.pop(_key(piece.task), (None, 0)) if piece.first else (None, 0)
-            if volume is None:
-                volume, missing = _empty(piece.task, batch)
-            place = slice(piece.first, piece.first + piece.num_images)
-            volume.cls[place] = batch.cls[rows]
+        for task, first, num_images in batch.pieces:
+            key = task.volume, task.store
+            rows, place = slice(start, start + num_images), slice(first, first + num_images)
+            start += num_images
+            if first == 0:
+                self._collected[key] = VolumeOutput(
+                    task,
+                    batch.encoded.new_empty(task.num_images, *batch.encoded.shape[1:]),
+                    None
+                    if batch.patches is None
+                    else batch.patches.new_empty(task.num_images, *batch.patches.shape[1:]),
+                )
+            volume = self._collected[key]
+            volume.encoded[place] = batch.encoded[rows]
             if volume.patches is not None and batch.patches is not None:
                 volume.patches[place] = batch.patches[rows]
-            missing -= piece.num_images
-            if missing == 0:
-                yield volume
-            else:
-                self._collected[_key(piece.task)] = (volume, missing)
-
-
-class _Batch(NamedTuple):
-    """Outputs on the host, valid once the event has happened."""
-
-    pieces: Sequence[Piece]
-    cls: torch.Tensor
-    patches: torch.Tensor | None
-    event: torch.cuda.Event | None
-
-
-def _key(task: VolumeTask) -> tuple[str, str]:
-    return task.volume, task.strategy.name
-
-
-def _empty(task: VolumeTask, batch: _Batch) -> tuple[VolumeOutput, int]:
-    """Room for the outputs of a volume, and the number that is missing."""
-    num_images = task.num_slices * task.strategy.num_images
-    cls = batch.cls.new_empty(num_images, batch.cls.shape[1])
-    patches = None if batch.patches is None else batch.patches.new_empty(num_images, *batch.patches.shape[1:])
-    return VolumeOutput(task, cls, patches), num_images
-
-
-logger = logging.getLogger(__name__)
-
-MAX_WAITING = 4
-"""Volumes that may wait for the disk before the encoder waits for them."""
+            if first + num_images == task.num_images:
+                yield self._collected.pop(key)
 
 
 class EmbeddingWriter:
-    """Write the outputs of a ``SlicesInferer`` on ``SliceBatches`` into an embedding store a strategy.
+    """Write what an inferer gives on ``SliceBatches`` or ``VolumeBatches`` into the stores of a run.
 
-    Tokens are CLS per slice, feet to head, with the slices' positions in mm, and patch tokens where the
-    inferer gives some. A thread of its own joins and writes; a bar shows volumes and slices a second.
+    Tokens of slices are CLS per slice, feet to head, with the slices' positions in mm, and patch tokens where
+    the inferer gives some; those of a 3D encoder are its grid, row-major. A thread of its own joins and
+    writes; a bar shows volumes and slices per second.
 
     At the end, rank 0 lists the volumes of all ranks that could not be embedded in ``rejected.csv``, or
     removes that of an earlier run. What was added before an error or Ctrl-C is written.
 
     Args:
-        folders: store of each strategy, see ``store_folders``.
+        folders: folders of the stores, see ``store_folders``.
         output_dir: folder of ``rejected.csv``.
-        identity: of the embeddings, all but ``preprocessing``, which is the strategy.
+        identity: identity of the embeddings, all but ``preprocessing``, which is the store's name.
         dtype: "float16" or "float32", type the embeddings are stored in.
-        batches: that the engine runs on.
-        num_volumes: of the whole run, all ranks and those that were embedded before.
+        batches: batches that the engine runs on.
+        num_volumes: number of volumes of the whole run, all ranks and those that were embedded before.
         rejected: volumes that were left out before the run.
         max_rejected: share of volumes that may fail.
 
@@ -162,11 +142,12 @@ class EmbeddingWriter:
 
     def __init__(
         self,
+        *,
         folders: Mapping[str, Path],
         output_dir: str | Path,
         identity: Mapping[str, Any],
         dtype: str,
-        batches: SliceBatches,
+        batches: SliceBatches | VolumeBatches,
         num_volumes: int,
         rejected: Sequence[RejectedVolume],
         max_rejected: float,
@@ -175,13 +156,14 @@ class EmbeddingWriter:
             name: EmbeddingStoreWriter(folder, {**identity, "preprocessing": name}, dtype)
             for name, folder in folders.items()
         }
-        self.output_dir = Path(output_dir)
+        self.output_dir, self.folders = output_dir, list(folders.values())
         self.batches = batches
         self.num_volumes = num_volumes + sum(map(is_failure, rejected))
-        self.rejected = list(rejected) if idist.get_rank() == 0 else []  # every rank lists the same
+        if idist.get_rank() == 0:  # every rank lists the same
+            batches.rejected += rejected
         self.max_rejected = max_rejected
         self.outputs = VolumeOutputs(DTYPES[dtype])
-        self.num_embedded = self.num_slices = 0
+        self.num_slices = 0
 
     def attach(self, engine: Engine) -> None:
         """Register with an Ignite engine."""
@@ -194,45 +176,45 @@ class EmbeddingWriter:
         self.pool = ThreadPoolExecutor(1, "write_embeddings")
         self.writing: deque[Future[None]] = deque()
         self.started = time.monotonic()
-        self.per_volume = {item.source.volume: len(item.strategies) for item in self.batches.work}
-        self.total = sum(self.per_volume.values())
-        self.bar = tqdm(total=self.total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
+        self.num_stores = {source.volume: len(source.stores) for source in self.batches.work}
+        total = sum(self.num_stores.values())
+        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
 
     def _take(self, engine: Engine) -> None:
         state: Any = engine.state
-        cls, patches = state.output[CommonKeys.PRED]
-        self.bar.total = self.total - sum(self.per_volume[lost.volume] for lost in self.batches.rejected)
-        self._submit(self.outputs.add(state.batch["pieces"], cls, patches))
+        unread = [item.volume for item in self.batches.rejected if item.reason != NOT_EMBEDDED]
+        lost = sum(self.num_stores.get(volume, 0) for volume in unread)
+        self.bar.total = sum(self.num_stores.values()) - lost
+        self._submit(self.outputs.add(state.batch["pieces"], *state.output[CommonKeys.PRED]))
 
-    def _submit(self, volumes: Any) -> None:  # noqa: ANN401 (an iterator of volumes)
+    def _submit(self, volumes: Iterable[VolumeOutput]) -> None:
         for volume in volumes:
             self.writing.append(self.pool.submit(self._write, volume))
         while self.writing and (self.writing[0].done() or len(self.writing) > MAX_WAITING):
             self.writing.popleft().result()  # raises what went wrong in the thread
 
     def _write(self, volume: VolumeOutput) -> None:
-        task, cls, patches = volume
-        strategy = task.strategy
-        metadata = dict(task.metadata)
-        if patches is not None:
-            rows = int(patches.shape[1] ** 0.5)
-            metadata["patch_grid"] = [rows, rows]
-        z_mm = strategy.z_mm(torch.arange(task.num_slices) * float(task.spacing_mm[2]))
-        try:
-            for name, tensor in (("tokens", cls), ("patches", patches)):
-                if tensor is not None:
-                    check_finite(tensor, name, task.volume)
-        except ValueError as error:
-            self.rejected.append(RejectedError("embedding", str(error)).of(task.volume))
+        task, encoded, patches = volume
+        metadata, strategy = dict(task.metadata), task.strategy
+        if strategy is None:
+            metadata["grid_shape"] = list(encoded.shape[2:])
+            tokens, z_mm = encoded[0].flatten(1).T, None
         else:
-            self.writers[strategy.name].add(
-                task.volume, strategy.tokens(cls), task.spacing_mm, z_mm=z_mm, patches=patches, **metadata
+            slices = torch.arange(task.num_images // strategy.num_images)
+            tokens, z_mm = strategy.tokens(encoded), strategy.z_mm(slices * float(task.spacing_mm[2]))
+            self.num_slices += len(slices)
+        if patches is not None:
+            metadata["patch_grid"] = 2 * [math.isqrt(patches.shape[1])]
+        try:
+            self.writers[task.store].add(
+                task.volume, tokens, task.spacing_mm, z_mm=z_mm, patches=patches, **metadata
             )
-            self.num_embedded += 1
-            self.num_slices += task.num_slices
+        except ValueError as error:
+            self.batches.rejected.append(RejectedError(NOT_EMBEDDED, str(error)).of(task.volume))
         self.bar.update()
-        speed = self.num_slices / (time.monotonic() - self.started)
-        self.bar.set_postfix({"slices/s": f"{speed:.3g}"}, refresh=False)
+        if self.num_slices:
+            speed = self.num_slices / (time.monotonic() - self.started)
+            self.bar.set_postfix({"slices/s": f"{speed:.3g}"}, refresh=False)
 
     def _close(self) -> None:
         self.pool.shutdown()
@@ -249,12 +231,5 @@ class EmbeddingWriter:
         for future in self.writing:
             future.result()
         self._close()
-        seconds = time.monotonic() - self.started
-        logger.info(
-            "Embedded %d volumes, %d slices, in %.1f s: %.3g slices/s.",
-            *(self.num_embedded, self.num_slices, seconds, self.num_slices / seconds),
-        )
-        rejected = [*self.rejected, *self.batches.rejected]
-        failed = report_rejected(self.output_dir, rejected, self.num_volumes, self.max_rejected)
-        report_doubts(next(iter(self.writers.values())).folder)
-        log_embedded(self.output_dir, self.num_volumes, failed)
+        failed = report_rejected(self.output_dir, self.batches.rejected, self.num_volumes, self.max_rejected)
+        report_embedded(self.output_dir, self.folders, self.num_volumes, failed)

@@ -29,8 +29,8 @@ class OnlineProbe:
         embed_dim: D.
         class_names: labels of the volumes.
         log_every: iterations between two records.
-        lr: of Adam.
-        device: of this rank.
+        lr: learning rate of Adam.
+        device: device of this rank.
     """
 
     def __init__(

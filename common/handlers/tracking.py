@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402 (see above)
 from requests import RequestException  # noqa: E402 (see above)
 from tqdm import tqdm  # noqa: E402 (see above)
 
-from common.run.config import code_version, config_files, experiment_id, plain_knobs  # noqa: E402 (see above)
+from common.run.config import code_version, experiment_id, plain_knobs, read_knobs  # noqa: E402 (see above)
 from common.run.process import atomic_file  # noqa: E402 (see above)
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,11 @@ MAX_PARAMS_PER_CALL = 100  # MLflow's limit on a batch
 
 @dataclass(kw_only=True, eq=False)
 class Throughput:
-    """Measure the pace of a run between two records and put it into ``engine.state.metrics``.
+    """Measure the pace of a run and put it into ``engine.state.metrics``, for the handlers attached after it.
 
     ``<rate_name>`` is the number of items per second over all ranks; ``data_wait_share`` the share of the
     time that this rank waited for its batch; ``gpu_memory_gib`` the most memory allocated so far, on a GPU;
-    ``mfu`` the share of the device's peak that went into the network, where the peak is known. Attach it
-    before the handlers that record metrics.
+    ``mfu`` the share of the device's peak that went into the network, where the peak is known.
 
     Args:
         log_every: iterations between two measurements.
@@ -115,7 +114,7 @@ class Progress:
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.STARTED, self._open)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
-            engine.add_event_handler(Events.COMPLETED, self._close)
+            engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
 
     def _open(self, engine: Engine) -> None:
         state: Any = engine.state
@@ -130,9 +129,6 @@ class Progress:
         shown = {name: f"{float(known[name]):.4g}" for name in self.names if name in known}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(state.iteration - self.bar.n)
-
-    def _close(self, engine: Engine) -> None:
-        self.bar.close()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -179,7 +175,7 @@ class MLflowRun:
         self.client = MlflowClient(self.tracking_uri)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._log_if_due)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._upload)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: self.uploads.start())
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
@@ -187,7 +183,7 @@ class MLflowRun:
         if self.last_step == 0 or not self._resume():
             self._create()
         self.uploads = Uploads(self.client, self.run_id, Path(self.output_dir), self.artifacts)
-        self._upload(engine)
+        self.uploads.start()
         logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
 
     def _remembered(self) -> dict[str, str]:
@@ -226,7 +222,7 @@ class MLflowRun:
         tags = {
             "output_dir": str(self.memory.parent.resolve()),
             "world_size": str(idist.get_world_size()),
-            "mlflow.source.name": (config_files(sys.argv) or [Path(sys.argv[0]).name])[0],
+            "mlflow.source.name": str(read_knobs(sys.argv).get("config_file", Path(sys.argv[0]).name)),
             "mlflow.source.type": "LOCAL",
             "mlflow.source.git.commit": code_version(),
             "mlflow.user": _user(),
@@ -257,9 +253,6 @@ class MLflowRun:
         # a store may refuse NaN (an undefined class), and leaving the point out says the same
         finite = [metric for metric in metrics if math.isfinite(metric.value)]
         self.client.log_batch(self.run_id, metrics=finite)
-
-    def _upload(self, engine: Engine) -> None:
-        self.uploads.start()
 
     def _finish(self, engine: Engine) -> None:
         if engine.state.output:  # with what handlers measured at the end

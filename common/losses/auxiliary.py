@@ -1,4 +1,4 @@
-"""Auxiliary loss: CLS and patch tokens tell which organs and findings they cover."""
+"""Auxiliary loss: CLS and patch tokens predict which organs and findings they cover."""
 
 # B samples on this rank, V views of a group, P patches, C classes
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.run.distributed import global_mean_weights
+from common.transforms.soft_labels import REX_TARGETS
 
 LogitTree = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -29,38 +30,40 @@ class AuxiliaryBCELoss(nn.Module):
         ts_pos_weight: weight of each organ's positive part. ``common/labels/totalsegmentator.csv``.
         rex_pos_weight: weight of each finding's positive part; None where no term needs it.
             ``common/labels/rexgroundingct.csv``.
-        terms: which of ``TERMS`` to average. DALE-CT-2S: all four; DALE-CT-1S: ``("ts_cls",)``.
+        auxiliary_terms: which of ``TERMS`` to average. DALE-CT-2S: all four; DALE-CT-1S: ``("ts_cls",)``.
+        aux_weight: lambda_aux of Eq. 3, for the trainer. Released DALE-CT configurations: 0.1.
+        rex_targets: "presence" of a finding in a crop or patch, or the "fraction" it covers (released code);
+            for the trainer.
 
     Shape:
         logits and targets: for each group of views a dictionary with, for each term, ``(B, V, C)`` (cls) or
         ``(B, V, P, C)`` (patch); targets in [0, 1]. has_ts and has_rex: ``(B,)`` bool.
-        Output: dictionary of the scalar ``loss`` and a scalar for each term.
+        Output: dictionary of the scalar ``loss`` (without ``aux_weight``) and a scalar for each term.
 
     Raises:
-        ValueError: if terms or weights make no sense; in a call, if shapes do not agree.
+        ValueError: if terms, weights or targets make no sense; in a call, if shapes do not agree.
         KeyError: in a call, if a group or term is missing.
-
-    Example:
-        >>> loss = AuxiliaryBCELoss(ts_pos_weight=[1.0, 3.0], rex_pos_weight=None, terms=("ts_cls",))
-        >>> views = {"global": {"ts_cls": torch.zeros(5, 2, 2)}, "local": {"ts_cls": torch.zeros(5, 8, 2)}}
-        >>> everywhere = torch.ones(5, dtype=torch.bool)
-        >>> loss(views, views, has_ts=everywhere, has_rex=~everywhere)
-        {'loss': tensor(0.6931), 'ts_cls': tensor(0.6931)}
     """
 
     def __init__(
         self,
+        *,
         ts_pos_weight: Sequence[float] | torch.Tensor,
         rex_pos_weight: Sequence[float] | torch.Tensor | None,
-        terms: Sequence[str] = TERMS,
+        auxiliary_terms: Sequence[str],
+        aux_weight: float,
+        rex_targets: str,
     ) -> None:
         super().__init__()
-        unknown = [term for term in terms if term not in TERMS]
-        if unknown or not terms or len(set(terms)) < len(terms):
-            raise ValueError(f"terms must be different ones of {TERMS}, got {tuple(terms)}.")
-        self.terms = tuple(terms)
+        self.terms = tuple(auxiliary_terms)
+        if not self.terms or not set(self.terms) <= set(TERMS) or len(set(self.terms)) < len(self.terms):
+            raise ValueError(f"auxiliary_terms must be different ones of {TERMS}, got {self.terms}.")
+        if rex_targets not in REX_TARGETS:
+            raise ValueError(f"rex_targets must be one of {list(REX_TARGETS)}, got {rex_targets!r}.")
+        self.aux_weight = aux_weight
+        self.rex_targets = rex_targets
         for source, pos_weight in {"ts": ts_pos_weight, "rex": rex_pos_weight}.items():
-            if source in map(_source, terms):
+            if source in map(_source, self.terms):
                 self.register_buffer(f"{source}_pos_weight", _checked_pos_weight(source, pos_weight))
 
     def forward(
@@ -84,8 +87,6 @@ class AuxiliaryBCELoss(nn.Module):
         if has_ts.dim() != 1 or has_ts.shape != has_rex.shape:
             shapes = f"{tuple(has_ts.shape)} and {tuple(has_rex.shape)}"
             raise ValueError(f"has_ts and has_rex must have one shape (B,), got {shapes}.")
-        if not logits:
-            raise ValueError("logits must hold at least one group of views, got none.")
         by_sample = []
         for term in self.terms:
             groups = [self._by_sample(term, group, logits, targets, len(has_ts[part])) for group in logits]
@@ -100,8 +101,7 @@ class AuxiliaryBCELoss(nn.Module):
         self, term: str, group: str, logits: LogitTree, targets: LogitTree, num_samples: int
     ) -> torch.Tensor:
         """Return the cross-entropy of each sample, averaged over its views, patches and classes."""
-        predicted = _item(logits, "logits", group, term)
-        target = _item(targets, "targets", group, term)
+        predicted, target = logits[group][term], targets[group][term]
         pos_weight = self.get_buffer(f"{_source(term)}_pos_weight")
         shape = tuple(predicted.shape)
         if shape[0] != num_samples or shape[-1] != len(pos_weight):
@@ -128,11 +128,3 @@ def _checked_pos_weight(source: str, pos_weight: Sequence[float] | torch.Tensor 
 
 def _source(term: str) -> str:
     return term.split("_")[0]
-
-
-def _item(tree: LogitTree, name: str, group: str, term: str) -> torch.Tensor:
-    if group not in tree:
-        raise KeyError(f"{name} must have the group '{group}', got {list(tree)}.")
-    if term not in tree[group]:
-        raise KeyError(f"{name} of the {group} views must have the term '{term}', got {list(tree[group])}.")
-    return tree[group][term]

@@ -1,16 +1,24 @@
-"""DINO's and iBOT's losses: the student's prototypes against the teacher's, sharpened and balanced."""
+"""DINOv2's losses: DINO's and iBOT's cross-entropies with a balanced teacher, and KoLeo."""
 
-# V views (Vg global ones first), B samples on this rank, M masked tokens with padding, K prototypes
+# V views (Vg global ones first), B samples on this rank, M masked tokens with padding, K prototypes,
+# D embedding
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from common.run.distributed import sum_over_ranks
+from common.run.distributed import gather_over_ranks, sum_over_ranks
 
 BALANCES = ("sinkhorn_knopp", "centring")
+CENTRE_MOMENTUM = 0.9
+STUDENT_TEMP = 0.1
+"""Source: DINO."""
+
 SINKHORN_ITERATIONS = 3
 """Source: DINOv2 and SwAV."""
+
+EPSILON = 1e-8
+"""Keeps the logarithm of two equal embeddings finite. Source: DINOv2."""
 
 
 @torch.no_grad()
@@ -27,17 +35,12 @@ def sinkhorn_knopp(
     prototypes cancel.
 
     Args:
-        logits: one sample a row; computed in float32 unless float64.
-        temperature: of the teacher.
-        valid: 1 for a sample, 0 for padding, which counts nowhere and is assigned 0; None if all are samples.
+        logits: ``(N, K)``; computed in float32 unless float64.
+        temperature: temperature of the teacher.
+        valid: ``(N,)``, 1 for a sample, 0 for padding, which counts nowhere; None for no padding.
 
-    Shape:
-        logits ``(N, K)``; valid ``(N,)``. Output: ``(N, K)``, rows sum to 1.
-
-    Example:
-        >>> sinkhorn_knopp(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), temperature=0.5)  # nothing to choose by
-        tensor([[0.5000, 0.5000],
-                [0.5000, 0.5000]])
+    Returns:
+        ``(N, K)``, rows sum to 1.
     """
     scores = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).exp_()
     present = torch.ones_like(scores[:, 0]) if valid is None else valid.to(scores)
@@ -62,7 +65,6 @@ class TeacherTargets(nn.Module):
     Args:
         num_prototypes: K.
         balance: one of ``BALANCES``.
-        centre_momentum: of the running mean.
 
     Shape:
         Input: logits ``(N, K)``, valid ``(N,)`` or None. Output: ``(N, K)``, no gradient.
@@ -71,12 +73,11 @@ class TeacherTargets(nn.Module):
         ValueError: if ``balance`` is neither of the two.
     """
 
-    def __init__(self, num_prototypes: int, balance: str, centre_momentum: float = 0.9) -> None:
+    def __init__(self, num_prototypes: int, balance: str) -> None:
         super().__init__()
         if balance not in BALANCES:
             raise ValueError(f"balance must be one of {BALANCES}, got '{balance}'.")
         self.balance = balance
-        self.centre_momentum = centre_momentum
         self.centre: torch.Tensor
         self.register_buffer("centre", torch.zeros(num_prototypes))
 
@@ -84,13 +85,7 @@ class TeacherTargets(nn.Module):
     def forward(
         self, logits: torch.Tensor, temperature: float, valid: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the targets and move the centre.
-
-        Args:
-            logits: of the teacher.
-            temperature: divides them.
-            valid: 1 for a sample, 0 for padding.
-        """
+        """Return the targets and move the centre; arguments as in ``sinkhorn_knopp``."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.balance == "sinkhorn_knopp":
             targets = sinkhorn_knopp(logits, temperature, valid)
@@ -99,7 +94,7 @@ class TeacherTargets(nn.Module):
         present = torch.ones_like(logits[:, 0]) if valid is None else valid.to(logits)
         count = sum_over_ranks(present.sum())
         mean = sum_over_ranks(present @ logits) / count.clamp(min=1)
-        moved = self.centre.to(mean).lerp(mean, 1 - self.centre_momentum)
+        moved = self.centre.to(mean).lerp(mean, 1 - CENTRE_MOMENTUM)
         self.centre.copy_(torch.where(count > 0, moved, self.centre.to(mean)))  # no sample moves nothing
         return targets
 
@@ -115,38 +110,30 @@ class DINOLoss(nn.Module):
     Args:
         num_prototypes: K. DINOv2 and DALE-CT's baseline: 65,536.
         balance: see ``TeacherTargets``.
-        student_temp: temperature of the student. DINO: 0.1.
 
     Shape:
         student ``(V, B, K)``, teacher ``(Vg, B, K)``: logits. Output: dictionary of the scalars ``loss``;
         ``teacher_entropy``, mean entropy of a target; ``kl``, their difference, which is 0 where the student
-        tells the teacher's choice exactly; ``centre_norm``, of the teacher's mean logits.
+        predicts the teacher's choice exactly; ``centre_norm``, of the teacher's mean logits.
 
     Raises:
         ValueError: if ``balance`` is unknown; in a call, if shapes do not agree or there is no pair.
     """
 
-    def __init__(self, num_prototypes: int, balance: str, student_temp: float = 0.1) -> None:
+    def __init__(self, num_prototypes: int, balance: str) -> None:
         super().__init__()
         self.targets = TeacherTargets(num_prototypes, balance)
-        self.student_temp = student_temp
 
     def forward(
         self, student: torch.Tensor, teacher: torch.Tensor, teacher_temp: float
     ) -> dict[str, torch.Tensor]:
-        """Return the loss and what tells of a collapse.
-
-        Args:
-            student: global views first.
-            teacher: the same global views.
-            teacher_temp: see ``TeacherTargets``.
-        """
+        """Return the loss and what shows a collapse; global views come first."""
         num_views, num_global = len(student), len(teacher)
         if student.shape[1:] != teacher.shape[1:] or not 1 <= num_global <= num_views or num_views < 2:
             shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
             raise ValueError(f"student and teacher must be (V, B, K) and (Vg, B, K), got {shapes}.")
         targets = self.targets(teacher.flatten(0, 1), teacher_temp).unflatten(0, teacher.shape[:2])
-        logs = _log_softmax(student, self.student_temp)
+        logs = _log_softmax(student)
         # sum over all pairs of views, less those of a view with itself
         with_every, with_itself = (logs * targets.sum(0)).sum(), (logs[:num_global] * targets).sum()
         num_pairs = num_global * (num_views - 1)
@@ -170,9 +157,8 @@ class IBOTLoss(nn.Module):
     Source: iBOT, arXiv:2111.07832, Eq. 2, as DINOv2 weighs it.
 
     Args:
-        num_prototypes: K. DINOv2 and DALE-CT's baseline: 65,536.
+        num_prototypes: see ``DINOLoss``.
         balance: see ``TeacherTargets``; over all masked patches of the global batch.
-        student_temp: temperature of the student. DINOv2: 0.1.
 
     Shape:
         student, teacher ``(M, K)``: logits at the same patches; weights ``(M,)``: one over the number of
@@ -183,10 +169,9 @@ class IBOTLoss(nn.Module):
         ValueError: if ``balance`` is unknown; in a call, if shapes do not agree.
     """
 
-    def __init__(self, num_prototypes: int, balance: str, student_temp: float = 0.1) -> None:
+    def __init__(self, num_prototypes: int, balance: str) -> None:
         super().__init__()
         self.targets = TeacherTargets(num_prototypes, balance)
-        self.student_temp = student_temp
 
     def forward(
         self,
@@ -196,24 +181,48 @@ class IBOTLoss(nn.Module):
         num_views: int,
         teacher_temp: float,
     ) -> dict[str, torch.Tensor]:
-        """Return the loss and the norm of the centre.
-
-        Args:
-            student: logits where patches are masked.
-            teacher: logits of the same patches, seen.
-            weights: see the class.
-            num_views: global views of this rank's batch, masked or not.
-            teacher_temp: see ``TeacherTargets``.
-        """
+        """Return loss and centre; ``num_views`` counts this rank's global views, masked or not."""
         if student.shape != teacher.shape or weights.shape != student.shape[:1]:
             shapes = f"{tuple(student.shape)}, {tuple(teacher.shape)} and {tuple(weights.shape)}"
             raise ValueError(f"student, teacher and weights must be (M, K), (M, K), (M,), got {shapes}.")
         targets = self.targets(teacher, teacher_temp, weights > 0)
-        by_patch = (_log_softmax(student, self.student_temp) * targets).sum(-1)
+        by_patch = (_log_softmax(student) * targets).sum(-1)
         loss = -(weights * by_patch).sum() / num_views
         return {"loss": loss, "centre_norm": self.targets.centre.norm()}
 
 
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return functional.log_softmax(logits.to(dtype) / temperature, dim=-1)
+    return functional.log_softmax(logits.to(dtype) / STUDENT_TEMP, dim=-1)
+
+
+def koleo_loss(cls: torch.Tensor) -> torch.Tensor:
+    """Return minus the mean log distance of embeddings to their nearest neighbour, summed over views.
+
+    Embeddings are scaled to unit length and compared with the other samples of the same view over the global
+    batch (DINOv2: of one GPU's), so that the value does not depend on the number of ranks. In float32
+    unless given float64, also under autocast.
+
+    Source: KoLeo, arXiv:1806.03198; summed over the global views as in DINOv2.
+
+    Args:
+        cls: ``(B, V, D)``, CLS tokens of the student's global views; as many on every rank.
+
+    Returns:
+        A scalar, the same on every rank.
+
+    Raises:
+        ValueError: if the global batch has fewer than two samples.
+    """
+    with torch.autocast(cls.device.type, enabled=False):
+        tokens = cls.to(torch.promote_types(cls.dtype, torch.float32))
+        views = gather_over_ranks(functional.normalize(tokens, dim=-1), dim=0).transpose(0, 1)
+        if views.shape[1] < 2:
+            raise ValueError(f"cls must hold at least two samples, got {views.shape[1]}.")
+        with torch.no_grad():
+            similarity = views @ views.mT
+            similarity.diagonal(dim1=1, dim2=2).fill_(-2)
+            nearest = similarity.argmax(-1)
+        neighbours = views.gather(1, nearest.unsqueeze(-1).expand_as(views))
+        distances = functional.pairwise_distance(views, neighbours, eps=EPSILON)
+        return -(distances + EPSILON).log().mean(1).sum()

@@ -7,17 +7,17 @@ import math
 import torch
 from torch import nn
 
-from common.losses.sigreg import unit_directions
+from common.losses.lejepa import unit_directions
 from common.run.distributed import gather_over_ranks
 
 
 class VISReg(nn.Module):
     """Pull a batch of projections towards N(0, I) by its mean, its standard deviation and its quantiles.
 
-    Half the mean squared mean, half the mean squared distance of the standard deviations from 1, and the
-    sliced Wasserstein distance: along each random unit direction, the mean squared distance of the sorted,
-    standardized samples from the normal quantiles of (i + 1/2) / N. The standard deviations that standardize
-    have no gradient: spread is the second term's concern.
+    Half the mean squared mean, half the mean squared distance of the standard deviations from 1, and twice
+    the sliced Wasserstein distance: along each random unit direction, the mean squared distance of the
+    sorted, standardized samples from the normal quantiles of (i + 1/2) / N. The standard deviations that
+    standardize have no gradient: spread is the second term's concern.
 
     The batch is the global one: every rank sorts the samples of all. Computed in float32 (float64 if given
     float64) even under autocast.
@@ -27,24 +27,20 @@ class VISReg(nn.Module):
 
     Args:
         num_directions: random directions per step. Released: 4,096.
-        scale_weight: weight of the standard deviations' term. Released: 0.5.
-        shape_weight: weight of the sliced Wasserstein distance. Released: 2.
-        centre_weight: weight of the means' term. Released: 0.5.
+        scale_weight: weight of the standard deviations' term.
+        shape_weight: weight of the sliced Wasserstein distance.
+        centre_weight: weight of the means' term.
 
     Shape:
         Input ``(V, N, K)``; views are averaged. Output: scalar.
 
     Raises:
         ValueError: if there is no direction; in a call, if there are fewer than two samples.
-
-    Example:
-        >>> round(float(VISReg()(torch.zeros(1, 8, 3), step=0)), 3)  # no spread: 0.5; no shape: the rest
-        2.202
     """
 
     def __init__(
         self,
-        num_directions: int = 4096,
+        num_directions: int,
         scale_weight: float = 0.5,
         shape_weight: float = 2.0,
         centre_weight: float = 0.5,
@@ -56,12 +52,7 @@ class VISReg(nn.Module):
         self.weights = (scale_weight, shape_weight, centre_weight)
 
     def forward(self, projections: torch.Tensor, step: int) -> torch.Tensor:
-        """Return the regularizer.
-
-        Args:
-            projections: see the class; as many on every rank.
-            step: seeds the directions, the same on every rank.
-        """
+        """Return the regularizer of as many projections on every rank; the step seeds the directions."""
         local = projections.to(torch.promote_types(projections.dtype, torch.float32))
         with torch.autocast(local.device.type, enabled=False):
             samples = gather_over_ranks(local, dim=1)

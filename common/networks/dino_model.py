@@ -8,8 +8,55 @@ import torch
 from timm.models import checkpoint_seq
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
-from common.networks.pretraining_model import DINOHead
+from common.networks.pretraining_model import check_positive
+
+
+class DINOHead(nn.Module):
+    """Three-layer perceptron to the unit sphere, then the cosine of the angle to every prototype.
+
+    Linear, GELU, twice, Linear, unit length; the last layer has rows of unit length and no bias: ``(..., D)``
+    to ``(..., K)`` within [-1, 1]. Weights start from a normal distribution of width 0.02, cut off at two.
+
+    Source: DINO, arXiv:2104.14294, appendix C, as in DINOv2, but with the length of a prototype fixed at 1
+    (DINO's ``norm_last_layer``; DINOv2 starts it at 1). Sizes: DINOv2's defaults, which DALE-CT's code names.
+
+    Args:
+        embed_dim: D, width of the encoder. ViT-L: 1024.
+        head_hidden_dim: width of the two hidden layers. 2048.
+        head_bottleneck_dim: dimensions of the sphere. 256.
+        num_prototypes: K. 65,536.
+
+    Raises:
+        ValueError: if a width is not positive.
+    """
+
+    def __init__(
+        self, embed_dim: int, head_hidden_dim: int, head_bottleneck_dim: int, num_prototypes: int
+    ) -> None:
+        hidden, bottleneck = head_hidden_dim, head_bottleneck_dim
+        check_positive(embed_dim=embed_dim, head_hidden_dim=hidden, head_bottleneck_dim=bottleneck)
+        check_positive(num_prototypes=num_prototypes)
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.last_layer = nn.Linear(bottleneck, num_prototypes, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the cosines."""
+        points = functional.normalize(self.mlp(tokens), dim=-1, eps=1e-6)  # a bfloat16 is as small
+        return functional.linear(points, functional.normalize(self.last_layer.weight, dim=-1))
 
 
 class DINOModel(nn.Module):
@@ -40,7 +87,7 @@ class DINOModel(nn.Module):
         encoder: nn.Module,
         dino_head: DINOHead,
         ibot_head: DINOHead,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: bool,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -73,17 +120,10 @@ class DINOModel(nn.Module):
         }
 
     def tokens(self, images: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
-        """Return all tokens after the final norm, the mask token standing for masked patches.
+        """Return all tokens ``(N, prefix + P, D)`` after the final norm, the mask token for masked patches.
 
-        The steps of timm's ``forward_features``, with the masked patches replaced before their positions are
-        added, as in BEiT and DINOv2.
-
-        Args:
-            images: normalized views.
-            masks: which patches to replace, or None.
-
-        Shape:
-            ``images (N, 1, H, W)``, ``masks (N, P)``. Output: ``(N, prefix + P, D)``.
+        The steps of timm's ``forward_features``, with the patches of ``masks (N, P)`` replaced before their
+        positions are added, as in BEiT and DINOv2.
         """
         vit: nn.Module = self.encoder
         x = vit.patch_embed(images)  # type: ignore[operator]
@@ -112,13 +152,6 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         teacher: of ``new_teacher``, spread over the ranks as the student is.
         student: of ``distribute``.
         momentum: share that stays.
-
-    Example:
-        >>> student, teacher = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-        >>> _ = student.weight.data.fill_(1.0), teacher.weight.data.fill_(0.0)
-        >>> follow(teacher, student, momentum=0.75)
-        >>> teacher.weight.item()
-        0.25
     """
     own, target = ([_held(parameter) for parameter in network.parameters()] for network in (teacher, student))
     torch._foreach_lerp_(own, target, 1 - momentum)

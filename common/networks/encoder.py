@@ -254,7 +254,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path:
         raise ValueError(f"Weights '{path}' do not fit the network. {reason}") from error
 
 
-def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> nn.Module:
+def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -> nn.Module:
     """Give an encoder the weights that timm publishes for its architecture, fitted to it as timm does.
 
     The three input channels are added up to one, and position embeddings resampled to its grid. DALE-CT's
@@ -262,9 +262,9 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
 
     Args:
         encoder: timm VisionTransformer with one input channel.
-        model_name: timm's name with the tag of the weights, such as
+        vit: timm's name with the tag of the weights, such as
             ``vit_base_patch14_reg4_dinov2.lvd142m``.
-        source: None for the random initial weights it has, ``hub`` to download, or the path of timm's file.
+        initial_weights: None for the random weights it has, ``hub`` to download, or the path of timm's file.
 
     Returns:
         The same encoder, for use in a config.
@@ -273,17 +273,19 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         FileNotFoundError: if there is no such file, or the hub can't be reached and its cache lacks it.
         ValueError: if the encoder is not of that architecture.
     """
-    if source is None:
+    if initial_weights is None:
         return encoder
-    if source != "hub" and not Path(source).is_file():
-        raise FileNotFoundError(f"initial_weights must be 'hub' or a file of timm's weights, got '{source}'.")
+    if initial_weights != "hub" and not Path(initial_weights).is_file():
+        raise FileNotFoundError(
+            f"initial_weights must be 'hub' or a file of timm's weights, got '{initial_weights}'."
+        )
     patch_embed: Any = encoder.patch_embed
     blocks: Any = encoder.blocks
     try:
         published = timm.create_model(
-            model_name,
+            vit,
             pretrained=True,
-            pretrained_cfg_overlay=None if source == "hub" else {"file": str(source)},
+            pretrained_cfg_overlay=None if initial_weights == "hub" else {"file": str(initial_weights)},
             in_chans=1,
             num_classes=0,
             img_size=patch_embed.img_size,
@@ -295,12 +297,12 @@ def start_from_timm(encoder: nn.Module, model_name: str, source: str | None) -> 
         encoder.load_state_dict(published.state_dict(), strict=True)
     except OSError as error:  # what the hub's client raises
         raise FileNotFoundError(
-            f"Cannot download timm's '{model_name}' for initial_weights '{source}' "
+            f"Cannot download timm's '{vit}' for initial_weights '{initial_weights}' "
             f"({str(error).splitlines()[0]}). Go online, or pass the path of timm's safetensors file."
         ) from error
     except RuntimeError as error:
         raise ValueError(
-            f"The network is not timm's '{model_name}', so it cannot start from its weights: vit, embed_dim, "
+            f"The network is not timm's '{vit}', so it cannot start from its weights: vit, embed_dim, "
             f"depth or num_heads differ ({str(error).splitlines()[1].strip()})."
         ) from error
     return encoder

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def merlin_resnet(layers: Sequence[int], block_planes: Sequence[int]) -> nn.Sequential:
-    """Build the convolutions of Merlin's image encoder, without pooling and heads.
+    """Build the convolutions of Merlin's image encoder, without pooling and heads, under the published keys.
 
     Inflating repeats a 2D network's weights along the slices: kernels of 7 become 3 x 7 x 7, those of 3
     become 3 x 3 x 3, strides but the first's act along the slices too. MONAI's ResNet with the first kernel
@@ -21,17 +21,9 @@ def merlin_resnet(layers: Sequence[int], block_planes: Sequence[int]) -> nn.Sequ
         layers: blocks of each stage; Merlin's are 3, 8, 36, 3.
         block_planes: width of each stage, a fourth of its output; Merlin's are 64, 128, 256, 512.
 
-    Returns:
-        A network with the keys of the published weights.
-
     Shape:
         Input ``(B, 1, slices, X, Y)``. Output ``(B, 4 * last plane, slices / 16, X / 32, Y / 32)``, rounded
         up.
-
-    Example:
-        >>> import torch
-        >>> merlin_resnet([1, 1, 1, 1], [2, 4, 6, 8])(torch.zeros(1, 1, 32, 64, 96)).shape
-        torch.Size([1, 32, 2, 2, 3])
     """
     network = ResNet(
         block="bottleneck",

@@ -1,54 +1,48 @@
-"""The network that is pretrained: encoder, projector and, for the guided variants, the auxiliary head."""
+"""The network that is pretrained: encoder and heads, its place on the ranks, and what a step of it costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from common.networks.encoder import cls_and_patches
 
-# D embedding, K projection or prototypes, C classes
+# B slabs, V views (Vg global, Vl local), P patches, D embedding, K projection, C classes
 
 
 class ProjectionHead(nn.Sequential):
     """Three-layer perceptron from the CLS token to the space where LeJEPA compares views.
 
-    Linear, LayerNorm, GELU, twice, then Linear.
+    Linear, LayerNorm, GELU, twice, then Linear: ``(..., D)`` to ``(..., K)``.
 
     Source: DALE-CT III-C1; widths of the released configurations.
 
     Args:
         embed_dim: D, width of the encoder. ViT-L: 1024.
-        hidden_dim: width of the two hidden layers. Released DALE-CT configurations: 2048.
-        out_dim: K, width of the projection. Released DALE-CT configurations: 124.
-
-    Shape:
-        Input ``(..., D)``. Output: ``(..., K)``.
+        projector_hidden_dim: width of the two hidden layers. Released DALE-CT configurations: 2048.
+        projection_dim: K. Released DALE-CT configurations: 124.
 
     Raises:
         ValueError: if a width is not positive.
-
-    Example:
-        >>> ProjectionHead(embed_dim=16, hidden_dim=32, out_dim=5)(torch.zeros(3, 16)).shape
-        torch.Size([3, 5])
     """
 
-    def __init__(self, embed_dim: int, hidden_dim: int, out_dim: int) -> None:
-        _check_positive(embed_dim=embed_dim, hidden_dim=hidden_dim, out_dim=out_dim)
+    def __init__(self, embed_dim: int, projector_hidden_dim: int, projection_dim: int) -> None:
+        hidden = projector_hidden_dim
+        check_positive(embed_dim=embed_dim, projector_hidden_dim=hidden, projection_dim=projection_dim)
         super().__init__(
-            nn.Linear(embed_dim, hidden_dim),
-            nn.LayerNorm(hidden_dim),
+            nn.Linear(embed_dim, hidden),
+            nn.LayerNorm(hidden),
             nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.LayerNorm(hidden_dim),
+            nn.Linear(hidden, hidden),
+            nn.LayerNorm(hidden),
             nn.GELU(),
-            nn.Linear(hidden_dim, out_dim),
+            nn.Linear(hidden, projection_dim),
         )
 
 
@@ -61,7 +55,8 @@ class AuxiliaryHead(nn.Module):
         embed_dim: D, width of the encoder. ViT-L: 1024.
         num_ts_classes: TotalSegmentator classes with the background. DALE-CT III-C2: 118.
         num_rex_classes: ReXGroundingCT findings; 0 for none. DALE-CT-2S: 14, DALE-CT-1S: 0.
-        trained: whether it learns. The released code forgot to: its encoders serve a random read-out.
+        train_auxiliary_head: whether it learns. The released code forgot to: its encoders serve a random
+            read-out.
 
     Shape:
         Input ``(..., D)``. Output: dictionary of logits ``ts (..., num_ts_classes)`` and, if there are any
@@ -69,93 +64,30 @@ class AuxiliaryHead(nn.Module):
 
     Raises:
         ValueError: if a width is not positive, or the number of findings negative.
-
-    Example:
-        >>> head = AuxiliaryHead(embed_dim=16, num_ts_classes=118, num_rex_classes=14)
-        >>> logits = head(torch.zeros(3, 81, 16))
-        >>> {source: tuple(tensor.shape) for source, tensor in logits.items()}
-        {'ts': (3, 81, 118), 'rex': (3, 81, 14)}
     """
 
     def __init__(
-        self, embed_dim: int, num_ts_classes: int, num_rex_classes: int, trained: bool = True
+        self, embed_dim: int, num_ts_classes: int, num_rex_classes: int, train_auxiliary_head: bool
     ) -> None:
         super().__init__()
-        _check_positive(embed_dim=embed_dim, num_ts_classes=num_ts_classes)
+        check_positive(embed_dim=embed_dim, num_ts_classes=num_ts_classes)
         if num_rex_classes < 0:
             raise ValueError(f"num_rex_classes must not be negative, got {num_rex_classes}.")
         self.readouts = nn.ModuleDict({"ts": nn.Linear(embed_dim, num_ts_classes)})
         if num_rex_classes:
             self.readouts["rex"] = nn.Linear(embed_dim, num_rex_classes)
-        self.requires_grad_(trained)
+        self.requires_grad_(train_auxiliary_head)
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits of every source for every token."""
         return {source: readout(tokens) for source, readout in self.readouts.items()}
 
 
-class DINOHead(nn.Module):
-    """Three-layer perceptron to the unit sphere, then the cosine of the angle to every prototype.
-
-    Linear, GELU, twice, Linear, unit length; the last layer has rows of unit length and no bias. Weights
-    start from a normal distribution of width 0.02, cut off at two.
-
-    Source: DINO, arXiv:2104.14294, appendix C, as in DINOv2, but with the length of a prototype fixed at 1
-    (DINO's ``norm_last_layer``; DINOv2 starts it at 1). Sizes: DINOv2's defaults, which DALE-CT's code names.
-
-    Args:
-        embed_dim: D, width of the encoder. ViT-L: 1024.
-        hidden_dim: width of the two hidden layers. 2048.
-        bottleneck_dim: dimensions of the sphere. 256.
-        num_prototypes: K. 65,536.
-
-    Shape:
-        Input ``(..., D)``. Output: ``(..., K)``, within [-1, 1].
-
-    Raises:
-        ValueError: if a width is not positive.
-
-    Example:
-        >>> head = DINOHead(embed_dim=16, hidden_dim=32, bottleneck_dim=8, num_prototypes=5)
-        >>> head(torch.zeros(3, 16)).shape
-        torch.Size([3, 5])
-    """
-
-    def __init__(self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int) -> None:
-        _check_positive(
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            num_prototypes=num_prototypes,
-        )
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        self.last_layer = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the cosines."""
-        points = functional.normalize(self.mlp(tokens), dim=-1, eps=1e-6)  # a bfloat16 is as small
-        return functional.linear(points, functional.normalize(self.last_layer.weight, dim=-1))
-
-
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """Refuse widths and numbers below 1, by their names."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be positive, got {size}.")
-
-
-# B slabs, V views (Vg global, Vl local), P patches, D embedding, K projection, C classes
 
 
 class PretrainingModel(nn.Module):
@@ -185,7 +117,7 @@ class PretrainingModel(nn.Module):
         encoder: nn.Module,
         projector: ProjectionHead,
         auxiliary_head: AuxiliaryHead | None,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: bool,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -193,7 +125,7 @@ class PretrainingModel(nn.Module):
         self.projector = projector
         self.auxiliary_head = auxiliary_head
 
-    def forward(self, global_views: torch.Tensor, local_views: torch.Tensor) -> dict:
+    def forward(self, global_views: torch.Tensor, local_views: torch.Tensor) -> dict[str, Any]:
         """Encode the views; see the class."""
         projections, logits, cls_tokens = [], {}, []
         for group, views in (("global", global_views), ("local", local_views)):
@@ -215,7 +147,7 @@ SHARDINGS = ("ddp", "fsdp2")
 
 
 def distribute(
-    network: nn.Module, blocks: nn.ModuleList, sharding: str, compile_blocks: bool, device: torch.device
+    *, network: nn.Module, blocks: nn.ModuleList, sharding: str, compiled: bool, device: torch.device
 ) -> nn.Module:
     """Move a network to its device, compile its blocks and wrap it for the ranks of the run.
 
@@ -227,7 +159,7 @@ def distribute(
         blocks: its repeated blocks, such as ``encoder.blocks``.
         sharding: ``ddp`` keeps the whole network on every rank; ``fsdp2`` shards parameters, gradients and
             optimizer state block by block, for networks that do not fit. Both compute the same.
-        compile_blocks: whether to use ``torch.compile``; it needs a C++ compiler on a CPU, Triton on a GPU.
+        compiled: whether to use ``torch.compile``; it needs a C++ compiler on a CPU, Triton on a GPU.
         device: of this rank.
 
     Returns:
@@ -240,7 +172,7 @@ def distribute(
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding must be one of {SHARDINGS}, got '{sharding}'.")
     network = network.to(device)
-    if compile_blocks:
+    if compiled:
         for block in blocks:
             block.compile(dynamic=False)
     if idist.get_world_size() == 1:
@@ -261,12 +193,7 @@ def distribute(
 
 @contextmanager
 def gradients_stay_here(network: nn.Module, unless: bool) -> Iterator[None]:
-    """Keep the ranks from exchanging gradients in a backward pass that others follow.
-
-    Args:
-        network: of ``distribute``.
-        unless: whether this is the last backward pass of the step, after which the ranks must agree.
-    """
+    """Keep the ranks from exchanging gradients in a backward pass, ``unless`` it is the step's last."""
     if isinstance(network, DistributedDataParallel) and not unless:
         with network.no_sync():
             yield
@@ -277,16 +204,47 @@ def gradients_stay_here(network: nn.Module, unless: bool) -> Iterator[None]:
 
 
 def clip_by_global_norm(network: nn.Module, largest: float) -> torch.Tensor:
-    """Scale the gradients so that their norm over all parameters is at most ``largest``.
+    """Scale the gradients so that their norm over all parameters is at most ``largest``; return it as it was.
 
-    Nothing waits for the device: the factor is computed and applied there.
-
-    Args:
-        network: of ``distribute``.
-        largest: norm that is left as it is.
-
-    Returns:
-        The norm before, a scalar, the same on every rank.
+    Nothing waits for the device: the factor is computed and applied there. The norm is the same on every
+    rank.
     """
     norm = nn.utils.clip_grad_norm_(network.parameters(), largest).detach()
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+PEAK_BF16_FLOPS: Mapping[str, float] = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Dense bfloat16 operations per second, by a part of the device's name. Source: the maker's data sheets."""
+
+
+def training_flops(encoder: nn.Module, views: Mapping[int, int]) -> int:
+    """Count the operations of one slab's views through the encoder, forward and backward.
+
+    Matrix products and attention only. The backward pass computes two products for each one of the forward
+    pass: three times the forward count. Heads and losses, below 1 % for a ViT-L, are left out, and so is what
+    activation checkpointing computes again.
+
+    Args:
+        encoder: timm VisionTransformer with one input channel.
+        views: side of a view in pixels to number of such views.
+    """
+    patch_px: int = encoder.patch_embed.patch_size[0]  # type: ignore[union-attr, index, assignment]
+    width: int = encoder.embed_dim  # type: ignore[assignment]
+    weights = [module.weight for module in encoder.blocks.modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr]
+    num_blocks = len(encoder.blocks)  # type: ignore[arg-type]
+    total = 0
+    for size_px, num_views in views.items():
+        num_patches = (size_px // patch_px) ** 2
+        num_tokens = num_patches + int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
+        linear = 2 * num_tokens * sum(weight.numel() for weight in weights)
+        attention = 2 * 2 * num_tokens**2 * width * num_blocks
+        total += 3 * num_views * (2 * num_patches * width * patch_px**2 + linear + attention)
+    return total
+
+
+def peak_bf16_flops(device: torch.device) -> float | None:
+    """Return a device's dense bfloat16 operations per second, or None where we do not know them."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)

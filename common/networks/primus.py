@@ -96,18 +96,7 @@ def rotary_positions(grid: torch.Size | tuple[int, ...], bands_per_axis: int) ->
     """Sines, then cosines, of each token's place along the axes of its grid.
 
     A place p turns pair k of numbers by p / 10000^(k / bands) radians; the pairs of the first axis come
-    first, and both numbers of a pair share the angle.
-
-    Args:
-        grid: tokens along each axis.
-        bands_per_axis: frequencies, from 1 down.
-
-    Shape:
-        Output ``(T, 2 * 2 * axes * bands_per_axis)``.
-
-    Example:
-        >>> rotary_positions((2, 1), bands_per_axis=1)[1]
-        tensor([0.8415, 0.8415, 0.0000, 0.0000, 0.5403, 0.5403, 1.0000, 1.0000])
+    first, and both numbers of a pair share the angle: ``(T, 2 * 2 * axes * bands_per_axis)``.
     """
     bands = 10000.0 ** -(torch.arange(bands_per_axis) / bands_per_axis)
     places = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), dim=-1)

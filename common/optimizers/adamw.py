@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,16 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 def adamw(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """Build AdamW with betas (0.9, 0.999) and eps 1e-6, without weight decay on one-dimensional parameters.
 
-    One fused kernel updates all parameters.
-
-    Norms, biases and LayerScale are one-dimensional; position embedding and class token are decayed.
+    Norms, biases and LayerScale are one-dimensional; position embedding and class token are decayed. One
+    fused kernel updates all parameters that require a gradient, the auxiliary head's included.
 
     Source: recipe of the DALE-CT release (the paper does not state it).
-
-    Args:
-        network: every parameter that requires a gradient is optimized, the auxiliary head's included.
-        lr: peak learning rate.
-        weight_decay: decay of matrices and embeddings.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
@@ -35,14 +30,10 @@ def adamw(network: nn.Module, lr: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, floor: float) -> float:
+def warmup_cosine_factor(step: int, warmup_steps: int, max_steps: int, floor: float) -> float:
     """Return the share of the peak learning rate that optimizer step number ``step`` (from 0) uses.
 
-    Args:
-        step: optimizer step, from 0.
-        warmup_steps: steps of linear rise from 0; step ``warmup_steps`` runs at the peak.
-        total_steps: the step at which the floor is reached.
-        floor: final share of the peak.
+    It rises linearly from 0 to 1 at ``warmup_steps`` and falls along a cosine to ``floor`` at ``max_steps``.
 
     Example:
         >>> [round(warmup_cosine_factor(s, 2, 6, 0.1), 3) for s in (0, 1, 2, 4, 6, 9)]
@@ -50,27 +41,21 @@ def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, floor: 
     """
     if step < warmup_steps:
         return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr: float) -> LambdaLR:
-    """Schedule every parameter group from 0 to its own ``lr`` and down to ``final_lr``.
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, max_steps: int, final_lr: float) -> LambdaLR:
+    """Schedule every group from 0 to its ``lr`` at ``warmup_steps`` and to ``final_lr`` at ``max_steps``.
 
     Source: DALE-CT's recipe: 0 to 3e-4 over 5,000 steps, cosine to 3e-5 at 50,000.
-
-    Args:
-        optimizer: optimizer whose groups hold the peak learning rate.
-        warmup_steps: steps of the linear rise.
-        total_steps: step at which ``final_lr`` is reached.
-        final_lr: learning rate at the end and after it.
 
     Raises:
         ValueError: if the warm-up is longer than the run.
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"warmup_steps must be between 0 and max_steps = {total_steps}, got {warmup_steps}.")
-    factor = partial(warmup_cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps)
+    if not 0 <= warmup_steps <= max_steps:
+        raise ValueError(f"warmup_steps must be between 0 and max_steps = {max_steps}, got {warmup_steps}.")
+    factor = partial(warmup_cosine_factor, warmup_steps=warmup_steps, max_steps=max_steps)
     return LambdaLR(
         optimizer, [partial(factor, floor=final_lr / group["lr"]) for group in optimizer.param_groups]
     )
@@ -86,6 +71,7 @@ LAST_LAYER = re.compile(r"(^|\.)last_layer\.")
 
 def layerwise_adamw(
     network: nn.Module,
+    *,
     depth: int,
     lr: float,
     weight_decay: float,
@@ -103,8 +89,8 @@ def layerwise_adamw(
     Args:
         network: ``DINOModel``, distributed or not; parameters that require a gradient are optimized.
         depth: blocks of its encoder.
-        lr: peak learning rate of the heads, and of all else but for its multiplier.
-        weight_decay: of matrices and embeddings at the first step.
+        lr: peak learning rate of the heads, and of everything else before its multiplier.
+        weight_decay: decay of matrices and embeddings at the first step.
         layer_decay: factor from a block's learning rate to the one of the block below; 1 for none.
         patch_embed_lr_multiplier: further factor for the patch embedding.
 
@@ -115,7 +101,7 @@ def layerwise_adamw(
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}.")
     if not patch_embed_lr_multiplier > 0:
         raise ValueError(f"patch_embed_lr_multiplier must be positive, got {patch_embed_lr_multiplier}.")
-    groups: dict[tuple[float, bool, bool], dict] = {}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -1,6 +1,7 @@
 """DINOv2's schedules: learning rate, weight decay, the teacher's momentum and its temperature."""
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 from torch.optim import Optimizer
@@ -13,24 +14,20 @@ class TeacherStep(NamedTuple):
 
     Args:
         momentum: share of the teacher's parameters that stays.
-        temperature: of the teacher's logits.
+        temperature: temperature of the teacher's logits.
     """
 
     momentum: float
     temperature: float
 
 
-def cosine(step: int, start: float, end: float, total_steps: int) -> float:
-    """Return the value of half a cosine from ``start`` at step 0 to ``end`` at ``total_steps`` and after.
-
-    Example:
-        >>> [round(cosine(step, 0.994, 1.0, 4), 6) for step in (0, 2, 4, 9)]
-        [0.994, 0.997, 1.0, 1.0]
-    """
-    progress = min(1.0, step / total_steps)
+def cosine(step: int, start: float, end: float, max_steps: int) -> float:
+    """Return the value of half a cosine from ``start`` at step 0 to ``end`` at ``max_steps`` and after."""
+    progress = min(1.0, step / max_steps)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass
 class DINOSchedule:
     """Set an optimizer to a step of the run; all schedules are functions of the step and keep no state.
 
@@ -44,85 +41,54 @@ class DINOSchedule:
 
     Args:
         optimizer: of ``layerwise_adamw``.
-        total_steps: of the run.
-        warmup_steps: of the learning rate. DALE-CT III-B: 3,300.
-        lr: peak.
-        final_lr: at the end.
+        max_steps: steps of the run.
+        warmup_steps: steps of the learning rate's rise. DALE-CT III-B: 3,300.
+        lr: peak learning rate.
+        final_lr: learning rate at the end.
         weight_decay: first and last value. DINOv2: 0.04 and 0.2.
         teacher_momentum: first and last value. DINOv2: 0.994 and 1.
         teacher_temp: first and final value. DINOv2: 0.04 and 0.07.
-        teacher_temp_warmup_steps: until the final one.
-        freeze_last_layer_steps: with a learning rate of 0 for the heads' last layers.
+        teacher_temp_warmup_steps: steps of its rise.
+        freeze_last_layer_steps: steps with a learning rate of 0 for the heads' last layers.
 
     Raises:
         ValueError: if a number of steps is negative or longer than the run, or a pair is not one.
-
-    Example:
-        >>> import torch
-        >>> from common.optimizers.adamw import layerwise_adamw
-        >>> optimizer = layerwise_adamw(torch.nn.Linear(2, 1), 1, 0.1, 0.04, 1.0, 0.2)
-        >>> DINOSchedule(optimizer, 10, 4, 0.1, 0.01, [0.04, 0.2], [0.5, 1.0], [0.04, 0.07], 3, 1).set_step(2)
-        TeacherStep(momentum=0.5477, temperature=0.06)
-        >>> optimizer.param_groups[0]["lr"]
-        0.05
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup_steps: int,
-        lr: float,
-        final_lr: float,
-        weight_decay: tuple[float, float],
-        teacher_momentum: tuple[float, float],
-        teacher_temp: tuple[float, float],
-        teacher_temp_warmup_steps: int,
-        freeze_last_layer_steps: int,
-    ) -> None:
-        steps = {
-            "warmup_steps": warmup_steps,
-            "teacher_temp_warmup_steps": teacher_temp_warmup_steps,
-            "freeze_last_layer_steps": freeze_last_layer_steps,
-        }
-        for name, number in steps.items():
-            if not 0 <= number <= total_steps:
-                raise ValueError(f"{name} must be between 0 and max_steps = {total_steps}, got {number}.")
-        pairs = {"weight_decay": weight_decay, "teacher_momentum": teacher_momentum}
-        pairs |= {"teacher_temp": teacher_temp}
-        for name, pair in pairs.items():
-            if len(pair) != 2:
-                raise ValueError(f"{name} must be a first and a last value, got {pair}.")
-        if not min(teacher_temp) > 0:
-            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}.")
-        self.optimizer = optimizer
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.lr = lr
-        self.final_lr = final_lr
-        self.weight_decay = weight_decay
-        self.teacher_momentum = teacher_momentum
-        self.teacher_temp = teacher_temp
-        self.teacher_temp_warmup_steps = teacher_temp_warmup_steps
-        self.freeze_last_layer_steps = freeze_last_layer_steps
+    optimizer: Optimizer
+    _: KW_ONLY
+    max_steps: int
+    warmup_steps: int
+    lr: float
+    final_lr: float
+    weight_decay: tuple[float, float]
+    teacher_momentum: tuple[float, float]
+    teacher_temp: tuple[float, float]
+    teacher_temp_warmup_steps: int
+    freeze_last_layer_steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps"):
+            if not 0 <= getattr(self, name) <= self.max_steps:
+                raise ValueError(
+                    f"{name} must be between 0 and max_steps = {self.max_steps}, got {getattr(self, name)}."
+                )
+        for name in ("weight_decay", "teacher_momentum", "teacher_temp"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name} must be a first and a last value, got {getattr(self, name)}.")
+        if not min(self.teacher_temp) > 0:
+            raise ValueError(f"teacher_temp must be positive, got {self.teacher_temp}.")
 
     def set_step(self, step: int) -> TeacherStep:
-        """Give every group its learning rate and weight decay.
-
-        Args:
-            step: optimizer step, from 0.
-
-        Returns:
-            What the teacher needs in this step.
-        """
+        """Give every group its learning rate and weight decay; return what the teacher needs in this step."""
         floor = self.final_lr / self.lr
-        lr = self.lr * warmup_cosine_factor(step, self.warmup_steps, self.total_steps, floor)
-        weight_decay = cosine(step, *self.weight_decay, self.total_steps)
+        lr = self.lr * warmup_cosine_factor(step, self.warmup_steps, self.max_steps, floor)
+        weight_decay = cosine(step, *self.weight_decay, self.max_steps)
         for group in self.optimizer.param_groups:
             frozen = group["is_last_layer"] and step < self.freeze_last_layer_steps
             group["lr"] = 0.0 if frozen else lr * group["lr_multiplier"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         first, last = self.teacher_temp
         risen = min(1.0, step / self.teacher_temp_warmup_steps) if self.teacher_temp_warmup_steps else 1.0
-        momentum = cosine(step, *self.teacher_momentum, self.total_steps)
+        momentum = cosine(step, *self.teacher_momentum, self.max_steps)
         return TeacherStep(momentum, first + (last - first) * risen)

@@ -1,9 +1,8 @@
 """A picture of training samples: every view as the encoder sees it, with its masks and guidance point."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -16,9 +15,10 @@ from matplotlib.patches import Patch
 
 from common.reports.slice_grid import class_colours
 from common.run.process import write_figure
-from common.transforms.batch_views import render_views
 from common.transforms.hounsfield import HUWindow, normalize_hu
 from common.transforms.multi_crop import GUIDED_BY_REX, GUIDED_BY_TS, UNGUIDED, nearest_cells
+from common.transforms.render_views import render_views
+from common.transforms.view_batch import Batch, on_device
 
 # B samples, V views (Vg global first, then Vl local), S view size
 
@@ -30,7 +30,7 @@ REX_COLOUR = "red"
 TS_OPACITY = 0.18
 
 
-def contact_sheet(batch: Mapping[str, Any], window: HUWindow, path: str | Path, max_samples: int = 4) -> None:
+def contact_sheet(batch: Batch, window: HUWindow, path: str | Path, max_samples: int = 4) -> None:
     """Draw the views of a batch's first samples and write a PNG.
 
     One band per sample: global views large, local views small. Grey values are the encoder's input, gamma and
@@ -38,12 +38,12 @@ def contact_sheet(batch: Mapping[str, Any], window: HUWindow, path: str | Path, 
     view was centred on.
 
     Args:
-        batch: batch of ``collate_views``, with or without masks.
+        batch: with or without masks.
         window: clip range and statistics in HU; its clip range spans black to white.
         path: PNG to write.
         max_samples: most samples drawn.
     """
-    on_cpu = {name: part.cpu() if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+    on_cpu = on_device(batch, batch, torch.device("cpu"))
     samples = min(len(batch["volume"]), max_samples)
     num_global = batch["num_global"]
     columns = math.ceil((batch["boxes"].shape[1] - num_global) / 2)
@@ -72,30 +72,31 @@ def contact_sheet(batch: Mapping[str, Any], window: HUWindow, path: str | Path, 
     write_figure(path, figure, dpi=110)
 
 
-def _sample_title(batch: Mapping[str, Any], sample: int) -> str:
+def _sample_title(batch: Batch, sample: int) -> str:
     first, centre = int(batch["first_slice"][sample]), int(batch["boxes"][sample, 0, 0])
     last_used = int(batch["boxes"][sample, :, 0].max())
     spacing = " x ".join(f"{float(mm):.2f}" for mm in batch["spacing_mm"][sample])
-    sources = [name for name, key in (("TS", "has_ts"), ("ReX", "has_rex")) if batch[key][sample]]
+    sources = [name for name, key in (("TS", batch["has_ts"]), ("ReX", batch["has_rex"])) if key[sample]]
     return (
         f"{batch['volume'][sample]}   slab from slice {first}, centre +{centre}, last used +{last_used}   "
         f"{spacing} mm   masks: {', '.join(sources) or 'none'}   position {int(batch['position'][sample])}"
     )
 
 
-def _draw_masks(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) -> None:
+def _draw_masks(axes: Axes, batch: Batch, sample: int, view: int) -> None:
     if "ts_planes" not in batch:
         return
-    ts, rex = (_mask_of(batch, name, sample, view) for name in ("ts", "rex"))
+    ts = _mask_of(batch, batch["ts_planes"], batch["ts_plane"], sample, view)
+    rex = _mask_of(batch, batch["rex_planes"], batch["rex_plane"], sample, view)
     tints = np.concatenate([class_colours(256)[ts], TS_OPACITY * (ts != 0)[..., None]], axis=-1)
     axes.imshow(tints, interpolation="nearest")
     if rex.any():
         axes.contour(rex != 0, levels=[0.5], colors=REX_COLOUR, linewidths=1.2)
 
 
-def _mask_of(batch: Mapping[str, Any], name: str, sample: int, view: int) -> np.ndarray:
-    """Mask ``name`` as it lies under a view."""
-    plane = batch[f"{name}_planes"][int(batch[f"{name}_plane"][sample, view])]
+def _mask_of(batch: Batch, planes: torch.Tensor, numbers: torch.Tensor, sample: int, view: int) -> np.ndarray:
+    """Mask as it lies under a view."""
+    plane = planes[int(numbers[sample, view])]
     _, top, left, side = batch["boxes"][sample, view, :, None]
     height, width = batch["shape"][sample, :, None]
     rows, columns = (
@@ -105,7 +106,7 @@ def _mask_of(batch: Mapping[str, Any], name: str, sample: int, view: int) -> np.
     return plane[rows][:, columns.flip(0) if batch["flips"][sample, view] else columns].numpy()
 
 
-def _draw_guide(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) -> None:
+def _draw_guide(axes: Axes, batch: Batch, sample: int, view: int) -> None:
     """Label the view and mark the position it was centred on."""
     guide, num_global = int(batch["guide"][sample, view]), batch["num_global"]
     guided_by, colour = GUIDES[guide]
@@ -126,7 +127,7 @@ def _draw_guide(axes: Axes, batch: Mapping[str, Any], sample: int, view: int) ->
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
 
 
-def _size_of(batch: Mapping[str, Any], view: int) -> int:
+def _size_of(batch: Batch, view: int) -> int:
     return int(batch["sizes_px"][int(view >= batch["num_global"])])
 
 
@@ -151,7 +152,7 @@ class ViewSheet:
     """
 
     def __init__(self, path: str | Path, hu_window: HUWindow) -> None:
-        self.path = Path(path)
+        self.path = path
         self.hu_window = hu_window
 
     def attach(self, engine: Engine) -> None:
@@ -160,6 +161,4 @@ class ViewSheet:
 
     def _draw(self, engine: Engine) -> None:
         if idist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            batch: Any = engine.state.batch
-            contact_sheet(batch, self.hu_window, self.path)
+            contact_sheet(cast(Batch, engine.state.batch), self.hu_window, self.path)

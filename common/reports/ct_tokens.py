@@ -1,6 +1,6 @@
 """A CT as a slice encoder sees it, with the tokens and the attention that the encoder makes of it."""
 
-# S slices, I side of an image, G patches along a side, D embedding, N heads
+# S slices, I side of an image, H side of a slice, G patches along a side, D embedding, N heads
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
@@ -18,6 +19,10 @@ from common.transforms.slice_strategies import SliceStrategy, body_box
 
 SLICES_PER_BATCH = 32
 
+FULL_COLOUR = 0.99
+"""Quantile of a volume's patches that gets full colour: a few that draw most must not hide the rest. At least
+twice the even share, or noise about that would be shown as a map."""
+
 
 class CTImages(NamedTuple):
     """The slices of a CT, all or some, through the body crop: as the encoder's images but in HU.
@@ -25,8 +30,8 @@ class CTImages(NamedTuple):
     Args:
         name: name of the volume.
         hu: float32 ``(S, 1, I, I)``, rows to the back and columns to the left whatever the encoder wants.
-        z_mm: position of each slice from the feet, ``(S,)``.
-        numbers: number of each slice from 0 at the feet, ``(S,)``.
+        z_mm: position of each slice from the feet.
+        numbers: number of each slice, from 0 at the feet.
         box: top, left and side of the crop in pixels.
     """
 
@@ -38,13 +43,24 @@ class CTImages(NamedTuple):
 
     @property
     def titles(self) -> list[str]:
-        """What stands above each slice."""
+        """Heading of each slice."""
         return [f"slice {number}, {mm:.0f} mm" for number, mm in zip(self.numbers, self.z_mm, strict=True)]
 
     def some(self, places: Sequence[int]) -> "CTImages":
         """Return some of the slices, by their places."""
         kept = list(places)
         return self._replace(hu=self.hu[kept], z_mm=self.z_mm[kept], numbers=self.numbers[kept])
+
+
+class PatchMaps(NamedTuple):
+    """Maps ``(S, G, G)`` of a volume's slices, 0 to 1, and what they show.
+
+    ``box`` is left, top, width and height of the area that they cover, in shares of a slice.
+    """
+
+    values: np.ndarray
+    box: tuple[float, float, float, float]
+    note: str
 
 
 def open_slice_encoder(
@@ -62,9 +78,8 @@ def open_slice_encoder(
         size_px: side of the images; by default that of the images that the bundle embeds.
 
     Raises:
-        FileNotFoundError: if there is no such bundle, or no such weights.
-        ValueError: if the bundle does not fit the further files, ``size_px`` is not in whole patches, or the
-            encoder is not a timm VisionTransformer.
+        ValueError: if ``size_px`` is not in whole patches, or the encoder is no timm VisionTransformer; and
+            errors of ``open_encoder_bundle``.
     """
     knobs: dict[str, Any] = {}
     if weights is not None:
@@ -73,7 +88,7 @@ def open_slice_encoder(
     if "strategies" not in bundle:
         raise ValueError(f"bundle must be of an encoder of slices, got '{folder}', an encoder of volumes.")
     if size_px is not None:
-        bundle.update(strategies=[f"cropped_{size_px}"])
+        bundle.update({"strategies": [f"cropped_{size_px}"]})
     _ = bundle.side_px  # refuses a side that is not in whole patches before weights are read
     if not isinstance(bundle.network, VisionTransformer):
         kind = type(bundle.network).__name__
@@ -89,9 +104,8 @@ def read_images(path: str | Path, size_px: int) -> CTImages:
         size_px: side of the images, I.
 
     Raises:
-        FileNotFoundError: if there is no such file.
         RejectedError: if the file is damaged or no CT in HU.
-        ValueError: if the path holds more than one volume, or none.
+        ValueError: if the path holds more than one volume.
     """
     sources, rejected = ct_sources(path)
     if len(sources) != 1:
@@ -108,17 +122,12 @@ def read_images(path: str | Path, size_px: int) -> CTImages:
 
 @torch.no_grad()
 def encode(bundle: EncoderBundle, hu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the CLS token and the patch tokens of slices, patches lying upright.
+    """Return CLS tokens ``(S, D)`` and patch tokens ``(S, G, G, D)`` of slices ``(S, 1, I, I)`` in HU.
 
-    Args:
-        bundle: encoder of slices.
-        hu: slices of :func:`read_images`, all or some.
-
-    Shape:
-        ``hu (S, 1, I, I)``. Output: ``(S, D)`` and ``(S, G, G, D)``, rows to the back, columns to the left.
+    Rows of patches run to the back and columns to the left, whatever the encoder is shown.
     """
-    network, grid = bundle.network, hu.shape[-1] // bundle.patch_size_px
-    parts = [cls_and_patches(network, _shown(bundle, part)) for part in hu.split(SLICES_PER_BATCH)]
+    grid = hu.shape[-1] // bundle.patch_size_px
+    parts = [cls_and_patches(bundle.network, _shown(bundle, part)) for part in hu.split(SLICES_PER_BATCH)]
     cls, patches = (torch.cat(tokens).float().cpu() for tokens in zip(*parts, strict=True))
     patches = patches.unflatten(1, (grid, grid))
     return cls, patches.transpose(1, 2) if bundle.slice_axes == "xy" else patches
@@ -128,22 +137,17 @@ def encode(bundle: EncoderBundle, hu: torch.Tensor) -> tuple[torch.Tensor, torch
 def cls_attention(bundle: EncoderBundle, hu: torch.Tensor) -> torch.Tensor:
     """Return how the CLS token's attention in the last block is spread over the patches, by head.
 
-    Args:
-        bundle: encoder of slices, a timm VisionTransformer.
-        hu: slices in HU.
-
-    Shape:
-        ``hu (S, 1, I, I)``. Output: ``(S, N, G, G)``; what goes to CLS and registers is left out, so that a
-        head's sum is at most 1.
+    Slices ``(S, 1, I, I)`` in HU give ``(S, N, G, G)``; what goes to CLS and registers is left out, so that a
+    head's sum is at most 1.
     """
     network: Any = bundle.network
-    block, seen = network.blocks[-1].attn, []
-    handle = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block, inputs = network.blocks[-1].attn, []
+    handle = block.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     try:
         network.forward_features(_shown(bundle, hu))
     finally:
         handle.remove()
-    qkv = block.qkv(seen[0]).unflatten(-1, (3, block.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    qkv = block.qkv(inputs[0]).unflatten(-1, (3, block.num_heads, -1)).permute(2, 0, 3, 1, 4)
     query, key = block.q_norm(qkv[0][..., :1, :]), block.k_norm(qkv[1])
     attention = (query * block.scale @ key.mT).softmax(-1)[..., 0, network.num_prefix_tokens :]
     grid = hu.shape[-1] // bundle.patch_size_px
@@ -157,12 +161,52 @@ def _shown(bundle: EncoderBundle, hu: torch.Tensor) -> torch.Tensor:
     return images.to(next(bundle.network.parameters()).device)
 
 
-def spread_slices(num_slices: int, count: int) -> list[int]:
-    """Choose slices spread evenly over a scan, none at its very ends.
+def cls_attention_maps(
+    bundle: EncoderBundle, strategy: SliceStrategy, hu: np.ndarray, box: Sequence[int] | None
+) -> PatchMaps:
+    """Return how the attention of each slice's CLS token in the last block is spread over the patches.
+
+    It is the mean over heads. All slices of the volume have one scale: colours compare across slices.
 
     Args:
-        num_slices: slices of the scan.
-        count: how many to choose, at most all.
+        bundle: encoder of slices, a timm VisionTransformer.
+        strategy: how slices become its images, one per slice.
+        hu: canonical slices in HU ``(S, H, H)``.
+        box: top, left and side of the body in pixels, as stored with the embeddings; None for strategies that
+            do not crop.
+    """
+    top, left, side = box or (0, 0, hu.shape[-1])
+    region = strategy.region(torch.from_numpy(hu), (top, left, side))
+    device = next(bundle.network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bundle["amp_dtype"] == "bfloat16"):
+        parts = [cls_attention(bundle, strategy(few)).mean(1) for few in region.split(SLICES_PER_BATCH)]
+    values, even, full = above_even(torch.cat(parts).numpy())
+    note = (
+        "Where the encoder looks: patches with more than an even share of the slice's CLS attention (last "
+        f"block, mean of heads). No colour: {even:.2%}, which is even, or less; full colour: {full:.2%} or "
+        "more, the same in all slices. Not evidence for a finding."
+    )
+    left, top, width, height = (pixels / hu.shape[-1] for pixels in (left, top, side, side))
+    return PatchMaps(values, (left, top, width, height), note)
+
+
+def above_even(shares: NDArray[np.floating]) -> tuple[NDArray[np.floating], float, float]:
+    """Return by how much each share ``(S, G, G)`` of the attention exceeds an even share, from 0 to 1.
+
+    With it come the share that is 0 of these, which is the even one, and the share that is 1.
+
+    Example:
+        >>> values, even, full = above_even(np.array([[[0.25, 0.0], [0.25, 0.5]]]))
+        >>> values.round(2).tolist(), even, round(full, 2)
+        ([[[0.0, 0.0], [0.0, 1.0]]], 0.25, 0.5)
+    """
+    even = 1 / shares[0].size
+    full = max(float(np.quantile(shares, FULL_COLOUR)), 2 * even)
+    return ((shares - even) / (full - even)).clip(0, 1), even, full
+
+
+def spread_slices(num_slices: int, count: int) -> list[int]:
+    """Choose slices spread evenly over a scan, none at its very ends, all if it has fewer.
 
     Example:
         >>> spread_slices(100, 4)
@@ -173,12 +217,7 @@ def spread_slices(num_slices: int, count: int) -> list[int]:
 
 
 def slices_to_show(asked_for: Sequence[int] | None, num_slices: int, count: int) -> list[int]:
-    """Return the slices that were asked for; where none were, some spread over the scan.
-
-    Args:
-        asked_for: numbers from 0 at the feet.
-        num_slices: slices of the scan.
-        count: how many to choose where none were asked for.
+    """Return the slices that were asked for, from 0 at the feet; where none were, ``count`` over the scan.
 
     Raises:
         ValueError: if the scan has no such slice.

@@ -26,6 +26,7 @@ MONAI_ARGUMENTS = (
     *("config_file", "meta_file", "logging_file", "args_file", "tracking", "workflow_type"),
     *("run_id", "init_id", "final_id"),
 )
+SECTIONS = ("imports", "initialize", "run", "finalize")
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "True or False"),
     int: ((int,), "a whole number"),
@@ -41,9 +42,8 @@ _FLAG = re.compile(r"--|-(?=[a-zA-Z])")  # as Fire has it; a negative number is 
 def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the merged config that this process runs, after refusing knobs that the bundle does not have.
 
-    MONAI takes any ``--name value`` and any key of a further config file: a misspelt knob changes nothing and
-    says nothing. When the process was not started through MONAI's command line, the bundle's own file is
-    returned.
+    MONAI takes any ``--name value`` and any key of a further config file: a misspelt knob would change
+    nothing, silently. Outside MONAI's command line the bundle's file is returned as it is.
 
     Args:
         bundle_root: folder of the bundle.
@@ -58,24 +58,24 @@ def executed_config(bundle_root: str, name: str, argv: Sequence[str] | None = No
         ValueError: if an override or a further config file names something the bundle's config does not
             define or gives it another kind of value, or an override is a bare None, which MONAI ignores.
     """
-    known = json.loads((Path(bundle_root) / "configs" / name).read_text())
-    argv = sys.argv if argv is None else argv
-    files = config_files(argv)
+    known: dict[str, Any] = json.loads((Path(bundle_root) / "configs" / name).read_text())
+    knobs = read_knobs(sys.argv if argv is None else argv)
+    files = knobs.get("config_file")
     if not files:
-        return dict(known)
-    overrides = {key: value for key, value in read_knobs(argv).items() if key not in MONAI_ARGUMENTS}
+        return known
+    overrides = {key: value for key, value in knobs.items() if key not in MONAI_ARGUMENTS}
     for key, value in overrides.items():
         if value is None or value == "null":
             raise ValueError(f"{key} must be '$None' (quoted) to be null, got {value}, which MONAI ignores.")
-    return dict(merged_config(known, files, overrides).get())
+    return dict(merged_config(known, [files] if isinstance(files, str) else files, overrides).get())
 
 
 def merged_config(known: dict[str, Any], files: Sequence[str], overrides: dict[str, Any]) -> ConfigParser:
     """Merge config files and overrides as MONAI does, after refusing knobs that the bundle does not have.
 
     Args:
-        known: content of the bundle's config file, which says what its knobs are.
-        files: that file, or another in its place, and further ones.
+        known: content of the bundle's config file, which defines its knobs.
+        files: that file and further ones.
         overrides: knobs of the command line.
 
     Raises:
@@ -91,23 +91,6 @@ def merged_config(known: dict[str, Any], files: Sequence[str], overrides: dict[s
     parser.read_config(files)
     parser.update(pairs=overrides)
     return parser
-
-
-def config_files(argv: Sequence[str]) -> list[str]:
-    """Return the config files that a MONAI command names, none for another command.
-
-    Args:
-        argv: command line.
-
-    Raises:
-        FileNotFoundError: if ``args_file`` does not exist.
-
-    Example:
-        >>> config_files(["monai.bundle", "run", "--config_file", "configs/train.json"])
-        ['configs/train.json']
-    """
-    files = read_knobs(argv).get("config_file", [])
-    return [files] if isinstance(files, str) else list(files)
 
 
 def read_knobs(argv: Sequence[str]) -> dict[str, Any]:
@@ -185,11 +168,10 @@ def plain_knobs(config: dict[str, Any]) -> dict[str, Any]:
         >>> plain_knobs({"_desc_": "x", "slab_mm": 12.0, "loss": {"_target_": "Loss"}, "run": []})
         {'slab_mm': 12.0}
     """
-    sections = ("imports", "initialize", "run", "finalize")
     return {
         name: value
         for name, value in config.items()
-        if not name.startswith("_") and name not in sections and not isinstance(value, dict)
+        if not name.startswith("_") and name not in SECTIONS and not isinstance(value, dict)
     }
 
 
@@ -199,10 +181,6 @@ def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, An
     Args:
         config: executed config.
         free: knobs that may differ when a run is resumed: paths, logging, workers.
-
-    Example:
-        >>> knobs_that_bind({"seed": 1, "output_dir": "a", "net": {}}, free=["output_dir"])
-        {'seed': 1}
     """
     free = (*free, "bundle_root", "code_root", "code_path")
     return {name: value for name, value in plain_knobs(config).items() if name not in free}
@@ -210,19 +188,15 @@ def knobs_that_bind(config: dict[str, Any], free: Sequence[str]) -> dict[str, An
 
 def code_version() -> str:
     """Return the git commit of this code, with ``-dirty`` if files differ; "unknown" outside a checkout."""
+    here = Path(__file__).resolve()
     # git may know the folder around an unzipped bundle, but not this file
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return "unknown"
-    return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
-
-
-def _git(*arguments: str) -> str | None:
-    command, folder = ["git", *arguments], Path(__file__).resolve().parent
+    known = ["git", "ls-files", "--error-unmatch", here.name]
+    version = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+        subprocess.run(known, cwd=here.parent, capture_output=True, check=True)
+        return subprocess.check_output(version, cwd=here.parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no commit
+        return "unknown"
 
 
 def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
@@ -233,14 +207,12 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
         tracking_uri: the store.
         name: name of the experiment.
     """
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
+    if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
-    # MLflow would put the files of a database store under the working directory of the first run
     location = None
     if tracking_uri.startswith("sqlite:///"):
-        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-        location = (database.parent / "mlartifacts").as_uri()
+        # MLflow would put the files under the working directory of the first run
+        location = Path(tracking_uri.removeprefix("sqlite:///")).resolve().with_name("mlartifacts").as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 
@@ -267,23 +239,10 @@ def short_errors() -> None:
 def first_cause(error: BaseException) -> BaseException | None:
     """Return the first of an error and its causes that a user can fix; None if there is none.
 
-    What MONAI wraps around it is a RuntimeError; what ours was raised from is a library's words for it.
+    MONAI wraps RuntimeErrors around it; what ours was raised from is a library's words for it.
 
     Args:
         error: any error.
-
-    Example:
-        >>> try:
-        ...     try:
-        ...         try:
-        ...             raise EOFError("No data left in file")
-        ...         except EOFError as inner:
-        ...             raise ValueError("'a.npz' must be a readable index.") from inner
-        ...     except ValueError as ours:
-        ...         raise RuntimeError("Failed to instantiate") from ours
-        ... except RuntimeError as outer:
-        ...     first_cause(outer)
-        ValueError("'a.npz' must be a readable index.")
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, USER_ERRORS):
@@ -319,9 +278,6 @@ def must_exist(**paths: str | Path | None) -> None:
 
     Raises:
         FileNotFoundError: if one does not exist.
-
-    Example:
-        >>> must_exist(dataset_dir=".", skip_list=None)
     """
     for option, path in paths.items():
         if path is not None and not Path(path).exists():

@@ -15,7 +15,6 @@ from common.run.process import atomic_file
 SCHEMA_VERSION = 2
 FIELDS = ("ct.blosc2", "ts.png", "rex.png", "json")
 ABSENT = -1
-ABSENT_MEMBER = (ABSENT, ABSENT, 0)
 UNLABELLED = -1
 
 
@@ -23,8 +22,8 @@ class ShardIndex(NamedTuple):
     """Arrays of ``<shard>.index.npz``; none of them needs pickle.
 
     Args:
-        schema_version: of the shard; ``SCHEMA_VERSION`` is what this code reads and writes.
-        split: of every volume in the shard.
+        schema_version: ``SCHEMA_VERSION`` is what this code reads and writes.
+        split: split of every volume in the shard.
         plan: fingerprint of what the shard was to hold; empty where the writer gave none.
         tar_bytes: size of the tar, so that a truncated or exchanged one is noticed.
         member_offset: ``(S, F)`` int64, first byte of a member's data in the tar; -1 where absent.
@@ -45,7 +44,7 @@ class ShardIndex(NamedTuple):
         slice_has_rex: ``(S,)`` whether any finding is in the slice.
         label_names: ``(C,)``; empty where no volume has labels.
         labels: ``(N, C)`` int8, 0 or 1; -1 in the row of a volume without labels.
-        rejected_volume: ``(R,)`` volumes the plan names that could not be read.
+        rejected_volume: ``(R,)`` volumes of the plan that could not be read.
         rejected_reason: ``(R,)`` why.
         rejected_detail: ``(R,)`` one line for a person.
     """
@@ -78,7 +77,7 @@ class ShardIndex(NamedTuple):
 
     @property
     def rejections(self) -> list[RejectedVolume]:
-        """Volumes that the plan names and the shard does without."""
+        """Volumes of the plan that the shard does without."""
         rows = zip(self.rejected_volume, self.rejected_reason, self.rejected_detail, strict=True)
         return [RejectedVolume(str(volume), str(reason), str(detail)) for volume, reason, detail in rows]
 
@@ -89,12 +88,7 @@ class ShardIndex(NamedTuple):
 
 
 def index_path(shard: Path) -> Path:
-    """Path of the index that belongs to ``<name>.tar``.
-
-    Example:
-        >>> index_path(Path("shards/train-000000.tar")).name
-        'train-000000.index.npz'
-    """
+    """Return the path of the index that belongs to ``<name>.tar``."""
     return shard.with_suffix(".index.npz")
 
 
@@ -105,13 +99,7 @@ def save_index(shard: Path, index: ShardIndex) -> None:
 
 
 def load_index(shard: Path) -> ShardIndex:
-    """Read the index of a shard and check that it belongs to it.
-
-    Args:
-        shard: path of the tar.
-
-    Returns:
-        The arrays.
+    """Read the index of a shard (path of the tar) and check that it belongs to it.
 
     Raises:
         FileNotFoundError: if the shard or its index is missing: an interrupted run leaves such shards.
@@ -122,7 +110,7 @@ def load_index(shard: Path) -> ShardIndex:
     for file in (shard, path):
         if not file.is_file():
             raise FileNotFoundError(
-                f"'{file}' must exist. Run the same python -m data_prep command again: it resumes."
+                f"No '{file}'. Run the same python -m data_prep command again: it resumes."
             )
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -132,7 +120,7 @@ def load_index(shard: Path) -> ShardIndex:
                 index = ShardIndex(**{"doubts": np.full(len(known["volume"]), ""), **known})
     except (OSError, KeyError, ValueError, TypeError, SyntaxError, MemoryError, *DAMAGED_ZIP) as error:
         raise ValueError(
-            f"'{path}' must be a readable index, got {error}. Delete the shard and run data_prep again."
+            f"Cannot read index '{path}': {error}. Delete the shard and run data_prep again."
         ) from error
     if version != SCHEMA_VERSION:
         raise ValueError(
@@ -143,14 +131,14 @@ def load_index(shard: Path) -> ShardIndex:
     size = shard.stat().st_size
     if size != index.tar_bytes:
         raise ValueError(
-            f"'{shard}' must have {index.tar_bytes} bytes as its index says, got {size}. "
+            f"'{shard}' has {size} bytes, and its index says {index.tar_bytes}. "
             "Copy it again, or delete it and run data_prep again."
         )
     return index
 
 
 def _check_rows(index: ShardIndex, path: Path) -> None:
-    """Refuse arrays that do not belong together: a volume would be read at another one's place."""
+    """Refuse arrays that do not belong together: slices would be read at another volume's place."""
     per_slice = {"member_offset", "member_size", "member_crc32", "slice_has_ts", "slice_has_rex"}
     once = {"schema_version", "split", "plan", "tar_bytes", "label_names"}
     expected = {"volume": len(index.num_slices), "slice": int(index.num_slices.sum())}
@@ -159,107 +147,16 @@ def _check_rows(index: ShardIndex, path: Path) -> None:
         rows = np.shape(getattr(index, name))[:1]
         if name not in once and not name.startswith("rejected") and rows != (expected[kind],):
             raise ValueError(
-                f"{name} must have {expected[kind]} rows, one a {kind}, got {rows} in '{path}'. "
+                f"{name} must have {expected[kind]} rows, one per {kind}, got {rows} in '{path}'. "
                 "Delete the shard and run data_prep again."
             )
 
 
-class IndexBuilder:
-    """Collects what a shard holds while it is written.
-
-    Args:
-        split: of every volume.
-    """
-
-    def __init__(self, split: str) -> None:
-        self.split = split
-        self.volumes: dict[str, dict[str, object]] = {}
-        self.labels: list[dict[str, int] | None] = []
-        self.rejected: list[RejectedVolume] = []
-        self.members: list[list[tuple[int, int, int]]] = []
-        self.slice_flags: list[tuple[bool, bool]] = []
-
-    def add_slice(self, members: list[tuple[int, int, int]], has_ts: bool, has_rex: bool) -> None:
-        """Note a sample: first byte, size and CRC of each field's member or ``ABSENT_MEMBER``, two flags."""
-        self.members.append(members)
-        self.slice_flags.append((has_ts, has_rex))
-
-    def add_volume(self, volume: str, labels: dict[str, int] | None, **columns: object) -> None:
-        """Note a volume after its slices.
-
-        Args:
-            volume: name.
-            labels: class name to 0 or 1, or None.
-            columns: the other per-volume fields of ``ShardIndex``.
-
-        Raises:
-            ValueError: if the name is there already, or the labels name other classes than an earlier one's.
-        """
-        if volume in self.volumes:
-            raise ValueError(f"volume must come once in a shard, got '{volume}' twice.")
-        if labels is not None and list(labels) != (self._label_names() or list(labels)):
-            raise ValueError(
-                f"labels must name the same classes in a shard, got {list(labels)} for volume '{volume}'."
-            )
-        self.volumes[volume] = columns
-        self.labels.append(labels)
-
-    def build(self, plan: str, tar_bytes: int) -> ShardIndex:
-        """Return the index of the finished tar."""
-        names = self._label_names()
-        labels = [[UNLABELLED] * len(names) if row is None else list(row.values()) for row in self.labels]
-        members = np.array(self.members, np.int64).reshape(len(self.members), len(FIELDS), 3)
-        flags = np.array(self.slice_flags, bool).reshape(-1, 2)
-        return ShardIndex(
-            schema_version=np.int64(SCHEMA_VERSION),
-            split=np.array(self.split),
-            plan=np.array(plan),
-            tar_bytes=np.int64(tar_bytes),
-            member_offset=members[..., 0],
-            member_size=members[..., 1].astype(np.int32),
-            member_crc32=members[..., 2].astype(np.uint32),
-            volume=np.array(list(self.volumes), np.str_),
-            num_slices=self._column("num_slices", np.int64),
-            spacing_mm=self._column("spacing_mm", np.float64, 3),
-            shape=self._column("shape", np.int64, 2),
-            original_shape=self._column("original_shape", np.int64, 3),
-            original_axcodes=self._column("original_axcodes", np.str_),
-            source=self._column("source", np.str_),
-            source_sha256=self._column("source_sha256", np.str_),
-            doubts=self._column("doubts", np.str_),
-            has_ts=self._column("has_ts", np.bool_),
-            has_rex=self._column("has_rex", np.bool_),
-            slice_has_ts=flags[:, 0],
-            slice_has_rex=flags[:, 1],
-            label_names=np.array(names, np.str_),
-            labels=np.array(labels, np.int8).reshape(len(labels), len(names)),
-            rejected_volume=np.array([row.volume for row in self.rejected], np.str_),
-            rejected_reason=np.array([row.reason for row in self.rejected], np.str_),
-            rejected_detail=np.array([row.detail for row in self.rejected], np.str_),
-        )
-
-    def _label_names(self) -> list[str]:
-        return next((list(labels) for labels in self.labels if labels is not None), [])
-
-    def _column(self, name: str, dtype: type, *width: int) -> np.ndarray:
-        return np.array([columns[name] for columns in self.volumes.values()], dtype).reshape(-1, *width)
-
-
 class VolumeEntry(NamedTuple):
-    """One volume of a shard set.
+    """One volume of a shard set: rows of ``ShardIndex`` as Python's own types.
 
-    Args:
-        volume: name.
-        shard: path of the tar.
-        first_sample: place of its first slice in the shard.
-        num_slices: its slices.
-        spacing_mm: as (x, y, z).
-        shape: height and width of its slices.
-        has_ts: whether it has a TotalSegmentator label map.
-        has_rex: whether it is annotated by ReXGroundingCT.
-        labels: class name to 0 or 1, or None.
-        source: path of the CT, of a DICOM series its folder, relative to the input folder.
-        source_sha256: of the CT's bytes; of several files, of their digests in order.
+    ``shard`` is the path of the tar, ``first_sample`` the place of its first slice there, ``labels`` a class
+    name to 0 or 1, or None.
     """
 
     volume: str
@@ -276,12 +173,7 @@ class VolumeEntry(NamedTuple):
 
 
 def volume_entries(shard: str, index: ShardIndex) -> list[VolumeEntry]:
-    """List the volumes of a shard.
-
-    Args:
-        shard: path of the tar.
-        index: of the shard.
-    """
+    """List the volumes of a shard, of which the path is given, too."""
     names, first_samples = index.label_names.tolist(), index.first_sample.tolist()
     return [
         VolumeEntry(

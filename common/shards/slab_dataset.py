@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.shards.codec import MASK_SIZE_PX
 from common.shards.index import UNLABELLED
 from common.shards.shards import ShardSet
-from common.shards.view_batches import collate_views
 from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan, cut_crops
 from common.transforms.patch_masks import PatchMasks, masked_places
+from common.transforms.view_batch import Batch, Sample, collate_views
 
 HEADER_TOLERANCE = 1e-6
 """Headers store spacings as float32: 4.8 mm reads 4.80000019 and must count as 4.8. Our choice, relative."""
@@ -32,8 +32,8 @@ def slab_num_slices(spacing_z_mm: float, slab_mm: float, volume: str = "") -> in
     Source: DALE-CT III-A, 12 mm. Rounding half up is our choice (the released code rounds half to even).
 
     Args:
-        spacing_z_mm: distance of neighbouring slices in mm.
-        slab_mm: thickness of the slab in mm; 0 for slabs of one slice, the pure 2D ablation of Table V.
+        spacing_z_mm: distance of neighbouring slices.
+        slab_mm: thickness of the slab; 0 for slabs of one slice, the pure 2D ablation of Table V.
         volume: named in the error.
 
     Raises:
@@ -46,10 +46,9 @@ def slab_num_slices(spacing_z_mm: float, slab_mm: float, volume: str = "") -> in
     if not (math.isfinite(slab_mm) and slab_mm >= 0):
         raise ValueError(f"slab_mm must be positive, or 0 for single slices, got {slab_mm}.")
     if not (math.isfinite(spacing_z_mm) and spacing_z_mm > 0):
-        of = f" for volume '{volume}'" if volume else ""
         raise ValueError(
-            f"spacing_mm must be positive to cut {slab_mm} mm slabs, got {spacing_z_mm}{of}. "
-            "Prepare the shards again without it."
+            f"spacing_mm must be positive to cut {slab_mm} mm slabs, got {spacing_z_mm} for volume "
+            f"'{volume}'. Prepare the shards again without it."
         )
     return max(1, math.floor(slab_mm / spacing_z_mm * (1 + HEADER_TOLERANCE) + 0.5))
 
@@ -63,15 +62,11 @@ def slab_starts(num_slices: int, length: int) -> np.ndarray:
     Source: tiling from DALE-CT III-A; the full-length last slab is our choice (the released code keeps a
     short one).
 
-    Args:
-        num_slices: slices of the volume.
-        length: slices of a slab.
-
     Raises:
-        ValueError: if one of the two is not positive.
+        ValueError: if a number of slices is not positive.
 
     Example:
-        >>> slab_starts(29, 12)
+        >>> slab_starts(num_slices=29, length=12)
         array([ 0, 12, 17])
     """
     if num_slices < 1 or length < 1:
@@ -86,7 +81,7 @@ logger = logging.getLogger(__name__)
 OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
 
 
-class SlabViews(Dataset[dict[str, Any]]):
+class SlabViews(Dataset[Sample]):
     """Views of slabs, addressed by the place of the slab in the run.
 
     A step of the run takes the next slabs, one per sample of the global batch. Slab and views of the i-th
@@ -109,23 +104,13 @@ class SlabViews(Dataset[dict[str, Any]]):
         slab_mm: thickness of a slab in mm; 0 for single slices. Paper: 12.
         rex_fraction: share of slabs drawn from the ReX-annotated ones; None for one pool of all slabs, their
             natural share. Paper: 0.2.
-        seed: of everything random.
+        seed: seed of everything random.
         multi_crop: draws the views.
         with_masks: whether samples hold masks. Guidance reads the slab's masks either way.
         patch_masks: draws the masks of the global views; None for none.
 
     Attributes:
         label_names: labels of the volumes, in the order of ``labels``.
-
-    Shape:
-        An item is a dictionary for ``collate``, V = Vg + Vl views, global first: ``global_pixels``,
-        ``local_pixels`` int16 HU, the crops one after the other (``cut_crops``); ``boxes``, ``guide``,
-        ``points``, ``flips``, ``gamma``, ``blur_sigma`` of ``ViewPlan``; ``shape`` int32 (2,) of the slices;
-        with masks ``ts_planes`` uint8 ids, ``rex_planes`` int16 bits (planes, M, M), those used that are not
-        empty, and ``ts_plane``, ``rex_plane`` int64 (V,): the plane under each view, -1 for an empty one;
-        with ``patch_masks`` ``masks`` bool (Vg, P), and in a batch also what ``masked_places`` returns;
-        ``has_ts``, ``has_rex`` bool, of the volume; ``labels`` int8 (C,), 1, 0 or -1 where not labelled;
-        ``position``, ``first_slice`` int; ``volume`` str; ``spacing_mm`` float32 (3,), x y z.
 
     Raises:
         ValueError: if there is no volume, ``rex_fraction`` is not in [0, 1], ``slab_mm`` negative, or the
@@ -134,6 +119,7 @@ class SlabViews(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
+        *,
         shards: ShardSet,
         slab_mm: float,
         rex_fraction: float | None,
@@ -176,7 +162,7 @@ class SlabViews(Dataset[dict[str, Any]]):
         volume = int(self.slab_volumes[slab])
         return volume, int(self.slab_starts[slab]), int(self.slab_lengths[volume])
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
+    def __getitem__(self, place: int) -> Sample:
         """Return the views of a slab of the run, any place from 0."""
         volume, first, length = self.slab_of(place)
         entry = self.shards.volumes[volume]
@@ -185,7 +171,7 @@ class SlabViews(Dataset[dict[str, Any]]):
         rng = np.random.default_rng([self.seed, VIEWS, place])
         plan = self.multi_crop.draw(rng, length, entry.shape, ts, rex)
         num_global = self.multi_crop.num_views[0]
-        return {
+        sample = {
             "global_pixels": cut_crops(plan.boxes[:num_global], read_slice),
             "local_pixels": cut_crops(plan.boxes[num_global:], read_slice),
             **plan._asdict(),
@@ -200,13 +186,15 @@ class SlabViews(Dataset[dict[str, Any]]):
             "spacing_mm": np.asarray(entry.spacing_mm, np.float32),
             "position": place,
         }
+        return cast(Sample, sample)
 
-    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: Sequence[Sample]) -> Batch:
         """Put the samples of a step together; see ``collate_views``."""
         crop = self.multi_crop
         batch = collate_views(samples, crop.num_views[0], crop.sizes_px, crop.patch_size_px)
         if self.patch_masks:
-            batch |= masked_places(batch["masks"], self.patch_masks.most_masked(len(samples)))
+            bound = self.patch_masks.most_masked(len(samples))
+            batch["masked_places"], batch["masked_weights"] = masked_places(batch["masks"], bound)
         return batch
 
     def _labels(self, labels: dict[str, int] | None) -> np.ndarray:
@@ -258,18 +246,13 @@ class StepBatches(Sampler[list[int]]):
 
     Args:
         batch_size: samples per rank and step, B.
-        rank: of this process.
+        rank: number of this process.
         world_size: number of processes.
         start_step: first step. Set the attribute before iterating to resume.
 
     Raises:
         ValueError: if ``batch_size`` is not positive, ``rank`` not in [0, world_size) or ``start_step``
             negative.
-
-    Example:
-        >>> batches = iter(StepBatches(batch_size=2, rank=1, world_size=3, start_step=1))
-        >>> next(batches), next(batches)
-        ([8, 9], [14, 15])
     """
 
     def __init__(self, batch_size: int, rank: int, world_size: int, start_step: int = 0) -> None:
@@ -294,7 +277,7 @@ SHARED_MEMORY = Path("/dev/shm")
 SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
 
 
-class StepLoader(DataLoader):
+class StepLoader(DataLoader[Any]):
     """A DataLoader of ``SlabViews`` whose workers outlive the signals that stop a trainer at its next step.
 
     Args:

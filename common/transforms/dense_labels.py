@@ -62,22 +62,15 @@ def patch_bits(bits: np.ndarray, box: tuple[int, int, int], grid: int) -> NDArra
     Source: DALE-CT IV-A3, any positive in the cell; through the crop of the image as ``patch_shares``.
 
     Args:
-        bits: findings of each pixel, bit k for the k-th of ``common/labels/rexgroundingct.csv``; slices
-            padded to squares.
-        box: as in ``patch_shares``.
-        grid: as in ``patch_shares``.
+        bits: ``(S, H, H)`` uint16, bit k for the k-th of ``common/labels/rexgroundingct.csv``.
+        box: see ``patch_shares``.
+        grid: see ``patch_shares``.
 
-    Shape:
-        ``bits (S, H, H)`` uint16. Output: uint16 ``(S, P)``.
+    Returns:
+        uint16 ``(S, P)``.
 
     Raises:
         ValueError: if the shape or the box does not fit.
-
-    Example:
-        >>> bits = np.zeros((1, 4, 4), np.uint16)
-        >>> bits[0, 1, 3], bits[0, 2, 3] = 1, 4
-        >>> patch_bits(bits, (0, 0, 4), grid=2).tolist()
-        [[0, 1, 0, 4]]
     """
     _check(bits, box, grid)
     found = np.zeros((len(bits), grid * grid), np.uint16)
@@ -92,15 +85,7 @@ def patch_bits(bits: np.ndarray, box: tuple[int, int, int], grid: int) -> NDArra
 
 
 def slice_shares(shares: csr_matrix, patches: int) -> NDArray[np.float32]:
-    """Return the share of every slice that each class covers: the mean of its equally large patches.
-
-    Args:
-        shares: of ``patch_shares``.
-        patches: of a slice, P.
-
-    Shape:
-        Output: ``(S, C)``.
-    """
+    """Return the share ``(S, C)`` of every slice that each class covers: the mean of its P patches."""
     num_slices = shares.shape[0] // patches
     rows = np.repeat(np.arange(num_slices), np.diff(shares.indptr[::patches]))
     flat = np.bincount(

@@ -1,4 +1,4 @@
-"""Hounsfield windows: the only home of the clip ranges and z-scores of every encoder."""
+"""Hounsfield windows: the clip range and z-score of every encoder."""
 
 import math
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ Source: released configurations of DALE-CT; the paper's III-A lost the numbers.
 """
 
 
-def hu_window(name_or_values: str | Sequence[float]) -> HUWindow:
+def hu_window(hu_window: str | Sequence[float]) -> HUWindow:
     """Look a window up by name, or check four numbers given in its place.
 
     Args:
-        name_or_values: a key of ``HU_WINDOWS``, or minimum, maximum, mean and standard deviation in HU.
+        hu_window: key of ``HU_WINDOWS``, or minimum, maximum, mean and standard deviation in HU.
 
     Raises:
         KeyError: if no window has that name.
@@ -43,13 +43,13 @@ def hu_window(name_or_values: str | Sequence[float]) -> HUWindow:
         >>> hu_window([-1000, 1000, 0, 500])
         HUWindow(min_hu=-1000.0, max_hu=1000.0, mean_hu=0.0, std_hu=500.0)
     """
-    if isinstance(name_or_values, str):
-        if name_or_values not in HU_WINDOWS:
+    if isinstance(hu_window, str):
+        if hu_window not in HU_WINDOWS:
             raise KeyError(
-                f"hu_window must be one of {sorted(HU_WINDOWS)} or four numbers, got '{name_or_values}'."
+                f"hu_window must be one of {sorted(HU_WINDOWS)} or four numbers, got '{hu_window}'."
             )
-        return HU_WINDOWS[name_or_values]
-    values = [float(value) for value in name_or_values]
+        return HU_WINDOWS[hu_window]
+    values = [float(value) for value in hu_window]
     if len(values) != 4 or not all(math.isfinite(value) for value in values):
         raise ValueError(f"hu_window must be four finite numbers (min, max, mean, std) in HU, got {values}.")
     window = HUWindow(*values)
@@ -69,9 +69,5 @@ def normalize_hu(hu: torch.Tensor, window: HUWindow) -> torch.Tensor:
 
     Returns:
         float32 of the same shape, without unit.
-
-    Example:
-        >>> normalize_hu(torch.tensor([-3000, 100, 3000]), HUWindow(-1000, 1000, 100, 300))
-        tensor([-3.6667,  0.0000,  3.0000])
     """
     return (hu.float().clamp(window.min_hu, window.max_hu) - window.mean_hu) / window.std_hu

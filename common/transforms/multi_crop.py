@@ -1,4 +1,4 @@
-"""Label-guided, depth-aware multi-crop: global views of the centre slice, local views across the slab."""
+"""Draws label-guided, depth-aware views: global ones of the centre slice, local ones across the slab."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,31 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# S slices, M side of the mask grid, N views, P view size
+# S slices, M side of the mask grid, N V views (Vg global first, then Vl local), P view size, H W pixels
 
 
 class PositiveCells:
-    """Positive cells of a slab's mask, in the order of slice, row and column.
+    """Positive cells of a slab's mask ``(S, M, M)``, in the order of slice, row and column.
 
-    They are counted by row, and looked for in the rows that are asked for alone.
-
-    Args:
-        mask: positive where not 0.
-
-    Shape:
-        ``(S, M, M)``.
-
-    Attributes:
-        by_slice: number of positive cells in each slice ``(S,)``.
-
-    Example:
-        >>> mask = np.zeros((3, 4, 4), np.uint8)
-        >>> mask[2, 1, 3] = 7
-        >>> cells = PositiveCells(mask)
-        >>> cells.by_slice
-        array([0, 0, 1])
-        >>> cells.take(np.array([0]))
-        (array([2]), array([[1, 3]]))
+    They are counted by row, and looked for only in the rows that are asked for. ``by_slice (S,)`` is their
+    number in each slice.
     """
 
     def __init__(self, mask: np.ndarray) -> None:
@@ -42,11 +25,7 @@ class PositiveCells:
         self.by_slice = by_row.sum(1)
 
     def take(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the cells of the given ranks, each from 0 to the number of positive cells, exclusive.
-
-        Returns:
-            Slices ``(N,)``, and (row, column) in the grid ``(N, 2)``.
-        """
+        """Find the cells of ranks from 0: their slices ``(N,)``, and (row, column) in the grid ``(N, 2)``."""
         rows = np.searchsorted(self._up_to_row, ranks, side="right")
         cells = self._positive.reshape(len(self._up_to_row), -1)[rows]
         before = self._up_to_row[rows] - cells.sum(1)
@@ -71,7 +50,7 @@ def nearest_cells(
         grid: cells of the mask.
 
     Shape:
-        All ``(N,)``. Output: int64 ``(N, P)``.
+        ``(N,)`` each. Output: int64 ``(N, P)``.
 
     Example:
         >>> nearest_cells(torch.tensor([4]), torch.tensor([8]), 4, torch.tensor([16]), grid=8)
@@ -80,9 +59,6 @@ def nearest_cells(
     centres = 2 * torch.arange(size_px, device=starts_px.device) + 1
     pixels = starts_px.long()[:, None] + centres * sides_px.long()[:, None] // (2 * size_px)
     return (2 * pixels + 1) * grid // (2 * lengths_px.long()[:, None])
-
-
-# V views (Vg global first, then Vl local), S view size, M side of the mask grid, H W slice pixels
 
 
 UNGUIDED, GUIDED_BY_TS, GUIDED_BY_REX = 0, 1, 2
@@ -147,30 +123,25 @@ class RandSlabMultiCrop:
 
     Raises:
         ValueError: if an argument is out of range or the sizes are no multiples of the patch size.
-
-    Example:
-        >>> multi_crop = RandSlabMultiCrop(32, 16, patch_size_px=16)
-        >>> plan = multi_crop.draw(np.random.default_rng(0), slab_len=5, shape=(64, 64), ts=None, rex=None)
-        >>> plan.boxes[:2, 0]
-        array([2, 2], dtype=int32)
     """
 
     def __init__(
         self,
+        *,
         global_size_px: int,
         local_size_px: int,
         patch_size_px: int,
-        num_global: int = 2,
-        num_local: int = 8,
-        global_scale: Sequence[float] = (0.6, 1.0),
-        local_scale: Sequence[float] = (0.3, 0.6),
-        guided_prob: float | Sequence[float] = 0.8,
-        guidance: str = "paper",
-        gamma_prob: float = 0.8,
-        gamma_range: Sequence[float] = (0.9, 1.1),
-        blur_probs: Sequence[float] = (0.5, 0.1),
-        blur_sigma_range: Sequence[float] = (0.1, 2.0),
-        flip_prob: float = 0.0,
+        num_global: int,
+        num_local: int,
+        global_scale: Sequence[float],
+        local_scale: Sequence[float],
+        guided_prob: float | Sequence[float],
+        guidance: str,
+        gamma_prob: float,
+        gamma_range: Sequence[float],
+        blur_probs: Sequence[float],
+        blur_sigma_range: Sequence[float],
+        flip_prob: float,
     ) -> None:
         _check_size("global_size_px", global_size_px, patch_size_px)
         _check_size("local_size_px", local_size_px, patch_size_px)
@@ -229,14 +200,14 @@ class RandSlabMultiCrop:
         sides = np.floor(rng.uniform(scales[:, 0], scales[:, 1]) * min(shape) + 0.5).clip(1)
         slices = np.full(num_views, slab_len // 2)
         slices[num_global:] = rng.integers(slab_len, size=num_local)
-        lucky = rng.random(num_views) < self.guided_probs
+        is_guided = rng.random(num_views) < self.guided_probs
         ranks, within = rng.random(num_views), rng.random((num_views, 2))
         guide, points = np.full(num_views, UNGUIDED, np.int8), np.full((num_views, 2), np.nan)
         for kind, mask in ((GUIDED_BY_REX, rex), (GUIDED_BY_TS, ts)):  # findings come first
             if mask is None:
                 continue
             cells = PositiveCells(mask)
-            firsts, counts = self._choices(kind, cells.by_slice, slices, lucky)
+            firsts, counts = self._choices(kind, cells.by_slice, slices, is_guided)
             chosen = (counts > 0) & (guide == UNGUIDED)
             found = firsts[chosen] + (ranks[chosen] * counts[chosen]).astype(np.intp)
             slices[chosen], places = cells.take(found)
@@ -253,13 +224,13 @@ class RandSlabMultiCrop:
         return ViewPlan(boxes, guide, points.astype(np.float32), flips, gamma, sigma)
 
     def _choices(
-        self, kind: int, by_slice: np.ndarray, slices: np.ndarray, lucky: np.ndarray
+        self, kind: int, by_slice: np.ndarray, slices: np.ndarray, is_guided: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """First rank and number of the positive cells that each view may be centred on."""
         is_global = np.arange(len(slices)) < self.num_views[0]
-        wanted, bound_to_slice = lucky, is_global
+        wanted, bound_to_slice = is_guided, is_global
         if self.guidance == "released":
-            wanted = ~is_global & (lucky | (kind == GUIDED_BY_TS))
+            wanted = ~is_global & (is_guided | (kind == GUIDED_BY_TS))
             bound_to_slice = ~is_global
         up_to = np.concatenate([[0], by_slice.cumsum()])
         firsts = np.where(bound_to_slice, up_to[slices], 0)
@@ -272,14 +243,10 @@ def cut_crops(boxes: np.ndarray, read_slice: Callable[[int], np.ndarray]) -> np.
 
     Args:
         boxes: of ``ViewPlan``, (V, 4).
-        read_slice: returns a slice of the slab, int16 HU (H, W); called once a slice used.
+        read_slice: returns a slice of the slab, int16 HU (H, W); called once per slice used.
 
     Returns:
         int16 HU (sum of the squares of the sides,): crop after crop, each by rows.
-
-    Example:
-        >>> cut_crops(np.array([[1, 0, 1, 2], [0, 2, 2, 1]]), lambda z: np.arange(9).reshape(3, 3) + 10 * z)
-        array([11, 12, 14, 15,  8], dtype=int16)
     """
     ends = (boxes[:, 3].astype(np.int64) ** 2).cumsum()
     pixels = np.empty(ends[-1], np.int16)
@@ -306,7 +273,7 @@ def _check_views(num_global: int, num_local: int, blur_probs: Sequence[float]) -
         raise ValueError(f"num_global and num_local must be positive, got {num_global} and {num_local}.")
     if len(blur_probs) != num_global:
         raise ValueError(
-            f"blur_probs must have one entry a global view, got {len(blur_probs)} for {num_global}."
+            f"blur_probs must have one entry per global view, got {len(blur_probs)} for {num_global}."
         )
 
 
@@ -315,7 +282,7 @@ def _for_each_view(guided_prob: float | Sequence[float], num_views: int) -> Sequ
         return [guided_prob] * num_views
     if len(guided_prob) != num_views:
         raise ValueError(
-            f"guided_prob must be one number or one a view, got {len(guided_prob)} for {num_views} views."
+            f"guided_prob must be one number or one per view, got {len(guided_prob)} for {num_views} views."
         )
     return guided_prob
 

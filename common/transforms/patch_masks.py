@@ -22,8 +22,8 @@ TRIES = 10
 class PatchMasks:
     """Draw block-wise masks for the global views of a slab.
 
-    Of the ``8 Vg`` global views of eight slabs in a row exactly the share ``sample_prob`` is masked, and each
-    of them draws its ratio from a part of its own of ``ratio``, as DINOv2 shares them out over the batch of a
+    Of the ``8 Vg`` global views of eight slabs in a row exactly ``mask_sample_prob`` are masked, and each
+    of them draws its ratio from its own part of ``mask_ratio``, as DINOv2 shares them out over the batch of a
     GPU. Eight instead of a batch make the masks of a slab a function of the seed and its place in the run,
     whatever the number of ranks, and the number of masked patches of a batch has a small fixed bound. A mask
     is made of rectangles, each of at least 4 patches and between 0.3 and 3.3 times as high as wide, until the
@@ -32,53 +32,46 @@ class PatchMasks:
     Source: BEiT, arXiv:2106.08254, Alg. 1; DINOv2. Probability and ratio: DALE-CT III-B.
 
     Args:
-        grid: patches along a side of a global view.
+        global_size_px: side of a global view.
+        patch_size_px: side of a patch.
         num_global: Vg.
-        seed: of everything random.
-        sample_prob: share of the global views that have a mask. Paper: 0.5.
-        ratio: range of the share of masked patches in such a view. Paper: 0.1-0.5.
+        seed: seed of everything random.
+        mask_sample_prob: share of the global views that have a mask. Paper: 0.5.
+        mask_ratio: range of the share of masked patches in such a view. Paper: 0.1-0.5.
 
     Raises:
-        ValueError: if ``sample_prob`` or ``ratio`` is out of range, or no view is masked.
-
-    Example:
-        >>> masks = PatchMasks(grid=16, num_global=2, seed=0)
-        >>> drawn = np.stack([masks.draw(place) for place in range(8)])
-        >>> drawn.shape, int(drawn.any(-1).sum())
-        ((8, 2, 256), 8)
+        ValueError: if ``mask_sample_prob`` or ``mask_ratio`` is out of range, or no view is masked.
     """
 
     def __init__(
         self,
-        grid: int,
+        *,
+        global_size_px: int,
+        patch_size_px: int,
         num_global: int,
         seed: int,
-        sample_prob: float = 0.5,
-        ratio: tuple[float, float] = (0.1, 0.5),
+        mask_sample_prob: float,
+        mask_ratio: tuple[float, float],
     ) -> None:
-        if not 0 < sample_prob <= 1:
-            raise ValueError(f"sample_prob must be above 0 and at most 1, got {sample_prob}.")
-        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] <= 1:
+        if not 0 < mask_sample_prob <= 1:
+            raise ValueError(f"mask_sample_prob must be above 0 and at most 1, got {mask_sample_prob}.")
+        if len(mask_ratio) != 2 or not 0 < mask_ratio[0] <= mask_ratio[1] <= 1:
             raise ValueError(
-                f"ratio must be two increasing numbers above 0 and at most 1, got {list(ratio)}."
+                f"mask_ratio must be two increasing numbers above 0 and at most 1, got {list(mask_ratio)}."
             )
-        self.grid = grid
+        self.grid = grid = global_size_px // patch_size_px
         self.num_global = num_global
         self.seed = seed
-        self.num_masked = int(SAMPLES_TOGETHER * num_global * sample_prob)
-        if self.num_masked < 1 or int(grid * grid * ratio[1]) < 1:
+        self.num_masked = int(SAMPLES_TOGETHER * num_global * mask_sample_prob)
+        if self.num_masked < 1 or int(grid * grid * mask_ratio[1]) < 1:
             raise ValueError(
-                f"sample_prob and ratio must mask a patch of {SAMPLES_TOGETHER} samples, got {sample_prob} "
-                f"and {list(ratio)} for {num_global} views of {grid} x {grid} patches."
+                f"mask_sample_prob and mask_ratio must mask a patch of {SAMPLES_TOGETHER} samples, "
+                f"got {mask_sample_prob} and {list(mask_ratio)} for {num_global} views of {grid**2} patches."
             )
-        self.ratios = np.linspace(*ratio, self.num_masked + 1)
+        self.ratios = np.linspace(*mask_ratio, self.num_masked + 1)
 
     def draw(self, place: int) -> np.ndarray:
-        """Return the masks of a slab, bool (Vg, P).
-
-        Args:
-            place: of the slab in the run.
-        """
+        """Return the masks of a slab, bool (Vg, P), from its place in the run."""
         together, own = divmod(place, SAMPLES_TOGETHER)
         shared = np.random.default_rng([self.seed, MASKS, together, 0])
         parts = shared.permutation(SAMPLES_TOGETHER * self.num_global)
@@ -100,13 +93,7 @@ class PatchMasks:
 
 
 def block_mask(rng: np.random.Generator, grid: int, num_patches: int) -> np.ndarray:
-    """Draw a mask of rectangles, bool (grid, grid), with at most ``num_patches`` patches.
-
-    Args:
-        rng: the only source of randomness.
-        grid: patches along a side.
-        num_patches: how many to mask.
-    """
+    """Draw a mask of rectangles, bool (grid, grid), with at most ``num_patches`` patches."""
     mask = np.zeros((grid, grid), bool)
     missing, failures = num_patches, 0
     while missing > 0 and failures < TRIES:
@@ -125,23 +112,18 @@ def block_mask(rng: np.random.Generator, grid: int, num_patches: int) -> np.ndar
     return mask
 
 
-def masked_places(masks: torch.Tensor, bound: int) -> dict[str, torch.Tensor]:
-    """Return where the masked patches of a batch are, in a fixed number of entries.
+def masked_places(masks: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the masked patches of a batch are, in a fixed number of entries, and their weights.
 
     Args:
-        masks: of the batch.
-        bound: entries; those that are not needed point to the first patch with weight 0.
+        masks: ``(B, Vg, P)`` bool.
+        bound: M entries; those that are not needed point to the first patch with weight 0.
 
-    Shape:
-        masks ``(B, Vg, P)`` bool. Output: ``masked_places`` int64 ``(M,)``, places among all ``B Vg P``;
-        ``masked_weights`` float32 ``(M,)``, one over the number of masked patches of the view.
+    Returns:
+        int64 ``(M,)``, places among all ``B Vg P``; float32 ``(M,)``, one over the view's masked patches.
 
     Raises:
         ValueError: if there are more masked patches than entries.
-
-    Example:
-        >>> masked_places(torch.tensor([[[False, True, True]], [[False, False, True]]]), bound=4)
-        {'masked_places': tensor([1, 2, 5, 0]), 'masked_weights': tensor([0.5000, 0.5000, 1.0000, 0.0000])}
     """
     found = masks.flatten().nonzero().flatten()
     if len(found) > bound:
@@ -150,4 +132,4 @@ def masked_places(masks: torch.Tensor, bound: int) -> dict[str, torch.Tensor]:
     places, weights = torch.zeros(bound, dtype=torch.int64), torch.zeros(bound)
     places[: len(found)] = found
     weights[: len(found)] = by_view.expand(masks.shape).flatten()[found]
-    return {"masked_places": places, "masked_weights": weights}
+    return places, weights

@@ -1,9 +1,10 @@
-"""From masks under views to soft labels of each whole view (CLS) and of each of its patches, by counting."""
+"""Counts masks under views into soft labels of each whole view (CLS) and of each of its patches."""
 
 # N views, S view size, P patches in row-major order, G patches along a side, M side of the mask grid,
 # D mask cells that a patch may touch along a side, L planes, C classes
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +19,8 @@ class PatchCells(NamedTuple):
     The nearest resize of a mask is separable, so that a pixel's cell is its row's and its column's. A patch
     touches few cells: with 16 pixels a side at the paper's scales at most 9 x 9, where it has 256 pixels.
 
-    Shape:
-        ``rows``, ``columns`` int64 (N, G, D): cells, clipped to the grid. ``row_pixels``, ``column_pixels``
-        float32 (N, G, D): pixels over each; 0 for cells that the patch does not touch. ``patch_size_px`` is
-        their sum.
+    ``rows``, ``columns`` int64 (N, G, D): cells, clipped to the grid. ``row_pixels``, ``column_pixels``
+    float32 (N, G, D): pixels over each, ``patch_size_px`` in all; 0 for cells that the patch does not touch.
     """
 
     rows: torch.Tensor
@@ -40,10 +39,6 @@ def most_cells_per_patch(side_px: int, size_px: int, length_px: int, patch_size_
         length_px: pixels of the slice.
         patch_size_px: pixels of a patch.
         grid: cells of the mask, M.
-
-    Example:
-        >>> most_cells_per_patch(side_px=307, size_px=144, length_px=512, patch_size_px=16, grid=128)
-        9
     """
     slice_pixels = math.ceil((patch_size_px - 1) * side_px / size_px)
     return math.ceil(slice_pixels * grid / length_px) + 1
@@ -53,6 +48,7 @@ def patch_cells(
     boxes: torch.Tensor,
     flips: torch.Tensor,
     shapes: torch.Tensor,
+    *,
     size_px: int,
     patch_size_px: int,
     grid: int,
@@ -64,9 +60,9 @@ def patch_cells(
         boxes: of ``ViewPlan``: slice, top, left, side.
         flips: whether a view is mirrored, columns reversed.
         shapes: height and width of each view's slice.
-        size_px: pixels of a view, S.
-        patch_size_px: pixels of a patch.
-        grid: cells of the mask, M.
+        size_px: see ``most_cells_per_patch``.
+        patch_size_px: see ``most_cells_per_patch``.
+        grid: see ``most_cells_per_patch``.
         most_cells: D, at least ``most_cells_per_patch`` of every view; stated because the device is not
             asked.
 
@@ -114,7 +110,8 @@ def coverage_fractions(
     Example:
         >>> planes = torch.tensor([[[0, 1], [0, 2]]], dtype=torch.uint8)
         >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, 4, patch_size_px=2, grid=2, most_cells=2)
+        >>> sizes = {"size_px": 4, "patch_size_px": 2, "grid": 2, "most_cells": 2}
+        >>> cells = patch_cells(box, torch.tensor([False]), shape, **sizes)
         >>> cls, patches = coverage_fractions(planes, torch.tensor([0]), cells, num_classes=3)
         >>> cls
         tensor([[0.5000, 0.2500, 0.2500]])
@@ -138,19 +135,12 @@ def finding_presence(
 
     Args:
         planes: findings of every cell, bit k for the k-th of ``common/labels/rexgroundingct.csv``.
-        plane: which of them lies under each view.
-        cells: of the views.
+        plane: see ``coverage_fractions``.
+        cells: see ``coverage_fractions``.
         num_classes: C. ReXGroundingCT: 14.
 
     Shape:
         As ``coverage_fractions``.
-
-    Example:
-        >>> planes = torch.tensor([[[0, 1], [0, 3]]], dtype=torch.int16)
-        >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, 4, patch_size_px=4, grid=2, most_cells=2)
-        >>> finding_presence(planes, torch.tensor([0]), cells, num_classes=3)[0]
-        tensor([[1., 1., 0.]])
     """
     counts = _finding_counts(planes, plane, cells, num_classes)
     return counts.any(1).float(), (counts > 0).float()
@@ -163,23 +153,14 @@ def finding_fractions(
 
     Source: released DALE-CT code; the paper's text says presence, for which see ``finding_presence``.
 
-    Args:
-        planes: as in ``finding_presence``.
-        plane: as in ``finding_presence``.
-        cells: as in ``finding_presence``.
-        num_classes: as in ``finding_presence``.
-
-    Shape:
-        As ``coverage_fractions``.
-
-    Example:
-        >>> planes = torch.tensor([[[0, 1], [0, 3]]], dtype=torch.int16)
-        >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
-        >>> cells = patch_cells(box, torch.tensor([False]), shape, 4, patch_size_px=4, grid=2, most_cells=2)
-        >>> finding_fractions(planes, torch.tensor([0]), cells, num_classes=3)[0]
-        tensor([[0.5000, 0.2500, 0.0000]])
+    Arguments and shapes are those of ``finding_presence``.
     """
     return _shares(_finding_counts(planes, plane, cells, num_classes), cells.patch_size_px)
+
+
+Labels = Callable[[torch.Tensor, torch.Tensor, PatchCells], tuple[torch.Tensor, torch.Tensor]]
+REX_TARGETS: Mapping[str, Labels] = {"presence": finding_presence, "fraction": finding_fractions}
+"""What a finding's soft label is, by the name that recipes use."""
 
 
 def _cells_of_patches(

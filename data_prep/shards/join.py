@@ -50,7 +50,7 @@ def merge_indices(parts: Sequence[ShardIndex], plan: str, tar_bytes: int) -> Sha
         tar_bytes: of the whole.
 
     Returns:
-        What ``IndexBuilder`` would have built for all the volumes at once.
+        What ``write_shard`` would have built for all the volumes at once.
 
     Raises:
         ValueError: if parts differ in the classes of their labels.

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.run.process import flush_folder
-from common.shards.codec import VolumeSlices
 from common.shards.index import ShardIndex, index_path, load_index
-from common.shards.shards import PARTS, parse_shard_name, write_tar
+from common.shards.shards import PARTS, parse_shard_name
+from common.shards.writer import VolumeSlices, write_tar
 from data_prep.shards.join import join_tars
 from data_prep.shards.plan import PlannedShard, PlannedVolume, parts_folder, unexpected_error
 from data_prep.sources.source_volume import SourceVolume, read_volume

@@ -9,7 +9,7 @@ from common.ct.files import VOLUME_NAME, CTFile, only_file, unique_names, volume
 from common.ct.geometry import CT, Grid, canonical_shape
 from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError, RejectedVolume
-from common.shards.codec import VolumeSlices
+from common.shards.writer import VolumeSlices
 from data_prep.sources.rexgroundingct import Annotation, read_findings
 from data_prep.sources.totalsegmentator import read_label_map
 

@@ -1,23 +1,105 @@
 """What the tests of bundle runs share: little shards, and commands as users type them."""
 
+import csv
 import importlib.util
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from monai.bundle import ConfigWorkflow
 
-from common.shards.shards import VolumeSlices, write_shard
+from common.cohort.class_map import class_map
+from common.cohort.cohort import load_labels
+from common.embeddings.store import EmbeddingStoreWriter
+from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+
+
+@pytest.fixture
+def workflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ConfigWorkflow]]:
+    """Return ``open(bundle, config, *overlays, **knobs)``: an initialized bundle that writes to tmp_path."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # bundles set it, and what signals do
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def make(bundle: str, config: str, *overlays: Path, **knobs: Any) -> ConfigWorkflow:
+        files = [BUNDLES / bundle / "configs" / f"{config}.json", *overlays]
+        settings = {"bundle_root": BUNDLES / bundle, "output_dir": tmp_path / "out"}
+        if "tracking_uri" in json.loads(files[0].read_text()):
+            settings |= {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+            settings |= {"results_csv": tmp_path / "results.csv"} if bundle.startswith("eval") else {}
+        settings |= knobs
+        paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+        kind = {"train": "train", "inference": "inference"}.get(config, "infer")
+        found = ConfigWorkflow(
+            [str(file) for file in files], workflow_type=kind, logging_file=False, **settings | paths
+        )
+        found.initialize()
+        return found
+
+    yield make
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def embed_labels(
+    folder: Path, labels: dict[str, np.ndarray], names: list[str], labels_csv: Path, shown: dict | None = None
+) -> None:
+    """Write a store whose dimension c is raised in all slices of a volume with label c, and its labels.
+
+    Args:
+        folder: folder of the store.
+        labels: volume to the labels that its embedding shows.
+        names: columns of the CSV.
+        labels_csv: CSV to write.
+        shown: volume to its cells, where they are others.
+    """
+    rng = np.random.default_rng(len(labels))
+    identity = {"encoder": "dale_ct_2s", "encoder_id": "x", "preprocessing": "cropped_256"}
+    identity |= {"slice_order": "feet_to_head", "token_kind": "slice"}
+    with EmbeddingStoreWriter(folder, identity, "float16") as writer:
+        for volume, positive in labels.items():
+            tokens = rng.standard_normal((int(rng.integers(3, 9)), 23))
+            tokens[:, : len(positive)] += 2 * positive
+            writer.add(
+                volume, torch.from_numpy(tokens), (0.8, 0.8, 2.0), z_mm=2.0 * torch.arange(len(tokens))
+            )
+    labels_csv.parent.mkdir(parents=True, exist_ok=True)
+    rows = [["VolumeName", *names], *([volume, *cells] for volume, cells in (shown or labels).items())]
+    with labels_csv.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.fixture(scope="session")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both sites, embedded by one encoder, where the bundles look for them."""
+    root, rng = tmp_path_factory.mktemp("sites"), np.random.default_rng(0)
+    ct_rate, rad = ([label.name for label in load_labels(name)] for name in ("ct_rate", "rad_chestct"))
+    folder = root / "ct_rate" / "dataset" / "multi_abnormality_labels"
+    embeddings = root / "dale_ct_2s" / "embeddings"
+    for split, num_volumes in (("train", 60), ("valid", 20)):
+        names = [f"{split}_{index // 2 + 1}_a_{index % 2 + 1}" for index in range(num_volumes)]
+        labels = {name: (rng.random(18) < 0.4).astype(int) for name in names}
+        embed_labels(embeddings / split, labels, ct_rate, folder / f"{split}_predicted_labels.csv")
+    names = [f"trn{n:05d}" for n in range(40)] + [f"val{n:05d}" for n in range(12)]
+    labels = {
+        name: (rng.random(18) < 0.4).astype(int) for name in [*names, *(f"tst{n:05d}" for n in range(24))]
+    }
+    shown = {name: [int(y[places].max()) for places in class_map(ct_rate, rad)] for name, y in labels.items()}
+    embed_labels(embeddings / "rad_chestct", labels, rad, root / "rad" / "rad_chestct_labels.csv", shown)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -99,5 +99,5 @@ def test_a_key_that_the_bundle_lacks_is_refused(bundle, written, tmp_path, monke
     command = ["run", "--config_file", str(configs(bundle, written, tmp_path))]
     assert executed_config(root, "inference.json", command)["name"] == written["name"]
     command = ["run", "--config_file", str(configs(bundle, written | {"seeds": 1}, tmp_path))]
-    with pytest.raises(ValueError, match="got 'seeds' in 'my_encoder.json'. Did you mean 'seed'"):
+    with pytest.raises(ValueError, match="'seeds' in 'my_encoder.json'. Did you mean 'seed'"):
         executed_config(root, "inference.json", command)

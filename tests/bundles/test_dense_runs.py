@@ -1,6 +1,5 @@
 """The dense and the geometric evaluation as users run them, on random tokens with planted labels."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 from scipy.sparse import csr_matrix
 
-from common.cohort.cohort import load_labels
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
 from common.networks.dense_probe import load_dense_probe
 from common.reports.results import read_rows
 
-BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SCHEDULE = {"max_steps": 40, "val_interval": 20, "checkpoint_every": 20, "log_every": 20}
 Make = Callable[..., ConfigWorkflow]
 
@@ -56,52 +53,23 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workflow(cohort: Path, tmp_path: Path) -> Make:
-    def make(bundle: str, config: str, kind: str, **knobs: Any) -> ConfigWorkflow:
-        paths = {"bundle_root": BUNDLES / bundle, "output_dir": tmp_path / "out"}
-        paths |= {"results_csv": tmp_path / "results.csv"}
-        settings = {name: str(path) for name, path in (paths | knobs).items() if isinstance(path, Path)}
-        settings |= {name: value for name, value in knobs.items() if not isinstance(value, Path)}
-        settings |= {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "num_resamples": 50}
-        return ConfigWorkflow(str(BUNDLES / bundle / "configs" / config), workflow_type=kind, **settings)
-
-    return make
-
-
-@pytest.fixture
 def dense(workflow: Make, cohort: Path) -> Make:
-    def make(**knobs: Any) -> ConfigWorkflow:
-        places = {"embeddings_dir": cohort / "slab", "labels_dir": cohort / "labels"}
-        return workflow("eval_dense_2d", "train.json", "train", **places | SCHEDULE | knobs)
-
-    return make
-
-
-@pytest.fixture
-def geometry(workflow: Make, cohort: Path) -> Make:
-    def make(**knobs: Any) -> ConfigWorkflow:
-        places = {"slab_embeddings_dir": cohort / "slab", "flat_embeddings_dir": cohort / "flat"}
-        return workflow("eval_slab_depth", "evaluate.json", "infer", **places | knobs)
-
-    return make
+    places = {"embeddings_dir": cohort / "slab", "labels_dir": cohort / "labels", "num_resamples": 50}
+    return lambda **knobs: workflow("eval_dense_2d", "train", **places | SCHEDULE | knobs)
 
 
 def run_in_mlflow(tmp_path: Path, experiment: str) -> tuple[Any, set[str]]:
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (found,) = [one for one in client.search_experiments() if one.name == experiment]
-    (record,) = client.search_runs([found.experiment_id])
+    (record,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return record, {file.path for file in client.list_artifacts(record.info.run_id)}
-
-
-def test_dense_bundle_fulfils_monais_contract(dense: Make) -> None:
-    evaluation = dense()
-    evaluation.initialize()
-    assert evaluation.check_properties() == []
 
 
 def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
     evaluation = dense(learning_rates=[3.0, 0.1])
-    evaluation.initialize()
+    assert evaluation.check_properties() == []
+    trainer = evaluation.trainer
+    cohorts = trainer.drawn.cohort, trainer.val_cohort, trainer.test_cohort  # patients, split in three
+    assert [len(cohort.volumes) for cohort in cohorts] == [14, 2, 4]
     evaluation.run()
     rows = {(row.protocol, row.dataset, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     assert len(rows) == 8
@@ -119,29 +87,18 @@ def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
     assert {"patch_rexgroundingct.png", "cls_totalsegmentator.csv", "executed_config.json"} <= files
 
 
-def test_patients_are_split_in_three(dense: Make) -> None:
-    evaluation = dense()
-    evaluation.initialize()
-    trainer = evaluation.trainer
-    cohorts = trainer.drawn.cohort, trainer.val_cohort, trainer.test_cohort
-    assert [len(cohort.volumes) for cohort in cohorts] == [14, 2, 4]
-
-
 def test_dense_checkpoint_of_other_patients_is_refused(dense: Make) -> None:
-    first = dense(max_steps=20)
-    first.initialize()
-    first.run()
-    second = dense(max_steps=20, split_percent=[60, 20, 20])
-    second.initialize()
+    dense(max_steps=20).run()
     with pytest.raises(RuntimeError, match="Failed to evaluate") as failure:
-        second.run()
-    assert "'num_volumes': ([14, 2, 4], [12, 4, 4])" in str(failure.value.__cause__)
+        dense(max_steps=20, split_percent=[60, 20, 20]).run()
+    assert "num_volumes [14, 2, 4], now [12, 4, 4]" in str(failure.value.__cause__)
 
 
-def test_table_v_in_one_command(geometry: Make, cohort: Path, tmp_path: Path) -> None:
-    evaluation = geometry(dense_labels_dir=cohort / "labels", gaps_mm=[10, 20], split_percent=[50, 20, 30])
-    evaluation.initialize()
-    evaluation.run()
+def test_table_v_in_one_command(workflow: Make, cohort: Path, tmp_path: Path) -> None:
+    places = {"slab_embeddings_dir": cohort / "slab", "flat_embeddings_dir": cohort / "flat"}
+    places["dense_labels_dir"] = cohort / "labels"
+    knobs = {"gaps_mm": [10, 20], "split_percent": [50, 20, 30], "num_resamples": 50}
+    workflow("eval_slab_depth", "evaluate", **places, **knobs).run()
     rows = {(row.encoder, row.metric): row for row in read_rows(tmp_path / "results.csv")}
     assert rows["slab", "z_position_r2_mm"].value > 0.8
     assert rows["flat", "z_position_r2_mm"].value < 0.3
@@ -154,9 +111,3 @@ def test_table_v_in_one_command(geometry: Make, cohort: Path, tmp_path: Path) ->
         rows["slab", "z_position_r2_mm"].value, rel=1e-5
     )
     assert {"figure_2.png", "world_model.png", "comparisons.csv"} <= files
-
-
-def test_class_names_of_the_metadata_are_those_of_the_label_lists() -> None:
-    metadata = json.loads((BUNDLES / "eval_dense_2d" / "configs" / "metadata.json").read_text())
-    names = [label.name for task in ("rexgroundingct", "totalsegmentator") for label in load_labels(task)]
-    assert list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()) == names

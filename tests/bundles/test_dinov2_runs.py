@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -69,7 +68,9 @@ def test_a_run_leaves_the_teachers_encoder_and_a_record(runs, unbroken, publishe
     assert (unbroken / "views.png").stat().st_size > 10_000
 
 
-def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weights(runs, unbroken, tmp_path):
+def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weights(
+    runs, resume, unbroken, tmp_path
+):
     out = tmp_path / "stopped"
     process = runs.start_and_wait_for_a_checkpoint(out, num_workers=1, checkpoint_every=2)
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's worker as well, as clusters do
@@ -78,7 +79,7 @@ def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weig
     assert "Stopped: saved step" in said
     assert not (out / "model.safetensors").exists()
     newest = max(out.glob("checkpoints/step_*.pt"))
-    assert_same(resumed(runs, newest, tmp_path / "resumed"), unbroken, rtol=0, atol=0)
+    assert_same(resume(newest, tmp_path / "resumed"), unbroken, rtol=0, atol=0)
 
 
 @pytest.mark.two_ranks
@@ -87,7 +88,7 @@ def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weig
     [(2, {"sharding": "fsdp2", "checkpoint_activations": True}), (4, {})],
     ids=["2-fsdp2", "4-ddp"],
 )
-def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, unbroken, tmp_path, ranks, knobs):
+def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, resume, unbroken, tmp_path, ranks, knobs):
     out = tmp_path / "spread"
     runs.run(out, ranks, batch_size=4 // ranks, **knobs)
     assert_same(load_file(out / "model.safetensors"), unbroken, rtol=1e-3, atol=2e-5)
@@ -96,7 +97,7 @@ def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, unbroken, tm
         assert curve == pytest.approx(runs.curve(unbroken, term), rel=1e-3, abs=1e-5), term
         assert len(curve) == TINY["max_steps"]
     if "sharding" in knobs:  # a checkpoint knows neither ranks nor sharding: one process goes on from it
-        weights = resumed(runs, out / "checkpoints" / "step_00000004.pt", tmp_path / "resumed")
+        weights = resume(out / "checkpoints" / "step_00000004.pt", tmp_path / "resumed")
         assert_same(weights, unbroken, rtol=1e-3, atol=2e-5)
 
 
@@ -107,56 +108,36 @@ def assert_same(found: dict[str, torch.Tensor], unbroken: Path, rtol: float, ato
 
 @pytest.mark.parametrize(("forgotten", "least"), [("teacher", 2e-4), ("loss", 2e-6), ("ibot_loss", 2e-6)])
 def test_a_run_that_forgets_its_teacher_or_a_centre_ends_elsewhere(
-    runs, unbroken, tmp_path, forgotten, least
+    resume, unbroken, tmp_path, forgotten, least
 ):
     """The control of the equalities above, that of a resumed run being exact: they could fail."""
     checkpoint = unbroken / "checkpoints" / "step_00000004.pt"
-    found = resumed(runs, checkpoint, tmp_path / "resumed", forgotten)
+    found = resume(checkpoint, tmp_path / "resumed", forgotten)
     expected = load_file(unbroken / "model.safetensors")
     assert max((found[name] - tensor).abs().max() for name, tensor in expected.items()) > least
 
 
-def resumed(runs, checkpoint: Path, out: Path, forgotten: str = "") -> dict[str, torch.Tensor]:
+@pytest.fixture
+def resume(runs, workflow):
     """Go on from a checkpoint in this process, where no process has to start; return the encoder."""
-    state = torch.load(checkpoint, weights_only=True)
-    state["knobs"] = {"global_batch_size": TINY["batch_size"]}  # others are read from the command line
-    if forgotten == "teacher":
-        state["teacher"] = state["network"]
-    elif forgotten:
-        state[forgotten]["targets.centre"].zero_()
-    (out / "checkpoints").mkdir(parents=True)
-    torch.save(state, out / "checkpoints" / checkpoint.name)
-    workflow(runs, out).run()
-    return load_file(out / "model.safetensors")
 
+    def run(checkpoint: Path, out: Path, forgotten: str = "") -> dict[str, torch.Tensor]:
+        state = torch.load(checkpoint, weights_only=True)
+        state["knobs"] = {"global_batch_size": TINY["batch_size"]}  # others are read from the command line
+        if forgotten == "teacher":
+            state["teacher"] = state["network"]
+        elif forgotten:
+            state[forgotten]["targets.centre"].zero_()
+        (out / "checkpoints").mkdir(parents=True)
+        torch.save(state, out / "checkpoints" / checkpoint.name)
+        paths = {"dataset_dir": runs.shards, "output_dir": out, "encoder_weights": out / "model.safetensors"}
+        knobs = runs.knobs | {"teacher_momentum": [0.6, 0.9], "binding_knobs": {}}
+        again = workflow("dinov2_ct", "train", **paths, **knobs)
+        assert again.check_properties() == []
+        again.run()
+        return load_file(out / "model.safetensors")
 
-def workflow(runs, out: Path) -> ConfigWorkflow:
-    knobs = runs.knobs | {
-        "teacher_momentum": [0.6, 0.9],
-        "initial_weights": str(runs.knobs["initial_weights"]),
-    }
-    paths = {"dataset_dir": runs.shards, "output_dir": out, "encoder_weights": out / "model.safetensors"}
-    found = ConfigWorkflow(
-        str(BUNDLE / "configs" / "train.json"),
-        workflow_type="train",
-        logging_file=False,
-        bundle_root=str(BUNDLE),
-        tracking_uri=f"sqlite:///{out}/mlflow.db",
-        binding_knobs={},
-        **{name: str(path) for name, path in paths.items()},
-        **knobs,
-    )
-    hook = sys.excepthook
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    found.initialize()
-    sys.excepthook = hook  # the bundle sets it, and what signals do
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    return found
-
-
-def test_the_bundle_has_what_monais_training_contract_asks_for(runs, tmp_path):
-    assert workflow(runs, tmp_path).check_properties() == []
+    return run
 
 
 def test_eight_local_views_are_random_and_six_guided():

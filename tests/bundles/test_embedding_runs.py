@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def embedded(run, tmp_path_factory) -> Path:
     (folder / "ct" / "damaged.nii.gz").write_bytes(b"not a scan")
     result = run(folder / "ct", folder / "out", max_rejected=0.2)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Embedded 5 volumes, 55 slices" in result.stdout + result.stderr
+    assert f"Done: embeddings of 5 volumes in '{folder / 'out'}'" in result.stdout + result.stderr
     return folder
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_file_is_listed_and_fails_a_second_run_that_has_nothing_else_t
     before = {path.name: path.stat().st_mtime_ns for path in (embedded / "out").glob("*.safetensors")}
     result = run(embedded / "ct", embedded / "out")
     assert result.returncode != 0
-    assert "rejected volumes must be at most 1.00%, got 16.67%" in result.stderr.strip().splitlines()[-1]
+    assert "16.67% of the volumes were rejected, more than" in result.stderr.strip().splitlines()[-1]
     after = {path.name: path.stat().st_mtime_ns for path in (embedded / "out").glob("*.safetensors")}
     assert after == before
 
@@ -167,16 +168,17 @@ def test_seven_strategies_share_a_run(run, embedded, tmp_path):
 
 KILLED = """
 import os, runpy, signal, sys
-from common.embeddings.store import EmbeddingStoreWriter as Writer
+from common.embeddings import store
 
-Writer.__init__.__defaults__ = (1, 60.0)  # a part for each volume
-write = Writer.flush
+store.PART_BYTES = 1  # a part for each volume
+Writer = store.EmbeddingStoreWriter
+write = Writer.close
 
 def write_twice(writer):
     write(writer)
-    Writer.flush = lambda writer: write(writer) or os.kill(os.getpid(), signal.SIGKILL)
+    Writer.close = lambda writer: write(writer) or os.kill(os.getpid(), signal.SIGKILL)
 
-Writer.flush = write_twice
+Writer.close = write_twice
 sys.argv = {words!r}
 runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 """
@@ -226,9 +228,7 @@ def test_a_folder_of_hostile_files_ends_with_their_list_alone(run, tmp_path, wri
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     result = run(folder, tmp_path / "out")
     assert result.returncode != 0
-    assert (
-        "rejected volumes must be at most 1.00%, got 100.00% (6 vol" in result.stderr.strip().splitlines()[-1]
-    )
+    assert "100.00% of the volumes were rejected" in result.stderr.strip().splitlines()[-1]
     with (tmp_path / "out" / "rejected.csv").open() as file:
         reasons = {row["volume"]: row["reason"] for row in csv.DictReader(file)}
     assert reasons == {
@@ -260,7 +260,9 @@ def test_a_missing_weights_file_says_what_to_do(run, embedded, tmp_path):
     assert "Train the bundle first, or download it" in result.stderr.strip().splitlines()[-1]
 
 
-def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(python_m, embedded, tmp_path):
+@pytest.fixture
+def predict_words(embedded, tmp_path) -> Callable[..., list[str]]:
+    """Words of a command that predicts with a probe of one class."""
     card = {"pooler": "max", "dim": 24, "class_names": ["Emphysema"], "thresholds": [0.0]}
     identity = {
         key: value for key, value in EmbeddingStore(embedded / "out").identity.items() if key != "dtype"
@@ -272,8 +274,15 @@ def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(pyth
         *("monai.bundle", "run"),
         *("--config_file", str(bundle / "configs" / "predict.json"), "--bundle_root", str(bundle)),
         *("--encoder_bundle", str(BUNDLE), "--probe_dir", "probe", "--output_dir", "out"),
-        *("--dataset_dir", str(embedded / "ct" / "LPS.nii.gz"), "--encoder_knobs", str(tiny)),
+        *("--encoder_knobs", str(tiny)),
     ]
+    return lambda ct, *further: [*words, "--dataset_dir", str(ct), *further]
+
+
+def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(
+    python_m, embedded, predict_words, tmp_path
+):
+    words = predict_words(embedded / "ct" / "LPS.nii.gz")
     refused = python_m(words, tmp_path)
     assert refused.returncode != 0
     assert "'LPS' is refused, not a chest CT: too few slices" in refused.stderr.strip().splitlines()[-1]
@@ -286,6 +295,39 @@ def test_predict_is_one_command_that_refuses_what_is_no_chest_unless_forced(pyth
     assert 0 < float(row["probability"]) < 1
     assert (tmp_path / "out" / "LPS.html").stat().st_size > 10_000
     assert (tmp_path / "out" / "LPS_attended.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def many(embedded, tmp_path) -> Path:
+    """The scan a hundred times, which takes some seconds to embed."""
+    (tmp_path / "ct").mkdir()
+    for index in range(100):
+        (tmp_path / "ct" / f"ct_{index:03d}.nii.gz").symlink_to(embedded / "ct" / "LPS.nii.gz")
+    return tmp_path / "ct"
+
+
+def test_an_embedding_run_stopped_by_ctrl_c_keeps_what_it_has_and_resumes(stop_and_resume, many, tmp_path):
+    resumed = stop_and_resume(
+        command(many, tmp_path / "out"), re.compile(r" [1-9]\d?/100").search, tmp_path / "out"
+    )
+    assert int(re.search(r"(\d+) of 100 volumes in .* are to be embedded", resumed).group(1)) < 100
+    store = EmbeddingStore(tmp_path / "out")
+    assert len(store) == 100
+    assert all(store.read(volume).tokens.shape == (11, 24) for volume in store.volumes)
+
+
+def test_a_prediction_stopped_by_ctrl_c_writes_no_result_and_resumes(
+    stop_and_resume, predict_words, many, tmp_path
+):
+    words = predict_words(many, "--force", "True", "--num_pages", "1")
+
+    def embeds(said: str) -> bool:
+        assert not (tmp_path / "out" / "predictions.csv").exists()
+        return re.search(r" [1-9]\d?/100", said) is not None
+
+    stop_and_resume(words, embeds, tmp_path / "out")
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 100
 
 
 @pytest.mark.real_ct

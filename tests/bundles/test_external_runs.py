@@ -1,19 +1,15 @@
 """Evaluation on another institution, of a preprocessing strategy, and by overlays, as users run them."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
-from common.cohort.class_map import class_map
 from common.cohort.cohort import load_labels
-from common.embeddings.store import EmbeddingStoreWriter
 from common.networks.mil_probe import load_probe, save_probe
 from common.networks.poolers import POOLERS, GatedAttentionPool, build_pooler, pad_bags
 from common.reports.results import read_rows
@@ -26,80 +22,22 @@ HANDLERS = json.loads((BUNDLES / "eval_ct_rate" / "configs" / "train.json").read
 PLACE_OF_REPORT = [handler["_target_"].rsplit(".", 1)[1] for handler in HANDLERS].index("ProbeReport")
 
 
-def embed(folder: Path, labels: dict[str, np.ndarray], preprocessing: str = "cropped_256") -> None:
-    """Embeddings whose dimension c is raised in all slices of a volume with label c."""
-    rng = np.random.default_rng(len(labels))
-    identity = {
-        "encoder": "dale_ct_2s",
-        "encoder_id": "x",
-        "slice_order": "feet_to_head",
-        "token_kind": "slice",
-    }
-    with EmbeddingStoreWriter(folder, identity | {"preprocessing": preprocessing}, "float16") as writer:
-        for volume, positive in labels.items():
-            tokens = rng.standard_normal((int(rng.integers(3, 9)), 23))
-            tokens[:, :18] += 2 * positive
-            z_mm = 2.0 * torch.arange(len(tokens))
-            writer.add(volume, torch.from_numpy(tokens), (0.8, 0.8, 2.0), z_mm=z_mm)
-
-
-def write_labels(path: Path, names: list[str], labels: dict[str, list[int]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [",".join(["VolumeName", *names])]
-    rows += [",".join([volume, *map(str, values)]) for volume, values in labels.items()]
-    path.write_text("\n".join(rows) + "\n")
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both sites, embedded by one encoder, where the bundles look for them."""
-    root, rng = tmp_path_factory.mktemp("sites"), np.random.default_rng(0)
-    for split, num_volumes in (("train", 60), ("valid", 20)):
-        labels = {
-            f"{split}_{index // 2 + 1}_a_{index % 2 + 1}": (rng.random(18) < 0.4).astype(int)
-            for index in range(num_volumes)
-        }
-        embed(root / "dale_ct_2s" / "embeddings" / split, labels)
-        folder = root / "ct_rate" / "dataset" / "multi_abnormality_labels"
-        write_labels(folder / f"{split}_predicted_labels.csv", CT_RATE, {v: [*y] for v, y in labels.items()})
-    names = [f"trn{n:05d}" for n in range(40)] + [f"val{n:05d}" for n in range(12)]
-    names += [f"tst{n:05d}" for n in range(24)]
-    labels = {name: (rng.random(18) < 0.4).astype(int) for name in names}
-    embed(root / "dale_ct_2s" / "embeddings" / "rad_chestct", labels)
-    rows = class_map(CT_RATE, RAD)
-    rad = {name: [int(y[places].max()) for places in rows] for name, y in labels.items()}
-    write_labels(root / "rad" / "rad_chestct_labels.csv", RAD, rad)
-    return root
-
-
-@pytest.fixture(autouse=True)
-def _excepthook_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-
-
 Run = Callable[..., ConfigWorkflow]
 
 
 @pytest.fixture
-def run(cohort: Path, tmp_path: Path) -> Run:
+def run(sites: Path, workflow: Run, tmp_path: Path) -> Run:
     def make(bundle: str, config: str = "train", overlay: str | None = None, **knobs: Any) -> ConfigWorkflow:
-        settings = {
-            "bundle_root": str(BUNDLES / bundle),
-            "encoder_bundle": str(cohort / "dale_ct_2s"),
-            "dataset_dir": str(cohort / ("rad" if bundle == "eval_rad_chestct" else "ct_rate")),
-            "results_csv": str(tmp_path / "results.csv"),
-            "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
-        }
+        settings = {"encoder_bundle": sites / "dale_ct_2s"}
+        settings["dataset_dir"] = sites / ("rad" if bundle == "eval_rad_chestct" else "ct_rate")
         if config == "train":
-            settings |= SCHEDULE | {"output_dir": str(tmp_path / bundle)}
+            settings |= SCHEDULE | {"output_dir": tmp_path / bundle}
             # its pictures take seconds: one run draws them
             settings[f"train::handlers::{PLACE_OF_REPORT}::_disabled_"] = overlay != "gated_abmil"
-        files = [str(BUNDLES / bundle / "configs" / f"{config}.json")]
-        files += [str(BUNDLES / "_overlays" / "probe" / f"{overlay}.json")] if overlay else []
-        workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **settings | knobs)
-        workflow.initialize()
-        workflow.run()
-        return workflow
+        overlays = [BUNDLES / "_overlays" / "probe" / f"{overlay}.json"] if overlay else []
+        found = workflow(bundle, config, *overlays, **settings | knobs)
+        found.run()
+        return found
 
     return make
 
@@ -120,7 +58,7 @@ def values_of(path: Path) -> dict[tuple[str, str], float]:
 
 
 def test_a_probe_of_one_site_is_tested_frozen_beside_one_of_the_other(run: Run, tmp_path: Path) -> None:
-    other = run("eval_ct_rate", num_val_patients=8, results_csv=str(tmp_path / "other.csv")).trainer
+    other = run("eval_ct_rate", num_val_patients=8, results_csv=tmp_path / "other.csv").trainer
     trainer = run("eval_rad_chestct").trainer
     save(other, tmp_path / "frozen")
     save(trainer, tmp_path / "retrained")
@@ -133,8 +71,8 @@ def test_a_probe_of_one_site_is_tested_frozen_beside_one_of_the_other(run: Run, 
     run(
         "eval_rad_chestct",
         "evaluate",
-        frozen_probe=str(tmp_path / "frozen"),
-        retrained_probe=str(tmp_path / "retrained"),
+        frozen_probe=tmp_path / "frozen",
+        retrained_probe=tmp_path / "retrained",
         num_resamples=50,
     )
     after = values_of(tmp_path / "results.csv")
@@ -146,14 +84,14 @@ def test_a_probe_of_one_site_is_tested_frozen_beside_one_of_the_other(run: Run, 
     assert after["frozen", "macro_auroc"] > 0.65
 
 
-def test_a_strategy_is_known_by_its_embeddings(cohort: Path, run: Run, tmp_path: Path) -> None:
-    folder = cohort / "ct_rate" / "dataset" / "multi_abnormality_labels"
-    embeddings = cohort / "dale_ct_2s" / "embeddings"
+def test_a_strategy_is_known_by_its_embeddings(sites: Path, run: Run, tmp_path: Path) -> None:
+    folder = sites / "ct_rate" / "dataset" / "multi_abnormality_labels"
+    embeddings = sites / "dale_ct_2s" / "embeddings"
     run(
         "eval_preprocessing",
-        train_labels_csv=str(folder / "train_predicted_labels.csv"),
-        train_embeddings_dir=str(embeddings / "train"),
-        test_embeddings_dir=str(embeddings / "valid"),
+        train_labels_csv=folder / "train_predicted_labels.csv",
+        train_embeddings_dir=embeddings / "train",
+        test_embeddings_dir=embeddings / "valid",
         num_val_patients=8,
     )
     assert ("preprocessing_cropped_256", "macro_auprc") in values_of(tmp_path / "results.csv")
@@ -207,7 +145,18 @@ def test_every_overlay_of_probes_is_tested_above() -> None:
     assert names == ["gated_abmil", "low_shot_1", "low_shot_10", "transformer"]
 
 
-@pytest.mark.parametrize(("bundle", "classes"), [("eval_rad_chestct", RAD), ("eval_preprocessing", CT_RATE)])
+DENSE = [label.name for task in ("rexgroundingct", "totalsegmentator") for label in load_labels(task)]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "classes"),
+    [
+        ("eval_ct_rate", CT_RATE),
+        ("eval_rad_chestct", RAD),
+        ("eval_preprocessing", CT_RATE),
+        ("eval_dense_2d", DENSE),
+    ],
+)
 def test_class_names_of_the_metadata_are_those_of_the_label_set(bundle: str, classes: list[str]) -> None:
     metadata = json.loads((BUNDLES / bundle / "configs" / "metadata.json").read_text())
     assert list(metadata["network_data_format"]["outputs"]["pred"]["channel_def"].values()) == classes

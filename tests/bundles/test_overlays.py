@@ -12,8 +12,7 @@ from monai.bundle import ConfigWorkflow
 from safetensors.torch import save_file
 
 from common.losses.visreg import VISReg
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 OVERLAYS = sorted(path.stem for path in (BUNDLES / "_overlays").glob("*.json"))

@@ -18,8 +18,7 @@ import pytest
 import requests
 from monai.bundle import scripts
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1].name for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
@@ -107,7 +106,7 @@ def test_a_bundle_travels_with_code_licence_and_card_and_without_runs(dist: Path
         "configs/metadata.json",
         "configs/train.json",
         "docs/README.md",
-        "common/losses/sigreg.py",
+        "common/losses/lejepa.py",
     }
     wanted |= {"common/labels/totalsegmentator.csv", "docs/data_license.txt", "large_files.yml"}
     assert {f"dale_ct_2s/{name}" for name in wanted} <= names

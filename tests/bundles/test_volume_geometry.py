@@ -93,16 +93,16 @@ def store(lps: np.ndarray, spacing: np.ndarray, folder: Path, axcodes: str) -> P
     return path
 
 
-def prepared(bundle: str, path: Path) -> tuple[np.ndarray, dict]:
+def prepared(bundle: str, path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     parser = ConfigParser()
     parser.read_config(BUNDLES / bundle / "configs" / "inference.json")
     parser["bundle_root"] = str(BUNDLES / bundle)
     (source,), _ = ct_sources(path)
     transform = parser.get_parsed_content("preprocessing")
-    (batch,) = VolumeBatches([source], transform, num_workers=0)
+    (batch,) = VolumeBatches([source._replace(stores=("grid",))], transform, "RAS", num_workers=0)
     assert type(batch["image"]) is torch.Tensor
     assert batch["image"].dtype == torch.float32
-    return batch["image"][0, 0].numpy(), batch
+    return batch["image"][0, 0].numpy(), batch["pieces"][0].task.spacing_mm
 
 
 def phantom(bundle: str) -> np.ndarray:
@@ -127,9 +127,9 @@ def test_four_orientations_come_out_voxel_for_voxel_as_documented(bundle, tmp_pa
     expected = fitted(values, bundle, arranged(hu, bundle) > -1024)
     spacing = spacing_xyz(bundle)
     for axcodes in ORIENTATIONS:
-        image, sample = prepared(bundle, store(hu, spacing, tmp_path, axcodes))
+        image, spacing_mm = prepared(bundle, store(hu, spacing, tmp_path, axcodes))
         same(image, expected, 1e-6, axcodes)
-        np.testing.assert_allclose(sample["spacing_mm"], spacing, rtol=1e-6)
+        np.testing.assert_allclose(spacing_mm, spacing, rtol=1e-6)
 
 
 @each_bundle
@@ -143,8 +143,8 @@ def test_a_scan_of_half_the_spacing_comes_out_the_same(bundle, tmp_path):
     spacing = spacing_xyz(bundle)
     expected, _ = prepared(bundle, store(coarse, spacing, tmp_path, "LPS"))
     for axcodes in ("RAS", "SPL"):
-        image, sample = prepared(bundle, store(fine, spacing / 2, tmp_path, axcodes))
-        np.testing.assert_allclose(sample["spacing_mm"], spacing / 2, rtol=1e-6)
+        image, spacing_mm = prepared(bundle, store(fine, spacing / 2, tmp_path, axcodes))
+        np.testing.assert_allclose(spacing_mm, spacing / 2, rtol=1e-6)
         same(image, expected, INTERPOLATED, axcodes)
 
 

@@ -1,15 +1,18 @@
 """Data that several tests share: random embeddings with labels, and slabs out of arrays."""
 
+import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import timm
 import torch
 from scipy.sparse import csr_matrix
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
@@ -17,6 +20,7 @@ from common.shards.index import VolumeEntry
 from common.shards.slab_dataset import SlabViews
 from common.transforms.multi_crop import RandSlabMultiCrop
 
+LEJEPA = json.loads((Path(__file__).parents[2] / "bundles" / "_recipes" / "lejepa_train.json").read_text())
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
 WriteCohort = Callable[..., tuple[Path, Path]]
@@ -69,6 +73,14 @@ def write_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteCohort
     return write
 
 
+def tiny_vit(name: str = "vit_large_patch14_dinov2", **changes: Any) -> nn.Module:
+    """A timm VisionTransformer for 16 pixels: 2 x 2 patches, width 16."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.1}
+    fixed = {"in_chans": 1, "num_classes": 0, "dynamic_img_size": True}
+    return timm.create_model(name, **fixed | sizes | changes)
+
+
 class FakeGPU:
     """A GPU of tensors without values: what reads one raises, and what mixes devices."""
 
@@ -98,6 +110,31 @@ class FakeGPU:
             moved |= dict(zip(map(id, before), network.parameters(), strict=True))
         for group in optimizer.param_groups if optimizer else ():
             group["params"] = [moved[id(parameter)] for parameter in group["params"]]
+
+    def try_step(self, engine: Any, batch: dict[str, Any], *modules: nn.Module) -> None:
+        """Run a step of pretraining, which reads nothing from here, and the one that measures, which does.
+
+        FakeTensorMode ends at the backward pass.
+        """
+        self.take(engine.network, *modules, optimizer=engine.optimizer)
+        engine.state.device = self.device
+        places = {"position": batch.pop("position")}  # of the step's record, which stays on the CPU
+        reached = []
+
+        def backward(loss: torch.Tensor) -> None:
+            reached.append(loss.device.type)
+            for parameter in engine.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        with self.mode, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "backward", backward)
+            engine.state.iteration = 1
+            (means,) = engine._iteration(engine, self.given(batch) | places)
+            engine.state.iteration = engine.log_every = 2
+            with pytest.raises(DataDependentOutputException):  # the control
+                engine._iteration(engine, self.given(batch) | places)
+        assert reached == ["cuda"] * 2
+        assert {value.device.type for value in means.values()} == {engine.state.cls.device.type} == {"cuda"}
 
 
 @pytest.fixture
@@ -156,6 +193,15 @@ class Scans:
         return None if self.scan.rex is None else self.scan.rex[self.window]
 
 
+def multi_crop(
+    global_size_px: int, local_size_px: int, patch_size_px: int, **changes: Any
+) -> RandSlabMultiCrop:
+    """Views of these sizes, otherwise drawn as the recipe does."""
+    sizes = {"global_size_px": global_size_px, "local_size_px": local_size_px, "patch_size_px": patch_size_px}
+    recipe = {name: LEJEPA[name] for name in inspect.signature(RandSlabMultiCrop).parameters}
+    return RandSlabMultiCrop(**recipe | sizes | changes)
+
+
 SlabsOf = Callable[..., SlabViews]
 
 
@@ -166,10 +212,10 @@ def slabs_of() -> SlabsOf:
     A scan is a dictionary of ``Scan``.
     """
 
-    def slabs(scans: Sequence[dict[str, Any]], multi_crop: RandSlabMultiCrop, **changes: Any) -> SlabViews:
+    def slabs(scans: Sequence[dict[str, Any]], crop: RandSlabMultiCrop, **changes: Any) -> SlabViews:
         arguments = {"slab_mm": 1000.0, "rex_fraction": None, "seed": 0, "with_masks": True}
         shards: Any = Scans([Scan(**scan) for scan in scans])
-        return SlabViews(shards, multi_crop=multi_crop, **{**arguments, **changes})
+        return SlabViews(shards=shards, multi_crop=crop, **arguments | changes)
 
     return slabs
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from common.networks.encoder import load_encoder, stated_identity
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
-from common.transforms.resize import resize_square
+from common.transforms.render_views import resize_square
 from common.weights import app, bundle_encoder, export_weights, image_side_px, import_weights, read_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]

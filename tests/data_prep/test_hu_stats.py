@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import ShardSet, write_shard
+from common.shards.shards import ShardSet
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.hu_stats import (
     LOWEST_HU,
     NUM_BINS,

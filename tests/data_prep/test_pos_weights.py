@@ -6,8 +6,8 @@ import pytest
 
 from common import labels as labels_module
 from common.cohort.cohort import load_labels
-from common.shards.codec import VolumeSlices, encode_mask
-from common.shards.shards import write_shard
+from common.shards.codec import encode_mask
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.pos_weights import (
     MaskCounts,
     class_weights,

@@ -15,11 +15,9 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from common.losses.auxiliary import AuxiliaryBCELoss
-from common.losses.dino import BALANCES, DINOLoss, IBOTLoss
-from common.losses.koleo import koleo_loss
-from common.losses.lejepa import LeJEPALoss
-from common.losses.sigreg import SIGReg
+from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
+from common.losses.dino import BALANCES, DINOLoss, IBOTLoss, koleo_loss
+from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, ProjectionHead
 from common.run.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
 
@@ -54,8 +52,8 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Linear(WIDTH, WIDTH)
-        self.projector = ProjectionHead(WIDTH, hidden_dim=11, out_dim=6)
-        self.auxiliary_head = AuxiliaryHead(WIDTH, NUM_TS, NUM_REX)
+        self.projector = ProjectionHead(WIDTH, 11, 6)
+        self.auxiliary_head = AuxiliaryHead(WIDTH, NUM_TS, NUM_REX, train_auxiliary_head=True)
 
     def forward(self, tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
         """Return the projections (V, B, K) and the logits of both groups."""
@@ -96,10 +94,13 @@ def losses_and_gradients(model: nn.Module, data: dict[str, Any]) -> dict[str, to
     """Return every term of the loss of Eq. 3 and the gradient of every parameter."""
     model.zero_grad()
     projections, logits = model(data["tokens"])
-    terms = LeJEPALoss(SIGReg(13), 0.4)(projections, num_global=2, step=STEP)
-    auxiliary = AuxiliaryBCELoss([1.0, 2.0, 30.0, 4.0], [800.0, 5.0])(
-        logits, data["targets"], data["has_ts"], data["has_rex"]
+    sigreg = SIGReg(13, num_knots=17, t_max=3.0, compiled=False)
+    terms = LeJEPALoss(sigreg, 0.4)(projections, num_global=2, step=STEP)
+    auxiliary_loss = AuxiliaryBCELoss(
+        **{"ts_pos_weight": [1.0, 2.0, 30.0, 4.0], "rex_pos_weight": [800.0, 5.0], "auxiliary_terms": TERMS},
+        **{"aux_weight": 0.1, "rex_targets": "presence"},
     )
+    auxiliary = auxiliary_loss(logits, data["targets"], data["has_ts"], data["has_rex"])
     terms |= {f"aux_{name}": value for name, value in auxiliary.items()}
     (terms["loss"] + 0.1 * auxiliary["loss"]).backward()
     gradients = {

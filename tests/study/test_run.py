@@ -28,7 +28,7 @@ def module(tmp_path) -> Callable[[str, str], list[str]]:
 
     def write(name: str, code: str) -> list[str]:
         (tmp_path / f"{name}.py").write_text(code)
-        return [sys.executable, "-m", name]
+        return [name]
 
     return write
 
@@ -60,8 +60,8 @@ def test_a_stage_is_another_when_a_config_of_ours_or_what_it_builds_on_is(tmp_pa
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "train.json").write_text("{}")
     made = f"['demo/train.json','study/out/small/made.json','{tmp_path}/study/out/made.json']"
-    stages = [Stage("first", [["python", "-m", "x", "--config_file", made]])]
-    stages += [Stage("second", [["python", "-m", "y"]], ("first",)), Stage("other", [["python", "-m", "z"]])]
+    stages = [Stage("first", [["x", "--config_file", made]])]
+    stages += [Stage("second", [["y"]], ("first",)), Stage("other", [["z"]])]
     before = run.keys_of(stages)
     (tmp_path / "demo" / "train.json").write_text('{"lr": 1}')
     after = run.keys_of(stages)
@@ -92,8 +92,8 @@ import sys
 from pathlib import Path
 from study import run, stages
 run.all_stages = lambda size, out, amp: [
-    stages.Stage("quick", [[sys.executable, "-m", "quick"]]),
-    stages.Stage("slow", [[sys.executable, "-m", "slow"]], ("quick",)),
+    stages.Stage("quick", [["quick"]]),
+    stages.Stage("slow", [["slow"]], ("quick",)),
 ]
 run.keys_of = lambda stages: dict.fromkeys((stage.name for stage in stages), "key")
 run.environment_of = lambda out: {"PYTHONPATH": "{here}"}
@@ -143,7 +143,7 @@ def test_a_study_whose_server_is_killed_stops_its_command_and_says_so(tmp_path, 
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
 
     threading.Thread(target=kill).start()
-    stage = Stage("slow", [[sys.executable, "-m", "slow"]])
+    stage = Stage("slow", [["slow"]])
     environment = {"PYTHONPATH": str(tmp_path)}
     with pytest.raises(SystemExit, match="was killed"):
         run.run_stage(stage, tmp_path / "slow.log", environment, progress)

@@ -35,10 +35,10 @@ def test_parts_are_those_of_files_and_knobs(small_json: Path) -> None:
     assert bundle.side_px == 40
     assert bundle.window == HU_WINDOWS["dale_ct_0_l"]
     assert bundle["amp_dtype"] == "bfloat16"
-    assert bundle.config["network_def"]["depth"] == "@depth"
+    assert bundle.parser["network_def"]["depth"] == "@depth"
     numbers = ",".join(map(str, HU_WINDOWS["dale_ct_0_l"]))
-    assert bundle.embedding_identity["encoder_id"] == f"random:42:layer_scale=1:xy:{numbers}"
-    bundle.update(strategies=["cropped_24"])
+    assert bundle["embedding_identity"]["encoder_id"] == f"random:42:layer_scale=1:xy:{numbers}"
+    bundle.update({"strategies": ["cropped_24"]})
     assert bundle.side_px == 24
 
 
@@ -78,7 +78,7 @@ def test_sources_are_those_of_the_data(
 ) -> None:
     hu = np.full((9, 9, 3), -1000, np.int16)
     save_nifti(tmp_path / "ct" / "p1.nii.gz", hu, np.diag([0.7, 0.7, 2, 1]))
-    found, rejected = opened(small_json, dataset_dir=str(tmp_path / "ct")).sources
+    found, rejected = opened(small_json, dataset_dir=str(tmp_path / "ct"))["sources"]
     assert [source.volume for source in found] == ["p1"]
     assert rejected == []
 

@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,23 @@ from common.embeddings.work import (
     CTSource,
     ct_sources,
     embedding_work,
-    log_embedded,
+    report_embedded,
     report_rejected,
     store_folders,
 )
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
-from common.transforms.slice_strategies import slice_strategies
+from common.shards.writer import VolumeSlices, write_shard
 
-STRATEGIES = slice_strategies(["raw_32", "cropped_32"], 16)
+STRATEGIES = ["raw_32", "cropped_32"]
 SOURCES = [
     CTSource(volume, lambda: CTSlices(np.zeros((2, 4, 4), np.int16), (1, 1, 1))) for volume in "abcdefg"
 ]
 
 
-def embed(folder: Path, strategy: str, volumes: str) -> None:
+def embed(folder: Path, strategy: str, volumes: str, **notes: Any) -> None:
     identity = {"encoder": "x", "encoder_id": "x", "slice_order": "feet_to_head", "token_kind": "slice"}
     with EmbeddingStoreWriter(folder, identity | {"preprocessing": strategy}, "float16") as writer:
         for volume in volumes:
-            writer.add(volume, torch.ones(2, 3), (1, 1, 1))
+            writer.add(volume, torch.ones(2, 3), (1, 1, 1), **notes)
 
 
 def test_one_strategy_has_the_folder_and_several_a_sub_folder_each() -> None:
@@ -54,11 +51,11 @@ def test_what_is_embedded_is_done(tmp_path: Path) -> None:
     folders = store_folders(tmp_path, STRATEGIES)
     embed(folders["raw_32"], "raw_32", "ab")
     embed(folders["cropped_32"], "cropped_32", "bc")
-    work = embedding_work(SOURCES[:4], STRATEGIES, folders)
-    assert [(item.source.volume, [one.name for one in item.strategies]) for item in work] == [
-        ("a", ["cropped_32"]),
-        ("c", ["raw_32"]),
-        ("d", ["raw_32", "cropped_32"]),
+    work = embedding_work(SOURCES[:4], folders)
+    assert [(source.volume, source.stores) for source in work] == [
+        ("a", ("cropped_32",)),
+        ("c", ("raw_32",)),
+        ("d", ("raw_32", "cropped_32")),
     ]
 
 
@@ -72,8 +69,8 @@ def test_ranks_share_what_is_left(tmp_path: Path) -> None:
             get_rank=lambda rank=rank: rank,
             get_world_size=lambda: 3,
         ):
-            work = embedding_work(SOURCES, STRATEGIES[:1], folders)
-        shares.append("".join(item.source.volume for item in work))
+            work = embedding_work(SOURCES, folders)
+        shares.append("".join(source.volume for source in work))
     assert shares == ["ae", "cf", "dg"]
 
 
@@ -131,7 +128,7 @@ def test_shards_are_read_like_the_files_they_came_from(tmp_path: Path) -> None:
     ct = sources[0].read()
     np.testing.assert_array_equal(ct.hu[:, 1:18], hu(1))
     assert ct.spacing_mm == (0.7, 0.8, 1.5)
-    with pytest.raises(FileNotFoundError, match=r"must hold shards of split 'valid', got splits \['train'\]"):
+    with pytest.raises(FileNotFoundError, match=r"split 'valid' in .*\['train'\]"):
         ct_sources(tmp_path, split="valid")
 
 
@@ -181,50 +178,6 @@ def test_a_list_names_volumes_of_shards_too(tmp_path: Path) -> None:
     assert [source.volume for source in sources] == ["s0", "s2"]
 
 
-def test_suffixes_may_be_written_large_and_what_macos_adds_is_no_volume(folder: Path) -> None:
-    (folder / "a" / "scan.nii.gz").rename(folder / "a" / "SCAN.NII.GZ")
-    (folder / "trn1.npz").rename(folder / "TRN1.NPZ")
-    (folder / "._SCAN.nii.gz").write_bytes(b"of the finder")
-    (folder / "__MACOSX").mkdir()
-    (folder / "__MACOSX" / "x.nii.gz").write_bytes(b"of the finder")
-    sources, rejected = ct_sources(folder)
-    assert rejected == []
-    assert [source.volume for source in sources] == ["1_2_840_99_7", "SCAN", "TRN1"]
-    np.testing.assert_array_equal(sources[0].read().hu, sources[1].read().hu)
-
-
-def test_a_link_to_a_folder_and_a_closed_folder_are_told(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
-    scandir = os.scandir
-
-    def refuse(path: str) -> Any:
-        if str(path).endswith("dicom"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    sources, rejected = ct_sources(folder)
-    assert [source.volume for source in sources] == ["scan", "trn1"]
-    assert [(item.volume, item.reason) for item in rejected] == [("dicom", "unreadable")]
-    assert f"Cannot read folder '{folder / 'dicom'}': Permission denied" in rejected[0].detail
-    assert f"'{folder / 'linked'}' is a link to a folder and is not searched." in caplog.text
-
-
-@pytest.mark.parametrize("spacing_mm", [700.0, 30.0])
-def test_spacings_no_ct_has_are_rejected_of_dicom_too(
-    tmp_path: Path, write_series: Callable[..., list[Path]], spacing_mm: float
-) -> None:
-    def edit(z: int, dataset: Any) -> None:
-        dataset.PixelSpacing = [spacing_mm, spacing_mm]
-
-    write_series(tmp_path / "wide", hu(), edit=edit)
-    ((source,), _) = ct_sources(tmp_path)
-    with pytest.raises(RejectedError, match=r"spacing: .*spacing must lie in 0\.1\.\.20\.0 mm"):
-        source.read()
-
-
 def test_a_volume_is_no_larger_than_a_ct_once_it_is_padded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,42 +197,28 @@ def test_an_npz_of_one_slice_is_rejected(tmp_path: Path) -> None:
 def test_a_subset_without_a_volume_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     subset = tmp_path / "subset.csv"
     subset.write_text("VolumeName\nother\n")
-    with pytest.raises(FileNotFoundError, match="None of the names in subset_csv '.*' is in"):
+    with pytest.raises(FileNotFoundError, match="subset_csv '.*subset.csv'"):
         ct_sources(folder, subset_csv=subset)
-    with pytest.raises(FileNotFoundError, match="subset_csv must be a text file, got 'none.csv'"):
+    with pytest.raises(FileNotFoundError, match="subset_csv.*'none.csv'"):
         ct_sources(folder, subset_csv="none.csv")
 
 
-def test_two_files_of_one_name_are_left_out(folder: Path, save_nifti: Callable[..., Path]) -> None:
-    save_nifti(folder / "a" / "scan.nii", hu().T, LPS)
-    sources, (rejected,) = ct_sources(folder)
-    assert [source.volume for source in sources] == ["1_2_840_99_7", "trn1"]
-    assert (rejected.volume, rejected.reason) == ("scan", "duplicate")
-
-
-def test_damaged_dicom_and_other_series_are_left_out(
-    folder: Path, write_series: Callable[..., list[Path]]
+def test_damaged_dicom_other_series_and_files_of_one_name_are_left_out(
+    folder: Path, write_series: Callable[..., list[Path]], save_nifti: Callable[..., Path]
 ) -> None:
     def scout(z: int, dataset: Dataset) -> None:
         dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
 
     write_series(folder / "scout", hu(), series="1.2.3", edit=scout)
     (folder / "broken.dcm").write_text("none")
+    save_nifti(folder / "a" / "scan.nii", hu().T, LPS)
     sources, rejected = ct_sources(folder)
-    assert len(sources) == 3
+    assert [source.volume for source in sources] == ["1_2_840_99_7", "trn1"]
     assert {(item.volume, item.reason) for item in rejected} == {
         ("broken.dcm", "unreadable"),
         ("1_2_3", "not an axial CT"),
+        ("scan", "duplicate"),
     }
-
-
-def test_a_missing_or_foreign_slice_is_refused_when_the_series_is_read(
-    tmp_path: Path, write_series: Callable[..., list[Path]]
-) -> None:
-    write_series(tmp_path / "gap", hu())[2].unlink()
-    ((source,), _) = ct_sources(tmp_path / "gap")
-    with pytest.raises(RejectedError, match="geometry|missing|even"):
-        source.read()
 
 
 def test_a_mask_is_no_ct(tmp_path: Path, save_nifti: Callable[..., Path]) -> None:
@@ -294,7 +233,7 @@ def test_a_folder_of_scouts_alone_is_an_error(
 ) -> None:
     """Beside CTs they are left out in silence; alone, a run would end well with nothing done."""
     write_series(tmp_path / "coronal", hu(), orientation=(1, 0, 0, 0, 0, -1))
-    with pytest.raises(FileNotFoundError, match="got none in .*, but 1 such as: a series must hold axial CT"):
+    with pytest.raises(FileNotFoundError, match="1 were left out, such as: a series must hold axial"):
         ct_sources(tmp_path)
 
 
@@ -309,9 +248,9 @@ def test_every_message_names_its_file(tmp_path: Path, save_nifti: Callable[..., 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(FileNotFoundError, match="must hold volumes in NIfTI, .* got none in"):
+    with pytest.raises(FileNotFoundError, match=f"No volumes in '{tmp_path}'"):
         ct_sources(tmp_path)
-    with pytest.raises(FileNotFoundError, match="must be a file or a folder, got '.*none', which does not"):
+    with pytest.raises(FileNotFoundError, match="none'"):
         ct_sources(tmp_path / "none")
 
 
@@ -334,18 +273,13 @@ TWICE = RejectedError("duplicate", "two files").of("a")
 LEFT_OUT = RejectedError(EXCLUDED, "no chest").of("c")
 
 
-def test_the_list_is_sorted_and_complete_and_goes_with_the_last_of_them(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_the_list_is_sorted_and_complete_and_goes_with_the_last_of_them(tmp_path):
     failed = report_rejected(tmp_path / "out", [CUT, TWICE, LEFT_OUT, CUT], num_volumes=10, max_rejected=0.2)
     with (tmp_path / "out" / "rejected.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["volume", "reason", "detail"]
     assert rows[1:] == [["a", "duplicate", "two files"], ["b", "unreadable", "cut off"], list(LEFT_OUT)]
     assert failed == 2
-    log_embedded(tmp_path / "out", 10, failed)
-    (line,) = caplog.messages
-    assert "8 volumes" in line
-    assert f"2 rejected, listed in '{tmp_path / 'out' / 'rejected.csv'}'" in line
     report_rejected(tmp_path / "out", [], num_volumes=10, max_rejected=0.2)
     assert not (tmp_path / "out" / "rejected.csv").exists()
 
@@ -356,7 +290,24 @@ def test_a_name_that_is_no_text_is_listed(tmp_path):
 
 
 def test_a_larger_share_than_allowed_is_an_error_that_names_one(tmp_path):
-    with pytest.raises(ValueError, match=r"at most 10.00%, got 20.00% \(2 volumes, such as 'a': two files\)"):
+    with pytest.raises(ValueError, match=r"20\.00%.*10\.00%: 2, such as 'a': two files.*rejected\.csv"):
         report_rejected(tmp_path, [CUT, TWICE, LEFT_OUT], num_volumes=10, max_rejected=0.1)
     # volumes that were never meant to be used do not count
     report_rejected(tmp_path, [LEFT_OUT] * 5, num_volumes=5, max_rejected=0.0)
+
+
+def test_the_last_line_of_a_run_says_what_lies_where_and_what_of_it_is_doubtful(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folders = store_folders(tmp_path, STRATEGIES)
+    report_embedded(tmp_path, folders.values(), 0, 0)
+    embed(folders["raw_32"], "raw_32", "a")
+    embed(folders["raw_32"], "raw_32", "b", doubts=["mirrored?", "short"])
+    embed(folders["cropped_32"], "cropped_32", "bc", doubts=["mirrored?"])
+    report_embedded(tmp_path, folders.values(), 5, 2)
+    nothing, doubts, line = caplog.messages
+    assert "0 volumes" in nothing
+    assert (
+        f"2 embedded volumes are doubtful, such as 'b': mirrored?. EmbeddingStore('{tmp_path}/raw" in doubts
+    )
+    assert f"3 volumes in '{tmp_path}', 2 of them doubtful; 2 rejected" in line
+    assert f"'{tmp_path / 'rejected.csv'}'" in line

@@ -41,7 +41,7 @@ def build(
     """Build everything anew, as a new process does."""
     network = DenseProbes(tasks(), rates, dim=9, seed=42).to(dtype)
     optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=max_steps, final_lr=0.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps=0, max_steps=max_steps, final_lr=0.0)
     best = BestLayers()
     others = {"lr_scheduler": scheduler, "best": best}
     checkpoint = [

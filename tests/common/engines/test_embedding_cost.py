@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.engines import embedding_cost as module
-from common.engines.embedding_cost import knobs_of, tokens_per_slice
+from common.engines.embedding_cost import tokens_per_slice
 from common.reports.results import read_rows
 from common.transforms.slice_strategies import SliceStrategy
 
@@ -39,17 +39,6 @@ def test_tokens_are_patches_of_all_images_and_their_cls(name, side_px, box, expe
     assert tokens_per_slice(SliceStrategy(name, 16), side_px, box) == expected
 
 
-def test_knobs_are_literals_or_text():
-    assert knobs_of(["--a", "1e-3", "--b", "[1, 2]", "--c", "$None"]) == {
-        "a": 1e-3,
-        "b": [1, 2],
-        "c": "$None",
-    }
-    for words, odd in ((["--a", "1", "--b"], "--b"), (["a", "1"], "a")):
-        with pytest.raises(ValueError, match=f"pairs --name value, got '{odd}' on its own"):
-            knobs_of(words)
-
-
 def test_cost_lands_beside_the_score_of_a_strategy(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "short_errors", lambda: None)
     (tmp_path / "ct").mkdir()
@@ -70,3 +59,5 @@ def test_cost_lands_beside_the_score_of_a_strategy(tmp_path, monkeypatch):
     speed = rows["preprocessing_raw_32", "slices_per_second"]
     assert speed.value > 0
     assert (speed.encoder, speed.n) == ("dale_ct_2s", 2)
+    misspelt = CliRunner().invoke(module.app, [*map(str, arguments), "--embed_dims", "8"])
+    assert "embed_dims" in str(misspelt.exception)

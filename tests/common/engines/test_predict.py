@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from common.ct.rejection import Doubt, RejectedError
-from common.embeddings.store import EmbeddingStore
+from common.embeddings import work
+from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.embeddings.work import CTSlices, CTSource
-from common.engines.predict import NOT_CHEST_CT, chest_cts, predict
+from common.engines.predict import NOT_CHEST_CT, ReadCT, predict, read_chest_ct
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler
 
@@ -131,7 +132,14 @@ def test_tiles_and_encoders_without_cls_attention_have_no_maps(cts: Path, tmp_pa
     network = {"_target_": "timm.create_model", "model_name": "resnet10t", "in_chans": 1, "num_classes": 0}
     (tmp_path / "cnn.json").write_text(json.dumps({"network_def": network}))
     cnn = probe_dir(tmp_path / "cnn", dim=512)
-    predict(BUNDLE, cnn, cts / "p1.nii.gz", tmp_path / "b", [str(tmp_path / "cnn.json")], TINY)
+    predict(
+        BUNDLE,
+        cnn,
+        cts / "p1.nii.gz",
+        tmp_path / "b",
+        encoder_configs=[str(tmp_path / "cnn.json")],
+        encoder_knobs=TINY,
+    )
     for out in ("a", "b"):
         data = data_of(tmp_path / out / "p1.html")
         assert data["maps"] is None
@@ -162,13 +170,10 @@ def test_what_is_no_chest_ct_is_refused_listed_and_not_embedded(
 
 def test_where_nothing_is_left_the_reason_is_the_error(cts: Path, tmp_path: Path) -> None:
     save_ct(tmp_path / "slab.nii.gz", trunk(0, 24), spacing_mm=1.0)
-    message = (
-        r"dataset_dir must hold a chest CT, got none in '.*slab.nii.gz': 'slab' is refused, not a chest CT: "
-        r"too short for a whole chest \(.*: 24 mm, .*\). Pass --force True to predict nonetheless"
-    )
+    message = r"slab.nii.gz': 'slab' is refused, not a chest CT: too short .*: 24 mm, .* Pass --force True"
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "slab.nii.gz", tmp_path)
-    assert not (tmp_path / "out" / "embeddings").exists()
+    assert stored_volumes(tmp_path / "out" / "embeddings") == set()
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
 
@@ -177,7 +182,11 @@ def test_force_goes_on_and_says_so_on_the_page_and_the_terminal(
 ) -> None:
     save_ct(cts / "slab.nii.gz", trunk(0, 24), spacing_mm=1.0)
     probe = probe_dir(tmp_path / "probe")
-    assert list(predict(BUNDLE, probe, cts, tmp_path / "out", (), TINY, force=True)) == ["p1", "p2", "slab"]
+    assert list(predict(BUNDLE, probe, cts, tmp_path / "out", encoder_knobs=TINY, force=True)) == [
+        "p1",
+        "p2",
+        "slab",
+    ]
     shown = capsys.readouterr().out
     assert (
         "1 volumes were used in spite of doubts:\n  slab: This does not look like a chest CT: too short"
@@ -190,11 +199,13 @@ def test_force_goes_on_and_says_so_on_the_page_and_the_terminal(
 
 
 def test_blank_slices_take_no_part_in_the_result_and_the_page_says_so(cts: Path, tmp_path: Path) -> None:
-    whole = predict(BUNDLE, probe_dir(tmp_path / "probe"), cts / "p1.nii.gz", tmp_path / "a", (), TINY)
+    whole = predict(
+        BUNDLE, probe_dir(tmp_path / "probe"), cts / "p1.nii.gz", tmp_path / "a", encoder_knobs=TINY
+    )
     hu = trunk(0, 23)
     blanks = np.full((2, 64, 64), -1024, np.int16)
     save_ct(tmp_path / "p1.nii.gz", np.concatenate([blanks[:1], hu, blanks]))
-    padded = predict(BUNDLE, tmp_path / "probe", tmp_path / "p1.nii.gz", tmp_path / "b", (), TINY)
+    padded = predict(BUNDLE, tmp_path / "probe", tmp_path / "p1.nii.gz", tmp_path / "b", encoder_knobs=TINY)
     np.testing.assert_allclose(
         [row["probability"] for row in padded["p1"]], [row["probability"] for row in whole["p1"]], rtol=1e-5
     )
@@ -208,36 +219,35 @@ def test_blank_slices_take_no_part_in_the_result_and_the_page_says_so(cts: Path,
     assert EmbeddingStore(tmp_path / "a" / "embeddings").doubts() == {}
 
 
-def test_volumes_are_refused_with_their_reasons_unless_forced() -> None:
-    def damaged() -> CTSlices:
-        raise RejectedError("unreadable", "the file ends early")
-
-    def gone() -> CTSlices:
-        raise FileNotFoundError("no such file")
-
+def test_a_volume_is_refused_with_its_reasons_unless_forced() -> None:
     hu, serious, slight = trunk(0, 3), Doubt("back", "it is turned", True), Doubt("heart", "mirrored?", False)
+    sound = CTSource("a", lambda: CTSlices(hu, (1, 1, 1), "sum", [slight], [2]))
+    turned = CTSource("b", lambda: CTSlices(hu, (1, 1, 1), "", [slight, serious]))
+    cts: dict[str, ReadCT] = {}
+    assert read_chest_ct(sound, False, cts).hu is hu
+    with pytest.raises(RejectedError, match=f"{NOT_CHEST_CT}: it is turned$"):
+        read_chest_ct(turned, False, cts)
+    assert list(cts) == ["a"]
+    assert cts["a"].sha256 == "sum"
+    assert cts["a"].has_image.tolist() == [True, True, False]
+    read_chest_ct(turned, True, cts)
+    assert cts["b"].notes == ["This does not look like a chest CT: it is turned.", "Please check: mirrored?."]
 
-    def sound() -> CTSlices:
-        return CTSlices(hu, (1, 1, 1), "sum", [slight], [2])
 
-    sources = [
-        CTSource("a", sound),
-        CTSource("b", lambda: CTSlices(hu, (1, 1, 1), "", [slight, serious])),
-        CTSource("c", damaged),
-        CTSource("d", gone),
-        CTSource("e", sound),
-    ]
-    for num_workers in (0, 2):
-        chests = chest_cts(sources, num_workers, force=False)
-        assert [source.volume for source in chests.used] == ["a", "e"]
-        assert [(item.volume, item.reason) for item in chests.refused] == [
-            *(("b", NOT_CHEST_CT), ("c", "unreadable"), ("d", "unreadable"))
-        ]
-        assert chests.refused[0].detail == "it is turned"
-        assert chests.has_image["e"].tolist() == [True, True, False]
-    forced = chest_cts(sources, 1, force=True)
-    assert [source.volume for source in forced.used] == ["a", "b", "e"]
-    assert forced.doubts["b"] == [slight, serious]
+def test_a_volume_is_read_once_and_again_for_its_page(
+    cts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    read_ct = work.read_ct
+    monkeypatch.setattr(work, "read_ct", lambda file: reads.append(file.volume) or read_ct(file))
+    probe = probe_dir(tmp_path / "probe")
+    first = predict(BUNDLE, probe, cts, tmp_path / "out", encoder_knobs=TINY, num_pages=1)
+    assert sorted(reads) == ["p1", "p1", "p2"]
+    reads.clear()
+    save_ct(cts / "p3.nii.gz", trunk(2, 25))
+    again = predict(BUNDLE, probe, cts, tmp_path / "out", encoder_knobs=TINY, num_pages=0)
+    assert sorted(reads) == ["p1", "p2", "p3"]
+    assert {volume: again[volume] for volume in first} == first
 
 
 def test_the_python_call_of_the_documentation_runs_as_written(
@@ -263,7 +273,7 @@ def test_the_python_call_of_the_documentation_runs_as_written(
 def test_another_file_of_the_same_name_is_refused(cts: Path, tmp_path: Path) -> None:
     first = run(cts, tmp_path)
     (cts / "p2.nii.gz").replace(cts / "p1.nii.gz")
-    with pytest.raises(ValueError, match=r"must be the file that was embedded .*, got another 'p1' \(1 in"):
+    with pytest.raises(ValueError, match="'p1' was embedded .* from another file"):
         run(cts, tmp_path)
     again = predict(BUNDLE, tmp_path / "probe", cts, tmp_path / "other", encoder_knobs=TINY)
     np.testing.assert_allclose(
@@ -294,13 +304,12 @@ def test_a_probe_of_other_embeddings_is_refused(
 
 def test_what_is_missing_is_named(cts: Path, tmp_path: Path) -> None:
     probe = probe_dir(tmp_path / "probe")
-    with pytest.raises(ValueError, match="encoder_bundle must be a folder, got none. Pass --encoder_bundle"):
-        predict(None, probe, cts, tmp_path)
-    with pytest.raises(ValueError, match="probe_dir must be a folder, got none. Pass --probe_dir"):
-        predict(BUNDLE, None, cts, tmp_path)
-    with pytest.raises(FileNotFoundError, match="encoder_bundle must have configs/inference.json, got none"):
+    for bundle, folder in ((None, probe), (BUNDLE, None)):
+        with pytest.raises(ValueError, match="--encoder_bundle and --probe_dir"):
+            predict(bundle, folder, cts, tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}'.*configs/inference.json"):
         predict(tmp_path, probe, cts, tmp_path)
-    with pytest.raises(FileNotFoundError, match="dataset_dir must be a file or a folder, got '.*none'"):
+    with pytest.raises(FileNotFoundError, match="none'"):
         predict(BUNDLE, probe, tmp_path / "none", tmp_path, encoder_knobs=TINY)
-    with pytest.raises(ValueError, match="encoder_knobs must be knobs of .*, got 'patch_px', which it lacks"):
+    with pytest.raises(ValueError, match="patch_px"):
         predict(BUNDLE, probe, cts, tmp_path, encoder_knobs={"patch_px": 8})

@@ -55,7 +55,7 @@ def build(
         dtype
     )
     optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=max_steps, final_lr=0.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps=0, max_steps=max_steps, final_lr=0.0)
     best = BestProbe()
     loader = DataLoader(
         cohorts["train"],

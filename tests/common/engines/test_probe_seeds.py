@@ -49,7 +49,7 @@ def train(bags: EmbeddingBags, index: int, seeds: list[int]) -> list[MILProbe]:
         bags.labels,
         nn.BCEWithLogitsLoss(reduction="none"),
         optimizer,
-        warmup_cosine(optimizer, warmup_steps=0, total_steps=TOTAL, final_lr=0.0),
+        warmup_cosine(optimizer, warmup_steps=0, max_steps=TOTAL, final_lr=0.0),
     )
 
 

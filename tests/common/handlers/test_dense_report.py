@@ -37,7 +37,7 @@ def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
         test_cohort=sides[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, total_steps=6, final_lr=0.0),
+        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, max_steps=6, final_lr=0.0),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=3,

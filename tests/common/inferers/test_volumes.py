@@ -17,27 +17,15 @@ class Patches(nn.Module):
         return torch.cat([mean, nn.functional.max_pool3d(volumes, (2, 3, 4))], dim=1)
 
 
-class Pooling(Patches):
-    def pool(self, grid: torch.Tensor) -> torch.Tensor:
-        return grid.amax((2, 3, 4))[:, :1]
-
-
-def test_tokens_are_the_grid_in_row_major_order():
+def test_the_grid_is_the_networks():
     volume = torch.randn(1, 1, 4, 9, 8)
-    bag = VolumeInferer("float32")(MetaTensor(volume), Patches())
-    assert type(bag["tokens"]) is torch.Tensor
-    assert bag["grid"].tolist() == [[2, 3, 2]]
-    assert bag["tokens"].shape == (1, 12, 2)
-    for token, (i, j, k) in enumerate(np.ndindex(2, 3, 2)):
+    grid, patches = VolumeInferer("float32")(MetaTensor(volume), Patches())
+    assert type(grid) is torch.Tensor
+    assert patches is None
+    assert grid.shape == (1, 2, 2, 3, 2)
+    for i, j, k in np.ndindex(2, 3, 2):
         patch = volume[0, 0, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3, 4 * k : 4 * k + 4]
-        torch.testing.assert_close(bag["tokens"][0, token], torch.stack([patch.mean(), patch.max()]))
-    torch.testing.assert_close(bag["pooled"], bag["tokens"].mean(1))
-
-
-def test_a_network_may_pool_in_its_own_way():
-    volume = torch.randn(1, 1, 4, 9, 8)
-    bag = VolumeInferer("float32")(volume, Pooling())
-    torch.testing.assert_close(bag["pooled"], bag["tokens"][:, :, 0].amax(1, keepdim=True))
+        torch.testing.assert_close(grid[0, :, i, j, k], torch.stack([patch.mean(), patch.max()]))
 
 
 def test_a_sequence_and_the_first_of_a_tuple_are_tokens():
@@ -46,10 +34,9 @@ def test_a_sequence_and_the_first_of_a_tuple_are_tokens():
             return volumes.reshape(1, 4, 18), ["hidden states"]
 
     volume = torch.randn(1, 1, 4, 9, 2)
-    bag = VolumeInferer("float32")(volume, Sequence())
-    torch.testing.assert_close(bag["tokens"], volume.reshape(1, 4, 18))
-    assert bag["grid"].tolist() == [[4, 1, 1]]
-    torch.testing.assert_close(bag["pooled"], volume.reshape(1, 4, 18).mean(1))
+    grid, _ = VolumeInferer("float32")(volume, Sequence())
+    torch.testing.assert_close(grid[..., 0, 0].mT, volume.reshape(1, 4, 18))
+    assert grid.shape == (1, 18, 4, 1, 1)
 
 
 @pytest.mark.parametrize("windows_per_batch", [1, 5, 100])
@@ -57,16 +44,14 @@ def test_windows_are_a_loop_over_the_padded_volume(windows_per_batch):
     volume = torch.randn(1, 1, 12, 20, 17)
     window, step = (8, 12, 16), (4, 6, 8)  # overlap one half
     inferer = WindowsInferer(window, 0.5, windows_per_batch, "float32")
-    bag = inferer(volume, Patches())
+    grid, _ = inferer(volume, Patches())
     padded = nn.functional.pad(volume, (0, 7, 0, 4, 0, 0))[0, 0]
     counts = [(side - w) // s + 1 for side, w, s in zip(padded.shape, window, step, strict=True)]
-    assert bag["grid"].tolist() == [counts] == [[2, 3, 2]]
-    expected = []
+    assert list(grid.shape[2:]) == counts == [2, 3, 2]
     for place in np.ndindex(*counts):
         cut = tuple(slice(i * s, i * s + w) for i, s, w in zip(place, step, window, strict=True))
-        expected.append(Patches()(padded[cut][None, None])[0].mean((1, 2, 3)))
-    torch.testing.assert_close(bag["tokens"][0], torch.stack(expected))
-    torch.testing.assert_close(bag["pooled"][0], torch.stack(expected).mean(0))
+        expected = Patches()(padded[cut][None, None])[0].mean((1, 2, 3))
+        torch.testing.assert_close(grid[0, :, *place], expected)
 
 
 def test_ct_fms_windows_step_by_9_and_48_voxels():
@@ -94,17 +79,17 @@ def test_autocast_is_off_or_bfloat16():
 
     for amp_dtype in ("float32", "bfloat16"):
         for inferer in (VolumeInferer(amp_dtype), WindowsInferer((2, 2, 2), 0.0, 3, amp_dtype)):
-            bag = inferer(torch.randn(1, 1, 2, 2, 2), Probe())
-            assert bag["tokens"].dtype == bag["pooled"].dtype == torch.float32
+            grid, _ = inferer(torch.randn(1, 1, 2, 2, 2), Probe())
+            assert grid.dtype == torch.float32
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
 def test_what_cannot_be_encoded_is_refused():
     with pytest.raises(ValueError, match="inputs must hold one volume, got 2. Set the loader's batch_size"):
         VolumeInferer("float32")(torch.zeros(2, 1, 4, 3, 4), Patches())
-    with pytest.raises(ValueError, match=r"must return a grid .* or a sequence .*, got \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"network must return .* \(1, 5\)"):
         VolumeInferer("float32")(torch.zeros(1, 1, 5, 1, 1), nn.Flatten())
-    with pytest.raises(ValueError, match=r"at least the window \(8, 4, 4\), got \(4, 9, 8\). Pad the volume"):
+    with pytest.raises(ValueError, match=r"window \(8, 4, 4\), got \(4, 9, 8\)"):
         WindowsInferer((8, 4, 4), 0.5, 1, "float32")(torch.zeros(1, 1, 4, 9, 8), Patches())
 
 
@@ -116,5 +101,5 @@ def test_what_cannot_be_encoded_is_refused():
 def test_a_gpu_is_asked_for_no_value(fake_gpu, inferer):
     (volume,) = fake_gpu.holds(torch.zeros(1, 1, 12, 20, 17))
     with fake_gpu.mode:
-        bag = inferer(volume, Pooling())
-    assert {bag[name].device.type for name in ("tokens", "pooled")} == {"cuda"}
+        grid, _ = inferer(volume, Patches())
+    assert grid.device.type == "cuda"

@@ -17,6 +17,13 @@ HAS_REX = torch.tensor([False, True, False, True, False])
 Tree = dict[str, dict[str, torch.Tensor]]
 
 
+def auxiliary_loss(
+    ts=WEIGHTS["ts"], rex=WEIGHTS["rex"], terms=TERMS, rex_targets="presence"
+) -> AuxiliaryBCELoss:
+    rest = {"auxiliary_terms": terms, "aux_weight": 0.1, "rex_targets": rex_targets}
+    return AuxiliaryBCELoss(ts_pos_weight=ts, rex_pos_weight=rex, **rest)
+
+
 def random_tree(seed: int, num_samples: int = B) -> Tree:
     generator = torch.Generator().manual_seed(seed)
     tree: Tree = {}
@@ -59,7 +66,7 @@ def term_by_loop(term: str, logits: Tree, targets: Tree, annotated: torch.Tensor
 
 def test_every_term_is_the_loop_over_annotated_samples_and_the_loss_their_mean() -> None:
     logits, targets = logits_and_targets()
-    terms = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])(logits, targets, HAS_TS, HAS_REX)
+    terms = auxiliary_loss()(logits, targets, HAS_TS, HAS_REX)
     assert list(terms) == ["loss", *TERMS]
     expected = {t: term_by_loop(t, logits, targets, HAS_TS if t.startswith("ts") else HAS_REX) for t in TERMS}
     for term, value in expected.items():
@@ -67,30 +74,14 @@ def test_every_term_is_the_loop_over_annotated_samples_and_the_loss_their_mean()
     assert float(terms["loss"]) == pytest.approx(sum(expected.values()) / 4, rel=1e-12)
 
 
-def test_subset_of_terms_is_averaged_alone_and_needs_only_its_weights() -> None:
+@pytest.mark.parametrize("terms", [("ts_cls",), ("ts_cls", "ts_patch")], ids=["1s", "1s_v2"])
+def test_a_subset_of_terms_is_averaged_alone_and_needs_only_its_weights(terms) -> None:
     logits, targets = logits_and_targets()
-    only_cls = {group: {"ts_cls": terms["ts_cls"]} for group, terms in logits.items()}
-    terms = AuxiliaryBCELoss(WEIGHTS["ts"], None, terms=["ts_cls"])(only_cls, targets, HAS_TS, HAS_REX)
-    assert list(terms) == ["loss", "ts_cls"]
-    assert float(terms["loss"]) == pytest.approx(term_by_loop("ts_cls", logits, targets, HAS_TS), rel=1e-12)
-
-
-def test_two_terms_of_one_source_are_the_loss_of_1s_v2() -> None:
-    logits, targets = logits_and_targets()
-    terms = AuxiliaryBCELoss(WEIGHTS["ts"], None, terms=("ts_cls", "ts_patch"))(
-        logits, targets, HAS_TS, HAS_REX
-    )
-    expected = [term_by_loop(term, logits, targets, HAS_TS) for term in ("ts_cls", "ts_patch")]
-    assert float(terms["loss"]) == pytest.approx(sum(expected) / 2, rel=1e-12)
-
-
-def test_zero_logits_have_the_value_by_hand() -> None:
-    # log 2 * (w y + 1 - y) with y = 1/4
-    views = {"global": {"ts_cls": torch.zeros(1, 2, 1)}}
-    quarter = {"global": {"ts_cls": torch.full((1, 2, 1), 0.25)}}
-    yes = torch.ones(1, dtype=torch.bool)
-    terms = AuxiliaryBCELoss([5.0], None, ("ts_cls",))(views, quarter, yes, yes)
-    assert float(terms["loss"]) == pytest.approx(math.log(2) * 2, rel=1e-6)
+    only = {group: {term: of_group[term] for term in terms} for group, of_group in logits.items()}
+    found = auxiliary_loss(rex=None, terms=terms)(only, targets, HAS_TS, HAS_REX)
+    assert list(found) == ["loss", *terms]
+    expected = [term_by_loop(term, logits, targets, HAS_TS) for term in terms]
+    assert float(found["loss"]) == pytest.approx(sum(expected) / len(terms), rel=1e-12)
 
 
 def test_optimum_is_the_weighted_odds_of_the_share() -> None:
@@ -100,7 +91,7 @@ def test_optimum_is_the_weighted_odds_of_the_share() -> None:
     logit = torch.tensor([[[math.log(odds)]]], dtype=torch.float64, requires_grad=True)
     yes = torch.ones(1, dtype=torch.bool)
     target = {"global": {"ts_cls": torch.full((1, 1, 1), share, dtype=torch.float64)}}
-    AuxiliaryBCELoss([weight], None, ("ts_cls",))({"global": {"ts_cls": logit}}, target, yes, yes)[
+    auxiliary_loss([weight], None, ("ts_cls",))({"global": {"ts_cls": logit}}, target, yes, yes)[
         "loss"
     ].backward()
     assert float(logit.grad) == pytest.approx(0, abs=1e-12)
@@ -108,7 +99,7 @@ def test_optimum_is_the_weighted_odds_of_the_share() -> None:
 
 def test_samples_without_annotation_have_no_influence() -> None:
     logits, targets = logits_and_targets()
-    loss = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])
+    loss = auxiliary_loss()
     before = loss(logits, targets, HAS_TS, HAS_REX)
     for tree, other in ((logits, random_tree(7)), (targets, random_tree(8))):
         for group, terms in tree.items():
@@ -123,7 +114,7 @@ def test_term_without_any_annotated_sample_is_zero_with_a_gradient_of_zero() -> 
     logits, targets = logits_and_targets()
     leaves = [tensor.requires_grad_() for terms in logits.values() for tensor in terms.values()]
     nowhere = torch.zeros(B, dtype=torch.bool)
-    terms = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])(logits, targets, HAS_TS, nowhere)
+    terms = auxiliary_loss()(logits, targets, HAS_TS, nowhere)
     values = {name: value.item() for name, value in terms.items()}
     assert values["rex_cls"] == values["rex_patch"] == 0
     assert values["loss"] == pytest.approx((values["ts_cls"] + values["ts_patch"]) / 4)
@@ -136,7 +127,7 @@ def test_term_without_any_annotated_sample_is_zero_with_a_gradient_of_zero() -> 
 
 def test_gradient_is_that_of_finite_differences() -> None:
     logits, targets = logits_and_targets()
-    loss = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])
+    loss = auxiliary_loss()
     names = [(group, term) for group in SHAPES for term in TERMS]
 
     def of_leaves(*leaves: torch.Tensor) -> torch.Tensor:
@@ -153,7 +144,7 @@ def test_bfloat16_logits_are_compared_in_float32() -> None:
     logits, targets = logits_and_targets()
     half = {group: {term: x.bfloat16() for term, x in terms.items()} for group, terms in logits.items()}
     full = {group: {term: x.float() for term, x in terms.items()} for group, terms in half.items()}
-    loss = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])
+    loss = auxiliary_loss()
     expected = loss(full, targets, HAS_TS, HAS_REX)
     with torch.autocast("cpu", torch.bfloat16):
         values = loss(half, targets, HAS_TS, HAS_REX)
@@ -164,63 +155,37 @@ def test_bfloat16_logits_are_compared_in_float32() -> None:
 
 @pytest.mark.parametrize("terms", [[], ["ts_cls", "ts_cls"], ["ts_slice"]])
 def test_impossible_terms_are_refused(terms: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"terms must be different ones of \('ts_cls', .*\), got \("):
-        AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"], terms)
+    with pytest.raises(ValueError, match=r"auxiliary_terms must be .*'ts_cls', .*got \("):
+        auxiliary_loss(WEIGHTS["ts"], WEIGHTS["rex"], terms)
 
 
 def test_missing_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rex_pos_weight must be given for terms of 'rex', got None\."):
-        AuxiliaryBCELoss(WEIGHTS["ts"], None)
+        auxiliary_loss(WEIGHTS["ts"], None)
 
 
 @pytest.mark.parametrize("pos_weight", [[], [1.0, 0.0], [1.0, math.inf], [[1.0]]])
 def test_impossible_weights_are_refused(pos_weight: list) -> None:
     with pytest.raises(ValueError, match=r"ts_pos_weight must be a list of positive numbers, got \["):
-        AuxiliaryBCELoss(pos_weight, None, ("ts_cls",))
+        auxiliary_loss(pos_weight, None, ("ts_cls",))
 
 
-def test_flags_of_another_shape_are_refused() -> None:
+def test_other_targets_are_refused() -> None:
+    with pytest.raises(ValueError, match="rex_targets.*'presence', 'fraction'.*got 'share'"):
+        auxiliary_loss(rex_targets="share")
+
+
+def test_what_does_not_go_together_is_refused() -> None:
     logits, targets = logits_and_targets()
-    loss = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])
-    with pytest.raises(
-        ValueError, match=r"has_ts and has_rex must have one shape \(B,\), got \(5,\) and \(4,\)\."
-    ):
+    loss = auxiliary_loss()
+    with pytest.raises(ValueError, match=r"has_ts and has_rex .*\(5,\) and \(4,\)"):
         loss(logits, targets, HAS_TS, HAS_REX[:4])
-    message = (
-        r"logits must have 4 samples and 3 classes, got shape \(5, 2, 3\) for 'ts_cls' of the global views\."
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"4 samples and 3 classes, got shape \(5, 2, 3\) for 'ts_cls'"):
         loss(logits, targets, HAS_TS[:4], HAS_REX[:4])
-
-
-def test_logits_of_another_number_of_classes_are_refused() -> None:
-    logits, targets = logits_and_targets()
-    loss = AuxiliaryBCELoss([1.0, 1.0], WEIGHTS["rex"])
-    with pytest.raises(
-        ValueError, match=r"logits must have 5 samples and 2 classes, got shape \(5, 2, 3\) for"
-    ):
-        loss(logits, targets, HAS_TS, HAS_REX)
-
-
-def test_targets_of_another_shape_are_refused() -> None:
-    logits, targets = logits_and_targets()
-    targets["local"]["rex_cls"] = targets["local"]["rex_cls"][:, :1]
-    message = (
-        r"targets must have the shape of the logits \(5, 3, 2\), got \(5, 1, 2\) for 'rex_cls' of the local"
-    )
-    with pytest.raises(ValueError, match=message):
-        AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])(logits, targets, HAS_TS, HAS_REX)
-
-
-def test_missing_groups_and_terms_are_named() -> None:
-    logits, targets = logits_and_targets()
-    loss = AuxiliaryBCELoss(WEIGHTS["ts"], WEIGHTS["rex"])
-    with pytest.raises(ValueError, match=r"logits must hold at least one group of views, got none\."):
-        loss({}, targets, HAS_TS, HAS_REX)
-    with pytest.raises(KeyError, match=r"targets must have the group 'local', got \['global'\]\."):
+    with pytest.raises(ValueError, match=r"5 samples and 2 classes, got shape \(5, 2, 3\) for 'ts_cls'"):
+        auxiliary_loss([1.0, 1.0])(logits, targets, HAS_TS, HAS_REX)
+    with pytest.raises(KeyError, match="local"):
         loss(logits, {"global": targets["global"]}, HAS_TS, HAS_REX)
-    del logits["global"]["rex_patch"]
-    with pytest.raises(
-        KeyError, match=r"logits of the global views must have the term 'rex_patch', got \['ts_cls'"
-    ):
+    targets["local"]["rex_cls"] = targets["local"]["rex_cls"][:, :1]
+    with pytest.raises(ValueError, match=r"logits \(5, 3, 2\), got \(5, 1, 2\) for 'rex_cls' of the local"):
         loss(logits, targets, HAS_TS, HAS_REX)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.losses.dino import DINOLoss, IBOTLoss, TeacherTargets, sinkhorn_knopp
+from common.losses.dino import DINOLoss, IBOTLoss, TeacherTargets, koleo_loss, sinkhorn_knopp
 
 V, VG, B, K = 5, 2, 3, 7
 TEMP, STUDENT_TEMP = 0.05, 0.1
@@ -197,3 +197,34 @@ def test_losses_as_they_are_built_take_either_precision(
     ]
     assert patches.dtype == student_dtype
     assert float(patches) == pytest.approx(0.25 * sum(by_patch) / VG, abs=atol)
+
+
+def test_koleo_is_minus_the_mean_log_distance_to_the_nearest_other_sample_of_the_view() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cls = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64)
+    unit = (cls / cls.norm(dim=-1, keepdim=True)).numpy()
+    total = 0.0
+    for view in range(2):
+        for sample in range(6):
+            others = [np.linalg.norm(unit[sample, view] - unit[i, view]) for i in range(6) if i != sample]
+            total -= np.log(min(others)) / 6
+    assert float(koleo_loss(cls)) == pytest.approx(total, rel=1e-6)
+
+
+def test_koleos_gradient_drives_neighbours_apart() -> None:
+    cls = torch.tensor([[[1.0, 0.1]], [[1.0, -0.1]], [[-1.0, 0.0]]], requires_grad=True)
+    koleo_loss(cls).backward()
+    assert cls.grad[0, 0, 1] < 0 < cls.grad[1, 0, 1]
+
+
+def test_koleo_of_equal_samples_stays_finite() -> None:
+    cls = torch.ones(3, 1, 4, requires_grad=True)
+    loss = koleo_loss(cls)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(cls.grad).all()
+
+
+def test_one_sample_has_no_neighbour() -> None:
+    with pytest.raises(ValueError, match="cls must hold at least two samples, got 1"):
+        koleo_loss(torch.ones(1, 2, 4))

@@ -33,7 +33,7 @@ def by_hand(views: np.ndarray, directions: np.ndarray) -> tuple[float, float, fl
 
 
 def test_the_value_is_that_of_the_loop():
-    visreg = VISReg(num_directions=M)
+    visreg = VISReg(M)
     views = projections()
     drawn = torch.randn(K, M, generator=torch.Generator().manual_seed(4)).numpy().astype(np.float64)
     directions = drawn / np.linalg.norm(drawn, axis=0)
@@ -66,15 +66,6 @@ def test_the_shape_term_does_not_push_on_the_spread():
     held = full(centred.detach() * 1.001, step=1) - full(centred.detach(), step=1)
     assert abs(float(held)) < 1e-9  # the value does not know the spread
     assert float((gradient * centred.detach()).sum().abs()) > 1e-3  # the gradient of fixed deviations does
-
-
-def test_a_normal_batch_is_better_than_a_collapsed_or_shifted_one():
-    normal = torch.randn(1, 512, 8, generator=torch.Generator().manual_seed(0))
-    visreg = VISReg(256)
-    value = float(visreg(normal, step=0))
-    assert value < 0.05
-    for worse in (0.01 * normal, normal + 1, normal[..., :1].expand(-1, -1, 8)):
-        assert float(visreg(worse, step=0)) > 4 * value
 
 
 def test_a_collapsed_batch_has_a_finite_gradient():

@@ -1,25 +1,20 @@
 """Student and teacher: what they encode, what the mask hides, and how the teacher follows."""
 
 import pytest
-import timm
 import torch
+from torch.nn import functional
 
-from common.networks.dino_model import DINOModel, follow, new_teacher
+from common.networks.dino_model import DINOHead, DINOModel, follow, new_teacher
 from common.networks.encoder import cls_and_patches
-from common.networks.pretraining_model import DINOHead
+from tests.common.conftest import tiny_vit
 
 B, VG, VL, P = 3, 2, 4, 4
 PLACES = torch.tensor([1, 5, 22, 0])
 
 
-def model(registers: str = "vit_large_patch14_reg4_dinov2", **options) -> DINOModel:
-    torch.manual_seed(0)
-    vit = timm.create_model(
-        registers,
-        **{"in_chans": 1, "num_classes": 0, "dynamic_img_size": True, "img_size": 32, "patch_size": 8},
-        **{"embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.1},
-    )
-    network = DINOModel(vit, DINOHead(16, 9, 6, 11), DINOHead(16, 9, 6, 11), **options)
+def model(name: str = "vit_large_patch14_reg4_dinov2", checkpoint_activations: bool = False) -> DINOModel:
+    heads = [DINOHead(16, 9, 6, 11) for _ in range(2)]
+    network = DINOModel(tiny_vit(name, img_size=32), *heads, checkpoint_activations)
     torch.nn.init.normal_(network.mask_token)
     return network
 
@@ -119,3 +114,32 @@ def test_after_n_steps_the_teacher_is_the_weighted_sum_of_all_students():
     expected += 0.25 * 0.99 * history[3] + 0.01 * history[4]
     torch.testing.assert_close(teacher.encoder.blocks[1].mlp.fc1.weight, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(student.encoder.blocks[1].mlp.fc1.weight, history[4], rtol=0, atol=0)
+
+
+def test_dino_head_is_the_cosine_of_the_angle_to_each_prototype() -> None:
+    torch.manual_seed(0)
+    head = DINOHead(embed_dim=5, head_hidden_dim=11, head_bottleneck_dim=4, num_prototypes=7).double()
+    tokens = torch.randn(3, 2, 5, dtype=torch.float64)
+    layers = [layer for layer in head.mlp if isinstance(layer, torch.nn.Linear)]
+    hidden = tokens
+    for layer in layers[:2]:
+        hidden = functional.gelu(hidden @ layer.weight.T + layer.bias)
+    points = hidden @ layers[2].weight.T + layers[2].bias
+    expected = functional.cosine_similarity(points[..., None, :], head.last_layer.weight, dim=-1)
+    torch.testing.assert_close(head(tokens), expected)
+    assert head.last_layer.bias is None
+    assert len(list(head.parameters())) == 7
+
+
+def test_dino_head_starts_from_a_narrow_cut_off_normal() -> None:
+    torch.manual_seed(0)
+    head = DINOHead(embed_dim=64, head_hidden_dim=128, head_bottleneck_dim=32, num_prototypes=512)
+    weights = torch.cat([weight.flatten() for weight in head.parameters() if weight.ndim > 1])
+    assert float(weights.detach().std()) == pytest.approx(0.02 * 0.88, rel=0.02)  # of a normal cut off at two
+    assert float(weights.detach().abs().max()) <= 0.04
+    assert all((weight == 0).all() for weight in head.parameters() if weight.ndim == 1)
+
+
+def test_dino_head_without_prototypes_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_prototypes must be positive, got 0"):
+        DINOHead(5, 11, 4, 0)

@@ -4,33 +4,30 @@ import pytest
 import timm
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.networks.pretraining_model import (
     AuxiliaryHead,
-    DINOHead,
     PretrainingModel,
     ProjectionHead,
     clip_by_global_norm,
     distribute,
     gradients_stay_here,
+    peak_bf16_flops,
+    training_flops,
 )
+from tests.common.conftest import tiny_vit
 
 
 def model(auxiliary: bool) -> PretrainingModel:
-    torch.manual_seed(0)
-    vit = timm.create_model(
-        "vit_large_patch14_dinov2",
-        in_chans=1,
-        num_classes=0,
-        dynamic_img_size=True,
-        img_size=32,
-        patch_size=8,
-        embed_dim=12,
-        depth=1,
-        num_heads=2,
-    )
-    head = AuxiliaryHead(embed_dim=12, num_ts_classes=7, num_rex_classes=5) if auxiliary else None
-    return PretrainingModel(vit, ProjectionHead(embed_dim=12, hidden_dim=17, out_dim=11), head).eval()
+    vit = tiny_vit(img_size=32, embed_dim=12, depth=1, init_values=None)
+    return PretrainingModel(
+        vit, ProjectionHead(12, 17, 11), auxiliary_head() if auxiliary else None, False
+    ).eval()
+
+
+def auxiliary_head(embed_dim: int = 12, num_ts_classes: int = 7, num_rex_classes: int = 5) -> AuxiliaryHead:
+    return AuxiliaryHead(embed_dim, num_ts_classes, num_rex_classes, train_auxiliary_head=True)
 
 
 def test_every_view_is_projected_and_read_out_alone():
@@ -73,7 +70,7 @@ def test_without_auxiliary_head_there_are_no_logits():
 
 def test_projection_head_is_three_linear_layers_with_layer_norm_and_gelu_between() -> None:
     torch.manual_seed(0)
-    head = ProjectionHead(embed_dim=5, hidden_dim=11, out_dim=3).double()
+    head = ProjectionHead(embed_dim=5, projector_hidden_dim=11, projection_dim=3).double()
     tokens = torch.randn(7, 5, dtype=torch.float64)
     parameters = list(head.parameters())
     hidden = tokens
@@ -83,16 +80,9 @@ def test_projection_head_is_three_linear_layers_with_layer_norm_and_gelu_between
     assert len(parameters) == 10
 
 
-def test_projection_head_of_the_paper_has_its_widths() -> None:
-    with torch.device("meta"):
-        head = ProjectionHead(embed_dim=1024, hidden_dim=2048, out_dim=124)
-    shapes = [tuple(layer.weight.shape) for layer in head if isinstance(layer, torch.nn.Linear)]
-    assert shapes == [(2048, 1024), (2048, 2048), (124, 2048)]
-
-
 def test_auxiliary_head_reads_cls_and_patches_with_the_same_linear_layer_for_each_source() -> None:
     torch.manual_seed(0)
-    head = AuxiliaryHead(embed_dim=5, num_ts_classes=7, num_rex_classes=3)
+    head = auxiliary_head(5, 7, 3)
     tokens = torch.randn(2, 11, 5)
     patches = head(tokens)
     assert {source: tuple(logits.shape) for source, logits in patches.items()} == {
@@ -108,20 +98,14 @@ def test_auxiliary_head_reads_cls_and_patches_with_the_same_linear_layer_for_eac
 
 
 def test_auxiliary_head_without_findings_has_no_parameter_for_them() -> None:
-    head = AuxiliaryHead(embed_dim=5, num_ts_classes=7, num_rex_classes=0)
+    head = auxiliary_head(5, 7, 0)
     assert head(torch.zeros(2, 5)).keys() == {"ts"}
     assert sum(parameter.numel() for parameter in head.parameters()) == 5 * 7 + 7
 
 
-def test_every_parameter_of_the_auxiliary_head_is_trained() -> None:
-    head = AuxiliaryHead(embed_dim=5, num_ts_classes=7, num_rex_classes=3)
-    sum(logits.square().sum() for logits in head(torch.randn(2, 5)).values()).backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in head.parameters())
-
-
-@pytest.mark.parametrize("name", ["embed_dim", "hidden_dim", "out_dim"])
+@pytest.mark.parametrize("name", ["embed_dim", "projector_hidden_dim", "projection_dim"])
 def test_projection_heads_without_width_are_refused(name: str) -> None:
-    sizes = {"embed_dim": 5, "hidden_dim": 11, "out_dim": 3, name: 0}
+    sizes = {"embed_dim": 5, "projector_hidden_dim": 11, "projection_dim": 3, name: 0}
     with pytest.raises(ValueError, match=rf"{name} must be positive, got 0\."):
         ProjectionHead(**sizes)
 
@@ -137,46 +121,11 @@ def test_projection_heads_without_width_are_refused(name: str) -> None:
 def test_auxiliary_heads_without_width_are_refused(name: str, message: str) -> None:
     sizes = {"embed_dim": 5, "num_ts_classes": 7, "num_rex_classes": 3, name: -1}
     with pytest.raises(ValueError, match=message):
-        AuxiliaryHead(**sizes)
+        auxiliary_head(**sizes)
 
 
-def test_dino_head_is_the_cosine_of_the_angle_to_each_prototype() -> None:
-    torch.manual_seed(0)
-    head = DINOHead(embed_dim=5, hidden_dim=11, bottleneck_dim=4, num_prototypes=7).double()
-    tokens = torch.randn(3, 2, 5, dtype=torch.float64)
-    layers = [layer for layer in head.mlp if isinstance(layer, torch.nn.Linear)]
-    hidden = tokens
-    for layer in layers[:2]:
-        hidden = functional.gelu(hidden @ layer.weight.T + layer.bias)
-    points = hidden @ layers[2].weight.T + layers[2].bias
-    expected = functional.cosine_similarity(points[..., None, :], head.last_layer.weight, dim=-1)
-    torch.testing.assert_close(head(tokens), expected)
-    assert head.last_layer.bias is None
-    assert len(list(head.parameters())) == 7
-
-
-def test_dino_head_starts_from_a_narrow_cut_off_normal() -> None:
-    torch.manual_seed(0)
-    head = DINOHead(embed_dim=64, hidden_dim=128, bottleneck_dim=32, num_prototypes=512)
-    weights = torch.cat([weight.flatten() for weight in head.parameters() if weight.ndim > 1])
-    assert float(weights.detach().std()) == pytest.approx(0.02 * 0.88, rel=0.02)  # of a normal cut off at two
-    assert float(weights.detach().abs().max()) <= 0.04
-    assert all((weight == 0).all() for weight in head.parameters() if weight.ndim == 1)
-
-
-def test_dino_head_without_prototypes_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_prototypes must be positive, got 0"):
-        DINOHead(5, 11, 4, 0)
-
-
-def network(**options) -> PretrainingModel:
-    torch.manual_seed(0)
-    vit = timm.create_model(
-        "vit_large_patch14_dinov2",
-        **{"in_chans": 1, "num_classes": 0, "dynamic_img_size": True, "img_size": 16, "patch_size": 8},
-        **{"embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.1},
-    )
-    return PretrainingModel(vit, ProjectionHead(16, 9, 7), None, **options)
+def network(checkpoint_activations: bool = False) -> PretrainingModel:
+    return PretrainingModel(tiny_vit(), ProjectionHead(16, 9, 7), None, checkpoint_activations)
 
 
 def gradients(model: PretrainingModel) -> dict[str, torch.Tensor]:
@@ -187,15 +136,15 @@ def gradients(model: PretrainingModel) -> dict[str, torch.Tensor]:
 
 
 def spread(model: PretrainingModel, **changes) -> PretrainingModel:
-    options = {"sharding": "ddp", "compile_blocks": False, "device": torch.device("cpu")}
-    return distribute(model, model.encoder.blocks, **options | changes)
+    options = {"sharding": "ddp", "compiled": False, "device": torch.device("cpu")}
+    return distribute(network=model, blocks=model.encoder.blocks, **options | changes)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_compute_the_same_without_a_graph_break_under_the_same_names():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = spread(network(), compile_blocks=True)
+    compiled = spread(network(), compiled=True)
     found, expected = gradients(compiled), gradients(network())
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -236,3 +185,35 @@ def test_another_sharding_is_refused():
 def test_a_network_that_does_not_learn_is_left_as_it_is():
     teacher = network().requires_grad_(False)
     assert spread(teacher) is teacher
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_large_patch14_dinov2", {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}),
+        ("vit_base_patch14_reg4_dinov2", {"patch_size": 14, "depth": 1}),
+        ("vit_giant_patch14_dinov2", {"patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+    ],
+    ids=["tiny", "registers", "SwiGLU"],
+)
+def test_the_count_is_three_times_torchs_own_count_of_a_forward_pass(name, options):
+    encoder = timm.create_model(
+        name, in_chans=1, num_classes=0, dynamic_img_size=True, img_size=56, **options
+    )
+    expected = 0
+    for size_px, views in {56: 2, 112: 3}.items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(torch.zeros(views, 1, size_px, size_px))
+        expected += 3 * counter.get_total_flops()
+    assert training_flops(encoder, {56: 2, 112: 3}) == expected
+
+
+def test_a_cpu_has_no_stated_peak():
+    assert peak_bf16_flops(torch.device("cpu")) is None
+
+
+def test_a_gpu_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_bf16_flops(torch.device("cuda")) == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce 8800")
+    assert peak_bf16_flops(torch.device("cuda")) is None

@@ -3,18 +3,15 @@
 import math
 
 import pytest
-import timm
 import torch
 
-from common.networks.dino_model import DINOModel
-from common.networks.pretraining_model import DINOHead
+from common.networks.dino_model import DINOHead, DINOModel
 from common.optimizers.adamw import adamw, layerwise_adamw, warmup_cosine
+from tests.common.conftest import tiny_vit
 
 
 def test_only_matrices_and_embeddings_are_decayed():
-    vit = timm.create_model(
-        "vit_large_patch14_dinov2", img_size=28, embed_dim=12, depth=1, num_heads=2, num_classes=0
-    )
+    vit = tiny_vit()
     optimizer = adamw(vit, lr=1e-3, weight_decay=0.04)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, parameter in vit.named_parameters() if id(parameter) in decayed}
@@ -36,7 +33,7 @@ def test_frozen_parameters_are_left_out():
 def test_learning_rate_rises_linearly_and_falls_along_a_cosine_to_the_floor():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=3e-4)
-    scheduler = warmup_cosine(optimizer, warmup_steps=5, total_steps=50, final_lr=3e-5)
+    scheduler = warmup_cosine(optimizer, warmup_steps=5, max_steps=50, final_lr=3e-5)
     used = []
     for _ in range(55):
         used.append(optimizer.param_groups[0]["lr"])
@@ -54,16 +51,17 @@ def test_learning_rate_rises_linearly_and_falls_along_a_cosine_to_the_floor():
 def test_warmup_longer_than_the_run_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match="warmup_steps must be between 0 and max_steps = 10, got 11"):
-        warmup_cosine(optimizer, warmup_steps=11, total_steps=10, final_lr=0.1)
+        warmup_cosine(optimizer, warmup_steps=11, max_steps=10, final_lr=0.1)
 
 
 def network() -> DINOModel:
-    vit = timm.create_model(
-        "vit_large_patch14_reg4_dinov2",
-        **{"in_chans": 1, "num_classes": 0, "img_size": 16, "patch_size": 8},
-        **{"embed_dim": 16, "depth": 3, "num_heads": 2},
-    )
-    return DINOModel(vit, DINOHead(16, 9, 6, 11), DINOHead(16, 9, 6, 11))
+    heads = [DINOHead(16, 9, 6, 11) for _ in range(2)]
+    return DINOModel(tiny_vit("vit_large_patch14_reg4_dinov2", depth=3), *heads, checkpoint_activations=False)
+
+
+def by_layer(owner: torch.nn.Module, **changes: float) -> torch.optim.AdamW:
+    options = {"lr": 0.1, "weight_decay": 0.04, "layer_decay": 0.5, "patch_embed_lr_multiplier": 0.2}
+    return layerwise_adamw(owner, depth=3, **options | changes)
 
 
 def settings(wrapped: bool = False, layer_decay: float = 0.5) -> dict[str, dict]:
@@ -73,7 +71,7 @@ def settings(wrapped: bool = False, layer_decay: float = 0.5) -> dict[str, dict]
     owner = (
         torch.nn.ModuleDict({"module": model}) if wrapped else model
     )  # as DistributedDataParallel names it
-    optimizer = layerwise_adamw(owner, 3, 0.1, 0.04, layer_decay, patch_embed_lr_multiplier=0.2)
+    optimizer = by_layer(owner, layer_decay=layer_decay)
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     assert found.keys() == set(names.values())
     return found
@@ -117,7 +115,7 @@ def test_matrices_and_embeddings_decay_and_the_last_layers_are_known():
 
 
 def test_the_first_group_is_at_the_peak():
-    optimizer = layerwise_adamw(network(), 3, 0.1, 0.04, 0.5, 0.2)
+    optimizer = by_layer(network())
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert not optimizer.param_groups[0]["is_last_layer"]
     assert optimizer.defaults["eps"] == 1e-8
@@ -125,6 +123,6 @@ def test_the_first_group_is_at_the_peak():
 
 def test_factors_without_sense_are_refused():
     with pytest.raises(ValueError, match="layer_decay must be above 0 and at most 1, got 1.5"):
-        layerwise_adamw(network(), 3, 0.1, 0.04, 1.5, 0.2)
+        by_layer(network(), layer_decay=1.5)
     with pytest.raises(ValueError, match="patch_embed_lr_multiplier must be positive, got 0"):
-        layerwise_adamw(network(), 3, 0.1, 0.04, 1.0, 0)
+        by_layer(network(), patch_embed_lr_multiplier=0)

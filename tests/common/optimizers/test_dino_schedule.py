@@ -8,7 +8,7 @@ import torch
 from common.optimizers.dino_schedule import DINOSchedule, cosine
 
 SETTINGS = {
-    **{"total_steps": 20, "warmup_steps": 5, "lr": 0.1, "final_lr": 0.01, "weight_decay": [0.04, 0.2]},
+    **{"max_steps": 20, "warmup_steps": 5, "lr": 0.1, "final_lr": 0.01, "weight_decay": [0.04, 0.2]},
     **{"teacher_momentum": [0.994, 1.0], "teacher_temp": [0.04, 0.07], "teacher_temp_warmup_steps": 6},
     "freeze_last_layer_steps": 3,
 }

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.reports.contact_sheet import ViewSheet, contact_sheet
 from common.transforms.hounsfield import HU_WINDOWS
-from common.transforms.multi_crop import RandSlabMultiCrop
+from tests.common.conftest import multi_crop
 
 WINDOW = HU_WINDOWS["ct_rate"]
 SHAPE = (61, 61)
@@ -20,9 +20,9 @@ SHAPE = (61, 61)
 def batch_of(slabs_of):
     """Return ``batch(number, multi_crop, ...)`` of samples of grey slices with the given masks."""
 
-    def batch(number: int, multi_crop: RandSlabMultiCrop, with_masks: bool = True, **masks: Any) -> dict:
+    def batch(number: int, crop: Any, with_masks: bool = True, **masks: Any) -> dict:  # noqa: ANN401
         scan = {"hu": np.full((3, *SHAPE), -200, np.int16), **masks}
-        slabs = slabs_of([scan], multi_crop, with_masks=with_masks)
+        slabs = slabs_of([scan], crop, with_masks=with_masks)
         return slabs.collate([slabs[place] for place in range(number)])
 
     return batch
@@ -47,7 +47,7 @@ def one_finding() -> np.ndarray:
 @pytest.mark.parametrize("flip_prob", [0.0, 1.0])
 def test_cross_lies_inside_the_outlined_finding(batch_of, tmp_path, flip_prob):
     chances = {"blur_probs": (0,), "guided_prob": 1, "flip_prob": flip_prob}
-    crop = RandSlabMultiCrop(32, 16, patch_size_px=8, num_global=1, num_local=1, **chances)
+    crop = multi_crop(32, 16, 8, num_global=1, num_local=1, **chances)
     contact_sheet(batch_of(1, crop, rex=one_finding()), WINDOW, tmp_path / "sheet.png")
     image = pixels(tmp_path / "sheet.png")
     image = image[:, : image.shape[1] * 2 // 3 - 4]  # the global view fills two of three columns
@@ -63,7 +63,7 @@ def test_cross_lies_inside_the_outlined_finding(batch_of, tmp_path, flip_prob):
 def test_organs_are_tinted_and_unguided_views_have_no_cross(batch_of, tmp_path):
     ts = np.zeros((3, 128, 128), np.uint8)
     ts[:, :, :64] = 51
-    crop = RandSlabMultiCrop(32, 16, patch_size_px=8, guided_prob=0)
+    crop = multi_crop(32, 16, 8, guided_prob=0)
     contact_sheet(batch_of(1, crop, ts=ts), WINDOW, tmp_path / "sheet.png")
     image = pixels(tmp_path / "sheet.png")
     assert len(coloured(image, red=False, green=True, blue=True)) == 0
@@ -72,7 +72,7 @@ def test_organs_are_tinted_and_unguided_views_have_no_cross(batch_of, tmp_path):
 
 
 def test_views_without_masks_are_the_grey_the_encoder_sees(batch_of, tmp_path):
-    crop = RandSlabMultiCrop(32, 16, patch_size_px=8, gamma_prob=0)
+    crop = multi_crop(32, 16, 8, gamma_prob=0)
     contact_sheet(batch_of(2, crop, with_masks=False), WINDOW, tmp_path / "sheet.png")
     image = pixels(tmp_path / "sheet.png")
     grey = round(255 * (-200 - WINDOW.min_hu) / (WINDOW.max_hu - WINDOW.min_hu))
@@ -80,7 +80,7 @@ def test_views_without_masks_are_the_grey_the_encoder_sees(batch_of, tmp_path):
 
 
 def test_one_band_a_sample_up_to_the_limit(batch_of, tmp_path):
-    crop = RandSlabMultiCrop(32, 16, patch_size_px=8)
+    crop = multi_crop(32, 16, 8)
     heights = []
     for number, most in ((1, 4), (2, 4), (3, 2)):
         contact_sheet(
@@ -91,9 +91,7 @@ def test_one_band_a_sample_up_to_the_limit(batch_of, tmp_path):
 
 
 def test_the_first_batch_is_drawn_and_later_ones_are_not(slabs_of, tmp_path):
-    slabs = slabs_of(
-        [{"hu": np.full((3, 40, 44), 100, np.int16)}], RandSlabMultiCrop(32, 16, patch_size_px=8)
-    )
+    slabs = slabs_of([{"hu": np.full((3, 40, 44), 100, np.int16)}], multi_crop(32, 16, 8))
     batch = slabs.collate([slabs[0]])
     path = tmp_path / "run" / "views.png"
     written = []

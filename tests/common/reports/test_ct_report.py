@@ -10,12 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from common.reports.ct_report import Finding, jpeg_of, write_ct_report
+from common.reports.ct_report import (
+    Finding,
+    attended_slices,
+    jpeg_of,
+    write_attended_slices,
+    write_ct_report,
+)
+from common.reports.ct_tokens import PatchMaps
 
 SLICES, SIDE = 5, 40
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+def maps_of(values: np.ndarray, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> PatchMaps:
+    return PatchMaps(values, box, "Where it looks.")
 
 
 def page_of(folder: Path, **changes: object) -> str:
@@ -29,8 +41,7 @@ def page_of(folder: Path, **changes: object) -> str:
         "origin": "dale_ct_2s",
         "findings": [Finding("Emphysema", 0.75, 0.5), Finding("Lung nodule", 0.25, 0.5)],
         "attention": attention,
-        "patch_maps": rng.random((SLICES, 3, 4)),
-        "map_note": "Where it looks.",
+        "maps": maps_of(rng.random((SLICES, 3, 4))),
     }
     write_ct_report(folder / "page.html", **(given | changes))  # type: ignore[arg-type]
     return (folder / "page.html").read_text(encoding="utf-8")
@@ -53,18 +64,19 @@ def test_the_page_opens_at_the_most_attended_slice_and_names_what_is_called(tmp_
     assert len(data["windows"]["lung"]) == len(data["windows"]["mediastinum"]) == SLICES
     assert data["map_shape"] == [3, 4]
     assert len(base64.b64decode(data["maps"][0])) == 12
-
-
-def test_without_attention_it_opens_in_the_middle(tmp_path: Path) -> None:
-    data = data_of(page_of(tmp_path, attention=None, patch_maps=None, findings=()))
-    assert data["start"] == 2
-    assert data["attention"] is None
-    assert data["maps"] is None
     assert data["map_note"] == "Where it looks."
 
 
-def test_a_probability_at_its_threshold_is_called() -> None:
-    assert Finding("Emphysema", 0.5, 0.5).called
+def test_without_attention_it_opens_in_the_middle(tmp_path: Path) -> None:
+    data = data_of(page_of(tmp_path, attention=None, maps=None, findings=()))
+    assert data["start"] == 2
+    assert data["attention"] is None
+    assert data["maps"] is None
+
+
+def test_a_probability_at_its_threshold_is_called(tmp_path: Path) -> None:
+    (finding,) = data_of(page_of(tmp_path, findings=[Finding("Emphysema", 0.5, 0.5)]))["findings"]
+    assert finding["called"]
 
 
 def test_a_display_window_is_linear_between_its_ends() -> None:
@@ -97,10 +109,10 @@ def test_nothing_is_fetched_and_text_stays_text(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"hu": np.zeros((5, 4, 3))}, r"hu must be square slices \(S, H, H\), got \(5, 4, 3\)"),
-        ({"z_mm": [1.0]}, "z_mm must have one height a slice, got 1 for 5 slices"),
-        ({"attention": np.ones(4) / 4}, r"attention must have one entry a slice, got \(4,\) for 5"),
+        ({"z_mm": [1.0]}, "z_mm .* 5 heights.* got 1"),
+        ({"attention": np.ones(4) / 4}, r"attention .* 5 entries.* got \(4,\)"),
         ({"attention": np.full(5, np.nan)}, "attention must be numbers from 0 to 1, got nan"),
-        ({"patch_maps": np.full((5, 2, 2), 1.5)}, "patch_maps must be numbers from 0 to 1, got 1.5"),
+        ({"maps": maps_of(np.full((5, 2, 2), 1.5))}, "maps must be numbers from 0 to 1, got 1.5"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
@@ -129,7 +141,7 @@ def test_a_map_is_painted_where_its_box_says_in_whole_patches(tmp_path: Path) ->
     maps = np.zeros((SLICES, 2, 4))
     maps[3, 1, 2] = 1  # of the slice that is shown first
     black = np.full((SLICES, SIDE, SIDE), -3000, np.int16)
-    page_of(tmp_path, hu=black, patch_maps=maps, map_box=(0.25, 0.5, 0.5, 0.25))
+    page_of(tmp_path, hu=black, maps=maps_of(maps, (0.25, 0.5, 0.5, 0.25)))
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1000"]
     picture = tmp_path / "page.png"
@@ -152,3 +164,52 @@ def test_a_map_is_painted_where_its_box_says_in_whole_patches(tmp_path: Path) ->
     # a patch is 0.5 / 4 wide and 0.25 / 2 high
     np.testing.assert_allclose(found, [0.5, 0.625, 0.125, 0.125], atol=0.01)
     assert lit[top:bottom, left:right].mean() > 0.95
+
+
+Z_MM = 4.0 * np.arange(12)
+
+
+def test_the_largest_weight_comes_first_and_its_neighbours_do_not() -> None:
+    weights = np.array([1, 1, 2, 8, 9, 7, 1, 1, 6, 1, 1, 5]) / 43
+    # 3 and 5 lie 4 mm from 4; 11 lies 12 mm from 8
+    assert attended_slices(weights, Z_MM, 3) == [4, 8, 11]
+    assert attended_slices(weights, 2.5 * Z_MM, 3) == [4, 3, 5]  # 10 mm each
+
+
+def test_of_few_slices_there_are_few() -> None:
+    assert attended_slices(np.array([0.2, 0.5, 0.3]), [0, 1, 2]) == [1]
+    assert attended_slices(np.array([0.2, 0.5, 0.3]), [0, 20, 40]) == [1, 2, 0]
+
+
+def test_slices_of_equal_weight_are_spread_over_the_scan() -> None:
+    assert attended_slices(np.full(12, 1 / 12, np.float32), Z_MM) == [1, 3, 5, 7, 9, 11]
+
+
+def test_the_picture_holds_these_slices_with_place_and_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def kept(figure: Figure, *args: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    weights = np.array([0.3, 0.05, 0.05, 0.05, 0.25, 0.05, 0.05, 0.2])
+    hu = np.full((8, 20, 20), -1350, np.int16) + 150 * np.arange(8, dtype=np.int16)[:, None, None]
+    write_attended_slices(tmp_path / "new" / "a.png", "train_1_a_1", hu, 8.0 * np.arange(8), weights)
+    (figure,) = figures
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:3] == [
+        "slice 1 of 8, 0.0 mm, weight 30.00%",
+        "slice 5 of 8, 32.0 mm, weight 25.00%",
+        "slice 8 of 8, 56.0 mm, weight 20.00%",
+    ]
+    assert "train_1_a_1" in figure.get_suptitle()
+    assert "even: 12.50%" in figure.get_suptitle()
+    assert [axes.get_images()[0].get_array()[0, 0] for axes in figure.axes[:3]] == [-1350, -750, -300]
+    grey = np.asarray(Image.open(tmp_path / "new" / "a.png").convert("L"))
+    for expected in (0, 255 * 600 / 1500, 255 * 1050 / 1500):  # -600/1500
+        assert (np.abs(grey - expected) < 2).mean() > 0.05
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]

@@ -1,22 +1,28 @@
 """Samples are a function of (seed, position), whichever rank or worker asks, in whatever order."""
 
 import math
+import multiprocessing
+import os
+import shutil
 from collections import Counter
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from common.shards.shards import ShardSet, VolumeSlices, write_shard
+from common.shards import slab_dataset
+from common.shards.shards import ShardSet
 from common.shards.slab_dataset import SlabViews, StepBatches, StepLoader, slab_num_slices, slab_starts
-from common.transforms.batch_views import count_labels
-from common.transforms.multi_crop import GUIDED_BY_REX, UNGUIDED, RandSlabMultiCrop
+from common.shards.writer import VolumeSlices, write_shard
+from common.transforms.multi_crop import GUIDED_BY_REX, UNGUIDED
 from common.transforms.patch_masks import PatchMasks
-from common.transforms.soft_labels import finding_presence
+from common.transforms.render_views import count_labels
+from tests.common.conftest import multi_crop
 
 
 class Volume(NamedTuple):
@@ -59,7 +65,7 @@ class Shards:
 
 
 class Slab(NamedTuple):
-    """Stands in for a StoredSlab."""
+    """Stands in for a slab of a shard."""
 
     shards: Shards
     volume_id: int
@@ -84,8 +90,7 @@ def cohort(number: int, num_slices: int = 17, every_rex: int = 5) -> list[Volume
 def slab_views(volumes: list[Volume] | Any, **changes: Any) -> SlabViews:
     shards = Shards(volumes) if isinstance(volumes, list) else volumes
     arguments = {"slab_mm": 12.0, "rex_fraction": 0.2, "seed": 0, "with_masks": True}
-    arguments["multi_crop"] = RandSlabMultiCrop(16, 8, patch_size_px=8)
-    return SlabViews(shards, **{**arguments, **changes})
+    return SlabViews(**{"shards": shards, "multi_crop": multi_crop(16, 8, 8), **arguments, **changes})
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -174,17 +179,6 @@ def test_seed_changes_slabs_and_views():
     one, other = slab_views(cohort(20)), slab_views(cohort(20), seed=1)
     assert [one.slab_of(i) for i in range(20)] != [other.slab_of(i) for i in range(20)]
     assert (one[0]["boxes"] != other[0]["boxes"]).any()
-
-
-def test_a_batch_of_64_is_spread_over_the_cohort():
-    volumes = [Volume(f"v{i}", 200 + 5 * (i % 7), (0.7, 0.7, 1.0), has_rex=i % 5 == 0) for i in range(100)]
-    views = slab_views(volumes)
-    batches = [[views.slab_of(step * 64 + i)[0] for i in range(64)] for step in range(100)]
-    most = [max(Counter(batch).values()) for batch in batches]
-    distinct = [len(set(batch)) for batch in batches]
-    assert max(most) <= 6
-    assert np.mean(most) < 4
-    assert min(distinct) >= 35  # 64 draws with replacement would give 47 of 100 on average
 
 
 @pytest.mark.parametrize(("number", "steps", "most"), [(500, 400, 6), (47_000, 60, 3)])
@@ -347,15 +341,6 @@ def test_batches_of_ranks_together_are_those_of_one_rank():
         assert whole == list(range(step * 15, step * 15 + 15))
 
 
-def test_resume_goes_on_where_an_unbroken_run_is():
-    unbroken = list(islice(StepBatches(4, rank=1, world_size=2), 10))
-    assert list(islice(StepBatches(4, rank=1, world_size=2, start_step=7), 3)) == unbroken[7:]
-    batches = StepBatches(4, rank=1, world_size=2)
-    batches.start_step = 7
-    assert list(islice(batches, 3)) == unbroken[7:]
-    assert list(islice(batches, 3)) == unbroken[7:]  # every iteration starts there
-
-
 # Through real shards
 
 
@@ -387,10 +372,10 @@ def real_shards(folder: Path) -> ShardSet:
 
 def test_real_shards_give_the_views_of_their_volumes(tmp_path):
     shards = real_shards(tmp_path)
-    views = slab_views(shards, multi_crop=RandSlabMultiCrop(48, 16, patch_size_px=8, global_scale=(1, 1)))
+    views = slab_views(shards, multi_crop=multi_crop(48, 16, 8, global_scale=(1, 1)))
     batch = next(iter(StepLoader(views, StepBatches(5, rank=0, world_size=1), num_workers=1)))
     assert batch["has_rex"].tolist() == [False, False, False, False, True]
-    labels = count_labels(batch, 8, finding_presence)["local"]
+    labels = count_labels(batch, "presence")["local"]
     assert labels["ts_cls"][..., 51].any()
     assert labels["rex_cls"][4, :, 13].any()
     assert not labels["rex_cls"][:4].any()
@@ -398,7 +383,8 @@ def test_real_shards_give_the_views_of_their_volumes(tmp_path):
     pixels = batch["global_pixels"].view(5, 2, 48, 48)
     for i in range(5):
         z, top, left, side = batch["boxes"][i, 0].tolist()
-        hu = shards.read_ct(names.index(batch["volume"][i]), int(batch["first_slice"][i]) + z)
+        slab = shards.read_slab(names.index(batch["volume"][i]), int(batch["first_slice"][i]) + z, 1)
+        hu = slab.read_ct(0)
         np.testing.assert_array_equal(pixels[i, 0], hu[top : top + side, left : left + side])
 
 
@@ -410,10 +396,6 @@ def test_arguments_out_of_range_are_refused():
         slab_views(cohort(3), rex_fraction=1.2)
     with pytest.raises(ValueError, match="shards must hold at least one volume, got none"):
         slab_views([])
-    with pytest.raises(ValueError, match="spacing_mm must be positive .*got nan for volume 'bad'"):
-        slab_views([Volume("bad", 9, (0.7, 0.7, math.nan))])
-    with pytest.raises(ValueError, match="slab_mm must be positive, or 0 for single slices, got -12.0"):
-        slab_views(cohort(3), slab_mm=-12.0)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +416,10 @@ def test_batches_out_of_range_are_refused(arguments, message):
 
 
 def test_masks_belong_to_the_slab_and_a_batch_says_where_they_are() -> None:
-    masks = PatchMasks(grid=2, num_global=2, seed=0, ratio=(0.3, 0.6))
+    masks = PatchMasks(
+        **{"global_size_px": 16, "patch_size_px": 8, "num_global": 2, "seed": 0},
+        **{"mask_sample_prob": 0.5, "mask_ratio": (0.3, 0.6)},
+    )
     slabs, plain = slab_views(cohort(10), patch_masks=masks), slab_views(cohort(10))
     places = range(4, 9)
     batch, unmasked = (views.collate([views[place] for place in places]) for views in (slabs, plain))
@@ -446,26 +431,6 @@ def test_masks_belong_to_the_slab_and_a_batch_says_where_they_are() -> None:
     # views are those of a run without masks
     assert all(equal(batch[name], unmasked[name]) for name in unmasked)
     assert batch.keys() - unmasked.keys() == {"masks", "masked_places", "masked_weights"}
-
-
-@pytest.mark.parametrize(
-    ("spacing_z_mm", "expected"),
-    [
-        (0.5, 24),
-        (0.8, 15),
-        (1.0, 12),
-        (1.25, 10),
-        (1.5, 8),
-        (2.0, 6),
-        (2.5, 5),
-        (3.0, 4),
-        (4.8, 3),
-        (5.0, 2),
-        (6.0, 2),
-    ],
-)
-def test_12_mm_slab_has_the_slices_that_span_it(spacing_z_mm, expected):
-    assert slab_num_slices(spacing_z_mm, 12.0) == expected
 
 
 def test_length_is_the_decimal_quotient_rounded_half_up():
@@ -493,8 +458,6 @@ def test_spacing_that_is_no_distance_is_refused_with_the_volume(spacing):
         match=f"spacing_mm must be positive to cut 12.0 mm slabs, got {spacing} for volume 'train_1_a_1'",
     ):
         slab_num_slices(spacing, 12.0, "train_1_a_1")
-    with pytest.raises(ValueError, match=rf"got {spacing}\. Prepare the shards again"):
-        slab_num_slices(spacing, 12.0)
 
 
 @pytest.mark.parametrize("slab_mm", [-12.0, math.nan, math.inf])
@@ -524,3 +487,62 @@ def test_slabs_tile_from_the_feet_and_the_last_ends_at_the_head():
 def test_empty_volumes_and_slabs_are_refused(num_slices, length):
     with pytest.raises(ValueError, match=f"must be positive, got {num_slices} and {length}"):
         slab_starts(num_slices, length)
+
+
+# The loader
+
+
+@pytest.fixture
+def slabs(slabs_of) -> SlabViews:
+    """Slabs of slices of different sizes."""
+    rng = np.random.default_rng(0)
+    hu = [rng.integers(-1024, 3072, (z, 20 + z, 40)).astype(np.int16) for z in (3, 8, 5, 6, 2)]
+    ts = rng.integers(0, 2, (8, 128, 128)).astype(np.uint8)
+    scans = [{"hu": one, "ts": ts[: len(one)]} for one in hu]
+    return slabs_of(scans, multi_crop(16, 8, 8), slab_mm=2.0)
+
+
+def steps(slabs: SlabViews, number: int, start_step: int = 0, **options: Any) -> list[dict]:
+    loader = StepLoader(slabs, StepBatches(3, rank=1, world_size=2), **options)
+    loader.batch_sampler.start_step = start_step
+    return list(islice(loader, number))
+
+
+def test_workers_give_the_batches_of_a_single_process(slabs):
+    assert all(map(same_samples, steps(slabs, 7), steps(slabs, 7, num_workers=2)))
+
+
+def test_a_run_goes_on_at_any_step_where_an_unbroken_one_is(slabs):
+    unbroken = steps(slabs, 9)
+    for start in range(7):
+        assert all(map(same_samples, steps(slabs, 9 - start, start_step=start), unbroken[start:]))
+    assert not same_samples(unbroken[0], unbroken[1])
+
+
+def test_a_signal_to_the_trainers_group_leaves_its_workers_alone(slabs):
+    loader = StepLoader(slabs, StepBatches(3, rank=0, world_size=1), num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+
+
+def test_batches_that_outgrow_the_shared_memory_are_refused_before_the_workers_start(slabs, monkeypatch):
+    tensors = [
+        [tensor for tensor in batch.values() if isinstance(tensor, torch.Tensor)]
+        for batch in steps(slabs, 60)
+    ]
+    of_batch = np.mean([sum(tensor.nbytes for tensor in batch) for batch in tensors])
+    free = {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    options = {"num_workers": 2, "prefetch_factor": 4}
+    needed = of_batch * (2 * 4 + 1) * 8
+    monkeypatch.setattr("ignite.distributed.get_nproc_per_node", lambda: 8)
+    free[slab_dataset.SHARED_MEMORY] = 1.5 * needed
+    steps(slabs, 0, **options)
+    free[slab_dataset.SHARED_MEMORY] = 0.5 * needed
+    with pytest.raises(ValueError, match=r"num_workers must leave room in .*, got 2: .* 8 ranks take .* GB"):
+        steps(slabs, 0, **options)
+    steps(slabs, 1)  # without workers there is none
+    monkeypatch.setattr(slab_dataset, "SHARED_MEMORY", Path("/nowhere"))
+    steps(slabs, 0, **options)

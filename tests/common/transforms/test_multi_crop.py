@@ -18,6 +18,7 @@ from common.transforms.multi_crop import (
     cut_crops,
     nearest_cells,
 )
+from tests.common.conftest import multi_crop as recipes_crop
 
 SLAB_LEN, SHAPE, GRID = 7, (97, 131), 16
 GLOBAL, LOCAL = slice(0, 2), slice(2, 10)
@@ -26,7 +27,8 @@ SIGNIFICANCE = 1e-4
 
 
 def multi_crop(**changes: Any) -> RandSlabMultiCrop:
-    return RandSlabMultiCrop(**{"global_size_px": 32, "local_size_px": 16, "patch_size_px": 8, **changes})
+    sizes = {"global_size_px": 32, "local_size_px": 16, "patch_size_px": 8}
+    return recipes_crop(**sizes | changes)
 
 
 def draws(
@@ -107,11 +109,6 @@ def test_guided_global_view_uses_the_centre_slice_alone():
     assert (plan.guide[:, GLOBAL] == GUIDED_BY_TS).all()
     assert (plan.guide[:, LOCAL] == GUIDED_BY_REX).all()
     assert set(plan.boxes[:, LOCAL, 0].flat) == {0, 5}
-
-
-def test_global_views_come_from_the_centre_slice_of_any_slab():
-    for slab_len, centre in ((1, 0), (2, 1), (5, 2), (12, 6)):
-        assert (draws(multi_crop(), 3, slab_len=slab_len).boxes[:, GLOBAL, 0] == centre).all()
 
 
 def test_positions_are_uniform_over_the_positive_cells_of_the_slab():
@@ -247,13 +244,6 @@ def test_each_used_slice_is_read_once_and_no_other():
     assert sorted(read) == sorted(set(plan.boxes[:, 0].tolist()))
 
 
-def test_other_numbers_of_views():
-    crop = multi_crop(num_global=3, num_local=5, blur_probs=(0.5, 0.1, 0.0))
-    plan = crop.draw(np.random.default_rng(0), SLAB_LEN, SHAPE, organ_mask(), None)
-    assert plan.boxes.shape == (8, 4)
-    assert (plan.boxes[:3, 0] == SLAB_LEN // 2).all()
-
-
 # Refusals
 
 
@@ -271,7 +261,7 @@ def test_other_numbers_of_views():
             "num_global and num_local must be positive, got 0 and 8",
         ),
         ({"num_local": 0}, "num_global and num_local must be positive, got 2 and 0"),
-        ({"blur_probs": (0.5,)}, "blur_probs must have one entry a global view, got 1 for 2"),
+        ({"blur_probs": (0.5,)}, "blur_probs must have one entry per global view, got 1 for 2"),
         ({"blur_probs": (0.5, 1.5)}, "blur_probs must be between 0 and 1, got 1.5"),
         ({"guided_prob": -0.1}, "guided_prob must be between 0 and 1, got -0.1"),
         ({"gamma_prob": 2}, "gamma_prob must be between 0 and 1, got 2"),
@@ -305,7 +295,9 @@ def test_each_view_can_have_its_own_chance_of_guidance() -> None:
     plan = draws(multi_crop(guided_prob=probs), 300, ts=organ_mask())
     assert (plan.guide[:, [0, *range(2, 7)]] == UNGUIDED).all()
     assert (plan.guide[:, [1, 7, 8, 9]] == GUIDED_BY_TS).all()
-    with pytest.raises(ValueError, match="guided_prob must be one number or one a view, got 2 for 10 views"):
+    with pytest.raises(
+        ValueError, match="guided_prob must be one number or one per view, got 2 for 10 views"
+    ):
         multi_crop(guided_prob=[0.5, 0.5])
     with pytest.raises(ValueError, match=r"guided_prob must be between 0 and 1, got 1.5"):
         multi_crop(guided_prob=[*[0.5] * 9, 1.5])
@@ -329,14 +321,6 @@ def test_cells_equal_enlarge_crop_and_resize_step_by_step(length, share, size):
         np.testing.assert_array_equal(cells, enlarged[start : start + side][nearest_resize(side, size)])
 
 
-def test_views_of_slices_of_different_sizes_are_looked_up_together():
-    starts, sides, lengths = torch.tensor([3, 0]), torch.tensor([7, 40]), torch.tensor([11, 97])
-    together = nearest_cells(starts, sides, 5, lengths, 16)
-    for view in range(2):
-        one = slice(view, view + 1)
-        assert torch.equal(together[one], nearest_cells(starts[one], sides[one], 5, lengths[one], 16))
-
-
 @pytest.mark.parametrize("shape", [(5, 11, 7), (1, 3, 70), (4, 128, 128)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_every_rank_is_the_cell_that_a_search_through_the_mask_finds(shape, dtype):
@@ -351,7 +335,3 @@ def test_every_rank_is_the_cell_that_a_search_through_the_mask_finds(shape, dtyp
     slices, places = cells.take(np.arange(len(expected)))
     np.testing.assert_array_equal(np.column_stack([slices, places]), expected)
     assert len(expected) > 10
-
-
-def test_an_empty_mask_has_no_positive_cells():
-    assert PositiveCells(np.zeros((2, 3, 5), np.uint8)).by_slice.tolist() == [0, 0]

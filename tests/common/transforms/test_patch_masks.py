@@ -10,8 +10,13 @@ from common.transforms.patch_masks import PatchMasks, block_mask, masked_places
 GRID = 16
 
 
+def patch_masks(**changes) -> PatchMasks:
+    sizes = {"global_size_px": 8 * GRID, "patch_size_px": 8, "num_global": 2}
+    return PatchMasks(**{**sizes, "seed": 5, "mask_sample_prob": 0.5, "mask_ratio": (0.1, 0.5), **changes})
+
+
 def drawn(places: int, **changes) -> np.ndarray:
-    masks = PatchMasks(**{"grid": GRID, "num_global": 2, "seed": 5, **changes})
+    masks = patch_masks(**changes)
     return np.stack([masks.draw(place) for place in range(places)])
 
 
@@ -55,30 +60,30 @@ def test_a_mask_reaches_its_number_of_patches_and_never_exceeds_it(num_patches):
 
 
 def test_masks_are_functions_of_seed_and_place():
-    masks = PatchMasks(GRID, 2, seed=1)
+    masks = patch_masks(seed=1)
     backwards = [masks.draw(place) for place in reversed(range(20))][::-1]
     assert all(np.array_equal(masks.draw(place), mask) for place, mask in enumerate(backwards))
-    others = [PatchMasks(GRID, 2, seed=2).draw(place) for place in range(20)]
+    others = [patch_masks(seed=2).draw(place) for place in range(20)]
     assert sum(np.array_equal(a, b) for a, b in zip(backwards, others, strict=True)) < 8
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 12, 16])
 @pytest.mark.parametrize("ratio", [(0.1, 0.5), (0.3, 0.3)])
 def test_no_batch_of_a_rank_has_more_masked_patches_than_the_bound(batch_size, ratio):
-    masks = PatchMasks(6, 3, seed=0, ratio=ratio)
+    masks = patch_masks(global_size_px=48, num_global=3, mask_ratio=ratio)
     all_masks = np.stack([masks.draw(place) for place in range(batch_size * 40)])
     counts = all_masks.reshape(40, -1).sum(1)
     assert counts.max() <= masks.most_masked(batch_size)
 
 
 def test_the_bound_of_the_papers_batch_is_close_to_what_is_masked():
-    bound = PatchMasks(16, 2, seed=0).most_masked(48)
+    bound = patch_masks().most_masked(48)
     assert 48 * 2 * 256 * 0.15 < bound < 1.1 * 48 * 2 * 256 * 0.15
 
 
 def test_places_and_weights_are_those_of_a_loop():
-    masks = torch.from_numpy(drawn(5, grid=4, ratio=(0.2, 0.5)))
-    places, weights = masked_places(masks, bound=60).values()
+    masks = torch.from_numpy(drawn(5, global_size_px=32, mask_ratio=(0.2, 0.5)))
+    places, weights = masked_places(masks, bound=60)
     expected = [
         (sample * 32 + view * 16 + patch, 1 / masks[sample, view].sum().item())
         for sample in range(5)
@@ -97,10 +102,8 @@ def test_places_and_weights_are_those_of_a_loop():
 
 def test_settings_without_sense_are_refused():
     with pytest.raises(ValueError, match="sample_prob must be above 0 and at most 1, got 0"):
-        PatchMasks(GRID, 2, 0, sample_prob=0)
+        patch_masks(mask_sample_prob=0)
     with pytest.raises(ValueError, match=r"ratio must be two increasing numbers .* got \[0.5, 0.1\]"):
-        PatchMasks(GRID, 2, 0, ratio=(0.5, 0.1))
-    with pytest.raises(
-        ValueError, match=r"must mask a patch of 8 samples, got 0.01 .* for 2 views of 16 x 16"
-    ):
-        PatchMasks(GRID, 2, 0, sample_prob=0.01)
+        patch_masks(mask_ratio=(0.5, 0.1))
+    with pytest.raises(ValueError, match=r"must mask a patch of 8 samples, got 0.01 .* for 2 views of 256"):
+        patch_masks(mask_sample_prob=0.01)

@@ -80,7 +80,9 @@ def cells_of(case: Case, device: str = "cpu") -> PatchCells:
         for box, shape in zip(case.boxes, case.shapes, strict=True)
     )
     tensors = (torch.tensor(part, device=device) for part in (case.boxes, case.flips, case.shapes))
-    return patch_cells(*tensors, case.size_px, case.patch_size_px, case.grid, most)
+    return patch_cells(
+        *tensors, size_px=case.size_px, patch_size_px=case.patch_size_px, grid=case.grid, most_cells=most
+    )
 
 
 def class_planes(num_classes: int, grid: int) -> torch.Tensor:
@@ -128,39 +130,18 @@ def test_coverage_is_exactly_one_hot_average_pooling(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_presence_is_max_pooling_of_every_bit(name):
+def test_findings_are_max_or_average_pooling_of_every_bit(name):
     case = CASES[name]
     planes = bit_planes(14, case.grid)
-    expected = unpacked(masks_under(planes, case), 14)
-    cls, patches = labels_of(finding_presence, planes, case, 14)
-    assert cls.dtype == patches.dtype == torch.float32
-    assert torch.equal(cls, expected.amax((2, 3)))
-    assert torch.equal(patches, row_major(functional.max_pool2d(expected, case.patch_size_px)))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_fractions_are_average_pooling_of_every_bit(name):
-    case = CASES[name]
-    planes = bit_planes(14, case.grid)
-    expected = unpacked(masks_under(planes, case), 14)
-    cls, patches = labels_of(finding_fractions, planes, case, 14)
-    assert torch.equal(cls, expected.double().mean((2, 3)).float())
-    assert torch.equal(patches, row_major(functional.avg_pool2d(expected, case.patch_size_px)))
-
-
-def test_coverage_of_a_view_is_the_mean_over_its_patches_and_sums_to_one():
-    case = CASES["paper's local views"]
-    cls, patches = labels_of(coverage_fractions, class_planes(11, 128), case, 11)
-    torch.testing.assert_close(patches.sum(-1), torch.ones(2, 81))
-    torch.testing.assert_close(patches.mean(1), cls)
-
-
-def test_background_counts_as_a_class():
-    case = CASES["one pixel"]
-    cls, patches = labels_of(coverage_fractions, torch.zeros(3, 16, 16, dtype=torch.uint8), case, 118)
-    assert cls.shape == (1, 118)
-    assert patches.shape == (1, 1, 118)
-    assert cls[0, 0] == patches[0, 0, 0] == 1
+    bits = unpacked(masks_under(planes, case), 14)
+    for function, pool, whole in (
+        (finding_presence, functional.max_pool2d, bits.amax((2, 3))),
+        (finding_fractions, functional.avg_pool2d, bits.double().mean((2, 3)).float()),
+    ):
+        cls, patches = labels_of(function, planes, case, 14)
+        assert cls.dtype == patches.dtype == torch.float32
+        assert torch.equal(cls, whole)
+        assert torch.equal(patches, row_major(pool(bits, case.patch_size_px)))
 
 
 def test_one_cell_makes_a_finding_present_in_its_patch_alone():
@@ -206,4 +187,4 @@ def test_views_that_patches_do_not_tile_are_refused(patch_size_px):
     case = CASES["more cells than pixels"]
     tensors = (torch.tensor(part) for part in (case.boxes, case.flips, case.shapes))
     with pytest.raises(ValueError, match=message):
-        patch_cells(*tensors, 14, patch_size_px, grid=33, most_cells=3)
+        patch_cells(*tensors, size_px=14, patch_size_px=patch_size_px, grid=33, most_cells=3)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from common.ct.rejection import RejectedVolume
-from common.shards.codec import VolumeSlices
 from common.shards.index import index_path
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import Tally
 from data_prep.audit.cohort import check_identity, check_labels, check_tables, load_indices, volumes_of
 from data_prep.shards.tables import write_manifest, write_rejected

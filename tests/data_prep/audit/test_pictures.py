@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.pictures import GAP_PX, TILE_PX, PictureTask, chosen_slices, draw_volume
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import render

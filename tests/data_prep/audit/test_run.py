@@ -9,8 +9,7 @@ import pytest
 from distributed import Client
 
 from common.ct.rejection import RejectedVolume
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import CHECKS, ERROR, LEVELS, Tally
 from data_prep.audit.run import (
     Audit,

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards.codec import VolumeSlices
 from common.shards.index import FIELDS, ShardIndex, load_index, save_index
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import Tally
 from data_prep.audit.shard import (
     Sample,

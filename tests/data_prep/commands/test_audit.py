@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.shards.codec import VolumeSlices
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(
     assert [entry.volume for entry in shards.volumes] == ["a", "b"]
     for seed in (0, 1):
         expected = nearest((scan(seed).astype(int) % 118).transpose(2, 1, 0))
-        np.testing.assert_array_equal(shards.read_ts(seed, 0, 5), expected)
+        np.testing.assert_array_equal(shards.read_slab(seed, 0, 5).read_ts(), expected)
 
 
 @pytest.mark.real_ct
@@ -127,7 +127,7 @@ def test_real_label_maps_reach_the_shards(
     assert written.exit_code == 0, written.output
     shards = ShardSet(tmp_path / "out", "train")
     expected = nearest(radiological(real))
-    np.testing.assert_array_equal(shards.read_ts(0, 0, len(expected)), expected)
+    np.testing.assert_array_equal(shards.read_slab(0, 0, len(expected)).read_ts(), expected)
     assert len(np.unique(expected)) > 35
 
 

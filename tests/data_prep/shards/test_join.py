@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from common.ct.rejection import RejectedVolume
-from common.shards.codec import VolumeSlices
 from common.shards.index import index_path
-from common.shards.shards import ShardName, write_shard, write_tar
+from common.shards.shards import ShardName
+from common.shards.writer import VolumeSlices, write_shard, write_tar
 from data_prep.shards.join import join_tars
 
 

@@ -13,9 +13,8 @@ import pytest
 
 from common.ct.files import ct_file
 from common.ct.rejection import RejectedError, RejectedVolume
-from common.shards.codec import VolumeSlices
 from common.shards.index import index_path, load_index
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards import parts as module
 from data_prep.shards.parts import OutputError, assemble_shard, clean_parts, finished, put_part, write_part
 from data_prep.shards.plan import PlannedShard, PlannedVolume
@@ -221,7 +220,6 @@ def test_a_full_disk_is_named_and_nothing_is_damaged(reads: list[str], small_dis
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from common.ct.rejection import RejectedVolume
 sys.path.insert(0, sys.argv[2])
 from test_parts import planned, put_part, slices_of
 

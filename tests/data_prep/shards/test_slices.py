@@ -3,9 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.shards.codec import VolumeSlices
 from common.shards.index import FIELDS, load_index
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.slices import read_slices
 
 RNG = np.random.default_rng(0)

@@ -4,9 +4,8 @@ from pathlib import Path
 import numpy as np
 
 from common.ct.rejection import RejectedVolume
-from common.shards.codec import VolumeSlices
 from common.shards.index import index_path
-from common.shards.shards import write_shard
+from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
 
 

@@ -6,8 +6,8 @@ import pytest
 from distributed import Client, KilledWorker
 
 from common.ct.files import ct_file
-from common.shards.codec import VolumeSlices
 from common.shards.index import load_index
+from common.shards.writer import VolumeSlices
 from data_prep.shards import parts
 from data_prep.shards import tasks as module
 from data_prep.shards.parts import OutputError, write_part

@@ -68,7 +68,7 @@ def test_every_voxel_arrives_in_the_shards(cohort: Cohort, tmp_path: Path) -> No
     shards = ShardSet(tmp_path / "out", "train")
     assert [entry.volume for entry in shards.volumes] == VOLUMES
     for volume_id, volume in enumerate(VOLUMES):
-        slices = np.stack([shards.read_ct(volume_id, z) for z in range(5)])
+        slices = np.stack([shards.read_slab(volume_id, z, 1).read_ct(0) for z in range(5)])
         np.testing.assert_array_equal(slices, cohort.tiny.hu(volume).transpose(2, 1, 0))
     assert summary.num_volumes == 6
     assert summary.num_slices == 30
@@ -95,9 +95,9 @@ def test_annotated_scans_get_shards_of_their_own(
     entries = {entry.volume: (i, entry) for i, entry in enumerate(shards.volumes)}
     volume_id, entry = entries["train_2_a_1"]
     assert Path(entry.shard).name == "train-rex-000000.tar"
-    assert np.unique(shards.read_rex(volume_id, 2, 1)).tolist() == [0, 2**12]
-    assert np.unique(shards.read_ts(volume_id, 0, 5)).tolist() == [10]
-    assert shards.read_rex(entries["train_1_a_1"][0], 0, 1) is None
+    assert np.unique(shards.read_slab(volume_id, 2, 1).read_rex()).tolist() == [0, 2**12]
+    assert np.unique(shards.read_slab(volume_id, 0, 5).read_ts()).tolist() == [10]
+    assert shards.read_slab(entries["train_1_a_1"][0], 0, 1).read_rex() is None
 
 
 def test_the_order_of_the_sources_does_not_matter(cohort: Cohort, tmp_path: Path) -> None:

@@ -1,26 +1,25 @@
 """Views of a batch are those of a loop over float64 crops, resizes and augmentations."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from common.engines.pretraining_step import on_device
-from common.transforms.batch_views import (
-    LABEL_FIELDS,
-    VIEW_FIELDS,
+from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
+from common.transforms.multi_crop import RandSlabMultiCrop
+from common.transforms.render_views import (
     count_labels,
     cut_views,
     photometric,
     render_at_once,
     render_by_sample,
     render_views,
+    resize_square,
+    resize_squares,
+    triangle_filters,
 )
-from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
-from common.transforms.multi_crop import RandSlabMultiCrop
-from common.transforms.soft_labels import finding_fractions, finding_presence
+from common.transforms.view_batch import LABEL_FIELDS, VIEW_FIELDS, on_device
+from tests.common.conftest import multi_crop
 
 WINDOW = HU_WINDOWS["ct_rate"]
 TO_HU = torch.tensor(WINDOW.std_hu)
@@ -46,10 +45,10 @@ def findings(slices: int) -> np.ndarray:
 def batch_of(slabs_of):
     """Return a batch of three slabs, of slices of different sizes, and the slabs' HU."""
 
-    def batch(multi_crop: RandSlabMultiCrop, **changes) -> tuple[dict, list[np.ndarray]]:
+    def batch(crop: RandSlabMultiCrop, **changes) -> tuple[dict, list[np.ndarray]]:
         hu = [noise(5, 97, 131), noise(7, 64, 60), noise(1, 150, 150)]
         masks = [{"ts": organs(5), "rex": findings(5)}, {"ts": organs(7)}, {}]
-        slabs = slabs_of([{"hu": h, **m} for h, m in zip(hu, masks, strict=True)], multi_crop, **changes)
+        slabs = slabs_of([{"hu": h, **m} for h, m in zip(hu, masks, strict=True)], crop, **changes)
         found = slabs.collate([slabs[place] for place in range(3)])
         order = [int(name.split("_")[1]) for name in found["volume"]]
         return found, [hu[number] for number in order]
@@ -78,7 +77,7 @@ def view_by_hand(
 @pytest.mark.parametrize("render", [render_by_sample, render_at_once])
 @pytest.mark.parametrize(("sizes", "patch"), [((64, 24), 8), ((35, 14), 7)])
 def test_views_equal_a_float64_loop_over_crops(batch_of, render, sizes, patch):
-    crop = RandSlabMultiCrop(*sizes, patch_size_px=patch, flip_prob=0.5, blur_probs=(1, 0.5))
+    crop = multi_crop(*sizes, patch, flip_prob=0.5, blur_probs=(1, 0.5))
     batch, hu = batch_of(crop)
     rendered = [render(views, WINDOW) for views in cut_views(batch)]
     assert [tuple(views.shape) for views in rendered] == [
@@ -97,30 +96,30 @@ def test_views_equal_a_float64_loop_over_crops(batch_of, render, sizes, patch):
 
 
 def test_the_cpu_renders_sample_by_sample(batch_of):
-    batch, _ = batch_of(RandSlabMultiCrop(32, 16, patch_size_px=8))
+    batch, _ = batch_of(multi_crop(32, 16, 8))
     expected = [render_by_sample(views, WINDOW) for views in cut_views(batch)]
     assert all(map(torch.equal, render_views(batch, WINDOW), expected))
 
 
 @pytest.mark.gpu
 def test_views_and_labels_on_the_gpu_are_those_on_the_cpu_and_nothing_waits_for_it(batch_of):
-    batch, _ = batch_of(RandSlabMultiCrop(64, 24, patch_size_px=8, flip_prob=0.5))
+    batch, _ = batch_of(multi_crop(64, 24, 8, flip_prob=0.5))
     on_gpu = {name: part.cuda() if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
     torch.cuda.set_sync_debug_mode("error")
     try:
         views = render_views(on_gpu, WINDOW)
-        labels = count_labels(on_gpu, 8, finding_presence)
+        labels = count_labels(on_gpu, "presence")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for found, expected in zip(views, render_views(batch, WINDOW), strict=True):
         torch.testing.assert_close(found.cpu(), expected, atol=2e-5, rtol=0)
-    for group, terms in count_labels(batch, 8, finding_presence).items():
+    for group, terms in count_labels(batch, "presence").items():
         for term, expected in terms.items():
             assert torch.equal(labels[group][term].cpu(), expected)
 
 
 def test_the_same_slab_gives_the_same_views_whatever_is_beside_it(batch_of):
-    crop = RandSlabMultiCrop(32, 16, patch_size_px=8)
+    crop = multi_crop(32, 16, 8)
     batch, _ = batch_of(crop)
     again, _ = batch_of(crop)
     assert all(map(torch.equal, render_views(batch, WINDOW), render_views(again, WINDOW)))
@@ -128,11 +127,11 @@ def test_the_same_slab_gives_the_same_views_whatever_is_beside_it(batch_of):
     assert not torch.equal(render_views(batch, WINDOW)[0], render_views(other, WINDOW)[0])
 
 
-@pytest.mark.parametrize(("rex_labels", "pool"), [(finding_presence, "max"), (finding_fractions, "avg")])
-def test_labels_are_those_of_the_masks_under_the_views(batch_of, rex_labels, pool):
-    batch, _ = batch_of(RandSlabMultiCrop(32, 16, patch_size_px=8, flip_prob=0.5))
+@pytest.mark.parametrize(("rex_targets", "pool"), [("presence", "max"), ("fraction", "avg")])
+def test_labels_are_those_of_the_masks_under_the_views(batch_of, rex_targets, pool):
+    batch, _ = batch_of(multi_crop(32, 16, 8, flip_prob=0.5))
     masks = {"train_0_a_1": (organs(5), findings(5)), "train_1_a_1": (organs(7), None)}
-    labels = count_labels(batch, 8, rex_labels)
+    labels = count_labels(batch, rex_targets)
     seen = 0
     for sample, volume in enumerate(batch["volume"]):
         planes = masks.get(volume, (None, None))
@@ -178,11 +177,11 @@ def test_labels_lie_on_the_anatomy_they_were_drawn_on(slabs_of):
     """The share of bright pixels in a patch is that of the organ, mirrored or not."""
     ts = np.zeros((1, 128, 128), np.uint8)
     ts[0, 36:80, 44:92] = 51
-    crop = RandSlabMultiCrop(64, 32, patch_size_px=8, flip_prob=0.5, gamma_prob=0, blur_probs=(0, 0))
+    crop = multi_crop(64, 32, 8, flip_prob=0.5, gamma_prob=0, blur_probs=(0, 0))
     slabs = slabs_of([{"hu": np.where(ts > 0, 800, -900).astype(np.int16), "ts": ts}], crop)
     for place in range(5):
         batch = slabs.collate([slabs[place]])
-        labels = count_labels(batch, 8, finding_presence)
+        labels = count_labels(batch, "presence")
         for group, views in zip(("global", "local"), render_views(batch, WINDOW), strict=True):
             bright = (views * WINDOW.std_hu + WINDOW.mean_hu > -50).float()[0]
             shares = functional.avg_pool2d(bright, 8).flatten(1)
@@ -195,21 +194,21 @@ def test_a_ct_keeps_its_range(slabs_of):
     slices[:, 100:400, 60:450] = 40
     slices[:, 150:300, 100:200] = -870
     slices[:, 200:204, 300:304] = 3071
-    slabs = slabs_of([{"hu": slices}], RandSlabMultiCrop(256, 144, patch_size_px=16))
+    slabs = slabs_of([{"hu": slices}], multi_crop(256, 144, 16))
     for views in render_views(slabs.collate([slabs[0]]), WINDOW):
         hu = views * WINDOW.std_hu + WINDOW.mean_hu
         assert WINDOW.min_hu - 0.01 <= hu.min() < -990
         assert 30 < hu.max() <= WINDOW.max_hu + 0.01
 
 
-@pytest.mark.parametrize("rex_labels", [finding_presence, finding_fractions])
-def test_a_gpu_is_asked_for_no_value(batch_of, fake_gpu, rex_labels):
-    batch, _ = batch_of(RandSlabMultiCrop(16, 8, patch_size_px=8, num_local=3), with_masks=True)
+@pytest.mark.parametrize("rex_targets", ["presence", "fraction"])
+def test_a_gpu_is_asked_for_no_value(batch_of, fake_gpu, rex_targets):
+    batch, _ = batch_of(multi_crop(16, 8, 8, num_local=3), with_masks=True)
     with fake_gpu.mode:
         given = fake_gpu.given(batch)
         moved = on_device(given, VIEW_FIELDS + LABEL_FIELDS, fake_gpu.device)
         views = render_views(moved, WINDOW)
-        labels = count_labels(moved, 8, rex_labels)
+        labels = count_labels(moved, rex_targets)
     assert [tuple(view.shape) for view in views] == [(3, 2, 1, 16, 16), (3, 3, 1, 8, 8)]
     results = [*views, *(of_term for of_group in labels.values() for of_term in of_group.values())]
     assert {result.device.type for result in results} == {"cuda"}
@@ -225,41 +224,6 @@ def drawn(batch: int = 2, views: int = 3, size: int = 7) -> tuple[torch.Tensor, 
     sigma[0, 1] = 0
     gamma[1, 0] = 1
     return hu, gamma, sigma
-
-
-def one_view_by_hand(hu: np.ndarray, gamma: float, sigma: float) -> np.ndarray:
-    """Float64, pixel by pixel: clip, 0..1, gamma, 3 x 3 Gaussian with reflected border, HU, z-score."""
-    low, high, mean, std = WINDOW
-    unit = ((np.clip(hu.astype(np.float64), low, high) - low) / (high - low)) ** gamma
-    size = len(unit)
-    blurred = unit.copy()
-    if sigma > 0:
-        weights = {
-            (i, j): math.exp(-(i * i + j * j) / (2 * sigma**2)) for i in (-1, 0, 1) for j in (-1, 0, 1)
-        }
-        for row in range(size):
-            for column in range(size):
-                blurred[row, column] = sum(
-                    weight * unit[reflected(row + i, size), reflected(column + j, size)]
-                    for (i, j), weight in weights.items()
-                ) / sum(weights.values())
-    return (blurred * (high - low) + low - mean) / std
-
-
-def reflected(index: int, size: int) -> int:
-    """Reflection about the border pixel: -1 is 1, size is size - 2."""
-    return size - 1 - abs(size - 1 - abs(index))
-
-
-def test_batch_equals_a_float64_loop_over_views():
-    hu, gamma, sigma = drawn()
-    out = photometric(hu, gamma, sigma, WINDOW)
-    assert out.shape == (2, 3, 1, 7, 7)
-    assert out.dtype == torch.float32
-    for b in range(2):
-        for v in range(3):
-            expected = one_view_by_hand(hu[b, v].numpy(), gamma[b, v].item(), sigma[b, v].item())
-            np.testing.assert_allclose(out[b, v, 0].numpy(), expected, atol=5e-6)
 
 
 def test_gamma_1_and_sigma_0_are_plain_normalisation():
@@ -288,13 +252,6 @@ def test_blur_keeps_a_constant_and_the_mean_of_a_far_off_spot():
     assert blurred.std() < sharp.std()
 
 
-def test_views_do_not_leak_into_each_other():
-    hu, gamma, sigma = drawn()
-    together = photometric(hu, gamma, sigma, WINDOW)
-    alone = photometric(hu[1:, 2:], gamma[1:, 2:], sigma[1:, 2:], WINDOW)
-    torch.testing.assert_close(together[1:, 2:], alone)
-
-
 @pytest.mark.parametrize("name", ["gamma", "blur_sigma"])
 def test_numbers_for_other_views_are_refused(name):
     hu, gamma, sigma = drawn()
@@ -306,3 +263,50 @@ def test_numbers_for_other_views_are_refused(name):
         photometric(hu, window=WINDOW, **numbers)
     with pytest.raises(ValueError, match=r"got \(2, 3\) for \(2, 3, 1, 7, 7\)"):
         photometric(hu[:, :, None], gamma, sigma, WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(512, 256), (307, 256), (154, 144), (61, 144), (131, 140), (97, 97), (1, 5)]
+)
+def test_resize_equals_torch_antialiased_bilinear(side, size):
+    crop = np.random.default_rng(side).integers(-1024, 3072, (side, side)).astype(np.int16)
+    reference = functional.interpolate(
+        torch.from_numpy(crop)[None, None].double(), (size, size), mode="bilinear", antialias=True
+    )
+    np.testing.assert_allclose(resize_square(crop, size), reference[0, 0].numpy(), atol=3e-3)
+
+
+@pytest.mark.parametrize(("sides", "size"), [([97, 31, 64, 1, 130], 48), ([16, 5], 24)])
+def test_crops_of_any_sides_are_resized_at_once_as_one_by_one(sides, size):
+    rng = np.random.default_rng(0)
+    crops = [rng.integers(-1024, 3072, (side, side)).astype(np.int16) for side in sides]
+    pixels = torch.from_numpy(np.concatenate([crop.ravel() for crop in crops]))
+    for largest in (max(sides), max(sides) + 7):
+        resized = resize_squares(pixels, torch.tensor(sides), largest, size)
+        for one, crop in zip(resized, crops, strict=True):
+            reference = functional.interpolate(
+                torch.from_numpy(crop)[None, None].double(), (size, size), mode="bilinear", antialias=True
+            )
+            np.testing.assert_allclose(one, reference[0, 0], atol=3e-3)
+            np.testing.assert_allclose(one, resize_square(crop, size), atol=2e-3)
+
+
+def test_weights_are_the_rounded_ratios_of_whole_numbers():
+    """A filter that is computed in floating point misses some by more than the last bit."""
+    filters = triangle_filters(torch.tensor([307, 1000]), 1024, 144)
+    for weights, side in zip(filters, (307, 1000), strict=True):
+        exact = np.array(
+            [
+                [max(2 * side - abs((2 * j + 1) * 144 - (2 * i + 1) * side), 0) for j in range(side)]
+                for i in range(144)
+            ],
+            float,
+        )
+        expected = (exact / exact.sum(1, keepdims=True)).astype(np.float32)
+        np.testing.assert_array_max_ulp(weights[:, :side].numpy(), expected, maxulp=1)
+        assert not weights[:, side:].any()
+
+
+def test_only_square_images_are_resized():
+    with pytest.raises(ValueError, match=r"crop must be a square image, got shape \(3, 4\)"):
+        resize_square(np.zeros((3, 4)), 2)

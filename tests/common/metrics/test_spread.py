@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from common.metrics.effective_rank import (
+from common.metrics.linear_readout import moments
+from common.metrics.spread import (
     covariance_of,
     effective_rank,
     jackknife,
@@ -13,7 +14,6 @@ from common.metrics.effective_rank import (
     participation_ratio,
     spectral_effective_rank,
 )
-from common.metrics.linear_readout import moments
 
 
 def test_effective_rank_equals_the_entropy_of_numpys_singular_values():
@@ -86,14 +86,6 @@ def test_every_dimension_has_scipys_statistic():
 @pytest.mark.parametrize(("sample", "expected"), [(-9.0, 1.0), (9.0, 1.0), (0.0, 0.5)])
 def test_one_sample_has_the_statistic_by_hand_on_either_side(sample, expected):
     assert float(kolmogorov_smirnov(torch.tensor([[sample]]))) == pytest.approx(expected)
-
-
-def test_a_normal_sample_is_close_and_a_collapsed_one_far():
-    generator = torch.Generator().manual_seed(0)
-    normal = kolmogorov_smirnov(torch.randn(2000, 3, generator=generator))
-    collapsed = kolmogorov_smirnov(0.01 * torch.randn(2000, 3, generator=generator))
-    assert normal.max() < 0.04
-    assert collapsed.min() > 0.45
 
 
 def test_samples_must_be_rows():

@@ -1,4 +1,4 @@
-"""How many directions embeddings use: the first sign of a collapsing encoder, with errors over patients."""
+"""How embeddings are spread: over how many directions, with errors over patients, and how near to normal."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,18 +14,12 @@ FloatArray = NDArray[np.float64]
 
 
 def effective_rank(embeddings: torch.Tensor) -> float:
-    """Return exp(entropy) of the normalized singular values of the centred embeddings.
+    """Return exp(entropy) of the normalized singular values of the centred embeddings ``(N, D)``.
 
     1 when all embeddings lie on one line, min(N - 1, D) when they fill the space evenly, 0 when they are all
     the same, nan when one is not finite.
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
-
-    Args:
-        embeddings: one embedding per row.
-
-    Shape:
-        Input ``(N, D)``.
 
     Example:
         >>> round(effective_rank(torch.eye(4)), 3)
@@ -47,17 +41,10 @@ def effective_rank(embeddings: torch.Tensor) -> float:
 def participation_ratio(covariance: ArrayLike) -> float:
     """Return (sum of the eigenvalues)^2 over the sum of their squares: 1 on a line, D where all are equal.
 
-    Source: DALE-CT's released world-model probes, P0.
+    nan where nothing varies. Source: DALE-CT's released world-model probes, P0.
 
     Args:
-        covariance: covariance of the embeddings.
-
-    Shape:
-        ``(D, D)``. Output: nan where nothing varies.
-
-    Example:
-        >>> participation_ratio(np.diag([2.0, 2.0, 0.0]))
-        2.0
+        covariance: ``(D, D)``, of the embeddings.
     """
     matrix = np.asarray(covariance, np.float64)
     squares = (matrix**2).sum()  # of a symmetric matrix the sum of the squared eigenvalues
@@ -65,29 +52,16 @@ def participation_ratio(covariance: ArrayLike) -> float:
 
 
 def spectral_effective_rank(covariance: ArrayLike) -> float:
-    """Return exp(entropy) of the normalized singular values of the embeddings that have this covariance.
-
-    Source: as :func:`effective_rank`.
-
-    Args:
-        covariance: covariance of the embeddings.
-
-    Shape:
-        ``(D, D)``. Output: nan where nothing varies.
-
-    Example:
-        >>> round(spectral_effective_rank(np.diag([4.0, 4.0, 4.0])), 6)
-        3.0
-    """
+    """Return the effective rank of embeddings with this covariance ``(D, D)``; nan where nothing varies."""
     values = np.sqrt(np.linalg.eigvalsh(np.asarray(covariance, np.float64)).clip(min=0))
     return _exp_entropy(values[values > 1e-9 * values.max()]) or float("nan")
 
 
 def covariance_of(sums: Sequence[FloatArray]) -> FloatArray:
-    """Return the covariance of embeddings from the sums of their parts, ``(1 + D, 1 + D)`` each.
+    """Return the covariance of embeddings from the sums of their parts.
 
     Args:
-        sums: ``features`` of :class:`common.metrics.linear_readout.Moments`, one per part.
+        sums: ``features`` ``(1 + D, 1 + D)`` of :class:`common.metrics.linear_readout.Moments`, one per part.
     """
     total = np.sum(sums, axis=0)
     mean = total[0, 1:] / total[0, 0]
@@ -134,17 +108,13 @@ def kolmogorov_smirnov(samples: torch.Tensor) -> torch.Tensor:
     Source: the Kolmogorov-Smirnov statistic; our choice of a measure.
 
     Args:
-        samples: one sample per row.
+        samples: ``(N, K)``.
 
-    Shape:
-        Input ``(N, K)``. Output: float32 ``(K,)``.
+    Returns:
+        float32 ``(K,)``.
 
     Raises:
         ValueError: if there is no sample, or not two axes.
-
-    Example:
-        >>> kolmogorov_smirnov(torch.zeros(5, 1))
-        tensor([0.5000])
     """
     if samples.ndim != 2 or len(samples) == 0:
         raise ValueError(f"samples must have shape (N, K) with samples, got {tuple(samples.shape)}.")
