@@ -44,10 +44,10 @@ MUTANTS = (
     Mutant(
         "common/ct/checks.py", "lowest = np.where(is_padded, np.iinfo(np.int16).max, few)", "lowest = few"
     ),
-    Mutant("common/ct/checks.py", "MAX_HU = 31_743", "MAX_HU = 65_535", CHECKS),
-    Mutant("common/ct/checks.py", "        high=0.3,", "        high=1.0,", CHECKS),
-    Mutant("common/ct/checks.py", "        high=0.6,", "        high=1.0,", CHECKS),
-    Mutant("common/ct/checks.py", "        low=0.95,", "        low=0.4,", CHECKS),
+    Mutant("common/ct/chest_rules.csv", "highest,not HU,,31743", "highest,not HU,,65535", CHECKS),
+    Mutant("common/ct/chest_rules.csv", "lung_edges,refused,,0.3,", "lung_edges,refused,,1,", CHECKS),
+    Mutant("common/ct/chest_rules.csv", "lung_ends,refused,,0.6,", "lung_ends,refused,,1,", CHECKS),
+    Mutant("common/ct/chest_rules.csv", "shape,refused,0.95,", "shape,refused,0.4,", CHECKS),
     Mutant(
         "common/ct/anatomy.py", "within[-third:].mean() - within", "within[:third].mean() - within", CHECKS
     ),
