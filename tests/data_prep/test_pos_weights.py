@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from common import labels as labels_module
 from common.cohort.cohort import load_labels
 from common.shards.codec import encode_mask
 from common.shards.writer import VolumeSlices, write_shard
@@ -91,7 +90,7 @@ def test_weights_that_were_set_to_1_by_hand_stay_1() -> None:
 def test_the_table_can_take_the_place_of_the_label_list(tmp_path, monkeypatch) -> None:
     weights = class_weights("rexgroundingct", MaskCounts(np.arange(14) * 7, 2**14, 1, 0))
     write_weights(tmp_path / "rexgroundingct.csv", weights)
-    monkeypatch.setattr(labels_module.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr("common.cohort.cohort.LABEL_LISTS", tmp_path)
     assert [(x.index, x.name, x.code) for x in load_labels("rexgroundingct")] == [
         (weight.label.index, weight.label.name, weight.label.code) for weight in weights
     ]

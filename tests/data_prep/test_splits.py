@@ -89,7 +89,5 @@ def test_a_file_that_is_no_split_list_is_refused(text, message, tmp_path) -> Non
     (tmp_path / "splits.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_split(tmp_path / "splits.csv")
-    with pytest.raises(
-        FileNotFoundError, match="list must be a CSV file, got '.*none.csv', which does not exist"
-    ):
+    with pytest.raises(FileNotFoundError, match="none.csv"):
         read_patients(tmp_path / "none.csv")

@@ -1,9 +1,11 @@
 import re
 
 import numpy as np
+import pytest
 from typer.testing import Result
 
 
+@pytest.mark.usefixtures("any_values")
 def test_volumes_are_written_once_and_those_that_are_no_ct_are_listed(tmp_path, run_command) -> None:
     root, out = tmp_path / "rad", tmp_path / "out"
     root.mkdir()

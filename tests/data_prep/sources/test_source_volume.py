@@ -95,7 +95,7 @@ CONTRADICTIONS = {
     "stated raw, but the header speaks": (
         1024,
         RAW | {"affine": AFFINE},
-        "v1 or v2: .*blank header, got LPS",
+        "v1 or v2: .*blank header, got .*LPS",
     ),
     "stated fixed, but blank": (0, {"form": "v2", "affine": np.eye(4)}, "v1 or v2: .*got a blank header"),
     "stated fixed, but raw": (1024, {"form": "v2"}, "not in HU: .*as dark as air: .* 24"),
@@ -165,10 +165,10 @@ VOXELS: dict[str, tuple[bytes, str]] = {
         gzip.compress(file_of(hu())[:-1]),
         r"unreadable: .*'a\.nii\.gz' .*3229 of 3230 bytes.*again\.",
     ),
-    "NaN": (gzip.compress(file_of(with_voxel(np.nan))), r"non-finite .*got nan at \(3, 2, 1\).*"),
+    "NaN": (gzip.compress(file_of(with_voxel(np.nan))), "non-finite .*NaN or infinity in planes 0 to 4.*"),
     "infinity": (
         gzip.compress(file_of(with_voxel(np.inf))),
-        r"non-finite .*got inf at \(3, 2, 1\).*",
+        "non-finite .*NaN or infinity in planes 0 to 4.*",
     ),
 }
 
