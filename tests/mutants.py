@@ -124,7 +124,7 @@ MUTANTS = (
         "    if False:",
         "tests/common/networks/test_mil_probe.py",
     ),
-    Mutant("common/embeddings/store.py", "if name in found and found[name] != value:", "if False:"),
+    Mutant("common/embeddings/store.py", "name in found and found[name] != value:", "if False:"),
     Mutant("common/networks/encoder.py", "if value is None and name not in stated:", "if False:"),
     Mutant("common/networks/encoder.py", "if value is not None} | dict(stated)", "if value is not None}"),
     Mutant("common/weights.py", "            stated |= stated_identity(path)\n", "            pass\n"),
