@@ -29,17 +29,13 @@ class Primus(nn.Module):
 
     Raises:
         ValueError: if the width does not split into heads of three axes, or the patch does not divide a side.
-
-    Example:
-        >>> net = Primus(embed_dim=36, depth=1, num_heads=2, patch_size=4, layer_scale_init=0.1)
-        >>> net(torch.zeros(1, 1, 8, 12, 4)).shape
-        torch.Size([1, 36, 2, 3, 1])
     """
 
     mask_token: torch.Tensor
 
     def __init__(
         self,
+        *,
         embed_dim: int,
         depth: int,
         num_heads: int,
@@ -125,7 +121,7 @@ class COLIPRIImageEncoder(nn.Module):
     """
 
     def __init__(
-        self, backbone: Primus, embed_dim: int, latent_dim: int, num_pool_heads: int, tokens: str
+        self, backbone: Primus, *, embed_dim: int, latent_dim: int, num_pool_heads: int, tokens: str
     ) -> None:
         super().__init__()
         self.backbone = backbone

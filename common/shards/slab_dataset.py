@@ -91,19 +91,18 @@ class SlabViews(Dataset[Sample]):
     Slabs come from two pools, those of scans with ReX annotation and all others. Slab i is drawn from the
     first iff floor((i + 1) f) > floor(i f), f the fraction, so that any stretch of slabs has its exact share.
     The k-th draw of a pool of n slabs is element k mod n of its permutation number k // n: every slab comes
-    once a pass, and a batch is spread over the cohort. If a pool is empty, all draws are from the other.
+    once per pass, and a batch is spread over the cohort. If a pool is empty, all draws are from the other.
 
-    Of a slab only the slices that its views use are decoded, and only their crops leave: resize, augmentation
-    and normalisation are for the device (``render_views``), as is counting labels (``coverage_fractions``).
+    Of a slab only the slices that its views use are decoded, and only their crops leave: rendering and
+    counting labels are for the device.
 
     Source: DALE-CT III-A and III-C. Random access to slabs is our choice: SIGReg assumes independent samples,
     and a shuffle buffer behind a stream of volumes fills a batch from a handful of scans.
 
     Args:
         shards: the scans to train on.
-        slab_mm: thickness of a slab in mm; 0 for single slices. Paper: 12.
-        rex_fraction: share of slabs drawn from the ReX-annotated ones; None for one pool of all slabs, their
-            natural share. Paper: 0.2.
+        slab_mm: thickness of a slab; 0 for single slices. Paper: 12.
+        rex_fraction: share of slabs from the ReX-annotated scans; None for their natural share. Paper: 0.2.
         seed: seed of everything random.
         multi_crop: draws the views.
         with_masks: whether samples hold masks. Guidance reads the slab's masks either way.

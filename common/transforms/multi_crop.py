@@ -51,10 +51,6 @@ def nearest_cells(
 
     Shape:
         ``(N,)`` each. Output: int64 ``(N, P)``.
-
-    Example:
-        >>> nearest_cells(torch.tensor([4]), torch.tensor([8]), 4, torch.tensor([16]), grid=8)
-        tensor([[2, 3, 4, 5]])
     """
     centres = 2 * torch.arange(size_px, device=starts_px.device) + 1
     pixels = starts_px.long()[:, None] + centres * sides_px.long()[:, None] // (2 * size_px)
