@@ -139,7 +139,7 @@ class COLIPRIImageEncoder(nn.Module):
         return self.projector(grid) if self.project else grid
 
     def pool(self, grid: torch.Tensor) -> torch.Tensor:
-        """Gather the tokens of :meth:`forward` into one vector a volume, ``(B, E)``."""
+        """Gather the tokens of :meth:`forward` into one vector per volume, ``(B, E)``."""
         tokens = (grid if self.project else self.projector(grid)).flatten(2).transpose(1, 2)
         pooled, _ = self.pooler["attn"](tokens.mean(1, keepdim=True), tokens, tokens, need_weights=False)
         return pooled[:, 0]

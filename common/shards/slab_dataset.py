@@ -22,6 +22,12 @@ from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan, cut_crops
 from common.transforms.patch_masks import PatchMasks, masked_places
 from common.transforms.view_batch import Batch, Sample, collate_views
 
+logger = logging.getLogger(__name__)
+
+# Second word of every random stream, after the seed.
+OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
+SHARED_MEMORY = Path("/dev/shm")
+SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
 HEADER_TOLERANCE = 1e-6
 """Headers store spacings as float32: 4.8 mm reads 4.80000019 and must count as 4.8. Our choice, relative."""
 
@@ -73,12 +79,6 @@ def slab_starts(num_slices: int, length: int) -> np.ndarray:
         raise ValueError(f"num_slices and length must be positive, got {num_slices} and {length}.")
     starts = np.arange(0, num_slices, length)
     return np.minimum(starts, max(num_slices - length, 0))
-
-
-logger = logging.getLogger(__name__)
-
-# Second word of every random stream, after the seed.
-OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
 
 
 class SlabViews(Dataset[Sample]):
@@ -272,17 +272,13 @@ class StepBatches(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-SHARED_MEMORY = Path("/dev/shm")
-SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
-
-
 class StepLoader(DataLoader):
     """A DataLoader of ``SlabViews`` whose workers outlive the signals that stop a trainer at its next step.
 
     Args:
         dataset: what to load.
         batch_sampler: which slabs at which step; its ``start_step`` counts when an iteration starts.
-        options: of ``DataLoader``, such as ``num_workers``, ``pin_memory`` and ``prefetch_factor``.
+        options: options of ``DataLoader``, such as ``num_workers``, ``pin_memory`` and ``prefetch_factor``.
 
     Raises:
         ValueError: if what the workers read ahead does not fit into the shared memory.
@@ -321,6 +317,6 @@ class StepLoader(DataLoader):
 def _leave_the_group(worker: int) -> None:
     """Clusters signal the process group of a job; the trainer needs its workers up to the last step.
 
-    A worker ends when the trainer tells it to or is gone.
+    A worker ends with its trainer.
     """
     os.setpgid(0, 0)

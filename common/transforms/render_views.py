@@ -1,4 +1,4 @@
-"""From the crops that the loader cut to what the encoder sees, and to what it should tell of each patch."""
+"""Renders the crops that the loader cut into what the encoder sees, and counts the labels of its patches."""
 
 # B slabs, V views of a group (Vg global, Vl local), S their size, N crops, K side of the largest crop
 

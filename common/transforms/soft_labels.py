@@ -57,7 +57,7 @@ def patch_cells(
     """Find the mask cells under the patches of views.
 
     Args:
-        boxes: of ``ViewPlan``: slice, top, left, side.
+        boxes: boxes of ``ViewPlan``: slice, top, left, side.
         flips: whether a view is mirrored, columns reversed.
         shapes: height and width of each view's slice.
         size_px: see ``most_cells_per_patch``.
