@@ -70,10 +70,9 @@ class DINOModel(nn.Module):
 
     Args:
         encoder: timm VisionTransformer with one input channel.
-        dino_head: on CLS tokens.
-        ibot_head: on masked patches.
-        checkpoint_activations: whether blocks keep their input only and compute the rest again in the
-            backward pass.
+        dino_head: head on CLS tokens.
+        ibot_head: head on masked patches.
+        checkpoint_activations: see ``PretrainingModel``.
 
     Shape:
         ``global_views (B, Vg, 1, S, S)``; ``local_views (B, Vl, 1, s, s)`` or None; ``masks (B, Vg, P)``
