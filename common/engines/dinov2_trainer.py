@@ -57,7 +57,6 @@ class DINOv2Trainer(PretrainingTrainer):
         super().__init__(**shared)
         self.teacher = teacher
         self.schedule = schedule
-        self.loss_function = self.loss_function.to(self.state.device)
         self.ibot_loss = ibot_loss.to(self.state.device)
         self.ibot_weight = ibot_weight
         self.koleo_weight = koleo_weight

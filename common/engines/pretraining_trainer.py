@@ -94,7 +94,7 @@ class PretrainingTrainer(SupervisedTrainer):
             train_data_loader=train_data_loader,
             network=network,
             optimizer=optimizer,
-            loss_function=loss_function,
+            loss_function=loss_function.to(device),
             epoch_length=max_steps,
             inferer=inferer,
             decollate=False,
