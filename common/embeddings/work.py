@@ -113,8 +113,8 @@ def ct_sources(
     if not found and not any(map(is_failure, rejected)):
         left_out = f" {len(rejected)} were left out, such as: {rejected[0].detail}" if rejected else ""
         raise FileNotFoundError(
-            f"No volumes in '{root}': neither NIfTI, MetaImage, NRRD, npz nor DICOM series, zips of these, "
-            f"or shards.{left_out}"
+            f"No volumes in '{root}'. It must hold files of NIfTI, MetaImage, NRRD or npz, DICOM series, "
+            f"zips of these, or shards.{left_out}"
         )
     chosen = {*places} if subset_csv is None else _named(subset_csv, "subset_csv", places, root)
     skipped = set() if skip_list is None else _named(skip_list, "skip_list", places, root)
@@ -128,7 +128,7 @@ def ct_sources(
 
 
 def _named(listing: str | Path, knob: str, places: Places, root: Path) -> set[str]:
-    """Find the volumes that a list names; a warning counts the names of none."""
+    """Find the volumes that a list names; names of no volume are counted in a warning."""
     names = listed_names(listing, knob)
     found, absent = find_named(names, places)
     if absent:

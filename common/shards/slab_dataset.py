@@ -272,7 +272,7 @@ class StepBatches(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-class StepLoader(DataLoader):
+class StepLoader(DataLoader[Any]):
     """A DataLoader of ``SlabViews`` whose workers outlive the signals that stop a trainer at its next step.
 
     Args:

@@ -310,7 +310,7 @@ def test_an_embedding_run_stopped_by_ctrl_c_keeps_what_it_has_and_resumes(stop_a
     resumed = stop_and_resume(
         command(many, tmp_path / "out"), re.compile(r" [1-9]\d?/100").search, tmp_path / "out"
     )
-    assert int(re.search(r"Embedded (\d+) volumes", resumed).group(1)) < 100
+    assert int(re.search(r"(\d+) of 100 volumes in .* are to be embedded", resumed).group(1)) < 100
     store = EmbeddingStore(tmp_path / "out")
     assert len(store) == 100
     assert all(store.read(volume).tokens.shape == (11, 24) for volume in store.volumes)
