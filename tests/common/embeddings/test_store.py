@@ -289,6 +289,7 @@ def test_what_was_added_before_an_error_is_kept(tmp_path: Path) -> None:
 def test_a_killed_process_loses_only_the_part_it_was_filling(tmp_path: Path) -> None:
     program = f"""
 import torch
+from common.embeddings import store
 store.PART_BYTES = 100
 writer = store.EmbeddingStoreWriter({str(tmp_path)!r}, {GRID}, "float16")
 for number in range(7):

@@ -147,6 +147,7 @@ def test_a_wrong_option_or_path_is_reported_without_importing_torch_or_monai(tmp
     (tmp_path / "configs" / "train.json").write_text('{"slab_mm": 12.0}')
     code = """
 import sys
+from common.run.config import executed_config, must_exist
 argv = sys.argv[1:]
 for call in (lambda: executed_config(argv[0], "train.json", argv), lambda: must_exist(a="nowhere")):
     try:
@@ -197,6 +198,7 @@ def test_version_of_code_that_git_does_not_know_and_without_git_is_unknown(check
 
 
 WRAPPED = """
+from common.run.config import short_errors
 short_errors()
 try:
     raise {error}
