@@ -306,8 +306,10 @@ class ProbeGridTrainer(ProbeTrainer):
         first = self.grid.kinds[:place].count("fixed")
         fixed = self.fixed["train"][:, first : first + (self.grid.kinds[place] == "fixed")]
         labels, batch_size = self.train_bags.labels.to(self.state.device), self.batches.batch_size
-        of_one = {"poolers": [pooler], "learning_rates": [learning_rate], "dim": self.grid.dim}
-        grids = [ProbeGrid(**of_one, num_classes=self.grid.num_classes, seed=seed) for seed in seeds]
+        shape = {"dim": self.grid.dim, "num_classes": self.grid.num_classes}
+        grids = [
+            ProbeGrid(poolers=[pooler], learning_rates=[learning_rate], **shape, seed=seed) for seed in seeds
+        ]
         grids = [grid.to(self.grid.weights[0]) for grid in grids]
         batches = [ShuffledBatches(len(labels), batch_size, seed) for seed in seeds]
         # AdamW's defaults hold more than it accepts
@@ -315,7 +317,7 @@ class ProbeGridTrainer(ProbeTrainer):
         settings = {name: value for name, value in self.optimizer.defaults.items() if name in accepted}
         groups = [group for grid in grids for group in grid.parameter_groups()]
         optimizer = type(self.optimizer)(groups, **settings)
-        scheduler = LambdaLR(optimizer, self.lr_scheduler.lr_lambdas[rate])
+        scheduler = LambdaLR(optimizer, cast(LambdaLR, self.lr_scheduler).lr_lambdas[rate])
         for step in range(self.best.step):
             optimizer.zero_grad(set_to_none=True)
             loss = labels.new_zeros(())
