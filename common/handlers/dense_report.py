@@ -104,8 +104,7 @@ def draw_classes(path: Path, report: DenseResults, title: str) -> None:
     figure = Figure(figsize=(8, 1.8 + 0.2 * len(names)), layout="constrained")
     axes = figure.subplots()
     auroc, auprc, prevalence = (
-        [averaged[name][metric] for name in names]  # type: ignore[literal-required]
-        for metric in ("auroc", "auprc", "prevalence")
+        [averaged[name][metric] for name in names] for metric in ("auroc", "auprc", "prevalence")
     )
     axes.hlines(places, prevalence, auprc, color=RED, linewidth=2.5, alpha=0.35)
     axes.scatter(auprc, places, color=RED, s=28, label="AUPRC", zorder=3)
