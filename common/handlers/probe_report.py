@@ -208,8 +208,7 @@ class ProbeReport(EvaluationReport):
             for place, weight in enumerate(of_volume)
         ]
         write_table(self.output_dir / "attention.csv", rows)
-        ct_dir = self.ct_dir if unit == "slice" else None
-        slices = {} if ct_dir is None else read_slices(ct_dir, list(chosen))
+        slices = read_slices(self.ct_dir, list(chosen)) if self.ct_dir and unit == "slice" else {}
         for volume, of_ct in slices.items():
             if len(of_ct) != len(weights[volume]):
                 raise ValueError(
