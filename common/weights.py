@@ -2,21 +2,20 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from monai.bundle import ConfigParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
+from common.embeddings.encoder_bundle import open_encoder_bundle
+from common.networks.encoder import agreed_input, load_encoder, save_encoder
 from common.networks.timm_keys import to_timm_keys
+from common.networks.weights_file import HUB, download, stated_identity
 from common.reports.results import MACRO_COLUMNS, read_rows
 from common.run.config import short_errors
 from common.run.process import atomic_file
@@ -27,17 +26,6 @@ app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and 
 HUB_FILE, HUB_CONFIG = "model.safetensors", "config.json"
 
 Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
-
-HUB_OWNER = "Kentucky-Open-Science"
-HUB_WINDOWS = {
-    "DALE-CT-0-L": "dale_ct_0_l",
-    **dict.fromkeys(("DALE-CT-0", "DALE-CT-1S", "DALE-CT-1S-v2", "DALE-CT-2S"), "ct_rate"),
-    "Finetuned-DINOv2-Chest-CT": "ct_rate",
-}
-"""HU window of each encoder that the paper's authors released; all saw transposed slices.
-
-Source: their configurations; the files do not state it.
-"""
 
 
 def bundle_encoder(
@@ -57,16 +45,8 @@ def bundle_encoder(
         FileNotFoundError: if there is no such bundle, it embeds nothing, or its weights are not there.
         ValueError: if the weights do not state what slices they expect.
     """
-    path = Path(bundle) / "configs" / "inference.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
-    parser = ConfigParser()
-    parser.read_config(str(path))
-    parser["bundle_root"] = str(bundle)
-    for name, value in knobs.items():
-        parser[name] = value
-    encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
-    return encoder, identity, parser.get()
+    opened = open_encoder_bundle(bundle, knobs=knobs)
+    return opened["network_def"], opened["identity"], opened.parser.get()
 
 
 def image_side_px(config: dict[str, Any]) -> int:
@@ -79,12 +59,15 @@ def image_side_px(config: dict[str, Any]) -> int:
     return strategy.side_px(FULL_PX)
 
 
-def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_weights(
+    source: str, releases: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read encoder weights under timm's names, and what is known of them.
 
     Args:
         source: a ``.safetensors`` file, a checkpoint ``step_*.pt`` of pretraining, whose teacher counts if it
             has one, or ``hub:<owner>/<name>[@revision]`` for ``model.safetensors`` of a repository there.
+        releases: what is known of repositories whose files do not state it.
 
     Returns:
         The weights; and as far as the source states them ``slice_axes``, ``hu_window`` and other facts, from
@@ -94,7 +77,7 @@ def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         FileNotFoundError: if there is no such file, or the hub does not give it.
         ValueError: if the file is damaged or holds something else.
     """
-    path, stated = _located(source)
+    path, stated = _located(source, releases or {})
     try:
         if path.suffix == ".pt":
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -109,17 +92,15 @@ def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return weights, stated | _sizes(weights)
 
 
-def _located(source: str) -> tuple[Path, dict[str, Any]]:
+def _located(source: str, releases: Mapping[str, Mapping[str, Any]]) -> tuple[Path, dict[str, Any]]:
     """Find the file of a source, and what stands beside it about the slices."""
     stated: dict[str, Any] = {}
-    if source.startswith("hub:"):
-        repository, _, revision = source.removeprefix("hub:").partition("@")
-        path = _from_hub(repository, HUB_FILE, revision)
-        owner, _, name = repository.partition("/")
-        if owner == HUB_OWNER and name in HUB_WINDOWS:
-            stated = {"slice_axes": "xy", "hu_window": [*hu_window(HUB_WINDOWS[name])]}
+    if source.startswith(HUB):
+        repository, _, revision = source.removeprefix(HUB).partition("@")
+        path = download(repository, HUB_FILE, revision or "main")
+        stated = dict(releases.get(repository, {}))
         try:
-            config = _from_hub(repository, HUB_CONFIG, revision)
+            config = download(repository, HUB_CONFIG, revision or "main")
         except FileNotFoundError:
             return path, stated
     else:
@@ -141,17 +122,6 @@ def _sizes(weights: dict[str, torch.Tensor]) -> dict[str, int]:
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     side = math.isqrt(positions) * patch
     return {"patch_size_px": patch, "img_size_px": side, "embed_dim": embed_dim, "depth": len(blocks)}
-
-
-def _from_hub(repository: str, name: str, revision: str) -> Path:
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise FileNotFoundError(
-            f"'{name}' of '{repository}' must be on the hub or in its cache "
-            f"({str(error).splitlines()[0]}). Accept its terms on https://huggingface.co/{repository}, "
-            "log in with `hf auth login`, or download the file and give its path."
-        ) from error
 
 
 def import_weights(
@@ -176,8 +146,10 @@ def import_weights(
         ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape, or what
             slices they expect is stated nowhere or otherwise.
     """
-    encoder, own, _ = bundle_encoder(bundle, encoder_weights=None)
-    weights, stated = read_weights(source)
+    encoder, own, config = bundle_encoder(bundle, encoder_weights=None)
+    window_of_release = [*hu_window(config["weights_hu_window"])]
+    released = {"slice_axes": config["weights_slice_axes"], "hu_window": window_of_release}
+    weights, stated = read_weights(source, {config["weights_repo"]: released})
     expected = agreed_input(stated, source, slice_axes, window)
     shown = {"slice_axes": expected.slice_axes, "hu_window": [*expected.window]}
     path = Path(bundle) / "models" / "model.safetensors"
@@ -208,8 +180,11 @@ def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> 
         ValueError: if the weights are not the bundle's.
     """
     bundle, out = Path(bundle), Path(out)
+    path = bundle / "models" / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"No weights '{path}' to export. Train the bundle, or import weights, first.")
     encoder, identity, config = bundle_encoder(bundle)
-    load_encoder(encoder, bundle / "models" / "model.safetensors", identity)
+    load_encoder(encoder, path, identity)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     save_encoder(encoder.state_dict(), out / HUB_FILE, identity)
