@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from monai.bundle import ConfigParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.networks.encoder import agreed_input, load_encoder, save_encoder
 from common.networks.timm_keys import to_timm_keys
 from common.networks.weights_file import HUB, download, stated_identity
@@ -45,16 +45,8 @@ def bundle_encoder(
         FileNotFoundError: if there is no such bundle, it embeds nothing, or its weights are not there.
         ValueError: if the weights do not state what slices they expect.
     """
-    path = Path(bundle) / "configs" / "inference.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
-    parser = ConfigParser()
-    parser.read_config(str(path))
-    parser["bundle_root"] = str(bundle)
-    for name, value in knobs.items():
-        parser[name] = value
-    encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
-    return encoder, identity, parser.get()
+    opened = open_encoder_bundle(bundle, knobs=knobs)
+    return opened["network_def"], opened["identity"], opened.parser.get()
 
 
 def image_side_px(config: dict[str, Any]) -> int:

@@ -4,7 +4,6 @@
 figures stand beside them: for data at full scale, never for synthetic data.
 """
 
-import csv
 import math
 import re
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from common.cohort.cohort import table_rows
+from common.metrics.multilabel import METRICS
 from common.reports.results import MACRO_COLUMNS, ResultRow, read_rows
 from common.run.config import short_errors
 
@@ -23,7 +24,7 @@ TITLES = {
 }
 COST = {"slices_per_second": "slices/s", "tokens_per_slice": "tokens per slice"}
 
-Values = dict[tuple[str, str], dict[str, ResultRow]]
+Lines = dict[tuple[str, str], dict[str, ResultRow]]
 """Encoder and protocol to metric to row."""
 
 
@@ -33,9 +34,7 @@ def table_of(row: ResultRow) -> str | None:
         return "VI"
     if row.dataset == "rad_chestct":
         return "IV"
-    if row.dataset == "ct_rate" and row.protocol != "retrieval":
-        return "III"
-    return None
+    return "III" if row.dataset == "ct_rate" and row.protocol != "retrieval" else None
 
 
 def cell(numbers: tuple[float, float, float] | None, signed: bool = False) -> str:
@@ -45,71 +44,53 @@ def cell(numbers: tuple[float, float, float] | None, signed: bool = False) -> st
         numbers: value, low and high; None, or nan as the value, gives an empty cell.
         signed: whether it is a difference.
     """
-    texts = [_number(number, signed) for number in numbers or () if not math.isnan(number)]
+    shown = [f"{number:{'+' if signed else ''}.3f}" for number in numbers or () if not math.isnan(number)]
+    texts = [re.sub(r"^([+-]?)0\.", r"\1.", text) for text in shown]
     return "".join(texts) if len(texts) < 3 else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
-def _number(number: float, signed: bool) -> str:
-    return re.sub(r"^([+-]?)0\.", r"\1.", f"{number:{'+' if signed else ''}.3f}")
-
-
 def markdown(rows: list[ResultRow], with_paper: bool) -> str:
-    """Lay out all tables.
-
-    Args:
-        rows: rows of results CSVs; of two with the same key the later one counts.
-        with_paper: whether the paper's figures are shown beside ours.
-    """
-    values: dict[str, Values] = {}
+    """Lay out all tables; of two rows with the same key the later one counts."""
+    tables: dict[str | None, Lines] = {}
     for row in rows:
-        table = table_of(row)
-        if table is not None:
-            of_line = values.setdefault(table, {}).setdefault((row.encoder, row.protocol), {})
-            of_line[row.metric] = row
-    lines = []
-    for table, title in TITLES.items():
-        if table in values:
-            lines += [f"### {title}", "", *_lines(values[table], table, with_paper), ""]
-    return "\n".join(lines)
+        of_line = tables.setdefault(table_of(row), {}).setdefault((row.encoder, row.protocol), {})
+        of_line[row.metric] = row
+    shown = [table for table in TITLES if table in tables]
+    lines = [[f"### {TITLES[name]}", "", *_lines(tables[name], name, with_paper), ""] for name in shown]
+    return "\n".join(line for table in lines for line in table)
 
 
-def _lines(values: Values, table: str, with_paper: bool) -> list[str]:
-    with PAPER.open(newline="", encoding="utf-8") as file:
-        paper = {
-            (row["encoder"], row["protocol"]): row for row in csv.DictReader(file) if row["table"] == table
-        }
+def _lines(values: Lines, table: str, with_paper: bool) -> list[str]:
+    paper = {}
+    if with_paper:
+        columns = ("table", "encoder", "protocol", *METRICS)
+        of_table = [row for row in table_rows(PAPER, "paper", columns) if row["table"] == table]
+        paper = {(row["encoder"], row["protocol"]): row for row in of_table}
     cost = COST if table == "VI" else {}
     heads = ["encoder", "protocol", *MACRO_COLUMNS.values(), "volumes", *cost.values()]
     heads += ["paper: AUROC / AUPRC / F1 / BA"] if with_paper else []
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for (encoder, protocol), own in values.items():
-        if not MACRO_COLUMNS.keys() & own.keys():
+    for (encoder, protocol), ours in values.items():
+        counts = [ours[metric].n for metric in MACRO_COLUMNS if metric in ours]
+        if not counts:
             continue
-        counted = next(own[metric].n for metric in MACRO_COLUMNS if metric in own)
-        found = (own[metric].numbers if metric in own else None for metric in MACRO_COLUMNS)
-        cells = [
-            f"`{encoder}`",
-            protocol,
-            *(cell(numbers, "-" in protocol) for numbers in found),
-            str(counted),
-        ]
-        cells += [f"{own[metric].value:.0f}" if metric in own else "" for metric in cost]
+        found = (ours[metric].numbers if metric in ours else None for metric in MACRO_COLUMNS)
+        cells = [f"`{encoder}`", protocol, *(cell(each, "-" in protocol) for each in found), str(counts[0])]
+        cells += [f"{ours[metric].value:.0f}" if metric in ours else "" for metric in cost]
         if with_paper:
             theirs = paper.get((encoder, protocol))
-            names = ("auroc", "auprc", "f1", "balanced_accuracy")
-            cells.append(" / ".join(theirs[name] for name in names) if theirs else "")
+            cells.append(" / ".join(theirs[name] for name in METRICS) if theirs else "")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def main(
-    results: Annotated[list[Path], typer.Argument(help="results CSVs, such as results/*.csv")],
+    results: Annotated[list[Path], typer.Argument(help="Results CSVs, such as results/*.csv.")],
     paper: Annotated[bool, typer.Option("--paper", help="Put the paper's figures beside ours.")] = False,
 ) -> None:
     """Print Tables III, IV and VI as Markdown."""
     short_errors()
-    rows = [row for path in results for row in read_rows(path)]
-    typer.echo(markdown(rows, paper), nl=False)
+    typer.echo(markdown([row for path in results for row in read_rows(path)], paper), nl=False)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,17 @@ import numpy as np
 MERGED: Mapping[str, tuple[str, ...]] = {
     "Calcification": ("Arterial wall calcification", "Coronary artery wall calcification"),
 }
-"""Classes that are several of CT-RATE's in one. Source: DALE-CT's released evaluation of RAD-ChestCT."""
+"""Classes that merge several of CT-RATE's. Source: DALE-CT's released evaluation of RAD-ChestCT."""
 
 
 def class_map(source: Sequence[str], target: Sequence[str]) -> list[list[int]]:
-    """Find the classes of a probe that make up each class of another data set.
+    """Find the classes of a probe that make up each class of another data set, as places in ``source``.
 
     A class is the one of the same name, or the several that ``MERGED`` names. Classes of the probe that the
     other data set lacks ("Mosaic attenuation pattern" in RAD-ChestCT) are dropped.
 
-    Args:
-        source: classes of the probe, C names.
-        target: classes of the other data set, K names.
-
-    Returns:
-        K lists of places in ``source``.
-
     Raises:
-        ValueError: if a class of the other data set has none in the probe.
+        ValueError: if the probe lacks a class of the other data set.
 
     Example:
         >>> class_map(["Emphysema", *MERGED["Calcification"]], ["Calcification", "Emphysema"])
@@ -39,8 +32,8 @@ def class_map(source: Sequence[str], target: Sequence[str]) -> list[list[int]]:
         missing = [part for part in parts if part not in places]
         if missing:
             raise ValueError(
-                f"probe must know the class '{missing[0]}', got {list(source)} for '{name}'. "
-                "Take a probe of eval_ct_rate."
+                f"The probe does not know '{missing[0]}', which '{name}' needs, among its classes "
+                f"{list(source)}. Take a probe of eval_ct_rate."
             )
         rows.append([places[part] for part in parts])
     return rows
@@ -49,19 +42,10 @@ def class_map(source: Sequence[str], target: Sequence[str]) -> list[list[int]]:
 def map_classes(
     scores: np.ndarray, thresholds: np.ndarray, source: Sequence[str], target: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turn the scores of a probe into scores and decisions on the classes of another data set.
+    """Map a probe's scores ``(N, C)`` and thresholds ``(C,)`` to scores and decisions ``(N, K)`` on others.
 
     The score of a merged class is the largest of its parts'; it is called positive if any of its parts
-    reaches that part's own threshold.
-
-    Args:
-        scores: probabilities of the probe.
-        thresholds: of the probe's classes, from its own validation set.
-        source: classes of the probe.
-        target: classes of the other data set.
-
-    Shape:
-        ``scores (N, C)``, ``thresholds (C,)``. Output: scores ``(N, K)`` and bool decisions ``(N, K)``.
+    reaches that part's threshold.
 
     Raises:
         ValueError: as :func:`class_map`, and if a shape does not fit the classes.
@@ -78,8 +62,7 @@ def map_classes(
             f"scores and thresholds must have {len(source)} classes, got shapes {scores.shape} and "
             f"{thresholds.shape}."
         )
-    rows = class_map(source, target)
-    decisions = scores >= thresholds
+    rows, decisions = class_map(source, target), scores >= thresholds
     return (
         np.stack([scores[:, places].max(1) for places in rows], axis=1),
         np.stack([decisions[:, places].any(1) for places in rows], axis=1),

@@ -64,28 +64,17 @@ def load_labels(name: str) -> list[Label]:
 
 
 def pos_weights(name: str) -> list[float]:
-    """Return the positive weights of a label list, in its order, for a bundle's config.
-
-    Raises:
-        ValueError: if there is no such list.
-
-    Example:
-        >>> pos_weights("totalsegmentator")[:3]
-        [1.0, 184.42, 635.22]
-    """
+    """Return the positive weights of a label list, in its order, for a bundle's config."""
     return [label.pos_weight for label in load_labels(name)]
 
 
 def table_rows(path: str | Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Read a CSV row by row. It may have further columns; cells that a short row lacks are empty.
+    """Read a CSV row by row, as column to cell; cells that a short row lacks are empty.
 
     Args:
         path: CSV in UTF-8, with or without a byte order mark.
         name: name of the table in errors, such as the option that names the file.
-        columns: required columns.
-
-    Yields:
-        One row as a mapping from column to cell.
+        columns: required columns; there may be others.
 
     Raises:
         FileNotFoundError: with the first row, if there is no such file.
@@ -108,12 +97,7 @@ def table_rows(path: str | Path, name: str, columns: Sequence[str]) -> Iterator[
 
 
 def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same columns as a CSV that appears only when whole.
-
-    Args:
-        path: file to write or replace; its folder must exist.
-        rows: at least one.
-    """
+    """Write rows, at least one, with the same columns as a CSV that appears only when whole."""
     with atomic_file(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -128,7 +112,7 @@ def read_labels(labels_csv: str | Path, class_names: Sequence[str]) -> dict[str,
         class_names: columns to read, in this order; others are ignored.
 
     Returns:
-        Volume to its labels: float32 ``(C,)`` of 0 and 1.
+        Volume to its labels, float32 ``(C,)`` of 0 and 1.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -158,14 +142,11 @@ def _binary(row: dict[str, str], name: str, path: Path) -> float:
 
 
 def listed_names(listing: str | Path, knob: str) -> list[str]:
-    """Read the names that a file lists, one per line, or in a table's column ``VolumeName`` or its first.
+    """Read the names or paths in a file: one per line, or a table's column ``VolumeName`` or else its first.
 
     Args:
         listing: text, or CSV with commas, semicolons or tabs; with or without a line of column names.
         knob: name of the file in errors.
-
-    Returns:
-        Names or paths as written, without quotes.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -209,10 +190,6 @@ def patient_of(volume: str) -> str:
     CT-RATE starts counting patients again in each of its splits, so that the number alone does not name one.
     RAD-ChestCT does not publish which volumes share a patient: each counts as a patient.
 
-    Args:
-        volume: a name of CT-RATE such as ``train_1_a_1`` (split, patient, scan, reconstruction) or of
-            RAD-ChestCT such as ``trn00001``.
-
     Raises:
         ValueError: if the name has another form, such as that of a DICOM series, whose first numbers name
             an organisation.
@@ -242,7 +219,7 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
 
 
 def split_by_patient(volumes: Sequence[str], num_val_patients: int, seed: int) -> dict[str, list[str]]:
-    """Draw patients for validation; the others are for training.
+    """Draw patients for validation; the others are for training. Volumes stay in the given order.
 
     Source: DALE-CT IV-B, 1,000 patients. NumPy's legacy generator draws from the patients in natural order,
     so that the order of the volumes does not matter. The authors' released code draws in the order of the
@@ -252,9 +229,6 @@ def split_by_patient(volumes: Sequence[str], num_val_patients: int, seed: int) -
         volumes: volumes of all patients; another set of patients gives another draw.
         num_val_patients: patients to draw.
         seed: seed of the draw; the authors use 42.
-
-    Returns:
-        ``train`` and ``validation``: volumes, in the given order.
 
     Raises:
         ValueError: if one side would have no patient.
@@ -282,14 +256,8 @@ def low_shot_split(
     so that 1 % is part of 10 %. All validation patients are kept: probe and thresholds are chosen equally
     well at every fraction, and the curve shows what training labels are worth.
 
-    Args:
-        volumes: volumes of all patients.
-        num_val_patients: patients to draw for validation.
-        seed: seed of the draw and of the order.
-        fraction: share of the training patients, above 0 and at most 1.
-
     Raises:
-        ValueError: if the fraction is out of range, or as ``split_by_patient``.
+        ValueError: if the fraction is not above 0 and at most 1, or as ``split_by_patient``.
 
     Example:
         >>> volumes = [f"train_{patient}_a_1" for patient in range(1, 11)]
@@ -309,19 +277,16 @@ def low_shot_split(
 def split_three_ways(
     volumes: Sequence[str], seed: int, percent: tuple[int, int, int] = (70, 10, 20)
 ) -> dict[str, list[str]]:
-    """Deal patients to training, validation and test.
+    """Deal patients to training, validation and test. Volumes stay in the given order.
 
     Source: DALE-CT IV-A, 70/10/20 of the annotated scans' patients. NumPy's legacy generator permutes the
     patients in alphabetical order, as in the authors' released code. Our choice: the numbers for training
     and validation are rounded down, and the rest is for the test.
 
     Args:
-        volumes: volumes in any order.
+        volumes: volumes of all patients.
         seed: seed of the draw; the authors use 42.
         percent: percent of the patients for training, validation and test.
-
-    Returns:
-        ``train``, ``validation`` and ``test``: volumes, in the given order.
 
     Raises:
         ValueError: if the percentages do not add up to 100, or one side would have no patient.
@@ -336,10 +301,9 @@ def split_three_ways(
     patients = sorted({patient_of(volume) for volume in volumes})
     order = np.random.RandomState(seed).permutation(patients).tolist()
     num_train, num_val = (len(order) * part // 100 for part in percent[:2])
+    parts = np.split(order, [num_train, num_train + num_val])
     sides = {
-        "train": set(order[:num_train]),
-        "validation": set(order[num_train : num_train + num_val]),
-        "test": set(order[num_train + num_val :]),
+        name: set(part.tolist()) for name, part in zip(("train", "validation", "test"), parts, strict=True)
     }
     empty = [side for side, members in sides.items() if not members]
     if empty:

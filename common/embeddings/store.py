@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SUFFIX = ".embeddings.safetensors"
 FORMAT = "dale_ct_embeddings_2"
 HEADER = ("identity", "fields", "volumes")
+AGAIN = "Delete the file and embed its volumes again."
 REMEDY = "Keep the embeddings of each encoder in a folder of their own."
 PART_BYTES = 64 * 2**20  # a part has no more: some 100 volumes of 300 slices, 1024 wide, in 16 bits
 PART_SECONDS = 60.0  # no volume waits longer for its part: what a kill may cost; our choice
@@ -104,24 +106,21 @@ class EmbeddingStore:
         self.folder = Path(folder)
         parts = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not parts:
-            raise FileNotFoundError(
-                f"No embeddings in '{self.folder}': it has no *{SUFFIX}. "
-                "Run the inference.json of an encoder bundle."
-            )
+            remedy = "Run the inference.json of an encoder bundle."
+            raise FileNotFoundError(f"No embeddings in '{self.folder}' (*{SUFFIX}). {remedy}")
         self._places: dict[str, _Place] = {}
         self._checked: set[tuple[str, str]] = set()
         facts: dict[str, Any] = {}
         for part in parts:
-            of_part, places = _open_part(part)
+            state = part.stat()
+            of_part, places = _open_part(part, state.st_ino, state.st_mtime_ns)
             check_identity(of_part, facts, of=f"'{part}'", source="of the other files", remedy=REMEDY)
-            facts = of_part
+            facts = dict(of_part)
             for place in places:
                 volume = place.record["metadata"]["volume"]
                 if volume in self._places:
-                    raise ValueError(
-                        f"Volume '{volume}' is in two files of '{self.folder}': "
-                        f"'{self._places[volume].part.name}' and '{part.name}'. Delete one of them."
-                    )
+                    first = self._places[volume].part
+                    raise ValueError(f"'{volume}' is in '{first}' and in '{part.name}'. Delete one of them.")
                 self._places[volume] = place
         self.fields: tuple[str, ...] = facts.pop("fields")
         self.identity = facts
@@ -367,8 +366,9 @@ def _header_crc32(header: Mapping[str, str]) -> str:
     return str(isal_zlib.crc32("".join(header[name] for name in HEADER).encode()))
 
 
-def _open_part(part: Path) -> tuple[dict[str, Any], list[_Place]]:
-    """Map a part: its identity and fields, and where its volumes lie."""
+@lru_cache(maxsize=4096)
+def _open_part(part: Path, inode: int, modified_ns: int) -> tuple[dict[str, Any], list[_Place]]:
+    """Map a part, once per process: its identity and fields, and where its volumes lie."""
     try:
         with safe_open(part, framework="pt") as file:
             header = file.metadata() or {}
@@ -389,17 +389,12 @@ def _open_part(part: Path) -> tuple[dict[str, Any], list[_Place]]:
         if any(len(tensors[name]) != sizes[name] for name in ("tokens", *fields)):
             raise ValueError(f"it must hold {sizes} rows, as its volumes state")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Cannot read embeddings '{part}': {error}. Delete the file and embed its volumes again."
-        ) from error
+        raise ValueError(f"Cannot read embeddings '{part}': {error}. {AGAIN}") from error
     return identity | {"fields": fields}, places
 
 
 def _check_read(tensor: torch.Tensor, name: str, place: _Place, expected_crc32: int) -> None:
     volume = place.record["metadata"]["volume"]
     if crc32(tensor) != expected_crc32:
-        raise ValueError(
-            f"The {name} of volume '{volume}' in '{place.part}' are not what was written: they have another "
-            "checksum. Delete the file and embed its volumes again."
-        )
+        raise ValueError(f"The {name} of '{volume}' in '{place.part}' have another checksum now. {AGAIN}")
     check_finite(tensor, name, volume)

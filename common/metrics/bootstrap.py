@@ -1,6 +1,9 @@
-"""Bootstrap intervals and paired differences: every class is sorted once, a resample is a set of weights."""
+"""Bootstrap intervals and paired differences: every class is sorted once, a resample is a set of weights.
 
-# R resamples, N samples, G groups such as patients, C classes, K distinct scores of a class's positives
+Resamples draw whole groups such as patients. Where one leaves a metric undefined, its value is nan.
+"""
+
+# R resamples, N samples, G groups, C classes, K distinct scores of a class's positives
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -20,14 +23,7 @@ RESAMPLES_PER_CHUNK = 250  # bounds memory, changes no number
 
 
 class Difference(NamedTuple):
-    """One model's metric less another's, on the same samples and resamples.
-
-    Attributes:
-        difference: on all samples.
-        low: lower end of the 95 % interval.
-        high: its upper end.
-        p: two-sided, of :func:`two_sided_p`.
-    """
+    """One model's metric less another's, on the same samples and resamples, with its 95 % interval and p."""
 
     difference: float
     low: float
@@ -54,16 +50,10 @@ class _Sums(NamedTuple):
 def groups_of(volumes: Sequence[str], resampling: str) -> list[str]:
     """Name the group of each volume, which a resample draws or leaves out as a whole.
 
-    Args:
-        volumes: names of the volumes.
-        resampling: "patients", as in the paper's protocol, or "volumes" for data without patient names.
+    ``resampling`` is "patients", as in the paper's protocol, or "volumes" for data without patient names.
 
     Raises:
         ValueError: if the resampling is neither, or a volume's name does not contain its patient.
-
-    Example:
-        >>> groups_of(["valid_1_a_1", "valid_1_b_1"], "patients")
-        ['valid_1', 'valid_1']
     """
     if resampling not in ("patients", "volumes"):
         raise ValueError(f"resampling must be 'patients' or 'volumes', got {resampling!r}.")
@@ -76,13 +66,8 @@ def resample_weights(groups: Sequence[str], num_resamples: int, seed: int) -> ND
     The draw depends only on the set of groups, the number of resamples and the seed. Models measured on the
     same volumes are therefore measured on the same resamples, whatever the order of the volumes.
 
-    Args:
-        groups: group of each sample: its patient, or its own name to resample single samples.
-        num_resamples: R.
-        seed: seed of the draws.
-
     Returns:
-        float32 ``(R, N)``.
+        Counts, float32 ``(R, N)``.
 
     Raises:
         ValueError: if there is no sample or no resample.
@@ -112,14 +97,13 @@ def bootstrap(
     Source: each value equals scikit-learn's on the resample written out.
 
     Args:
-        scores: higher means more likely.
-        targets: 0 or 1.
-        thresholds: one per class.
-        weights: how often each sample is in each resample, from :func:`resample_weights`.
+        scores: scores ``(N, C)``, higher means more likely.
+        targets: 0 or 1, ``(N, C)``.
+        thresholds: one per class, ``(C,)``.
+        weights: how often each sample is in each resample, ``(R, N)``, from :func:`resample_weights`.
 
-    Shape:
-        scores and targets ``(N, C)``, thresholds ``(C,)``, weights ``(R, N)``. Output: ``auroc``, ``auprc``,
-        ``f1`` and ``balanced_accuracy``, each ``(R, C)``; nan where a resample leaves a class undefined.
+    Returns:
+        ``auroc``, ``auprc``, ``f1`` and ``balanced_accuracy``, each ``(R, C)``.
 
     Raises:
         ValueError: if shapes do not agree or a score is nan.
@@ -132,7 +116,7 @@ def bootstrap(
             f"{target.shape} and {weight.shape}."
         )
     threshold = np.asarray(thresholds, dtype=np.float64)
-    values = _of_decisions((score >= threshold).astype(np.float32), target.astype(np.float32), weight)
+    values = _decisions((score >= threshold).astype(np.float32), target.astype(np.float32), weight)
     values |= {name: np.full(values["f1"].shape, np.nan) for name in ("auroc", "auprc")}
     each_sample = np.arange(len(score))
     for label in range(score.shape[1]):
@@ -149,17 +133,16 @@ def resampled_areas(
     Source: equals ``sklearn.metrics`` with the weight of its group as the weight of each sample.
 
     Args:
-        scores: higher means more likely.
-        targets: 0 or 1.
-        groups: number of each sample's group.
-        weights: how often each group is in each resample. Sums are as exact as their type: float32 to
-            2 ** 24 samples, float64 beyond.
+        scores: scores ``(N,)``, higher means more likely.
+        targets: 0 or 1, ``(N,)``.
+        groups: number of each sample's group, ``(N,)``.
+        weights: how often each group is in each resample, ``(R, G)``. Sums are as exact as their type:
+            float32 to 2 ** 24 samples, float64 beyond.
         max_levels: with more distinct scores of positives than this, neighbouring ones count as tied; None
-            never does that. With 4,096 the areas are off by less than 1e-3.
+            for no limit. With 4,096 the areas are off by less than 1e-3.
 
-    Shape:
-        scores, targets and groups ``(N,)``, weights ``(R, G)``. Output: twice ``(R,)``, nan where a resample
-        lacks positives, for AUROC also negatives.
+    Returns:
+        Both ``(R,)``; nan where a resample lacks positives, for AUROC also negatives.
 
     Raises:
         ValueError: if shapes do not agree or a score is nan.
@@ -183,36 +166,18 @@ def resampled_areas(
         sums = _sums(score, target, group, weights, max_levels)
         for first in range(0, len(weights), RESAMPLES_PER_CHUNK):
             rows = slice(first, first + RESAMPLES_PER_CHUNK)
-            auroc[rows], auprc[rows] = _of_rankings(sums, np.ascontiguousarray(weights[rows].T))
+            auroc[rows], auprc[rows] = _areas(sums, np.ascontiguousarray(weights[rows].T))
     return auroc, auprc
 
 
 def macro_means(values: ArrayLike) -> FloatArray:
-    """Return the mean over the classes that a resample defines, nan if it defines none.
-
-    Args:
-        values: a metric by resample and class.
-
-    Shape:
-        values ``(R, C)``. Output: ``(R,)``.
-
-    Example:
-        >>> macro_means([[0.5, 0.7], [0.5, float("nan")]])
-        array([0.6, 0.5])
-    """
+    """Return the mean of a metric ``(R, C)`` over the classes that a resample defines, ``(R,)``."""
     array = np.asarray(values, dtype=np.float64)
     return ratio(np.nansum(array, -1), (~np.isnan(array)).sum(-1))
 
 
 def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval over the resamples in which a metric is defined.
-
-    Args:
-        values: the metric of each resample.
-        confidence: share of the resamples inside; our choice: 95 %.
-
-    Shape:
-        values ``(R,)``. Output: low and high, nan if no resample defines the metric.
+    """Return the percentile interval over the resamples ``(R,)`` in which a metric is defined; ours: 95 %.
 
     Example:
         >>> interval(range(101), confidence=0.9)
@@ -227,15 +192,7 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]
 
 
 def interval_report(values: dict[str, FloatArray], names: Sequence[str]) -> IntervalReport:
-    """Return the intervals of :func:`bootstrap`, laid out like the report of the metrics themselves.
-
-    Args:
-        values: metrics by resample and class.
-        names: names of the classes.
-
-    Returns:
-        ``macro[metric]`` and ``per_class[name][metric]``, each (low, high).
-    """
+    """Return the intervals of what :func:`bootstrap` returned, laid out like the report of the metrics."""
     return {
         "macro": {metric: interval(macro_means(of_metric)) for metric, of_metric in values.items()},
         "per_class": {
@@ -248,12 +205,7 @@ def interval_report(values: dict[str, FloatArray], names: Sequence[str]) -> Inte
 def paired_difference(one: ArrayLike, other: ArrayLike) -> Difference:
     """Compare a metric of two models that were measured on the same samples and the same resamples.
 
-    Args:
-        one: metric of the one model: on all samples, then on each resample.
-        other: that of the model to compare with.
-
-    Shape:
-        Both ``(1 + R,)``.
+    Both are ``(1 + R,)``: the metric on all samples, then on each resample.
 
     Example:
         >>> paired_difference([0.75, 0.5, 1.0], [0.25, 0.5, 0.5])
@@ -264,16 +216,10 @@ def paired_difference(one: ArrayLike, other: ArrayLike) -> Difference:
 
 
 def two_sided_p(differences: ArrayLike) -> float:
-    """Return how often, at most, resamples would cross zero were there no difference: twice the smaller side.
+    """Return the p-value of a difference from its resamples ``(R,)``: twice the share on the smaller side.
 
     Source: the achieved significance level of the percentile bootstrap, (1 + count) / (1 + R) on each side as
     in Davison and Hinkley (1997), eq. 4.11, so that no finite number of resamples gives 0.
-
-    Args:
-        differences: difference of a metric between two models, on each resample.
-
-    Shape:
-        differences ``(R,)``. Output: nan if none is defined.
 
     Example:
         >>> two_sided_p([0.1] * 99), two_sided_p([-0.1, 0.1] * 50)
@@ -287,7 +233,7 @@ def two_sided_p(differences: ArrayLike) -> float:
     return min(1.0, 2 * (1 + smaller) / (1 + len(defined)))
 
 
-def _of_decisions(
+def _decisions(
     predicted: NDArray[np.float32], target: NDArray[np.float32], weight: NDArray[np.float32]
 ) -> dict[str, FloatArray]:
     hits, called, positive = (
@@ -326,7 +272,7 @@ def _sums(
     return _Sums(counts(reaches), counts(is_positive), counts(is_tied), samples)
 
 
-def _of_rankings(sums: _Sums, weight: Weights) -> tuple[FloatArray, FloatArray]:
+def _areas(sums: _Sums, weight: Weights) -> tuple[FloatArray, FloatArray]:
     """AUROC and AUPRC of one class; weight (G, resamples)."""
     positive = sums.positive @ weight
     hits = positive.cumsum(0)

@@ -33,14 +33,7 @@ class Moments(NamedTuple):
 
 
 def moments(embeddings: ArrayLike, targets: ArrayLike) -> Moments:
-    """Return the moments of a volume's slices.
-
-    Args:
-        embeddings: embeddings of the slices.
-        targets: what to read from them.
-
-    Shape:
-        ``embeddings (S, D)``, ``targets (S, T)``.
+    """Return the moments of a volume's slices, from embeddings ``(S, D)`` and targets ``(S, T)``.
 
     Raises:
         ValueError: if there are not as many targets as slices.
@@ -60,10 +53,10 @@ def ridge(of: Moments, penalties: ArrayLike = PENALTIES) -> FloatArray:
 
     Args:
         of: moments of the training slices.
-        penalties: relative to the mean variance of the features.
+        penalties: penalties relative to the mean variance of the features.
 
-    Shape:
-        Output: ``(len(penalties), 1 + D, T)``, the constant first.
+    Returns:
+        Fits ``(len(penalties), 1 + D, T)``, the constant first.
 
     Example:
         >>> line = moments([[0.0], [1.0], [2.0]], [[1.0], [3.0], [5.0]])
@@ -88,31 +81,16 @@ def ridge(of: Moments, penalties: ArrayLike = PENALTIES) -> FloatArray:
 
 
 def read_out(fit: ArrayLike, embeddings: ArrayLike) -> FloatArray:
-    """Apply a fit of :func:`ridge`.
-
-    Args:
-        fit: weights for one penalty or several.
-        embeddings: embeddings of the slices.
-
-    Shape:
-        ``fit (..., 1 + D, T)``, ``embeddings (S, D)``. Output: ``(..., S, T)``.
-    """
+    """Apply fits of :func:`ridge` ``(..., 1 + D, T)`` to embeddings ``(S, D)``: ``(..., S, T)``."""
     weights = np.asarray(fit, np.float64)
     predicted: FloatArray = np.asarray(embeddings, np.float64) @ weights[..., 1:, :] + weights[..., :1, :]
     return predicted
 
 
 def r_squared(predicted: ArrayLike, targets: ArrayLike) -> FloatArray:
-    """Return the share of each target's variance that is explained.
+    """Return the share of each target's variance that predictions ``(S, T)`` explain, nan if it is constant.
 
     Source: equals ``sklearn.metrics.r2_score``.
-
-    Args:
-        predicted: predictions for all test slices.
-        targets: what is true of them.
-
-    Shape:
-        Both ``(S, T)``. Output: ``(T,)``, nan for a target that does not vary.
 
     Example:
         >>> r_squared([[0.0], [2.0]], [[0.0], [1.0]])

@@ -21,17 +21,11 @@ METRICS = ("auroc", "auprc", "f1", "balanced_accuracy")
 
 
 class MultilabelReport(TypedDict):
-    """The four ``METRICS`` of several classes.
+    """The four ``METRICS`` of several classes."""
 
-    Attributes:
-        macro: metric to its mean over the classes where it is defined.
-        undefined: metric to the names of the other classes.
-        per_class: class to metric to value, nan where undefined.
-    """
-
-    macro: dict[str, float]
-    undefined: dict[str, list[str]]
-    per_class: dict[str, dict[str, float]]
+    macro: dict[str, float]  # metric to its mean over the classes where it is defined
+    undefined: dict[str, list[str]]  # metric to the names of the other classes
+    per_class: dict[str, dict[str, float]]  # class to metric to value, nan where undefined
 
 
 def auroc(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
@@ -119,12 +113,6 @@ def multilabel_report(
     """Return AUROC, AUPRC, F1 and balanced accuracy of one probe as macro means and by class.
 
     Source: DALE-CT IV-B, the four metrics of Tables III and IV.
-
-    Args:
-        scores: scores ``(N, C)``.
-        targets: 0 or 1.
-        thresholds: one per class.
-        names: names of the classes.
     """
     of_ranking = auroc_and_average_precision(scores, targets)
     metrics = {
@@ -147,12 +135,7 @@ def multilabel_report(
 def macro(values: ArrayLike, names: Sequence[str]) -> tuple[float, list[str]]:
     """Return the mean over the classes where a metric is defined, and the names of the other classes.
 
-    Args:
-        values: the metric of each class ``(C,)``, nan where undefined.
-        names: names of the classes.
-
-    Returns:
-        The mean, nan if no class is defined, and the names.
+    Values are ``(C,)``, nan where undefined; so is the mean if no class is defined.
 
     Raises:
         ValueError: if there are not as many names as values.
@@ -178,21 +161,15 @@ def ratio(numerator: FloatArray, denominator: ArrayLike) -> FloatArray:
 
 
 class Reliability(NamedTuple):
-    """Bins of samples in the order of their probability.
+    """Bins of samples in the order of their probability, each ``(M,)``."""
 
-    Attributes:
-        predicted: mean probability of each bin ``(M,)``.
-        positives: positives of each bin ``(M,)``.
-        counts: samples of each bin ``(M,)``.
-    """
-
-    predicted: FloatArray
+    predicted: FloatArray  # mean probability
     positives: IntArray
-    counts: IntArray
+    counts: IntArray  # all samples
 
     @property
     def observed(self) -> FloatArray:
-        """Share of positives of each bin ``(M,)``."""
+        """Share of positives."""
         share: FloatArray = self.positives / self.counts
         return share
 
@@ -204,7 +181,7 @@ def reliability(probabilities: ArrayLike, targets: ArrayLike, num_bins: int = 10
     probabilities near 0.
 
     Args:
-        probabilities: probabilities of one class ``(N,)``.
+        probabilities: probabilities of one class, ``(N,)``.
         targets: 0 or 1, ``(N,)``.
         num_bins: M, or the number of samples if that is smaller.
 
@@ -230,12 +207,7 @@ def reliability(probabilities: ArrayLike, targets: ArrayLike, num_bins: int = 10
 
 
 def expected_calibration_error(bins: Reliability) -> float:
-    """Return the mean distance between predicted and observed shares, weighted by samples per bin.
-
-    Example:
-        >>> expected_calibration_error(reliability([0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0], num_bins=2))
-        0.2
-    """
+    """Return the mean distance between predicted and observed shares, weighted by samples per bin."""
     return float(np.average(np.abs(bins.predicted - bins.observed), weights=bins.counts))
 
 

@@ -22,27 +22,14 @@ MIN_DISTANCE = 1e-9  # of a query that equals a volume of the bank, so that it o
 
 
 class Neighbours(NamedTuple):
-    """The k volumes nearest to each query, the nearest first.
+    """The k volumes nearest to each query, the nearest first: both ``(Q, k)``."""
 
-    Attributes:
-        places: rows of the bank, ``(Q, k)``.
-        distances: cosine distances, ``(Q, k)`` float64, rising along a row.
-    """
-
-    places: NDArray[np.int64]
-    distances: FloatArray
+    places: NDArray[np.int64]  # rows of the bank
+    distances: FloatArray  # cosine distances
 
 
 def cosine_neighbours(queries: NDArray[Any], bank: NDArray[Any], k: int) -> Neighbours:
-    """Find the k volumes of the bank with the smallest cosine distance to each query.
-
-    Args:
-        queries: embeddings to search for.
-        bank: embeddings to search in.
-        k: neighbours per query.
-
-    Shape:
-        ``queries (Q, D)``, ``bank (N, D)``.
+    """Find the k volumes of the bank ``(N, D)`` with the smallest cosine distance to each query ``(Q, D)``.
 
     Raises:
         ValueError: if widths differ, k is not in [1, N], or an embedding has length 0 or is not finite.
@@ -70,7 +57,7 @@ def cosine_neighbours(queries: NDArray[Any], bank: NDArray[Any], k: int) -> Neig
 
 
 def knn_scores(neighbours: Neighbours, labels: ArrayLike, weights: str) -> FloatArray:
-    """Score each class of each query by its share of the neighbours.
+    """Score each class of each query by its share of the neighbours, ``(Q, C)`` in [0, 1].
 
     It is apart from the search, so that one search serves every k and weighting.
 
@@ -78,11 +65,8 @@ def knn_scores(neighbours: Neighbours, labels: ArrayLike, weights: str) -> Float
 
     Args:
         neighbours: neighbours of the queries in the bank.
-        labels: labels of the bank, 0 or 1.
+        labels: labels of the bank, 0 or 1, ``(N, C)``.
         weights: "majority": every neighbour counts the same; "distance": by one over its cosine distance.
-
-    Shape:
-        ``labels (N, C)``. Output: ``(Q, C)`` float64 in [0, 1].
 
     Raises:
         ValueError: if the weights are neither of the two.
@@ -106,24 +90,13 @@ def retrieval_report(
 ) -> dict[str, dict[str, float]]:
     """Measure how well a volume with a finding retrieves others that have it.
 
-    For each class, over the queries that have it: ``precision_at_k``, the share of the first k volumes that
-    have it too; ``recall_at_k``, the share of all volumes of the bank with the class that are among the first
-    k; ``hit_at_k``, the share of queries with at least one among the first k; and ``prevalence``, the share
-    of the bank that has the class, which is the precision of chance.
+    For each class, over the queries that have it: ``precision_at_<k>``, the share of the first k volumes that
+    have it too; ``recall_at_<k>``, the share of all volumes of the bank with the class that are among the
+    first k; ``hit_at_<k>``, the share of queries with at least one among the first k; and ``prevalence``, the
+    share of the bank that has the class, which is the precision of chance. They are nan for a class that no
+    query has, and recall also for one that no volume of the bank has.
 
-    Args:
-        neighbours: neighbours of the queries in the bank.
-        query_labels: 0 or 1.
-        bank_labels: 0 or 1.
-        names: names of the classes.
-        ks: how many neighbours to look at.
-
-    Shape:
-        ``query_labels (Q, C)``, ``bank_labels (N, C)``.
-
-    Returns:
-        ``report[name]["precision_at_5"]`` and so on; nan for a class that no query has, and recall also for
-        one that no volume of the bank has.
+    Labels are 0 or 1, ``(Q, C)`` and ``(N, C)``; the report maps class to metric to value.
 
     Raises:
         ValueError: if a k is larger than the number of neighbours that were found.

@@ -1,13 +1,12 @@
 """Where an organ begins and ends along a scan, read from a curve of its share in each slice."""
 
-# S slices, H thresholds
-
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
+Span = tuple[int, int]
+"""First slice, and one past the last."""
 
 SHARES_OF_PEAK = tuple(float(value) for value in np.arange(0.05, 0.96, 0.05).round(2))
 """Thresholds to try, as shares of the curve's maximum. Source: DALE-CT's released organ-span probe."""
@@ -25,14 +24,8 @@ class SpanScore(NamedTuple):
     boundary_mm: float
 
 
-def longest_run(present: ArrayLike) -> tuple[int, int] | None:
-    """Return the first slice of the longest run, and one past its last; None if no slice is present.
-
-    Args:
-        present: whether each slice shows the organ.
-
-    Shape:
-        ``(S,)``.
+def longest_run(present: ArrayLike) -> Span | None:
+    """Return the longest run of slices that show the organ; None if no slice does.
 
     Example:
         >>> longest_run([0, 1, 0, 1, 1, 1, 0])
@@ -46,15 +39,12 @@ def longest_run(present: ArrayLike) -> tuple[int, int] | None:
     return int(starts[longest]), int(stops[longest])
 
 
-def predicted_span(curve: ArrayLike, share_of_peak: float) -> tuple[int, int] | None:
+def predicted_span(curve: ArrayLike, share_of_peak: float) -> Span | None:
     """Return the longest run of slices whose value is at least a share of the curve's maximum.
 
     Args:
-        curve: predicted share of the organ in each slice.
+        curve: predicted share of the organ in each slice; None is returned where it is nowhere above 0.
         share_of_peak: between 0 and 1.
-
-    Shape:
-        ``(S,)``. Output: None where the curve is nowhere above 0.
 
     Example:
         >>> predicted_span([0.0, 0.2, 0.5, 0.4, 0.1], 0.5)
@@ -65,13 +55,8 @@ def predicted_span(curve: ArrayLike, share_of_peak: float) -> tuple[int, int] | 
     return longest_run(values >= share_of_peak * peak) if peak > 0 else None
 
 
-def span_score(predicted: tuple[int, int] | None, true: tuple[int, int], z_mm: ArrayLike) -> SpanScore:
-    """Compare two spans.
-
-    Args:
-        predicted: first and one past the last slice, or None.
-        true: the same.
-        z_mm: position of each slice, ascending.
+def span_score(predicted: Span | None, true: Span, z_mm: ArrayLike) -> SpanScore:
+    """Compare a predicted span with the true one, given the position of each slice.
 
     Example:
         >>> span_score((1, 4), (2, 6), z_mm=range(0, 20, 2))

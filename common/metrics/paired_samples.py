@@ -19,15 +19,7 @@ NUM_FLIPS = 10_000
 
 
 class Mean(NamedTuple):
-    """A mean over volumes.
-
-    Args:
-        value: the mean.
-        error: its standard error, over patients.
-        low: end of the 95 % bootstrap interval, over patients.
-        high: the other end.
-        n: volumes.
-    """
+    """A mean over ``n`` volumes, its standard error and its 95 % bootstrap interval, both over patients."""
 
     value: float
     error: float
@@ -37,18 +29,11 @@ class Mean(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One encoder against another on the same volumes.
-
-    Args:
-        difference: mean of the differences.
-        p_wilcoxon: two-sided signed-rank test of the patients' mean differences.
-        p_permutation: two-sided test by random flips of their signs.
-        num_patients: pairs that are tested.
-    """
+    """One encoder against another on the same volumes."""
 
     difference: Mean
-    p_wilcoxon: float
-    p_permutation: float
+    p_wilcoxon: float  # two-sided signed-rank test of the patients' mean differences
+    p_permutation: float  # two-sided test by random flips of their signs
     num_patients: int
 
 
@@ -59,13 +44,10 @@ def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: 
     draw patients. Resamples are the same for all encoders on the same volumes.
 
     Args:
-        values: one per volume, nan where undefined.
-        volumes: their names, which contain the patient.
+        values: one per volume ``(N,)``, nan where undefined.
+        volumes: names of the volumes, which contain the patient.
         num_resamples: R.
         seed: seed of the resamples.
-
-    Shape:
-        ``values (N,)``.
 
     Raises:
         ValueError: if there are not as many names as values.
@@ -81,8 +63,7 @@ def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: 
     known = ~np.isnan(array)
     if not known.any():
         return Mean(np.nan, np.nan, np.nan, np.nan, 0)
-    array, names = array[known], [volume for volume, k in zip(volumes, known, strict=True) if k]
-    patients = [patient_of(volume) for volume in names]
+    array, patients = array[known], [patient_of(volumes[place]) for place in np.flatnonzero(known).tolist()]
     sums = _by_patient(array - array.mean(), patients)
     groups = len(sums)
     error = np.sqrt(groups / (groups - 1) * (sums**2).sum()) / len(array) if groups > 1 else np.nan
@@ -99,15 +80,7 @@ def compare_pairs(
     The tests use one number per patient, the mean of the differences of its volumes. Source: our choice;
     DALE-CT Table V has no test.
 
-    Args:
-        values: values of the one encoder.
-        others: values of the other.
-        volumes: names of the volumes.
-        num_resamples: R.
-        seed: seed of the resamples and the flips.
-
-    Shape:
-        Both ``(N,)``.
+    Arguments are those of :func:`mean_over_volumes`; the seed also draws the flips of signs.
 
     Raises:
         ValueError: if lengths do not agree.
@@ -120,10 +93,10 @@ def compare_pairs(
     difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
     mean = mean_over_volumes(difference, volumes, num_resamples, seed)
     known = ~np.isnan(difference)
-    patients = [patient_of(volume) for volume, k in zip(volumes, known, strict=True) if k]
-    if not patients:
+    if not known.any():
         return Comparison(mean, np.nan, np.nan, 0)
-    pairs = _by_patient(difference[known], patients) / _by_patient(np.ones(int(known.sum())), patients)
+    patients = [patient_of(volumes[place]) for place in np.flatnonzero(known).tolist()]
+    pairs = _by_patient(difference[known], patients) / _by_patient(np.ones(len(patients)), patients)
     p_wilcoxon = float(wilcoxon(pairs).pvalue) if pairs.any() else 1.0
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (NUM_FLIPS, len(pairs)))
     reached = (np.abs(signs @ pairs) >= np.abs(pairs.sum()) * (1 - 1e-12)).sum()

@@ -36,11 +36,8 @@ def latent_continuity(embeddings: ArrayLike, distance: str = "cosine") -> float:
     Source: DALE-CT V-D and Table V; the metrics are our addition.
 
     Args:
-        embeddings: raw CLS tokens of a volume's slices in order, ``(S, D)``.
+        embeddings: raw CLS tokens of a volume's slices in order, ``(S, D)``; all alike give nan.
         distance: one of ``DISTANCES``.
-
-    Returns:
-        The score; nan if no slice differs from its neighbour.
 
     Raises:
         ValueError: if there are fewer than two slices, a slice's embedding is zero or not finite, or the
@@ -71,13 +68,7 @@ def matched_slices(z_mm: ArrayLike, step_mm: float) -> NDArray[np.intp]:
     """Choose slices about ``step_mm`` apart, each at most once, so that volumes of any spacing compare.
 
     They are the nearest to positions counted from the first slice. A coarser volume keeps all its slices.
-
-    Args:
-        z_mm: position of each slice, ascending, ``(S,)``.
-        step_mm: distance between the positions.
-
-    Returns:
-        Indices of the slices, ascending.
+    Positions ``(S,)`` and the indices returned are ascending.
 
     Raises:
         ValueError: if the step is not positive.
@@ -139,15 +130,7 @@ def gap_curve(
 
 
 def order_by_principal_axis(embeddings: ArrayLike) -> NDArray[np.intp]:
-    """Order slices ``(S, D)`` by their place along the first principal axis of the volume's embeddings.
-
-    Returns:
-        The slices in order, ``(S,)``; which end comes first is arbitrary.
-
-    Example:
-        >>> sorted([order_by_principal_axis([[0, 0], [4, 1], [2, 0]]).tolist()[i] for i in (0, -1)])
-        [0, 1]
-    """
+    """Order slices ``(S, D)`` along the first principal axis of their embeddings, from either end."""
     tokens, shuffled = _shuffled(embeddings)
     centred = tokens - tokens.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
@@ -160,9 +143,6 @@ def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
     It starts where the mean distance to all others is largest: at an end, if there is one.
 
     Source: DALE-CT's released world-model probes; the start is our choice.
-
-    Returns:
-        The slices in order, ``(S,)``.
 
     Example:
         >>> order_by_nearest_neighbours([[1, 0], [0, 1], [2, 1], [1, 2]]).tolist()
@@ -183,8 +163,7 @@ def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
 def agreement(order: ArrayLike) -> float:
     """Return |Kendall's tau| between an order and the true one: 1 if they agree or are reversed, 0 by chance.
 
-    Args:
-        order: at least two slices, numbered by their true place, ``(S,)``.
+    The order is of two slices or more, numbered by their true place, ``(S,)``.
 
     Raises:
         ValueError: if a slice is missing or there twice.

@@ -107,6 +107,7 @@ def download(
     from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # which packages run here is nothing the hub need know
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every address
     try:
         url = hf_hub_url(repository, filename, repo_type=repo_type, revision=revision)
         return Path(hf_hub_download(repository, filename, repo_type=repo_type, revision=revision))
@@ -180,7 +181,8 @@ def _known(
     if stated:
         whose = f"of {stated.get('name', 'an encoder')}, trained or imported with this code"
     elif release:
-        whose = f"released by {release.partition('/')[0]} as {release}, licence {licence}"
+        kind = f"released by {release.partition('/')[0]}" if name.startswith(HUB) else f"taken for {release}"
+        whose = f"{kind}, licence {licence}"
     else:
         whose = "which state nothing of themselves"
     logger.info("Weights %s, %s, SHA-256 %s", name, whose, digest)

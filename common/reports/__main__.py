@@ -1,4 +1,4 @@
-"""Pictures of CTs and of what encoders make of them: ``python -m common.reports --help``."""
+"""Pictures of CTs and of what encoders make of them, and tables of results: ``python -m common.reports``."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -38,7 +38,7 @@ class Shown(StrEnum):
 
 @app.callback()
 def begin() -> None:
-    """Draw what encoders make of CTs."""
+    """Draw what encoders make of CTs, and lay out results."""
     short_errors()
 
 
@@ -79,36 +79,23 @@ def patches(
     """Draw slices of a CT, and rows that show what an encoder makes of their patches."""
     if bool(name) != bool(probes):
         raise typer.BadParameter("--name and --probes go together.")
-    from common.reports.ct_tokens import (
-        cls_attention,
-        encode,
-        open_slice_encoder,
-        read_images,
-        slices_to_show,
-    )
-    from common.reports.patch_rows import (
-        attention_row,
-        components_row,
-        likeness_row,
-        probability_rows,
-        probe_of,
-    )
+    from common.reports import ct_tokens, patch_rows
     from common.reports.slice_grid import Row, slice_grid
     from common.run.process import write_figure
 
-    encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
-    probe = probe_of(probes, name, encoder.name) if probes and name else None
-    scan = read_images(ct, encoder.side_px)
-    images = scan.some(slices_to_show(slices, len(scan.hu), 6))
-    hu, tokens = images.hu, encode(encoder, images.hu)[1]
+    encoder = ct_tokens.open_slice_encoder(bundle, weights, overrides or (), size_px)
+    probe = patch_rows.probe_of(probes, name, encoder.name) if probes and name else None
+    scan = ct_tokens.read_images(ct, encoder.side_px)
+    images = scan.some(ct_tokens.slices_to_show(slices, len(scan.hu), 6))
+    hu, tokens = images.hu, ct_tokens.encode(encoder, images.hu)[1]
     rows = {
-        Shown.COMPONENTS: lambda: components_row(hu, tokens),
-        Shown.ATTENTION: lambda: attention_row(hu, cls_attention(encoder, hu)),
-        Shown.LIKENESS: lambda: likeness_row(hu, tokens, patch),
+        Shown.COMPONENTS: lambda: patch_rows.components_row(hu, tokens),
+        Shown.ATTENTION: lambda: patch_rows.attention_row(hu, ct_tokens.cls_attention(encoder, hu)),
+        Shown.LIKENESS: lambda: patch_rows.likeness_row(hu, tokens, patch),
     }
     drawn = [Row(hu, images.titles), *(rows[shown]() for shown in show or ([] if probe else Shown))]
     if probe and name:
-        drawn += probability_rows(hu, tokens, *probe, name)
+        drawn += patch_rows.probability_rows(hu, tokens, *probe, name)
     write_figure(out, slice_grid(drawn, f"{scan.name}: patch tokens of {encoder.name}")[0])
 
 
@@ -130,20 +117,14 @@ def levels(
 
     The other scans are sorted, the most alike first.
     """
-    from common.reports.ct_tokens import encode, open_slice_encoder, read_images, slices_to_show
-    from common.reports.scan_levels import Scan, draw_levels, fit_positions, match_levels, read_positions
+    from common.reports import ct_tokens
+    from common.reports.scan_levels import compare_scans, draw_levels
     from common.run.process import write_figure
 
-    encoder = open_slice_encoder(bundle, weights, overrides or (), size_px)
-    images = [read_images(path, encoder.side_px) for path in (query, *others)]
-    chosen = slices_to_show(slices, len(images[0].hu), 5)
-    cls = [encode(encoder, scan.hu)[0].double().numpy() for scan in images]
-    fit = fit_positions(cls[0], images[0].z_mm)
-    scans = [
-        Scan(scan, tokens, match_levels(cls[0], tokens), read_positions(fit, tokens, scan.z_mm))
-        for scan, tokens in zip(images, cls, strict=True)
-    ]
-    scans[1:] = sorted(scans[1:], key=lambda scan: -scan.match.of_volumes)
+    encoder = ct_tokens.open_slice_encoder(bundle, weights, overrides or (), size_px)
+    images = [ct_tokens.read_images(path, encoder.side_px) for path in (query, *others)]
+    chosen = ct_tokens.slices_to_show(slices, len(images[0].hu), 5)
+    scans = compare_scans(images, [ct_tokens.encode(encoder, i.hu)[0].double().numpy() for i in images])
     title = f"Slices of {images[0].name} in other scans, by CLS tokens of {encoder.name}"
     write_figure(out, draw_levels(scans, chosen, title))
     for scan, _, match, reading in scans:
@@ -198,13 +179,14 @@ def differences(
 ) -> None:
     """Compare encoders on the same test volumes, on the same bootstrap resamples.
 
-    Evaluations by MIL probes are compared by their test_predictions.csv, which may also be named, those by
-    dense probes by their resamples.npz.
+    MIL probes are compared by their test_predictions.csv (which may be named too), dense probes by their
+    resamples.npz.
     """
     from common.reports.paired_differences import compare, differences_table
     from common.reports.results import print_whole
 
-    print_whole(differences_table(compare(reference, others, num_resamples, resampling, out)))
+    rows = compare(reference, others, num_resamples=num_resamples, resampling=resampling, out=out)
+    print_whole(differences_table(rows))
 
 
 if __name__ == "__main__":

@@ -21,17 +21,14 @@ COLOURS = "viridis"
 
 
 def principal_plane(embeddings: ArrayLike) -> tuple[FloatArray, float]:
-    """Project a volume's slices on the plane in which they vary most.
+    """Project the slices of a volume ``(S, D)``, two or more, on the plane in which they vary most.
 
     Signs are free in a PCA: the first slice lies to the left, and below where it can.
 
     Source: DALE-CT Figure 2.
 
-    Args:
-        embeddings: embeddings of the slices in order.
-
-    Shape:
-        ``(S, D)``, two slices or more. Output: ``(S, 2)``, and the share of the variance in the plane.
+    Returns:
+        Places ``(S, 2)``, and the share of the variance in the plane.
 
     Example:
         >>> places, share = principal_plane([[0, 0, 0], [1, 0, 0], [2, 0, 0]])
@@ -55,8 +52,9 @@ def draw_paths(
 
     Args:
         path: PNG to write.
-        paths: encoder to volume to embeddings ``(S, D)`` and positions ``z_mm (S,)``; of the same volumes.
-        title: above the picture.
+        paths: encoder to volume to embeddings ``(S, D)`` and positions in mm ``(S,)``; the same volumes for
+            all encoders.
+        title: text above the picture.
     """
     encoders = list(paths)
     volumes = list(paths[encoders[0]])
@@ -76,13 +74,7 @@ def draw_paths(
 
 
 def draw_path(axes: Axes, tokens: FloatArray, z_mm: FloatArray) -> float:
-    """Draw the slices of a volume as a path through their main plane, and return its share of the variance.
-
-    Args:
-        axes: where to draw.
-        tokens: embeddings of the slices in order, ``(S, D)``.
-        z_mm: their positions, ``(S,)``.
-    """
+    """Draw slices ``(S, D)`` as a path through their main plane, and return its share of the variance."""
     places, share = principal_plane(tokens)
     axes.plot(*places.T, color="0.75", linewidth=0.8, zorder=1)
     axes.scatter(places[:, 0], places[:, 1], c=heights(z_mm), cmap=COLOURS, vmin=0, vmax=1, s=14, zorder=2)
@@ -94,22 +86,16 @@ def draw_path(axes: Axes, tokens: FloatArray, z_mm: FloatArray) -> float:
 
 
 def heights(z_mm: FloatArray) -> FloatArray:
-    """Return positions ``(S,)`` as shares of a scan's length, from 0 at the feet to 1.
-
-    Args:
-        z_mm: positions from the feet to the head.
-    """
+    """Return positions from the feet to the head ``(S,)`` as shares of the scan's length, from 0 to 1."""
     return (z_mm - z_mm[0]) / max(float(z_mm[-1] - z_mm[0]), 1e-9)
 
 
 def chosen_paths(
     stores: Sequence[EmbeddingStore], volumes: Sequence[str]
 ) -> dict[str, dict[str, tuple[FloatArray, FloatArray]]]:
-    """Read what :func:`draw_paths` draws.
+    """Read what :func:`draw_paths` draws from stores, one per encoder.
 
-    Args:
-        stores: one per encoder; those that share a name, as of two trainings, go by their folders.
-        volumes: names of the volumes.
+    Stores that share an encoder's name, as of two trainings, are named by their folders.
 
     Raises:
         KeyError: if a store has no such volume.
@@ -123,8 +109,6 @@ def chosen_paths(
         for volume in volumes:
             embedding = store.read(volume)
             if embedding.z_mm is None:
-                raise ValueError(
-                    f"embeddings must be of slices, got '{volume}' of '{store.folder}', which has no slices."
-                )
+                raise ValueError(f"The embedding of '{volume}' in '{store.folder}' is not one of slices.")
             paths[name][volume] = (embedding.tokens.double().numpy(), embedding.z_mm.double().numpy())
     return paths

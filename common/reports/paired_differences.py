@@ -1,4 +1,8 @@
-"""Differences between encoders that were tested on the same volumes, with intervals and p."""
+"""Differences between encoders that were tested on the same volumes, with intervals and p.
+
+They are between probes as they were trained: what another seed of training would have given is not in the
+intervals. The p values are not corrected for the number of comparisons.
+"""
 
 # R resamples, N volumes, C classes
 
@@ -20,8 +24,7 @@ from common.metrics.bootstrap import (
     paired_difference,
     resample_weights,
 )
-from common.metrics.multilabel import multilabel_report
-from common.reports.probe_pictures import METRICS
+from common.metrics.multilabel import METRICS, multilabel_report
 from common.reports.results import MACRO_COLUMNS, Predictions, read_predictions
 
 MACRO = "macro"
@@ -34,27 +37,46 @@ MEASURES = tuple(
 )
 HINT = "Evaluate both with the same labels, split, min_positives and num_resamples."
 
-Row = dict[str, Any]
+Difference = dict[str, Any]
 Samples = dict[tuple[str, ...], NDArray[np.float64]]
 """What was measured, such as a class and a metric, to its value and those on the resamples ``(1 + R,)``."""
 
 
-def paired_differences(
-    reference: Predictions,
-    others: Sequence[Predictions],
-    num_resamples: int = 2000,
-    resampling: str = "patients",
-) -> list[Row]:
-    """Compare predictions on the same volumes, on the same bootstrap resamples.
-
-    The differences are between probes as they were trained: what another seed of training would have given is
-    not in the intervals. The p values are not corrected for the number of comparisons.
+def compare(
+    reference: Path, others: Sequence[Path], *, num_resamples: int, resampling: str, out: Path | None = None
+) -> list[Difference]:
+    """Compare evaluations by MIL probes or by dense probes with the first one.
 
     Args:
-        reference: predictions that the others are compared with.
-        others: predictions of the same volumes and classes, with the same labels.
-        num_resamples: R; our choice: 2,000, as in the evaluation.
-        resampling: "patients" or "volumes".
+        reference: folder of the evaluation to compare with, or its ``test_predictions.csv``.
+        others: folders or files of the others; the reference among them is ignored.
+        num_resamples: R, for MIL probes; dense probes bring their own.
+        resampling: "patients" or "volumes", for MIL probes.
+        out: CSV to write, with every class.
+
+    Raises:
+        FileNotFoundError: if an evaluation is not there.
+        ValueError: if there is nothing to compare, or evaluations do not fit each other.
+    """
+    others = [path for path in others if path.resolve() != reference.resolve()]
+    if not others:
+        raise ValueError(f"Nothing to compare with '{reference}'. Name another evaluation.")
+    if (reference / RESAMPLES).is_file():
+        rows = dense_differences(reference, others)
+    else:
+        paths = [path / PREDICTIONS if path.is_dir() else path for path in (reference, *others)]
+        first, *further = _distinct(paths)
+        rows = paired_differences(first, further, num_resamples, resampling)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_table(out, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    return rows
+
+
+def paired_differences(
+    reference: Predictions, others: Sequence[Predictions], num_resamples: int, resampling: str
+) -> list[Difference]:
+    """Compare predictions on the same volumes, on the same bootstrap resamples.
 
     Returns:
         One row for each of the others, ``macro`` and each class, and each metric: ``encoder``, ``reference``,
@@ -65,23 +87,18 @@ def paired_differences(
         ValueError: if the predictions are of other volumes, classes or labels than the reference's.
     """
     weights = resample_weights(groups_of(reference.volumes, resampling), num_resamples, RESAMPLING_SEED)
-    theirs, rows = _of_predictions(reference, weights), []
+    theirs, rows = _measured(reference, weights), []
     for other in others:
-        own = _of_predictions(_aligned(other, reference), weights)
-        rows += _compared(other.encoder, reference.encoder, ("class", "metric"), own, theirs)
+        ours = _measured(_aligned(other, reference), weights)
+        rows += _compared(other.encoder, reference.encoder, ("class", "metric"), ours, theirs)
     return rows
 
 
-def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> list[Row]:
-    """Compare macro means of linear probes on the same test volumes.
-
-    Args:
-        reference: folder of an evaluation by ``eval_dense_2d``, which holds ``resamples.npz``.
-        others: folders to compare with it.
+def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> list[Difference]:
+    """Compare macro means of linear probes on the same test volumes, by folders of ``eval_dense_2d``.
 
     Returns:
-        One row for each of the others and each kind of token, task and metric, as
-        :func:`paired_differences`, with ``measure`` in place of ``class`` and ``metric``.
+        Rows as of :func:`paired_differences`, with ``measure`` in place of ``class`` and ``metric``.
 
     Raises:
         FileNotFoundError: if a folder holds no ``resamples.npz``.
@@ -97,34 +114,31 @@ def dense_differences(reference: str | Path, others: Sequence[str | Path]) -> li
         sizes = len(other[MEASURES[0]]) - 1, len(first[MEASURES[0]]) - 1
         if sizes[0] != sizes[1]:
             raise ValueError(f"'{folder}' has {sizes[0]} resamples and '{reference}' has {sizes[1]}. {HINT}")
-        own: Samples = {(measure,): other[measure] for measure in MEASURES}
-        rows += _compared(str(other["encoder"]), str(first["encoder"]), ("measure",), own, theirs)
+        ours: Samples = {(measure,): other[measure] for measure in MEASURES}
+        rows += _compared(str(other["encoder"]), str(first["encoder"]), ("measure",), ours, theirs)
     return rows
 
 
 def _compared(
-    encoder: str, reference: str, columns: Sequence[str], own: Samples, theirs: Samples
-) -> list[Row]:
+    encoder: str, reference: str, columns: Sequence[str], ours: Samples, theirs: Samples
+) -> list[Difference]:
     return [
         {"encoder": encoder, "reference": reference}
         | dict(zip(columns, what, strict=True))
         | {"value": float(values[0]), "reference_value": float(theirs[what][0])}
         | paired_difference(values, theirs[what])._asdict()
-        for what, values in own.items()
+        for what, values in ours.items()
     ]
 
 
-def _of_predictions(predictions: Predictions, weights: NDArray[np.float32]) -> Samples:
-    """By class (and macro) and metric."""
+def _measured(predictions: Predictions, weights: NDArray[np.float32]) -> Samples:
+    """Measure macro means and each class, on all volumes and on each resample."""
     scored = (predictions.probabilities, predictions.labels, predictions.thresholds)
     report, samples = multilabel_report(*scored, predictions.class_names), bootstrap(*scored, weights)
-    found: Samples = {
-        (MACRO, metric): np.append(report["macro"][metric], macro_means(samples[metric]))
-        for metric in METRICS
-    }
+    found: Samples = {(MACRO, m): np.append(report["macro"][m], macro_means(samples[m])) for m in METRICS}
     for index, name in enumerate(predictions.class_names):
         values = report["per_class"][name]
-        found |= {(name, metric): np.append(values[metric], samples[metric][:, index]) for metric in METRICS}
+        found |= {(name, m): np.append(values[m], samples[m][:, index]) for m in METRICS}
     return found
 
 
@@ -155,10 +169,8 @@ def _distinct(paths: Sequence[Path]) -> list[Predictions]:
     found = [read_predictions(path) for path in paths]
     names = [predictions.encoder for predictions in found]
     return [
-        predictions._replace(encoder=path.parent.name)
-        if names.count(predictions.encoder) > 1
-        else predictions
-        for path, predictions in zip(paths, found, strict=True)
+        each._replace(encoder=path.parent.name) if names.count(each.encoder) > 1 else each
+        for path, each in zip(paths, found, strict=True)
     ]
 
 
@@ -171,11 +183,7 @@ def _read_resamples(folder: str | Path) -> dict[str, NDArray[Any]]:
 
 
 def differences_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Lay out the differences of macro means, one row per encoder and metric.
-
-    Args:
-        rows: rows of :func:`paired_differences` or :func:`dense_differences`.
-    """
+    """Lay out the differences of macro means, one row per encoder and metric."""
     table = Table(title="Paired differences of macro means, 95 % intervals", box=box.SIMPLE)
     for head in ("encoder", "less", "metric"):
         table.add_column(head, no_wrap=True)
@@ -188,38 +196,3 @@ def differences_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             numbers = (f"{row['difference']:+.4f}", ends, f"{row['p']:.4f}")
             table.add_row(row["encoder"], row["reference"], name, *numbers)
     return table
-
-
-def compare(
-    reference: Path,
-    others: Sequence[Path],
-    num_resamples: int = 2000,
-    resampling: str = "patients",
-    out: Path | None = None,
-) -> list[Row]:
-    """Compare evaluations of either kind with the first one.
-
-    Args:
-        reference: folder of the evaluation to compare with, or its ``test_predictions.csv``.
-        others: the others; the reference among them is passed over.
-        num_resamples: R, for MIL probes.
-        resampling: "patients" or "volumes", for MIL probes.
-        out: CSV to write, with every class.
-
-    Raises:
-        FileNotFoundError: if an evaluation is not there.
-        ValueError: if there is nothing to compare, or evaluations do not fit each other.
-    """
-    others = [path for path in others if path.resolve() != reference.resolve()]
-    if not others:
-        raise ValueError(f"Nothing to compare with '{reference}'. Name another evaluation.")
-    if (reference / RESAMPLES).is_file():
-        rows = dense_differences(reference, others)
-    else:
-        paths = [path / PREDICTIONS if path.is_dir() else path for path in (reference, *others)]
-        first, *further = _distinct(paths)
-        rows = paired_differences(first, further, num_resamples, resampling)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_table(out, [{k: f"{v:.6f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
-    return rows

@@ -1,4 +1,7 @@
-"""Rows of pictures that show something of each patch: components, attention, likeness, probability, label."""
+"""Rows of pictures that show something of each patch: components, attention, likeness, probability, label.
+
+Slices are in HU ``(N, 1, I, I)``, their patch tokens ``(N, G, G, D)``.
+"""
 
 # N slices shown, I side of an image, H side of a padded slice, G patches along a side, D embedding, C classes
 
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from common.embeddings.dense_cohort import TASKS
+from common.embeddings.dense_labels import TASKS
 from common.networks.dense_probe import load_dense_probe
 from common.reports.ct_tokens import CTImages, above_even
 from common.reports.slice_grid import Row, class_colours, slice_grid
@@ -31,10 +34,6 @@ def components_row(hu: torch.Tensor, patches: torch.Tensor) -> Row:
     percentile; its sign is such that its third moment is positive, so that colours do not flip between runs.
 
     Source: the pictures of DINOv2, arXiv:2304.07193.
-
-    Args:
-        hu: slices in HU, ``(N, 1, I, I)``.
-        patches: their tokens, ``(N, G, G, D)``.
     """
     tokens = patches.flatten(0, 2).double()
     body = F.adaptive_avg_pool2d(hu, patches.shape[1]).flatten() > AIR_HU
@@ -53,7 +52,7 @@ def attention_row(hu: torch.Tensor, attention: torch.Tensor) -> Row:
     """Show where the CLS token looks: the patches with more than an even share of its attention.
 
     Args:
-        hu: slices in HU, ``(N, 1, I, I)``.
+        hu: slices in HU.
         attention: maps of ``cls_attention``, ``(N, heads, G, G)``, whose mean over heads is shown.
     """
     shares = attention.mean(1).numpy()
@@ -67,8 +66,8 @@ def likeness_row(hu: torch.Tensor, patches: torch.Tensor, patch: tuple[int, int]
     """Show the cosine similarity of every patch of a slice to one of them, which gets a cross.
 
     Args:
-        hu: slices in HU, ``(N, 1, I, I)``.
-        patches: their tokens, ``(N, G, G, D)``.
+        hu: slices in HU.
+        patches: patch tokens of the slices.
         patch: row and column of that patch; None for the middle.
 
     Raises:
@@ -85,15 +84,12 @@ def likeness_row(hu: torch.Tensor, patches: torch.Tensor, patch: tuple[int, int]
 
 
 def probe_of(probes: str | Path, names: Sequence[str], encoder: str) -> tuple[nn.Linear, list[int]]:
-    """Load the patch probe that knows some classes.
+    """Load the patch probe that knows some classes, with their places in its output.
 
     Args:
         probes: output folder of eval_dense_2d.
         names: findings, or organs.
         encoder: name of the encoder that the probe must have been trained on.
-
-    Returns:
-        The probe, and the classes' places in its output.
 
     Raises:
         FileNotFoundError: if there is no probe.
@@ -106,7 +102,7 @@ def probe_of(probes: str | Path, names: Sequence[str], encoder: str) -> tuple[nn
         if set(names) <= set(card["class_names"]):
             if card["encoder"] != encoder:
                 raise ValueError(
-                    f"probes must be of encoder '{encoder}', got '{card['encoder']}' in '{probes}'."
+                    f"The probes in '{probes}' were trained on '{card['encoder']}', not on '{encoder}'."
                 )
             return layer, [card["class_names"].index(name) for name in names]
     raise ValueError(f"names must be of one task, among {known}, got {list(names)}.")
@@ -119,8 +115,8 @@ def probability_rows(
     """Show the probability of classes in every patch, a row each; the more opaque, the likelier.
 
     Args:
-        hu: slices in HU, ``(N, 1, I, I)``.
-        patches: their tokens, ``(N, G, G, D)``.
+        hu: slices in HU.
+        patches: patch tokens of the slices.
         layer: probe of patch tokens.
         places: places of the classes in the probe's output.
         names: names of the classes.
@@ -134,13 +130,10 @@ def probability_rows(
 
 
 def label_colours(shares: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the colour of each patch: that of its largest class, the more opaque the more of it there is.
+    """Colour each patch by the largest of its classes' shares ``(..., C)``, the more opaque the more of it.
 
-    Args:
-        shares: shares of the classes shown, without the background.
-
-    Shape:
-        ``(..., C)``. Output: RGBA ``(..., 4)``.
+    Returns:
+        RGBA ``(..., 4)``.
 
     Example:
         >>> label_colours(np.array([[[0.0, 0.5], [0.0, 0.0]]]))[0, :, 3].tolist()
@@ -162,7 +155,7 @@ def draw_labels(
     counted: colours must fill the outlines, and outlines follow what the CT shows.
 
     Args:
-        images: the slices shown.
+        images: slices to show.
         labelled: name of each row, and the shares ``(N, G, G, C)`` of the classes shown.
         mask: ids in slices padded to squares, ``(N, H, H)``.
         classes: id and name of the classes shown.

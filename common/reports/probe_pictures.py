@@ -42,11 +42,7 @@ def draw_per_class(
 ) -> None:
     """Draw AUROC and AUPRC of each class as bars with intervals; a mark shows the AUPRC of prevalence alone.
 
-    Args:
-        path: PNG to write.
-        reports: ``engine.state.reports``.
-        intervals: ``engine.state.intervals``.
-        title: first line of the picture.
+    Reports and intervals are those of ``engine.state``, of "probe" and "prevalence".
     """
     per_class, floor = reports["probe"]["per_class"], reports["prevalence"]["per_class"]
     places = range(len(per_class))
@@ -88,7 +84,7 @@ def draw_classes(
 
     Args:
         path: PNG to write.
-        kind: "roc", "precision_recall" or "reliability", as in ``KINDS``.
+        kind: one of ``KINDS``.
         predictions: predictions for the test set.
         intervals: bootstrap intervals by class and metric; a reliability curve has none.
         title: first line of the picture.
@@ -186,8 +182,7 @@ def draw_attention(
         path: PNG to write.
         weights: volume to the weights ``(T,)`` of its tokens, which add up to 1.
         captions: volume to the text above its panel.
-        slices: volume to its CT ``(T, H, W)`` in HU, of which the slices of most weight are shown; may be
-            empty.
+        slices: volume to its CT ``(T, H, W)`` in HU, to show the slices of most weight; may be empty.
         unit: what a token stands for: "slice", feet to head, or "token" for anything else.
     """
     shown = NUM_SHOWN if slices else 0
@@ -212,13 +207,7 @@ def draw_attention(
 def class_rows(
     reports: Mapping[str, MultilabelReport], intervals: Mapping[str, IntervalReport], test: Predictions
 ) -> list[dict[str, Any]]:
-    """Return one row per class: its metrics with intervals, its calibration, and how often it occurs.
-
-    Args:
-        reports: ``engine.state.reports``.
-        intervals: ``engine.state.intervals``.
-        test: predictions on the test set.
-    """
+    """Return one row per class: its metrics with intervals, its calibration, and how often it occurs."""
     brier, rows = np.square(test.probabilities - test.labels).mean(0), []
     for index, (name, values) in enumerate(reports["probe"]["per_class"].items()):
         ends = intervals["probe"]["per_class"][name]
@@ -240,12 +229,7 @@ def class_rows(
 
 
 def threshold_rows(validation: Predictions, test: Predictions) -> list[dict[str, Any]]:
-    """Return what each threshold does on the volumes it was chosen on and on the test set, one row per class.
-
-    Args:
-        validation: predictions on the validation set.
-        test: predictions on the test set, of the same classes.
-    """
+    """Return what each threshold does on validation, where it was chosen, and on the test set, by class."""
     rows = []
     for index, name in enumerate(test.class_names):
         row = {"class": name, "threshold": repr(float(test.thresholds[index]))}
@@ -268,12 +252,7 @@ def threshold_rows(validation: Predictions, test: Predictions) -> list[dict[str,
 
 
 def seed_rows(seeds: Sequence[int], reports: Sequence[MultilabelReport]) -> list[dict[str, Any]]:
-    """Return one row per seed with the macro metrics of the chosen probe.
-
-    Args:
-        seeds: the run's seed first, then the further ones.
-        reports: ``engine.state.seed_reports``.
-    """
+    """Return one row per seed with the macro metrics of the chosen probe."""
     return [
         {"seed": seed, **{f"macro_{metric}": f"{report['macro'][metric]:.6f}" for metric in METRICS}}
         for seed, report in zip(seeds, reports, strict=True)

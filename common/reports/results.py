@@ -35,33 +35,19 @@ MAX_METRICS_PER_CALL = 1000  # MLflow's own limit on a batch
 
 
 class ResultRow(NamedTuple):
-    """One measured number and where it comes from. Its fields are the columns of the CSV, in order.
+    """One measured number and where it comes from. Its fields are the columns of the CSV, in order."""
 
-    Attributes:
-        encoder: encoder whose embeddings were evaluated, or "prevalence", the floor.
-        protocol: name of the evaluation.
-        dataset: name of the data.
-        metric: name of the metric.
-        value: the number; nan where it is undefined.
-        low: lower end of its 95 % interval; nan without one.
-        high: upper end; nan without one.
-        n: number of test volumes.
-        seeds: seeds of training, separated by blanks.
-        commit: version of the code, from :func:`common.run.config.code_version`.
-        config_hash: hash of the settings, from :func:`config_hash`.
-    """
-
-    encoder: str
-    protocol: str
+    encoder: str  # whose embeddings were evaluated, or "prevalence", the floor
+    protocol: str  # name of the evaluation
     dataset: str
     metric: str
-    value: float
-    low: float = NAN
+    value: float  # nan where it is undefined
+    low: float = NAN  # lower end of the 95 % interval; nan without one
     high: float = NAN
-    n: int = 0
-    seeds: str = ""
-    commit: str = ""
-    config_hash: str = ""
+    n: int = 0  # test volumes
+    seeds: str = ""  # of training, separated by blanks
+    commit: str = ""  # version of the code
+    config_hash: str = ""  # of the settings
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -89,28 +75,21 @@ def result_rows(
 ) -> list[ResultRow]:
     """Make the rows of one evaluation by this code, one per metric.
 
-    Args:
-        numbers: metric to value, low and high; the latter two nan without an interval.
-        encoder: encoder whose embeddings were evaluated.
-        protocol: name of the evaluation.
-        dataset: name of the data.
-        n: number of test volumes.
-        config: settings that the numbers depend on, JSON values; their hash goes into the rows.
-        seeds: seeds of training.
+    ``numbers`` maps a metric to its value, low and high, the latter two nan without an interval; the hash of
+    ``config``, JSON values that the numbers depend on, goes into the rows.
     """
-    origin = (n, seeds, code_version(), config_hash(config))
-    return [ResultRow(encoder, protocol, dataset, name, *ends, *origin) for name, ends in numbers.items()]
+    commit, settings = code_version(), config_hash(config)
+    return [
+        ResultRow(encoder, protocol, dataset, name, *ends, n, seeds, commit, settings)
+        for name, ends in numbers.items()
+    ]
 
 
 def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:
     """Add rows to a results CSV; a row of the same encoder, protocol, dataset and metric is replaced.
 
-    The file is rewritten and appears only when whole; other rows keep their text. A lock beside it keeps two
-    evaluations from losing each other's rows.
-
-    Args:
-        path: CSV to add to; made when missing.
-        rows: rows to add.
+    The file is made when missing. It is rewritten and appears only when whole; other rows keep their text. A
+    lock beside it keeps two evaluations from losing each other's rows.
 
     Raises:
         ValueError: if the present file is not a results CSV.
@@ -155,33 +134,19 @@ def _cells(row: ResultRow) -> list[str]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return twelve hexadecimal digits that stand for a configuration of JSON values, in any order of keys.
-
-    Example:
-        >>> config_hash({"seed": 42, "lr": 0.1}) == config_hash({"lr": 0.1, "seed": 42}) != config_hash({})
-        True
-    """
+    """Return twelve hexadecimal digits that stand for JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Predictions(NamedTuple):
-    """What one probe predicts for a set of volumes, and what is true.
+    """What one probe predicts for a set of volumes, and what is true."""
 
-    Attributes:
-        encoder: encoder whose embeddings the probe reads.
-        volumes: N names.
-        class_names: C names.
-        probabilities: float64 ``(N, C)``.
-        thresholds: float64 ``(C,)``; a class is called positive from this probability on.
-        labels: float64 ``(N, C)`` of 0 and 1.
-    """
-
-    encoder: str
-    volumes: list[str]
-    class_names: list[str]
-    probabilities: NDArray[np.float64]
-    thresholds: NDArray[np.float64]
-    labels: NDArray[np.float64]
+    encoder: str  # whose embeddings the probe reads
+    volumes: list[str]  # N names
+    class_names: list[str]  # C names
+    probabilities: NDArray[np.float64]  # (N, C)
+    thresholds: NDArray[np.float64]  # (C,); a class is called positive from this probability on
+    labels: NDArray[np.float64]  # (N, C), 0 or 1
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
@@ -228,13 +193,7 @@ def read_predictions(path: str | Path) -> Predictions:
 def log_rows(rows: Sequence[ResultRow], tracking_uri: str, experiment: str) -> None:
     """Record results of one encoder as a finished MLflow run: metrics ``<protocol>/<metric>``, their origin.
 
-    An interval becomes two more metrics, ``..._low`` and ``..._high``. An undefined value is left out, which
-    says the same.
-
-    Args:
-        rows: results, all of one encoder and data set.
-        tracking_uri: MLflow store or server.
-        experiment: experiment of the run, made when missing.
+    An interval becomes two more metrics, ``..._low`` and ``..._high``. Undefined values are left out.
 
     Raises:
         ValueError: if there is no row, or they are of several encoders or data sets.

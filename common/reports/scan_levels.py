@@ -1,6 +1,6 @@
 """Which level of the body a slice shows, read from CLS tokens of another scan: by likeness, or by a ridge."""
 
-# S slices of one scan, R slices of another scan, D embedding
+# S slices of the query, R slices of another scan, D embedding
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,16 +35,9 @@ class Match(NamedTuple):
 
 
 def match_levels(query: ArrayLike, other: ArrayLike) -> Match:
-    """Compare the slices of two scans, after taking away the mean of all their CLS tokens.
+    """Compare the slices of two scans by their CLS tokens, ``(S, D)`` and ``(R, D)``, less their mean.
 
-    What all slices share says nothing of their level, and would make every pair look alike.
-
-    Args:
-        query: CLS tokens of one scan.
-        other: CLS tokens of another scan.
-
-    Shape:
-        ``(S, D)`` and ``(R, D)``.
+    What all slices share says nothing about their level, and would make every pair look alike.
 
     Raises:
         ValueError: if widths differ.
@@ -67,14 +60,13 @@ def _unit(vectors: FloatArray) -> FloatArray:
 
 
 class Reading(NamedTuple):
-    """What a fit says of a scan.
+    """What a fit says about a scan.
 
     Args:
-        predicted_mm: position of each slice in the fitted scan, ``(S,)``.
-        offset_mm: median distance from the scan's own positions: scans do not begin at the same place of the
-            body.
-        error_mm: mean absolute distance from the scan's own positions, moved by the offset.
-        correlation: Pearson's, of predicted and own positions.
+        predicted_mm: position of each slice in the fitted scan, ``(R,)``.
+        offset_mm: median distance from the true positions: scans do not begin at the same place of the body.
+        error_mm: mean absolute distance from the true positions, moved by the offset.
+        correlation: Pearson's, of predicted and true positions.
     """
 
     predicted_mm: FloatArray
@@ -84,14 +76,9 @@ class Reading(NamedTuple):
 
 
 def fit_positions(tokens: ArrayLike, z_mm: ArrayLike) -> FloatArray:
-    """Fit a ridge from slice embeddings to mm; the penalty is the best on stretches left out.
+    """Fit a ridge from the CLS tokens of a scan ``(S, D)`` to its positions in mm ``(S,)``.
 
-    Args:
-        tokens: CLS of a scan's slices.
-        z_mm: their positions.
-
-    Shape:
-        ``tokens (S, D)``, ``z_mm (S,)``. Output: a fit of :func:`common.metrics.linear_readout.ridge`.
+    The penalty is the best on stretches left out.
 
     Raises:
         ValueError: if there are fewer slices than stretches.
@@ -109,25 +96,16 @@ def fit_positions(tokens: ArrayLike, z_mm: ArrayLike) -> FloatArray:
 
 
 def read_positions(fit: ArrayLike, tokens: ArrayLike, z_mm: ArrayLike) -> Reading:
-    """Read the positions of another scan's slices.
-
-    Args:
-        fit: what :func:`fit_positions` returned.
-        tokens: CLS of its slices.
-        z_mm: their positions in their own scan.
-
-    Shape:
-        ``tokens (S, D)``, ``z_mm (S,)``.
-    """
-    predicted, own = read_out(fit, tokens)[:, 0], np.asarray(z_mm, np.float64)
-    offset = float(np.median(predicted - own))
-    varies = predicted.std() > 0 and own.std() > 0
-    correlation = float(np.corrcoef(predicted, own)[0, 1]) if varies else float("nan")
-    return Reading(predicted, offset, float(np.abs(predicted - own - offset).mean()), correlation)
+    """Read the positions of a scan's slices by a fit of :func:`fit_positions` to another scan."""
+    predicted, true = read_out(fit, tokens)[:, 0], np.asarray(z_mm, np.float64)
+    offset = float(np.median(predicted - true))
+    varies = predicted.std() > 0 and true.std() > 0
+    correlation = float(np.corrcoef(predicted, true)[0, 1]) if varies else float("nan")
+    return Reading(predicted, offset, float(np.abs(predicted - true - offset).mean()), correlation)
 
 
 class Scan(NamedTuple):
-    """A scan in the picture: its slices, their CLS tokens ``(R, D)``, and what the query says of them."""
+    """A scan in the picture: its slices, their CLS tokens ``(R, D)``, and what the query says about them."""
 
     images: CTImages
     cls: FloatArray
@@ -135,13 +113,23 @@ class Scan(NamedTuple):
     reading: Reading
 
 
+def compare_scans(images: Sequence[CTImages], cls: Sequence[FloatArray]) -> list[Scan]:
+    """Compare scans with the first one, which stays first; the others are sorted, the most alike first."""
+    fit = fit_positions(cls[0], images[0].z_mm)
+    query, *others = (
+        Scan(scan, tokens, match_levels(cls[0], tokens), read_positions(fit, tokens, scan.z_mm))
+        for scan, tokens in zip(images, cls, strict=True)
+    )
+    return [query, *sorted(others, key=lambda scan: -scan.match.of_volumes)]
+
+
 def draw_levels(scans: Sequence[Scan], slices: Sequence[int], title: str) -> Figure:
     """Draw a row per scan: slices matched to the query's, cosines of all pairs, positions read, latent path.
 
     Args:
-        scans: the query, then the scans that it is compared with.
-        slices: slices of the query.
-        title: above the picture.
+        scans: scans of :func:`compare_scans`, the query first.
+        slices: slices of the query to show.
+        title: text above the picture.
     """
     query, rows = scans[0].images, []
     for scan in scans:

@@ -1,4 +1,4 @@
-"""Pictures of CT slices in rows, with colours over them; the palette of all pictures; writing a figure."""
+"""Pictures of CT slices in rows, with colours over them, and the palette of all pictures."""
 
 # N slices of a row, I side of an image, G patches along a side
 
@@ -53,7 +53,7 @@ def slice_grid(
     """Draw rows of slices, patches over them in colour.
 
     Args:
-        rows: as many slices in each.
+        rows: rows with as many slices each.
         title: above the picture; long ones are broken into lines.
         more_columns: empty panels at the right of each row, for the caller to fill.
         inches: side of a slice.
@@ -97,22 +97,12 @@ def _lay_over(axes: Axes, row: Row, place: int, side_px: int) -> None:
 
 
 def show_slice(axes: Axes, hu: ArrayLike, title: str = "") -> None:
-    """Draw a slice in grey, without ticks.
-
-    Args:
-        axes: where to draw.
-        hu: slice in HU, ``(I, I)`` or ``(1, I, I)``.
-        title: above it.
-    """
+    """Draw a slice in HU, ``(I, I)`` or ``(1, I, I)``, in grey and without ticks."""
     axes.imshow(np.asarray(hu).squeeze(), cmap="gray", vmin=SHOWN_HU[0], vmax=SHOWN_HU[1])
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8)
 
 
 def class_colours(count: int) -> NDArray[np.float64]:
-    """Return RGB colours of classes ``(count, 3)``, hues a golden ratio apart so that neighbours differ.
-
-    Args:
-        count: number of classes.
-    """
+    """Return RGB colours of classes ``(count, 3)``, hues a golden ratio apart so that neighbours differ."""
     return np.array([colorsys.hsv_to_rgb(index * 0.618 % 1, 0.9, 1.0) for index in range(count)])

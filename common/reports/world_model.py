@@ -24,8 +24,8 @@ def draw_continuity(
 
     Args:
         path: PNG to write.
-        continuity: encoder, sampling and distance to scores of the volumes.
-        comparisons: measure to the paired comparison.
+        continuity: encoder, sampling and distance to the scores of the volumes.
+        comparisons: measure to the paired comparison, in the same order.
     """
     first, second = dict.fromkeys(encoder for encoder, _, _ in continuity)
     kinds = list(dict.fromkeys((sampling, distance) for _, sampling, distance in continuity))
@@ -52,8 +52,7 @@ def draw_world_model(path: str | Path, world: World, gaps_mm: Sequence[float]) -
 
     Args:
         path: PNG to write.
-        world: encoder to the results of ``common.engines.world_model``, and "organ_spans" and "strides" where
-            they were measured.
+        world: encoder to the results of ``common.engines.world_model``.
         gaps_mm: distances of the distance-gap curve.
     """
     figure = Figure(figsize=(15, 9), layout="constrained")

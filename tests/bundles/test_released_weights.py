@@ -70,7 +70,7 @@ def test_a_bundle_loads_its_release_without_an_option(bundle, released, tmp_path
     loaded = encoder.network.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     assert encoder.network.num_prefix_tokens == (5 if bundle == "dinov2_ct" else 1)
-    identity = encoder.embedding_identity
+    identity = encoder["embedding_identity"]
     assert identity["weights"] == f"hub:{repository}@{COMMIT}"
     assert identity["encoder_id"].startswith("sha256:")
 
@@ -114,7 +114,7 @@ def test_a_release_of_another_bundle_needs_that_bundle_or_its_facts(released, tm
 def test_a_run_downloads_the_release_and_its_store_says_so(released, tmp_path):
     """As users type it, in a process of its own: what it says, writes, and asks of the hub."""
     hu = np.random.default_rng(0).integers(-900, 300, (40, 44, 6)).astype(np.int16)
-    nib.save(nib.Nifti1Image(hu, np.diag([-8.0, -8.0, 40.0, 1.0])), tmp_path / "ct.nii.gz")
+    nib.save(nib.Nifti1Image(hu, np.diag([-8.0, -8.0, 15.0, 1.0])), tmp_path / "ct.nii.gz")
     words = ["-m", "monai.bundle", "run", "--config_file", BUNDLES / "dale_ct_2s/configs/inference.json"]
     knobs = SMALL | {"bundle_root": BUNDLES / "dale_ct_2s", "bundle_weights": tmp_path / "model.safetensors"}
     knobs |= {"dataset_dir": tmp_path / "ct.nii.gz", "output_dir": tmp_path / "out", "num_workers": 0}

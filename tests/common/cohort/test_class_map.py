@@ -47,9 +47,9 @@ def test_a_class_of_the_same_name_goes_before_its_parts() -> None:
 
 
 def test_a_class_that_the_probe_lacks_is_named() -> None:
-    with pytest.raises(ValueError, match=r"probe must know the class 'Fracture', got \['Emphysema'\]"):
+    with pytest.raises(ValueError, match=r"does not know 'Fracture'.*\['Emphysema'\]"):
         class_map(["Emphysema"], ["Emphysema", "Fracture"])
-    with pytest.raises(ValueError, match="'Coronary artery wall calcification', got .* for 'Calcification'"):
+    with pytest.raises(ValueError, match="'Coronary artery wall calcification'.*'Calcification'"):
         class_map(["Arterial wall calcification"], ["Calcification"])
 
 

@@ -17,6 +17,7 @@ from common.cohort.cohort import (
     split_by_patient,
     split_three_ways,
     table_rows,
+    write_table,
 )
 
 
@@ -85,6 +86,12 @@ def test_cells_come_by_the_name_of_their_column(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", 'a,b,c\n1,"2, 3",x\n\n4\n', "utf-8-sig")
     rows = list(table_rows(table, "table", ("b", "a")))
     assert rows == [{"a": "1", "b": "2, 3", "c": "x"}, {"a": "4", "b": "", "c": ""}]
+
+
+def test_a_table_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"a": 1, "b": "x, y"}, {"a": 2, "b": ""}])
+    write_table(tmp_path / "t.csv", [{"a": 3, "b": "x, y"}])
+    assert list(table_rows(tmp_path / "t.csv", "table", ("a", "b"))) == [{"a": "3", "b": "x, y"}]
 
 
 @pytest.mark.parametrize(

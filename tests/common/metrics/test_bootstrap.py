@@ -1,6 +1,7 @@
 """The bootstrap against scikit-learn on resamples that are written out."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from sklearn import metrics as sklearn_metrics
 
 from common.metrics.bootstrap import (
     bootstrap,
+    groups_of,
     interval,
     macro_means,
     resample_weights,
@@ -19,6 +21,7 @@ from common.metrics.bootstrap import (
 N, C, R = 67, 4, 11
 PATIENTS = [f"valid_{1 + index // 3}" for index in range(N)]
 THRESHOLDS = np.array([0.3, 0.5, 0.5, 0.7])
+ONE = np.ones((1, 2))
 
 
 def cohort(decimals: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -66,12 +69,15 @@ def test_chunks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("error")
-def test_class_without_positives_is_undefined_in_every_resample() -> None:
+def test_class_without_positives_is_undefined_and_left_out_of_means_and_intervals() -> None:
     scores, targets = cohort()
     targets[:, 2] = 0
     values = bootstrap(scores, targets, THRESHOLDS, resample_weights(PATIENTS, R, seed=1))
     assert all(np.isnan(of_metric[:, 2]).all() for of_metric in values.values())
     assert np.isfinite(values["f1"][:, 3]).all()
+    np.testing.assert_array_equal(macro_means([[0.25, math.nan, 0.75], [math.nan] * 3]), [0.5, math.nan])
+    assert interval([0.0, math.nan, 1.0, 2.0, math.nan], confidence=0.5) == (0.5, 1.5)
+    assert all(math.isnan(end) for end in interval([math.nan, math.nan]))
 
 
 def test_resamples_draw_whole_patients_as_many_as_there_are() -> None:
@@ -106,35 +112,12 @@ def test_interval_covers_the_mean_of_a_normal_sample_as_often_as_it_says() -> No
     assert 0.90 <= covered / 200 <= 0.98
 
 
-def test_interval_leaves_undefined_resamples_out() -> None:
-    assert interval([0.0, math.nan, 1.0, 2.0, math.nan], confidence=0.5) == (0.5, 1.5)
-    assert all(math.isnan(end) for end in interval([math.nan, math.nan]))
-
-
-def test_macro_leaves_undefined_classes_out() -> None:
-    np.testing.assert_array_equal(macro_means([[0.25, math.nan, 0.75], [math.nan] * 3]), [0.5, math.nan])
-
-
 def test_p_is_small_for_a_sure_difference_and_one_for_none() -> None:
     assert two_sided_p(np.full(1999, 0.01)) == pytest.approx(2 / 2000)
     assert two_sided_p(np.zeros(50)) == 1.0
     assert two_sided_p([-1.0, *[1.0] * 38]) == pytest.approx(2 * 2 / 40)
     assert two_sided_p([1.0, *[-1.0] * 38]) == pytest.approx(2 * 2 / 40)
     assert math.isnan(two_sided_p([math.nan]))
-
-
-@pytest.mark.parametrize(("groups", "resamples"), [([], 5), (["train_1"], 0)])
-def test_nothing_to_draw_is_refused(groups: list[str], resamples: int) -> None:
-    message = f"num_resamples and the number of samples must be at least 1, got {resamples} and {len(groups)}"
-    with pytest.raises(ValueError, match=message):
-        resample_weights(groups, resamples, seed=0)
-
-
-def test_shapes_that_do_not_agree_are_refused() -> None:
-    scores, targets = cohort()
-    message = r"must have shapes \(N, C\), \(N, C\) and \(R, N\), got \(67, 4\), \(67, 4\) and \(5, 66\)"
-    with pytest.raises(ValueError, match=message):
-        bootstrap(scores, targets, THRESHOLDS, np.ones((5, 66)))
 
 
 def draw(seed: int, samples: int, patients: int, ties: bool):
@@ -151,13 +134,11 @@ def test_areas_are_sklearns_with_the_draws_as_weights(ties: bool) -> None:
     scores, targets, patients, weights = draw(0, samples=503, patients=11, ties=ties)
     auroc, auprc = resampled_areas(scores, targets, patients, weights)
     for resample, weight in enumerate(weights):
-        of_sample = weight[patients]
-        assert auroc[resample] == pytest.approx(
-            sklearn_metrics.roc_auc_score(targets, scores, sample_weight=of_sample), abs=1e-12
-        )
-        assert auprc[resample] == pytest.approx(
-            sklearn_metrics.average_precision_score(targets, scores, sample_weight=of_sample), abs=1e-12
-        )
+        drawn = {"sample_weight": weight[patients]}
+        expected = sklearn_metrics.roc_auc_score(targets, scores, **drawn)
+        assert auroc[resample] == pytest.approx(expected, abs=1e-12)
+        expected = sklearn_metrics.average_precision_score(targets, scores, **drawn)
+        assert auprc[resample] == pytest.approx(expected, abs=1e-12)
 
 
 def test_areas_are_those_of_the_repeated_samples() -> None:
@@ -166,9 +147,8 @@ def test_areas_are_those_of_the_repeated_samples() -> None:
     rows = np.concatenate(
         [np.flatnonzero(patients == p) for p, n in enumerate(weights[3]) for _ in range(int(n))]
     )
-    assert auprc[3] == pytest.approx(
-        sklearn_metrics.average_precision_score(targets[rows], scores[rows]), abs=1e-12
-    )
+    expected = sklearn_metrics.average_precision_score(targets[rows], scores[rows])
+    assert auprc[3] == pytest.approx(expected, abs=1e-12)
 
 
 def test_shared_levels_change_the_areas_by_less_than_a_thousandth() -> None:
@@ -187,8 +167,17 @@ def test_a_resample_without_a_positive_is_undefined() -> None:
     assert np.isnan(resampled_areas([0.3, 0.2], [0, 0], [0, 1], np.ones((1, 2)))).all()
 
 
-def test_areas_of_what_has_no_order_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one shape \(N,\), got \(2,\), \(3,\) and \(2,\)"):
-        resampled_areas([0.1, 0.2], [0, 1, 0], [0, 1], np.ones((1, 2)))
-    with pytest.raises(ValueError, match="scores must not be nan, got nan for sample 1"):
-        resampled_areas([0.1, float("nan")], [0, 1], [0, 1], np.ones((1, 2)))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: groups_of(["a"], "scans"), "resampling .* got 'scans'"),
+        (lambda: resample_weights([], 5, seed=0), "num_resamples .* got 5 and 0"),
+        (lambda: resample_weights(["train_1"], 0, seed=0), "num_resamples .* got 0 and 1"),
+        (lambda: bootstrap(*cohort(), THRESHOLDS, np.ones((5, 66))), r"\(67, 4\), \(67, 4\) and \(5, 66\)"),
+        (lambda: resampled_areas([0.1, 0.2], [0, 1, 0], [0, 1], ONE), r"\(2,\), \(3,\) and \(2,\)"),
+        (lambda: resampled_areas([0.1, math.nan], [0, 1], [0, 1], ONE), "scores .* nan for sample 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

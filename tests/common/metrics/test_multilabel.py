@@ -40,33 +40,35 @@ def by_class(metric: Callable, scores: np.ndarray, targets: np.ndarray) -> np.nd
     return np.array([metric(targets[:, label], scores[:, label]) for label in range(targets.shape[1])])
 
 
-@pytest.mark.parametrize("decimals", DECIMALS)
-def test_auroc_is_that_of_scikit_learn(decimals: int) -> None:
-    scores, targets = cohort(decimals)
-    expected = by_class(sklearn_metrics.roc_auc_score, scores, targets)
-    np.testing.assert_allclose(auroc(scores, targets), expected, rtol=1e-12)
+def measured(metric: Callable, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    thresholds = np.broadcast_to(THRESHOLDS, (*scores.shape[:-2], C))
+    return metric(scores, targets, *((thresholds,) if metric in DECISIONS else ()))
 
 
 @pytest.mark.parametrize("decimals", DECIMALS)
-def test_auroc_is_the_share_of_pairs_in_the_right_order(decimals: int) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (auroc, sklearn_metrics.roc_auc_score),
+        (average_precision, sklearn_metrics.average_precision_score),
+        (f1, lambda y, s: sklearn_metrics.f1_score(y, s, zero_division=0)),
+        (balanced_accuracy, sklearn_metrics.balanced_accuracy_score),
+    ],
+)
+def test_metrics_are_those_of_scikit_learn(ours: Callable, theirs: Callable, decimals: int) -> None:
     scores, targets = cohort(decimals)
-    for label, value in enumerate(auroc(scores, targets)):
+    expected = by_class(theirs, scores >= THRESHOLDS if ours in DECISIONS else scores, targets)
+    np.testing.assert_allclose(measured(ours, scores, targets), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decimals", DECIMALS)
+def test_areas_are_those_of_their_definitions(decimals: int) -> None:
+    """AUROC: share of pairs in the right order; AUPRC: area under the steps of precision over recall."""
+    scores, targets = cohort(decimals)
+    for label, values in enumerate(np.stack(auroc_and_average_precision(scores, targets), 1)):
         positive, negative = (scores[targets[:, label] == wanted, label] for wanted in (1, 0))
         pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
-        assert value == pytest.approx(sum(pairs) / len(pairs), rel=1e-13)
-
-
-@pytest.mark.parametrize("decimals", DECIMALS)
-def test_average_precision_is_that_of_scikit_learn(decimals: int) -> None:
-    scores, targets = cohort(decimals)
-    expected = by_class(sklearn_metrics.average_precision_score, scores, targets)
-    np.testing.assert_allclose(average_precision(scores, targets), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("decimals", DECIMALS)
-def test_average_precision_is_the_area_under_the_steps_of_precision_over_recall(decimals: int) -> None:
-    scores, targets = cohort(decimals)
-    for label, value in enumerate(average_precision(scores, targets)):
+        assert values[0] == pytest.approx(sum(pairs) / len(pairs), rel=1e-13)
         area = recall_before = 0.0
         for threshold in sorted(set(scores[:, label]), reverse=True):
             chosen = scores[:, label] >= threshold
@@ -74,15 +76,7 @@ def test_average_precision_is_the_area_under_the_steps_of_precision_over_recall(
             recall = hits / targets[:, label].sum()
             area += (recall - recall_before) * hits / chosen.sum()
             recall_before = recall
-        assert value == pytest.approx(area, rel=1e-12)
-
-
-@pytest.mark.parametrize("probes", [(), (P,)])
-def test_auroc_and_average_precision_come_together(probes: tuple[int, ...]) -> None:
-    scores, targets = cohort(decimals=1, probes=probes)
-    of_ranking = auroc_and_average_precision(scores, targets)
-    np.testing.assert_array_equal(of_ranking[0], auroc(scores, targets))
-    np.testing.assert_array_equal(of_ranking[1], average_precision(scores, targets))
+        assert values[1] == pytest.approx(area, rel=1e-12)
 
 
 def test_constant_scores_have_chance_auroc_and_the_prevalence_as_average_precision() -> None:
@@ -98,11 +92,8 @@ def test_rankings_do_not_change_with_the_scale_of_scores_or_the_order_of_samples
     for metric in (auroc, average_precision):
         np.testing.assert_array_equal(metric(np.exp(5 * scores) - 40, targets), metric(scores, targets))
         np.testing.assert_allclose(metric(scores[order], targets[order]), metric(scores, targets), rtol=1e-14)
-
-
-def test_infinite_scores_are_ranked() -> None:
-    scores = np.array([[-np.inf], [0.0], [np.inf], [1.0]])
-    np.testing.assert_array_equal(auroc(scores, [[0], [0], [1], [1]]), [1.0])
+    infinite = np.array([[-np.inf], [0.0], [np.inf], [1.0]])
+    np.testing.assert_array_equal(auroc(infinite, [[0], [0], [1], [1]]), [1.0])
 
 
 @pytest.mark.parametrize("decimals", [16, 1])
@@ -114,46 +105,23 @@ def test_thresholds_have_the_best_f1_of_all_and_are_the_highest_of_equals(decima
         values = [sklearn_metrics.f1_score(targets[:, label], scores[:, label] >= t) for t in candidates]
         assert thresholds[label] == candidates[int(np.argmax(np.round(values, 12)))]
     assert np.all(f1(scores, targets, thresholds) >= f1(scores, targets, THRESHOLDS))
-
-
-def test_highest_of_equally_good_thresholds_is_taken() -> None:
     # at 0.9: 1 hit of 1, F1 = 2/3; at 0.1: 2 hits of 4, F1 = 2/3
     scores, targets = np.array([[0.9], [0.5], [0.4], [0.1]]), np.array([[1], [0], [0], [1]])
     np.testing.assert_array_equal(f1_thresholds(scores, targets), [0.9])
-
-
-@pytest.mark.parametrize("decimals", [16, 1])
-def test_f1_and_balanced_accuracy_are_those_of_scikit_learn(decimals: int) -> None:
-    scores, targets = cohort(decimals)
-    predicted = scores >= THRESHOLDS
-    expected = by_class(lambda y, p: sklearn_metrics.f1_score(y, p, zero_division=0), predicted, targets)
-    np.testing.assert_allclose(f1(scores, targets, THRESHOLDS), expected, rtol=1e-12)
-    expected = by_class(sklearn_metrics.balanced_accuracy_score, predicted, targets)
-    np.testing.assert_allclose(balanced_accuracy(scores, targets, THRESHOLDS), expected, rtol=1e-12)
 
 
 def test_score_equal_to_the_threshold_is_predicted_positive() -> None:
     assert f1([[0.5], [0.4]], [[1], [0]], thresholds=[0.5]).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("metric", RANKINGS)
+@pytest.mark.parametrize("metric", RANKINGS + DECISIONS)
 @pytest.mark.parametrize("probes", [(P,), (2, P), (0,)])
-def test_probes_are_measured_each_for_itself(metric: Callable, probes: tuple[int, ...]) -> None:
+def test_each_probe_is_measured_by_itself(metric: Callable, probes: tuple[int, ...]) -> None:
     scores, targets = cohort(decimals=1, probes=probes)
-    together = metric(scores, targets)
+    together = measured(metric, scores, targets)
     assert together.shape == (*probes, C)
     for index in np.ndindex(probes):
-        np.testing.assert_array_equal(together[index], metric(scores[index], targets))
-
-
-@pytest.mark.parametrize("metric", DECISIONS)
-def test_decisions_of_probes_are_measured_each_for_itself(metric: Callable) -> None:
-    scores, targets = cohort(probes=(P,))
-    thresholds = f1_thresholds(scores, targets)
-    together = metric(scores, targets, thresholds)
-    assert together.shape == (P, C)
-    for probe in range(P):
-        np.testing.assert_array_equal(together[probe], metric(scores[probe], targets, thresholds[probe]))
+        np.testing.assert_array_equal(together[index], measured(metric, scores[index], targets))
 
 
 @pytest.mark.filterwarnings("error")
@@ -178,6 +146,8 @@ def test_macro_leaves_undefined_classes_out_and_names_them() -> None:
     mean, undefined = macro([math.nan] * 3, names)
     assert math.isnan(mean)
     assert undefined == names
+    with pytest.raises(ValueError, match=r"values .* \(2,\) .* got \(3,\)\."):
+        macro([0.1, 0.2, 0.3], names[:2])
 
 
 def test_report_holds_macro_means_undefined_names_and_every_class() -> None:
@@ -207,61 +177,33 @@ def test_float32_and_boolean_inputs_are_measured_in_float64() -> None:
     np.testing.assert_array_equal(values, auroc(single.astype(np.float64), targets))
 
 
-def measured(metric: Callable, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    arguments = (THRESHOLDS[: targets.shape[-1]],) if metric in DECISIONS else ()
-    return metric(scores, targets, *arguments)
+def damaged(array: np.ndarray, value: float) -> np.ndarray:
+    copy = array.astype(float)
+    copy[5, 3] = value
+    return copy
 
 
 @pytest.mark.parametrize("metric", RANKINGS + DECISIONS)
-def test_nan_scores_are_refused(metric: Callable) -> None:
+def test_impossible_scores_and_targets_are_refused(metric: Callable) -> None:
     scores, targets = cohort()
-    scores[5, 3] = math.nan
-    with pytest.raises(ValueError, match=r"scores must not be nan, got nan for sample 5, class 3\."):
-        measured(metric, scores, targets)
-
-
-@pytest.mark.parametrize("metric", RANKINGS + DECISIONS)
-@pytest.mark.parametrize("value", [0.3, math.nan])
-def test_targets_other_than_0_and_1_are_refused(metric: Callable, value: float) -> None:
-    scores, targets = cohort()
-    soft = targets.astype(float)
-    soft[5, 3] = value
-    with pytest.raises(ValueError, match=rf"targets must be 0 or 1, got {value} for sample 5, class 3\."):
-        measured(metric, scores, soft)
-
-
-@pytest.mark.parametrize("metric", RANKINGS + DECISIONS)
-def test_scores_of_another_shape_are_refused(metric: Callable) -> None:
-    scores, targets = cohort()
-    message = (
-        r"scores must have shape \(\.\.\., N, C\) with \(N, C\) = \(101, 7\) as the targets, got \(100, 7\)\."
-    )
-    with pytest.raises(ValueError, match=message):
-        measured(metric, scores[1:], targets)
-
-
-@pytest.mark.parametrize("metric", RANKINGS + DECISIONS)
-def test_targets_without_samples_are_refused(metric: Callable) -> None:
-    with pytest.raises(ValueError, match=r"targets must have shape \(N, C\) with samples, got \(0, 7\)\."):
-        measured(metric, np.zeros((0, C)), np.zeros((0, C)))
+    for given, message in (
+        ((damaged(scores, math.nan), targets), "scores .*nan for sample 5, class 3"),
+        ((scores, damaged(targets, 0.3)), "targets .* 0.3 for sample 5, class 3"),
+        ((scores, damaged(targets, math.nan)), "targets .* nan for sample 5, class 3"),
+        ((scores[1:], targets), r"scores .*\(101, 7\).*got \(100, 7\)"),
+        ((np.zeros((0, C)), np.zeros((0, C))), r"targets .* got \(0, 7\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(metric, *given)
 
 
 @pytest.mark.parametrize("metric", DECISIONS)
 def test_impossible_thresholds_are_refused(metric: Callable) -> None:
     scores, targets = cohort()
-    with pytest.raises(
-        ValueError, match=r"thresholds must have shape \(7,\) to fit the scores, got \(6,\)\."
-    ):
+    with pytest.raises(ValueError, match=r"thresholds .* \(7,\) .* got \(6,\)\."):
         metric(scores, targets, THRESHOLDS[1:])
-    thresholds = THRESHOLDS.copy()
-    thresholds[4] = math.nan
-    with pytest.raises(ValueError, match=r"thresholds must not be nan, got nan for class 4\."):
-        metric(scores, targets, thresholds)
-
-
-def test_names_must_be_as_many_as_classes() -> None:
-    with pytest.raises(ValueError, match=r"values must have shape \(2,\) as there are names, got \(3,\)\."):
-        macro([0.1, 0.2, 0.3], ["Emphysema", "Nodule"])
+    with pytest.raises(ValueError, match=r"thresholds .* nan for class 4\."):
+        metric(scores, targets, [*THRESHOLDS[:4], math.nan, *THRESHOLDS[5:]])
 
 
 def sample(size: int = 500) -> tuple[np.ndarray, np.ndarray]:
@@ -279,7 +221,7 @@ def test_bins_are_those_of_scikit_learn() -> None:
     assert bins.counts.tolist() == [50] * 10
 
 
-def test_honest_probabilities_have_a_small_error_and_shifted_ones_their_shift() -> None:
+def test_true_probabilities_have_a_small_error_and_shifted_ones_their_shift() -> None:
     probabilities, targets = sample(20_000)
     assert expected_calibration_error(reliability(probabilities, targets)) < 0.02
     shifted = 0.1 + 0.5 * probabilities
@@ -287,19 +229,12 @@ def test_honest_probabilities_have_a_small_error_and_shifted_ones_their_shift() 
     assert expected_calibration_error(reliability(shifted, targets, 50)) == pytest.approx(errors, abs=0.02)
 
 
-def test_a_bin_counts_by_its_samples() -> None:
+def test_a_bin_counts_by_its_samples_and_few_samples_get_a_bin_each() -> None:
     # three samples off by 0.1 and two off by 0.4
     bins = reliability([0.1, 0.1, 0.1, 0.6, 0.6], [0, 0, 0, 1, 1], num_bins=2)
     assert bins.counts.tolist() == [3, 2]
     assert expected_calibration_error(bins) == pytest.approx((3 * 0.1 + 2 * 0.4) / 5)
-
-
-def test_few_samples_get_a_bin_each() -> None:
     bins = reliability([0.9, 0.1, 0.5], [1, 0, 0], num_bins=10)
-    assert bins.predicted.tolist() == [0.1, 0.5, 0.9]
-    assert bins.observed.tolist() == [0, 0, 1]
-
-
-def test_shapes_that_differ_are_refused() -> None:
+    assert (bins.predicted.tolist(), bins.observed.tolist()) == ([0.1, 0.5, 0.9], [0, 0, 1])
     with pytest.raises(ValueError, match=r"probabilities and targets .*\(2,\) and \(3,\)"):
         reliability([0.1, 0.2], [0, 1, 0])

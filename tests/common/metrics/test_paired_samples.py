@@ -19,9 +19,8 @@ def test_error_of_single_scans_is_the_standard_error_and_the_interval_covers() -
 def test_scans_of_one_patient_count_as_one() -> None:
     values = np.random.default_rng(0).standard_normal(30)
     single = mean_over_volumes(values, ALONE, 500, seed=1)
-    doubled = mean_over_volumes(
-        np.repeat(values, 2), [name[:-1] + str(scan) for name in ALONE for scan in (1, 2)], 500, seed=1
-    )
+    names = [name[:-1] + str(scan) for name in ALONE for scan in (1, 2)]
+    doubled = mean_over_volumes(np.repeat(values, 2), names, 500, seed=1)
     assert doubled.error == pytest.approx(single.error)
     assert (doubled.low, doubled.high) == pytest.approx((single.low, single.high))
 
@@ -38,19 +37,15 @@ def test_tests_are_scipys_and_the_exact_permutation() -> None:
     assert found.num_patients == 9
 
 
-def test_the_same_encoder_twice_differs_by_nothing() -> None:
-    values = np.arange(30.0)
-    found = compare_pairs(values, values, ALONE, 100, seed=0)
-    assert (found.difference.value, found.p_wilcoxon, found.p_permutation) == (0, 1, 1)
-
-
-def test_pairs_are_patients() -> None:
+def test_pairs_are_patients_and_the_same_encoder_twice_differs_by_nothing() -> None:
     names = ["valid_1_a_1", "valid_1_a_2", "valid_2_a_1", "valid_3_a_1"]
-    assert compare_pairs([1, 2, 3, 4], [0, 0, 0, 0], names, 50, seed=0).num_patients == 3
+    found = compare_pairs([1, 2, 3, 4], [1, 2, 3, 4], names, 50, seed=0)
+    assert (found.difference.value, found.p_wilcoxon, found.p_permutation) == (0, 1, 1)
+    assert found.num_patients == 3
 
 
 def test_nothing_defined_gives_nan_and_lengths_must_agree() -> None:
     assert np.isnan(mean_over_volumes([np.nan], ["valid_1_a_1"], 10, 0).value)
     assert np.isnan(compare_pairs([np.nan], [1], ["valid_1_a_1"], 10, 0).p_wilcoxon)
-    with pytest.raises(ValueError, match=r"values must have shape \(2,\) as there are volumes, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"values .* \(2,\) .* got \(3,\)"):
         mean_over_volumes([1, 2, 3], ["valid_1_a_1", "valid_2_a_1"], 10, 0)

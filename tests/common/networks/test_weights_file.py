@@ -121,7 +121,8 @@ def test_offline_the_line_says_which_file_to_place_where(released, place, monkey
     assert released.asked == []
 
 
-def test_a_hub_out_of_reach_is_no_traceback(released, place):
+def test_a_hub_out_of_reach_is_no_traceback(released, place, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     released.close()
     with pytest.raises(FileNotFoundError, match=f"can be reached.*resolve.*'{place}'") as caught:
         found(place)

@@ -8,9 +8,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from common.cohort.cohort import load_labels
 from common.embeddings.encoder_bundle import EncoderBundle
+from common.networks.mil_probe import save_probe
 from common.reports.__main__ import app
 from common.reports.ct_tokens import open_slice_encoder
 
@@ -28,6 +31,17 @@ def ct_path(tmp_path: Path) -> Path:
     path = tmp_path / "scan_1.nii.gz"
     nib.save(nib.Nifti1Image(hu[::-1, ::-1], np.diag([0.7, 0.7, 2.5, 1.0])), path)
     return path
+
+
+@pytest.fixture
+def probes(tmp_path: Path) -> Path:
+    """Patch probes of the small encoder for both tasks."""
+    torch.manual_seed(0)
+    for task in ("rexgroundingct", "totalsegmentator"):
+        names = [label.name for label in load_labels(task)]
+        card = {"class_names": names, "encoder": "dale_ct_2s"}
+        save_probe(tmp_path / "probes", torch.nn.Linear(24, len(names)), card, f"patch_{task}")
+    return tmp_path / "probes"
 
 
 @pytest.fixture

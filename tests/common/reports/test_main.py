@@ -8,12 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from common.cohort.cohort import load_labels
-from common.networks.dense_probe import save_dense_probe
 from common.reports import slice_grid
 from common.reports.__main__ import app
 from common.reports.results import ResultRow, add_rows
@@ -41,27 +38,19 @@ def test_help_imports_nothing_heavy() -> None:
     assert not HEAVY & set(answer.stdout.split())
 
 
-def save_probes(folder: Path) -> Path:
-    for task in ("rexgroundingct", "totalsegmentator"):
-        names = [label.name for label in load_labels(task)]
-        card = {"class_names": names, "encoder": "dale_ct_2s"}
-        save_dense_probe(folder, "patch", task, torch.nn.Linear(24, len(names)), card)
-    return folder
-
-
 def height(path: Path) -> int:
     return Image.open(path).height
 
 
 def test_patches_have_a_row_for_each_thing_that_is_shown(
-    ct_path: Path, draw: Callable[..., Result], tmp_path: Path
+    ct_path: Path, draw: Callable[..., Result], probes: Path, tmp_path: Path
 ) -> None:
-    probes = ["--probes", save_probes(tmp_path / "probes"), "--name", "liver", "--name", "heart"]
+    named = ["--probes", probes, "--name", "liver", "--name", "heart"]
     for rows, words in (
         (4, []),
         (2, ["--show", "components", "--slices", 4, "--slices", 6]),
-        (3, probes),
-        (4, [*probes, "--show", "attention"]),
+        (3, named),
+        (4, [*named, "--show", "attention"]),
     ):
         out = tmp_path / "new" / f"{len(words)}.png"
         answer = draw("patches", ct_path, "--out", out, *words)

@@ -19,6 +19,7 @@ from common.reports.results import Predictions, write_predictions
 
 CLASSES = ["Emphysema", "Lung nodule"]
 N, R = 60, 50
+OPTIONS = {"num_resamples": R, "resampling": "patients"}
 LABELS = (np.random.default_rng(0).random((N, 2)) < 0.4).astype(float)
 VOLUMES = [f"valid_{1 + index // 2}_{'ab'[index % 2]}_1" for index in range(N)]
 
@@ -39,11 +40,12 @@ def shuffled(original: Predictions) -> Predictions:
 
 def test_differences_are_those_of_both_on_the_same_patients_drawn() -> None:
     weak, strong = predictions("weak", 0.2, seed=1), predictions("strong", 0.8, seed=2)
-    rows = {
-        (row["class"], row["metric"]): row
-        for row in paired_differences(weak, [shuffled(strong)], num_resamples=R)
-    }
+    found = paired_differences(weak, [shuffled(strong)], R, "patients")
+    rows = {(row["class"], row["metric"]): row for row in found}
     assert len(rows) == 3 * 4
+    table = differences_table(found)
+    assert list(table.columns[2].cells) == ["AUROC", "AUPRC", "F1", "BA"]
+    assert next(iter(table.columns[3].cells)) == f"{rows['macro', 'auroc']['difference']:+.4f}"
     patients = [volume.rsplit("_", 2)[0] for volume in VOLUMES]
     weights = resample_weights(patients, R, seed=0)
     for metric, of_sklearn in (("auroc", roc_auc_score), ("auprc", average_precision_score)):
@@ -65,7 +67,7 @@ def test_differences_are_those_of_both_on_the_same_patients_drawn() -> None:
 
 def test_an_encoder_does_not_differ_from_itself() -> None:
     same = predictions("same", 0.3, seed=1)
-    for row in paired_differences(same, [shuffled(same)], num_resamples=R, resampling="volumes"):
+    for row in paired_differences(same, [shuffled(same)], R, "volumes"):
         assert (row["difference"], row["low"], row["high"], row["p"]) == (0.0, 0.0, 0.0, 1.0)
 
 
@@ -73,8 +75,8 @@ def test_pairing_narrows_the_interval_of_encoders_that_agree() -> None:
     first = predictions("first", 0.4, seed=1)
     noise = 0.02 * np.random.default_rng(3).standard_normal((N, 2))
     second = first._replace(encoder="second", probabilities=first.probabilities + noise)
-    paired = paired_differences(first, [second], num_resamples=200)[0]
-    unrelated = paired_differences(first, [predictions("other", 0.4, seed=9)], num_resamples=200)[0]
+    paired = paired_differences(first, [second], 200, "patients")[0]
+    unrelated = paired_differences(first, [predictions("other", 0.4, seed=9)], 200, "patients")[0]
     assert paired["high"] - paired["low"] < (unrelated["high"] - unrelated["low"]) / 3
 
 
@@ -82,23 +84,13 @@ def test_other_volumes_classes_and_labels_are_refused() -> None:
     first = predictions("first", 0.4, seed=1)
     renamed = first._replace(encoder="b", volumes=["valid_99_a_1", *VOLUMES[1:]])
     with pytest.raises(ValueError, match="'first' and 'b' .* volumes, 60 and 60: 'valid_1_a_1'"):
-        paired_differences(first, [renamed], num_resamples=R)
+        paired_differences(first, [renamed], R, "patients")
     with pytest.raises(ValueError, match=r"different classes: \['Emphysema', 'Lung nodule'\] and \['Lung"):
-        paired_differences(first, [first._replace(class_names=CLASSES[::-1])], num_resamples=R)
+        paired_differences(first, [first._replace(class_names=CLASSES[::-1])], R, "patients")
     labels = LABELS.copy()
     labels[7, 1] = 1 - labels[7, 1]
     with pytest.raises(ValueError, match="different labels for volume 'valid_4_b_1'"):
-        paired_differences(first, [first._replace(labels=labels)], num_resamples=R)
-
-
-def test_table_shows_the_macro_differences() -> None:
-    rows = paired_differences(
-        predictions("weak", 0.2, seed=1), [predictions("strong", 0.8, seed=2)], num_resamples=R
-    )
-    table = differences_table(rows)
-    assert table.row_count == 4
-    assert list(table.columns[2].cells) == ["AUROC", "AUPRC", "F1", "BA"]
-    assert next(iter(table.columns[3].cells)) == f"{rows[0]['difference']:+.4f}"
+        paired_differences(first, [first._replace(labels=labels)], R, "patients")
 
 
 def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
@@ -121,7 +113,7 @@ def test_command_tells_evaluations_of_one_encoder_apart_by_their_folders(tmp_pat
         (tmp_path / folder).mkdir()
         paths.append(tmp_path / folder / "test_predictions.csv")
         write_predictions(paths[-1], predictions(encoder, 0.4, seed))
-    compare(paths[0], paths[1:], num_resamples=R, out=tmp_path / "paired.csv")
+    compare(paths[0], paths[1:], **OPTIONS, out=tmp_path / "paired.csv")
     with (tmp_path / "paired.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["encoder"], row["reference"]) for row in rows} == {("cropped", "raw"), ("0", "raw")}
@@ -158,14 +150,14 @@ def test_dense_evaluations_are_compared_and_the_reference_is_left_out(tmp_path):
     for seed, name in enumerate("abc"):
         write_resamples(tmp_path / name, name, ["v1"], seed)
     folders = [tmp_path / name for name in "abc"]
-    rows = compare(folders[0], folders, out=tmp_path / "new" / "d.csv")
+    rows = compare(folders[0], folders, **OPTIONS, out=tmp_path / "new" / "d.csv")
     assert "patch rexgroundingct auprc" in list(differences_table(rows).columns[2].cells)
     with (tmp_path / "new" / "d.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["encoder"] for row in rows] == ["b"] * 8 + ["c"] * 8
     assert [row["measure"] for row in rows[:8]] == list(MEASURES)
     with pytest.raises(ValueError, match=f"Nothing to compare with '{folders[0]}'"):
-        compare(folders[0], folders[:1])
+        compare(folders[0], folders[:1], **OPTIONS)
 
 
 def test_other_volumes_and_missing_evaluations_are_refused(tmp_path):

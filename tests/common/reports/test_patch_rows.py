@@ -7,8 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common.cohort.cohort import load_labels
-from common.networks.dense_probe import save_dense_probe
 from common.reports.ct_tokens import read_images
 from common.reports.patch_rows import (
     attention_row,
@@ -75,16 +73,6 @@ def test_likeness_is_the_cosine_to_the_marked_patch_of_the_same_slice() -> None:
         likeness_row(BODY[:2], patches, (3, 0))
 
 
-@pytest.fixture
-def probes(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    for task in ("rexgroundingct", "totalsegmentator"):
-        names = [label.name for label in load_labels(task)]
-        card = {"class_names": names, "encoder": "dale_ct_2s"}
-        save_dense_probe(tmp_path / "probes", "patch", task, torch.nn.Linear(24, len(names)), card)
-    return tmp_path / "probes"
-
-
 def test_probabilities_are_those_of_the_task_that_knows_the_classes(probes: Path) -> None:
     layer, places = probe_of(probes, ["heart", "liver"], "dale_ct_2s")
     assert (len(layer.bias), places) == (118, [51, 5])
@@ -95,12 +83,9 @@ def test_probabilities_are_those_of_the_task_that_knows_the_classes(probes: Path
     assert float(rows[0].values[1, 2, 0]) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)
     assert [row.label for row in rows] == ["heart", "liver"]
     assert rows[1].limits == (0, float(rows[1].values.max()))
-
-
-def test_unknown_classes_and_other_encoders_are_refused(probes: Path) -> None:
     with pytest.raises(ValueError, match=r"names .* got \['Emphysema', 'liver'\]"):
         probe_of(probes, ["Emphysema", "liver"], "dale_ct_2s")
-    with pytest.raises(ValueError, match="encoder 'dale_ct_0', got 'dale_ct_2s'"):
+    with pytest.raises(ValueError, match="'dale_ct_2s', not on 'dale_ct_0'"):
         probe_of(probes, ["liver"], "dale_ct_0")
 
 

@@ -1,15 +1,14 @@
 """The pictures are looked at by people; here it is tested that they show what they are given."""
 
-import csv
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score
 
-from common.cohort.cohort import write_table
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import multilabel_report
 from common.reports.probe_pictures import (
@@ -24,23 +23,33 @@ from common.reports.probe_pictures import (
 from common.reports.results import Predictions
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
-N = 40
 
 
-def predictions() -> Predictions:
+def predictions(size: int = 40, seed: int = 0) -> Predictions:
     """The last class never occurs."""
-    rng = np.random.default_rng(0)
-    labels = (rng.random((N, 3)) < 0.4).astype(float)
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((size, 3)) < 0.4).astype(float)
     labels[:, 2] = 0
-    scores = (0.5 * labels + 0.5 * rng.random((N, 3))).round(1)
-    volumes = [f"valid_{index}_a_1" for index in range(N)]
+    scores = (0.5 * labels + 0.5 * rng.random((size, 3))).round(1)
+    volumes = [f"valid_{index}_a_1" for index in range(size)]
     return Predictions("dale_ct_2s", volumes, CLASSES, scores, np.array([0.6, 0.4, 0.5]), labels)
 
 
-def intervals() -> dict:
-    p = predictions()
-    samples = bootstrap(p.probabilities, p.labels, p.thresholds, resample_weights(p.volumes, 50, 0))
-    return interval_report(samples, CLASSES)
+def reports(p: Predictions) -> tuple[dict, dict]:
+    """Reports and intervals of a probe and of the prevalence."""
+    scored = {"probe": p.probabilities, "prevalence": np.zeros(p.labels.shape)}
+    weights = resample_weights(p.volumes, 50, 0)
+    return (
+        {who: multilabel_report(s, p.labels, p.thresholds, CLASSES) for who, s in scored.items()},
+        {
+            who: interval_report(bootstrap(s, p.labels, p.thresholds, weights), CLASSES)
+            for who, s in scored.items()
+        },
+    )
+
+
+def drawn_classes(kind: str, path: Path) -> None:
+    draw_classes(path, kind, predictions(), reports(predictions())[1]["probe"]["per_class"], "title")
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_roc_panels_hold_the_curve_the_threshold_and_the_area(drawn: list[Figure], tmp_path: Path) -> None:
-    draw_classes(tmp_path / "roc.png", "roc", predictions(), intervals()["per_class"], "title")
+    drawn_classes("roc", tmp_path / "roc.png")
     assert (tmp_path / "roc.png").stat().st_size > 1000
     panels, p = drawn[0].axes, predictions()
     for index, axes in enumerate(panels[:2]):
@@ -75,7 +84,7 @@ def test_roc_panels_hold_the_curve_the_threshold_and_the_area(drawn: list[Figure
 def test_precision_recall_panels_hold_the_steps_under_which_the_area_lies(
     drawn: list[Figure], tmp_path: Path
 ) -> None:
-    draw_classes(tmp_path / "a.png", "precision_recall", predictions(), intervals()["per_class"], "title")
+    drawn_classes("precision_recall", tmp_path / "a.png")
     for axes in drawn[0].axes[:2]:
         recall, precision = axes.lines[0].get_xydata().T
         area = (np.diff(recall) * precision[1:]).sum()
@@ -83,25 +92,34 @@ def test_precision_recall_panels_hold_the_steps_under_which_the_area_lies(
         assert axes.lines[-1].get_xydata()[0].tolist() in np.c_[recall, precision].tolist()
 
 
+def proportion_ci(positives: int, count: int) -> tuple[float, float]:
+    """Wilson's interval: the shares whose distance from the observed one is 1.96 of their standard errors."""
+    shares, z = np.linspace(0, 1, 200_001), norm.ppf(0.975)
+    inside = np.abs(positives / count - shares) <= z * np.sqrt(shares * (1 - shares) / count) + 1e-9
+    return tuple(shares[inside][[0, -1]])
+
+
 def test_reliability_panels_hold_ten_bins_in_order(drawn: list[Figure], tmp_path: Path) -> None:
-    draw_classes(tmp_path / "a.png", "reliability", predictions(), intervals()["per_class"], "title")
+    drawn_classes("reliability", tmp_path / "a.png")
     bins = drawn[0].axes[0].lines[1].get_xydata()
     assert bins.shape == (10, 2)
     assert (np.diff(bins[:, 0]) >= 0).all()
     assert bins[:, 1].mean() == pytest.approx(predictions().labels[:, 0].mean())
     assert drawn[0].axes[0].get_title().startswith("Emphysema\nECE 0.")
+    ends = [line[:, 1] for line in drawn[0].axes[0].collections[0].get_segments()]
+    for (low, high), share in zip(ends, bins[:, 1], strict=True):  # four volumes per bin
+        expected = proportion_ci(round(4 * share), 4)
+        assert (low, high) == pytest.approx(expected, abs=1e-4)
 
 
 def test_bars_have_the_length_of_the_metric_and_name_the_undefined(
     drawn: list[Figure], tmp_path: Path
 ) -> None:
-    p = predictions()
-    report = multilabel_report(p.probabilities, p.labels, p.thresholds, CLASSES)
-    reports, both = {"probe": report, "prevalence": report}, {"probe": intervals()}
-    draw_per_class(tmp_path / "per_class.png", reports, both, "title")
+    found, intervals = reports(predictions())
+    draw_per_class(tmp_path / "per_class.png", found, intervals, "title")
     axes = drawn[0].axes[0]
     widths = [bar.get_width() for bar in axes.containers[0]]
-    expected = [report["per_class"][name]["auroc"] for name in CLASSES]
+    expected = [found["probe"]["per_class"][name]["auroc"] for name in CLASSES]
     np.testing.assert_array_equal(widths, expected)
     assert [text.get_text() for text in axes.texts].count("undefined") == 2
 
@@ -124,30 +142,17 @@ def test_attention_is_drawn_relative_to_the_mean_with_the_heaviest_slices(
     assert [figure.get_supxlabel() for figure in drawn] == ["slice, feet to head", "token, as stored"]
 
 
-def predictions_of_probe_tables(num_volumes: int, seed: int) -> Predictions:
-    """The last class never occurs."""
-    rng = np.random.default_rng(seed)
-    labels = (rng.random((num_volumes, 3)) < 0.4).astype(float)
-    labels[:, 2] = 0
-    volumes = [f"valid_{index}_a_1" for index in range(num_volumes)]
-    scores, thresholds = rng.random((num_volumes, 3)), np.array([0.6, 0.3, 0.5])
-    return Predictions("dale_ct_2s", volumes, CLASSES, scores, thresholds, labels)
-
-
 def test_class_rows_hold_metrics_intervals_calibration_and_counts() -> None:
-    p = predictions_of_probe_tables(31, seed=0)
-    report = multilabel_report(p.probabilities, p.labels, p.thresholds, CLASSES)
-    floor = multilabel_report(np.zeros((31, 3)), p.labels, np.zeros(3), CLASSES)
-    weights = resample_weights(p.volumes, 40, seed=0)
-    intervals = interval_report(bootstrap(p.probabilities, p.labels, p.thresholds, weights), CLASSES)
-    rows = class_rows({"probe": report, "prevalence": floor}, {"probe": intervals}, p)
+    p = predictions(31)
+    found, intervals = reports(p)
+    rows = class_rows(found, intervals, p)
     assert [row["class"] for row in rows] == CLASSES
     for index, row in enumerate(rows[:2]):
         for metric in METRICS:
-            assert float(row[metric]) == pytest.approx(report["per_class"][row["class"]][metric], abs=1e-6)
-            ends = (float(row[f"{metric}_low"]), float(row[f"{metric}_high"]))
-            assert ends == pytest.approx(intervals["per_class"][row["class"]][metric], abs=1e-6)
-            assert ends[0] <= float(row[metric]) <= ends[1]
+            value, ends = (of["probe"]["per_class"][row["class"]][metric] for of in (found, intervals))
+            assert float(row[metric]) == pytest.approx(value, abs=1e-6)
+            written = (float(row[f"{metric}_low"]), float(row[f"{metric}_high"]))
+            assert written == pytest.approx(ends, abs=1e-6)
         brier = brier_score_loss(p.labels[:, index], p.probabilities[:, index])
         assert float(row["brier"]) == pytest.approx(brier, abs=1e-6)
         assert float(row["auprc_of_prevalence"]) == pytest.approx(p.labels[:, index].mean(), abs=1e-6)
@@ -156,10 +161,7 @@ def test_class_rows_hold_metrics_intervals_calibration_and_counts() -> None:
 
 
 def test_threshold_rows_hold_what_the_confusion_matrix_says_on_both_cohorts() -> None:
-    cohorts = {
-        "validation": predictions_of_probe_tables(23, seed=1),
-        "test": predictions_of_probe_tables(31, seed=2),
-    }
+    cohorts = {"validation": predictions(23, seed=1), "test": predictions(31, seed=2)}
     rows = threshold_rows(**cohorts)
     for index, row in enumerate(rows[:2]):
         assert float(row["threshold"]) == cohorts["test"].thresholds[index]
@@ -186,10 +188,3 @@ def test_seed_rows_name_every_seed() -> None:
     rows = seed_rows([42, 43], reports)
     assert rows[1] == {"seed": 43, **{f"macro_{metric}": "0.250000" for metric in METRICS}}
     assert [row["seed"] for row in rows] == [42, 43]
-
-
-def test_table_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    write_table(tmp_path / "t.csv", [{"a": 1, "b": "x, y"}, {"a": 2, "b": ""}])
-    write_table(tmp_path / "t.csv", [{"a": 3, "b": "x, y"}])
-    with (tmp_path / "t.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == [{"a": "3", "b": "x, y"}]

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from common.reports.ct_tokens import CTImages
-from common.reports.scan_levels import Scan, draw_levels, fit_positions, match_levels, read_positions
+from common.reports.scan_levels import (
+    compare_scans,
+    draw_levels,
+    fit_positions,
+    match_levels,
+    read_positions,
+)
 
 
 def test_the_same_path_sampled_elsewhere_is_matched_level_by_level() -> None:
@@ -61,19 +67,22 @@ def test_a_scan_of_few_slices_is_refused_and_equal_slices_have_no_correlation() 
     assert np.isnan(read_positions(fit, np.ones((5, 8)), np.arange(5)).correlation)
 
 
-def scan(name: str, z_mm: np.ndarray, seed: int, query: np.ndarray, fit: np.ndarray) -> Scan:
+def images(name: str, z_mm: np.ndarray) -> CTImages:
     numbers = np.arange(len(z_mm))
     hu = torch.from_numpy(numbers * 10.0)[:, None, None, None].expand(-1, 1, 4, 4)
-    cls = body(z_mm, seed)
-    images = CTImages(name, hu, z_mm - z_mm[0], numbers, (0, 0, 4))
-    return Scan(images, cls, match_levels(query, cls), read_positions(fit, cls, images.z_mm))
+    return CTImages(name, hu, z_mm - z_mm[0], numbers, (0, 0, 4))
 
 
-def test_below_each_slice_lies_its_match() -> None:
-    z_mm = np.arange(0, 300, 3.0)
-    fit, query = fit_positions(body(z_mm, 0), z_mm), body(z_mm, 0)
-    scans = [scan("one", z_mm, 0, query, fit), scan("two", np.arange(60, 240, 4.0), 1, query, fit)]
-    panels = np.reshape(draw_levels(scans, [40, 60], "title").axes, (2, 5))
+def test_below_each_slice_lies_its_match_in_the_most_alike_scan_first() -> None:
+    places = {
+        "query": np.arange(0, 300, 3.0),
+        "far": np.arange(200, 290, 5.0),
+        "near": np.arange(60, 240, 4.0),
+    }
+    shown = [images(name, z_mm) for name, z_mm in places.items()]
+    scans = compare_scans(shown, [body(z_mm, seed) for seed, z_mm in enumerate(places.values())])
+    assert [scan.images.name for scan in scans] == ["query", "near", "far"]
+    panels = np.reshape(draw_levels(scans, [40, 60], "title").axes, (3, 5))
     for column, place in enumerate((40, 60)):
         assert panels[0, column].images[0].get_array()[0, 0] == place * 10
         found = scans[1].match.best[place]
