@@ -157,7 +157,8 @@ class ProbeReport:
         per_class = state.intervals["probe"]["per_class"]
         draw_per_class(self.output_dir / "per_class.png", state.reports, state.intervals, title)
         for kind in KINDS:
-            draw_classes(self.output_dir / f"{kind}.png", kind, state.predictions, per_class, title)
+            path = self.output_dir / f"{kind}.png"
+            draw_classes(path, kind=kind, predictions=state.predictions, intervals=per_class, title=title)
         self._show_attention(engine)
 
     def _card(self, engine: ProbeGridTrainer) -> ProbeCard:
@@ -214,7 +215,8 @@ class ProbeReport:
             for place, weight in enumerate(of_volume)
         ]
         write_table(self.output_dir / "attention.csv", rows)
-        draw_attention(self.output_dir / "attention.png", weights, captions, slices, unit)
+        path = self.output_dir / "attention.png"
+        draw_attention(path, weights=weights, captions=captions, slices=slices, unit=unit)
 
 
 def _json_number(value: float) -> float | None:
