@@ -111,7 +111,7 @@ class Tasks:
 
         self._client = client
         self._futures = as_completed()
-        self._started: dict[Key, tuple[Future, Callable[[Any], Any], Any]] = {}
+        self._started: dict[Key, tuple[Future[Any], Callable[[Any], Any], Any]] = {}
         self._suspects: list[tuple[Callable[[Any], Any], Any]] = []
         self._alone: Key = ""
 

@@ -54,7 +54,7 @@ def _be_the_command(words: list[str], folder: str, environment: dict[str, str], 
     try:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except (Exception, KeyboardInterrupt):  # noqa: BLE001 (the interpreter shows any)
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""Body, spine, lungs, windpipe and heart, found in the voxels alone, whatever a header says.
+"""Finds body, spine, lungs, windpipe and heart in the voxels alone, whatever a header says.
 
 Slices are canonical: feet to head, rows from front to back, columns from the patient's right to the left.
 Shapes: Z slices of a volume; G H W slices, rows and columns of the coarse grid that anatomy is sought on.
@@ -47,7 +47,7 @@ class Coarse(NamedTuple):
 
     Args:
         hu: ``(G, H, W)`` int16, in the range that shards keep.
-        voxel_mm: of this grid as (z, y, x).
+        voxel_mm: size of its voxels as (z, y, x).
     """
 
     hu: np.ndarray
@@ -55,7 +55,7 @@ class Coarse(NamedTuple):
 
     @property
     def litres(self) -> float:
-        """Volume of a voxel."""
+        """Size of a voxel."""
         return math.prod(self.voxel_mm) / 1e6
 
     @property
@@ -94,16 +94,8 @@ class Anatomy(NamedTuple):
 
 
 def coarse_steps(spacing_mm: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Return every how many slices, rows and columns a volume is looked at.
-
-    Args:
-        spacing_mm: as (x, y, z).
-
-    Example:
-        >>> coarse_steps((0.7, 0.7, 1.0)), coarse_steps((1.6, 1.6, 5.0))
-        ((4, 4, 4), (1, 2, 2))
-    """
-    x, y, z = (max(1, round(mm / own)) for mm, own in zip(LOOK_MM[::-1], spacing_mm, strict=True))
+    """Return every how many slices, rows and columns a volume is looked at; spacing as (x, y, z)."""
+    x, y, z = (max(1, round(mm / spacing)) for mm, spacing in zip(LOOK_MM[::-1], spacing_mm, strict=True))
     return z, y, x
 
 
@@ -116,9 +108,10 @@ def coarse_grid(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> Coars
 
 def find_anatomy(grid: Coarse) -> Anatomy | None:
     """Find body, lungs and spine; None without a body."""
-    body = _largest(ndimage.binary_opening(grid.hu > AIR_HU, _IN_PLANE))
-    if not body.any():
+    pieces, sizes = _pieces(ndimage.binary_opening(grid.hu > AIR_HU, _IN_PLANE))
+    if not sizes.any():
         return None
+    body = pieces == sizes.argmax()
     lungs = _find_lungs(grid, body)
     area = lungs.sum((1, 2))
     at_lungs = body[area >= area.max() / 2]
@@ -129,19 +122,18 @@ def find_anatomy(grid: Coarse) -> Anatomy | None:
     return Anatomy(grid, lungs, box, *_find_spine(grid, body, box))
 
 
-def _largest(mask: np.ndarray) -> np.ndarray:
-    labels, number = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel(), minlength=number + 1)
+def _pieces(mask: np.ndarray, structure: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Number the connected pieces of a mask, and count their voxels; piece 0 is what is none."""
+    pieces, number = ndimage.label(mask, structure)
+    sizes = np.bincount(pieces.ravel(), minlength=number + 1)
     sizes[0] = 0
-    return (labels == sizes.argmax()) & mask
+    return pieces, sizes
 
 
 def _pieces_of_air(grid: Coarse, below: int, mostly: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Number the pieces of air within slices, without padding: area, and whether most of each is a gas."""
-    pieces, number = ndimage.label((grid.hu < below) & (grid.hu > PADDED_HU), _IN_PLANE)
-    sizes = np.bincount(pieces.ravel(), minlength=number + 1)
-    sizes[0] = 0
-    num_gas = np.bincount(pieces[grid.hu < mostly], minlength=number + 1)
+    pieces, sizes = _pieces((grid.hu < below) & (grid.hu > PADDED_HU), _IN_PLANE)
+    num_gas = np.bincount(pieces[grid.hu < mostly], minlength=len(sizes))
     return pieces, sizes * grid.cm2, num_gas > sizes / 2
 
 
@@ -157,9 +149,7 @@ def _find_lungs(grid: Coarse, body: np.ndarray) -> np.ndarray:
     around[:, (0, -1)] |= body[:, (0, -1)].any(2, keepdims=True)
     air &= np.logical_or.accumulate(around, 1)
     air &= np.logical_or.accumulate(around[:, ::-1], 1)[:, ::-1]
-    labels, number = ndimage.label(air)
-    sizes = np.bincount(labels.ravel(), minlength=number + 1)
-    sizes[0] = 0
+    labels, sizes = _pieces(air)
     return np.asarray(sizes * grid.litres >= MIN_LUNG_LITRES)[labels]
 
 
@@ -177,12 +167,7 @@ def _find_spine(
 
 
 def part_of(ends: tuple[int, ...], share: float) -> int:
-    """Return the index at a share of the way from a first index to a last.
-
-    Example:
-        >>> part_of((10, 29), 0.5)
-        20
-    """
+    """Return the index at a share of the way from a first index to a last."""
     return ends[0] + round(share * (ends[1] + 1 - ends[0]))
 
 

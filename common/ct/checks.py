@@ -1,14 +1,16 @@
 """Is a volume what it should be: a CT in HU, of a whole chest, the right way up, without blank slices?
 
-The one home of these questions: readers refuse what is not in HU, ``predict`` also what is no upright whole
-chest; inference and data_prep list what is doubtful, and the audit reads the same answers off the shards.
-All bounds are our choice; ``docs/checks.md`` shows what they say of real and of synthetic scans.
+The only place for these questions: readers refuse what is not in HU, ``predict`` also what is no upright
+whole chest; inference and data_prep list what is doubtful, and the audit reads the same answers off shards.
+Questions and bounds are the rows of ``chest_rules.csv``; ``docs/checks.md`` shows what they say about scans.
 
 Shapes: Z slices, H rows, W columns of a volume, canonical; N values.
 """
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,29 +31,35 @@ from common.ct.rejection import Doubt, RejectedError
 
 INF = math.inf
 
-MAX_HU = 31_743
-"""Highest value that scanners write, in 16 bits with the usual intercept of -1024."""
-
 TISSUE_HU = (-200, 300)
 """Fat, muscle, blood."""
 
 MIN_LUNG_CM2 = 30.0
 """Lung in a slice that counts towards the lungs' height."""
 
+MIN_PADDED = 0.01
+"""Share of the voxels at one value that makes it padding, if only padding is lower: noise spreads air."""
+
+PADDED_WIDTH_HU = 5
+"""How far padding that was resampled strays from its value. Seen: 3 HU."""
+
+MIN_BODY, BODY_HU = 0.001, -500
+"""A slice with a smaller share of voxels above this is air alone."""
+
 
 class Rule(NamedTuple):
     """One question about a volume, and the range of the answer for a sound one.
 
     Args:
-        name: of the measure.
+        name: name of the measure.
         claim: what holds for a sound volume.
         measure: what the number is.
-        unit: of the number.
+        unit: unit of the number.
         low: least value of a sound volume.
         high: greatest.
-        too_low: what a lesser value means.
+        too_low: what a smaller value means.
         too_high: what a greater one means.
-        refused: whether ``predict`` refuses a volume outside the range; doubts are listed only.
+        refused: whether ``predict`` refuses a volume outside the range; doubts are only listed.
     """
 
     name: str
@@ -65,199 +73,31 @@ class Rule(NamedTuple):
     refused: bool = True
 
 
-HU_RULES = (
-    Rule(
-        name="air",
-        claim="The darkest voxels are air",
-        measure="HU that 0.01 % of the voxels without padding stay below",
-        unit="HU",
-        high=-800,
-        too_high="nothing is as dark as air: not in HU",
-    ),
-    Rule(
-        name="below_air",
-        claim="Nothing is darker than air",
-        measure="share of voxels below -1100 HU without padding",
-        high=0.25,
-        too_high="much is darker than air: rescaled twice?",
-    ),
-    Rule(
-        name="tissue",
-        claim="Soft tissue is near 0 HU",
-        measure=f"share of voxels from {TISSUE_HU[0]} to {TISSUE_HU[1]} HU without padding",
-        low=0.02,
-        too_low="hardly any soft tissue: not in HU, or rescaled twice?",
-    ),
-    Rule(
-        name="dense",
-        claim="Little is as dense as bone",
-        measure="share of voxels above 600 HU without padding",
-        high=0.25,
-        too_high="too much is as dense as bone: raw values without their intercept?",
-    ),
-    Rule(
-        name="highest",
-        claim="No value is higher than scanners write",
-        measure="highest value",
-        unit="HU",
-        high=MAX_HU,
-        too_high="no CT has such values: padding taken for HU?",
-    ),
-)
-"""What breaks one of these is no CT in HU, and is not read."""
+def _read_rules() -> list[tuple[str, Rule]]:
+    """Read the rules, each with its verdict: ``not HU``, ``refused`` or ``doubt``."""
+    rules = []
+    with Path(__file__).with_name("chest_rules.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            verdict = row.pop("verdict")
+            low, high = float(row.pop("low") or -INF), float(row.pop("high") or INF)
+            rules.append((verdict, Rule(**row, low=low, high=high, refused=verdict != "doubt")))
+    return rules
 
-CHEST_RULES = (
-    *HU_RULES[:-1],
-    Rule(
-        name="dark",
-        claim="Air is near -1000 HU",
-        measure="HU that 1 % of the voxels without padding stay below",
-        unit="HU",
-        high=-850,
-        too_high="little is as dark as air: HU with an offset?",
-        refused=False,
-    ),
-    Rule(
-        name="common",
-        claim="The commonest tissue is near 0 HU",
-        measure="commonest value from -400 to 600 HU",
-        unit="HU",
-        low=-160,
-        high=160,
-        too_low="most tissue is too dark: HU with an offset?",
-        too_high="most tissue is too bright: HU with an offset?",
-        refused=False,
-    ),
-    Rule(
-        name="grey_levels",
-        claim="HU are finely graded",
-        measure="different values",
-        low=300,
-        too_low="too few grey levels: stored after windowing?",
-        refused=False,
-    ),
-    Rule(
-        name="slices",
-        claim="There are slices enough for a chest",
-        measure="slices",
-        low=20,
-        too_low="too few slices for a chest",
-    ),
-    Rule(
-        name="length",
-        claim="The scan is as long as a chest",
-        measure="length from feet to head",
-        unit="mm",
-        low=150,
-        high=700,
-        too_low="too short for a whole chest",
-        too_high="too long for a chest: is the slice distance right?",
-    ),
-    Rule(
-        name="width",
-        claim="The image is as wide as a chest",
-        measure="width of the image",
-        unit="mm",
-        low=200,
-        high=700,
-        too_low="too narrow for a whole chest: is the pixel spacing right?",
-        too_high="too wide: is the pixel spacing right?",
-    ),
-    Rule(
-        name="depth",
-        claim="The image is as deep as a chest",
-        measure="depth of the image",
-        unit="mm",
-        low=130,
-        high=700,
-        too_low="too shallow for a whole chest: is the pixel spacing right?",
-        too_high="too deep: is the pixel spacing right?",
-    ),
-    Rule(
-        name="lungs",
-        claim="Lungs are as long as in a whole chest",
-        measure=f"height with at least {MIN_LUNG_CM2:.0f} cm2 of lung",
-        unit="mm",
-        low=120,
-        too_low="no whole lungs: not a chest, or only part of one",
-    ),
-    Rule(
-        name="lung_ends",
-        claim="Lungs end within the scan",
-        measure="lung in the first or last slice over the most in a slice",
-        high=0.6,
-        too_high="the lungs are cut off at the top or the bottom",
-    ),
-    Rule(
-        name="lung_edges",
-        claim="Lungs end within the image",
-        measure="share of the lungs' width at the front or back edge of the image",
-        high=0.3,
-        too_high="the lungs are cut off in front or behind",
-    ),
-    Rule(
-        name="shape",
-        claim="The body is wider than deep",
-        measure="width of the body over its depth",
-        low=0.95,
-        high=3.0,
-        too_low="deeper than wide: half a chest, or rows and columns exchanged?",
-        too_high="far wider than deep: not axial slices, or the pixel spacing is wrong?",
-    ),
-    Rule(
-        name="spine",
-        claim="A spine runs from the feet to the head",
-        measure="share of slices with the spine",
-        low=0.5,
-        too_low="no spine runs along the slices: are they axial?",
-    ),
-    Rule(
-        name="back",
-        claim="The spine is behind",
-        measure="place of the spine, 0 front to 1 back",
-        low=0.5,
-        too_low="the spine is in front: front and back are exchanged",
-    ),
-    Rule(
-        name="head",
-        claim="The windpipe is at the head end",
-        measure="share of slices with a windpipe, upper third of the lungs less lower third",
-        low=-0.2,
-        too_low="the windpipe is at the foot end: head and feet are exchanged",
-    ),
-    Rule(
-        name="sides",
-        claim="There is lung on both sides of the spine",
-        measure="share of the lungs on the lesser side",
-        low=0.1,
-        too_low="lung on one side only",
-        refused=False,
-    ),
-    Rule(
-        name="heart",
-        claim="The heart is on the left",
-        measure="heart left of the spine",
-        unit="mm",
-        low=-3,
-        too_low="the heart is on the right: mirrored, or situs inversus?",
-        refused=False,
-    ),
-    Rule(
-        name="blank",
-        claim="No slice is blank",
-        measure="blank slices",
-        high=0,
-        too_high="slices without an image",
-        refused=False,
-    ),
-)
+
+_RULES = _read_rules()
+
+HU_RULES = tuple(rule for verdict, rule in _RULES if verdict == "not HU")
+"""A volume that breaks one of these is no CT in HU, and is not read."""
+
+CHEST_RULES = tuple(rule for _, rule in _RULES if rule.name != "highest")
+"""What is asked of the slices, whose values are clipped."""
 
 
 def judge(measures: Mapping[str, float], rules: Sequence[Rule] = CHEST_RULES) -> list[Doubt]:
-    """Hold measures to their ranges.
+    """Compare measures with their ranges.
 
     Args:
-        measures: by name of the rule; NaN or absent where a question does not apply.
+        measures: values by name of the rule; NaN or absent where a question does not apply.
         rules: the questions.
 
     Example:
@@ -281,16 +121,6 @@ def _range(rule: Rule) -> str:
     return f"at least {rule.low:g}" if rule.high == INF else f"{rule.low:g} to {rule.high:g}"
 
 
-MIN_PADDED = 0.01
-"""Share of the voxels at one value that makes it padding, if only padding is lower: noise spreads air."""
-
-PADDED_WIDTH_HU = 5
-"""How far padding that was resampled strays from its value. Seen: 3 HU."""
-
-MIN_BODY, BODY_HU = 0.001, -500
-"""A slice with a lesser share of voxels above this is air alone."""
-
-
 def check_ct(ct: CT) -> CT:
     """Refuse what is no CT in HU, and return a CT with what makes it unlike an upright whole chest."""
     check_hu(ct)
@@ -301,11 +131,7 @@ def check_ct(ct: CT) -> CT:
 def check_hu(ct: CT) -> None:
     """Refuse what is no CT in HU by the values before the clip, padding left out.
 
-    Args:
-        ct: as it was read.
-
-    Raises:
-        RejectedError: for masks, other modalities, pictures, values without their rescale or rescaled twice.
+    Such are masks, other modalities, pictures, values without their rescale or rescaled twice.
     """
     doubts = judge({"highest": ct.values.highest, **_measure_values(ct.values.sample)}, HU_RULES)
     if doubts:
@@ -314,17 +140,11 @@ def check_hu(ct: CT) -> None:
 
 
 def find_doubts(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[list[Doubt], list[int]]:
-    """Say what makes a volume unlike an upright CT of a whole chest in HU.
+    """Say what makes a volume unlike an upright CT of a whole chest in HU, and which of its slices are blank.
 
     Args:
-        hu: canonical slices in HU, as shards keep them, not padded to squares.
+        hu: ``(Z, H, W)`` canonical slices in HU, as shards keep them, not padded to squares.
         spacing_mm: as (x, y, z).
-
-    Shape:
-        ``hu (Z, H, W)``.
-
-    Returns:
-        What seems wrong, and the numbers of the blank slices from 0.
 
     Example:
         >>> doubts, blank = find_doubts(np.full((3, 400, 400), -1000), (1.0, 1.0, 5.0))
@@ -336,11 +156,7 @@ def find_doubts(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple
 
 
 def blank_slices(hu: np.ndarray) -> list[int]:
-    """List the slices that are air alone, or of one value but for padding.
-
-    Shape:
-        ``hu (Z, H, W)``.
-    """
+    """List the slices of ``hu (Z, H, W)`` that are air alone, or of one value but for padding."""
     rows, columns = (max(1, side // 64) for side in hu.shape[1:])
     few = hu[:, ::rows, ::columns].reshape(len(hu), -1)
     is_padded = few <= PADDED_HU
@@ -354,11 +170,7 @@ def measure(
 ) -> dict[str, float]:
     """Answer the questions of ``CHEST_RULES`` by name, each only where those before it hold.
 
-    Args:
-        grid: see ``coarse_grid``.
-        shape: of the volume, (Z, H, W).
-        spacing_mm: of the volume, as (x, y, z).
-        num_blank: slices.
+    The grid is that of ``coarse_grid``; shape ``(Z, H, W)`` and spacing (x, y, z) are those of the volume.
     """
     z_mm, y_mm, x_mm = (size * mm for size, mm in zip(shape, spacing_mm[::-1], strict=True))
     measures = {
@@ -413,15 +225,9 @@ def _measure_values(values: np.ndarray) -> dict[str, float]:
 
 
 def levels_without_padding(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count the values of voxels, without what is constant around a field of view.
+    """Count the voxels at each whole HU of ``values (N,)``, low to high, without padding around the image.
 
     Padding is a lowest value that many voxels share. Where there is nothing else, it is an image.
-
-    Args:
-        values: HU ``(N,)``.
-
-    Returns:
-        Whole HU from low to high, and how many voxels are at each.
 
     Example:
         >>> levels, counts = levels_without_padding(np.array([-2000] * 5 + [24, 60, 60, 1064]))

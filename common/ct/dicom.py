@@ -6,32 +6,25 @@ one evenly spaced stack is rejected: nothing is interpolated, sheared or left ou
 Shapes: X Y Z voxel axes as stored: columns, rows, slices along the normal; Z H W canonical axes.
 """
 
-from __future__ import annotations
-
 import hashlib
-import io
 import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.ct.dicom_header import SliceHeader, parse, read_headers, rejecting
+from common.ct.dicom_header import SliceHeader, parse, read_headers, reading
 from common.ct.dicom_pixels import read_hu
 from common.ct.geometry import CT, Grid, HUValues, axial_slices, canonical_shape, check_size
 from common.ct.rejection import RejectedError
 
-if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
-    pass
-
 logger = logging.getLogger(__name__)
 
 POSITION_TOLERANCE = 0.05, 0.1
-"""How far a slice may lie from its place in an even stack: of the spacing, or this many mm if that is more.
+"""How far a slice may lie from its place in an even stack: share of the spacing, or mm if that is more.
 
 Never more than a quarter of the spacing. Our choice: scanners round positions to 0.1 mm and tables move
 unevenly by a few per cent; a missing slice shifts others by half a spacing."""
@@ -40,17 +33,16 @@ TILT_TOLERANCE_MM = 1.0
 """How far slices may be shifted sideways over a whole series. Our choice: about a pixel; a gantry tilt of one
 degree shifts by 5 mm."""
 
-LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
+SHARED_TAGS = {
+    "Rows and Columns": "shape",
+    "PixelSpacing": "pixel_mm",
+    "ImageOrientationPatient": "orientation",
+}
+"""What all slices of a series agree on, and the fields of their headers."""
 
 
 def read_grid(files: Sequence[Path]) -> Grid:
-    """Read on which grid a series is stored, from its headers.
-
-    Args:
-        files: of the series, in any order.
-
-    Returns:
-        The grid: columns, rows, slices in the order of their positions along the normal.
+    """Read on which grid the files of a series are stored: columns, rows, slices ordered by position.
 
     Raises:
         RejectedError: if a header is damaged or lacks something, or the slices are no even stack.
@@ -59,16 +51,10 @@ def read_grid(files: Sequence[Path]) -> Grid:
 
 
 def read_ct(files: Sequence[Path]) -> CT:
-    """Read a series, slice by slice, each with its own rescale.
+    """Read a series, slice by slice, each with its own rescale; padding, which is no image, becomes -1024 HU.
 
-    Padding, which the header names and which is no part of the image, becomes -1024 HU.
-
-    Args:
-        files: of the series, in any order.
-
-    Returns:
-        The CT. Its values are those of the image without padding, its checksum that of the files' binary
-        SHA-256 digests, one after another in the order of the grid's slices.
+    The values are those of the image without padding, the checksum is that of the files' binary SHA-256
+    digests, one after another in the order of the grid's slices.
 
     Raises:
         RejectedError: as ``read_grid``, and if the grid is not that of an axial CT, the pixels of a file
@@ -78,48 +64,37 @@ def read_ct(files: Sequence[Path]) -> CT:
     grid = _grid(headers)
     canonical_shape(grid)
     stored = np.empty((len(headers), *headers[0].shape), np.int16)
-    of_file: dict[Path, list[int]] = {}
+    slices_of: dict[Path, list[int]] = {}
     for z, header in enumerate(headers):
-        of_file.setdefault(header.path, []).append(z)
+        slices_of.setdefault(header.path, []).append(z)
     digests, kept = [], HUValues()
-    for path, indices in of_file.items():
-        content = _content(path)
-        dataset = parse(path, io.BytesIO(content))
-        for z in indices:
-            slope, intercept, where = headers[z].slope, headers[z].intercept, headers[z].name
-            with rejecting(path):
-                read_hu(dataset, headers[z].frame, slope, intercept, out=stored[z], kept=kept, where=where)
-        digests.append(hashlib.sha256(content).digest())
+    for path, indices in slices_of.items():
+        dataset = parse(path)
+        with reading(path):
+            for z in indices:
+                read_hu(dataset, headers[z], out=stored[z], kept=kept)
+        digests.append(_digest(path))
     if not kept.parts:
-        raise RejectedError(
-            "no image", f"a CT must have pixels that are no padding, got none in {headers[0].name}"
-        )
+        detail = f"a CT must have pixels that are no padding, got none in {headers[0].name}"
+        raise RejectedError("no image", detail)
     slices, spacing_mm = axial_slices(stored.transpose(2, 1, 0), grid.affine)
     return CT(slices, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest(), kept)
 
 
 def _sorted_headers(files: Sequence[Path]) -> list[SliceHeader]:
     """Read all headers, check that they belong together, and sort them along the normal."""
-    headers = [header for path in files for header in read_headers(path)]
-    shared: dict[str, Callable[[SliceHeader], Any]] = {
-        "Rows and Columns": lambda header: header.shape,
-        "PixelSpacing": lambda header: header.pixel_mm,
-        "ImageOrientationPatient": lambda header: header.orientation,
-    }
-    for header in headers[1:]:
-        for tag, of in shared.items():
-            if not np.allclose(of(header), of(headers[0]), rtol=0, atol=1e-3):
-                raise RejectedError(
-                    "geometry",
-                    f"slices must share {tag}, got {_shown(of(headers[0]))} in {headers[0].name} "
-                    f"and {_shown(of(header))} in {header.name}",
-                )
-    normal = _normal(headers[0])
-    headers = _without_copies(sorted(headers, key=lambda header: float(header.position @ normal)))
+    first, *others = headers = [header for path in files for header in read_headers(path)]
+    for other in others:
+        for tag, field in SHARED_TAGS.items():
+            values = getattr(first, field), getattr(other, field)
+            if not np.allclose(*values, rtol=0, atol=1e-3):
+                one, two = (np.round(value, 4).tolist() for value in values)
+                detail = f"slices must share {tag}, got {one} in {first.name} and {two} in {other.name}"
+                raise RejectedError("geometry", detail)
+    headers = _without_copies(sorted(headers, key=lambda header: float(header.position @ first.normal)))
     if len(headers) < 2:
-        raise RejectedError(
-            "geometry", f"a series must have at least 2 slices, got 1 in {headers[0].name}. Add the others."
-        )
+        detail = f"a series must have at least 2 slices, got 1 in {first.name}. Add the others."
+        raise RejectedError("geometry", detail)
     return headers
 
 
@@ -127,7 +102,7 @@ def _without_copies(headers: Sequence[SliceHeader]) -> list[SliceHeader]:
     """Leave out the slices of files that are copies of others, byte for byte, and say so."""
     places = Counter(tuple(header.position) for header in headers)
     shared = {header.path for header in headers if places[tuple(header.position)] > 1}
-    digests = {path: hashlib.sha256(_content(path)).digest() for path in shared}
+    digests = {path: _digest(path) for path in shared}
     kept: dict[tuple[bytes | Path, int], SliceHeader] = {}
     copies = []
     for header in headers:
@@ -139,39 +114,31 @@ def _without_copies(headers: Sequence[SliceHeader]) -> list[SliceHeader]:
     return list(kept.values())
 
 
-def _content(path: Path) -> bytes:
-    with rejecting(path):
-        return path.read_bytes()
-
-
-def _normal(header: SliceHeader) -> np.ndarray:
-    normal = np.cross(header.orientation[0], header.orientation[1])
-    return normal / np.linalg.norm(normal)
+def _digest(path: Path) -> bytes:
+    with reading(path):
+        return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _grid(headers: Sequence[SliceHeader]) -> Grid:
     """Check that sorted slices are an even, straight stack, and say where it lies."""
     first = headers[0]
-    normal = _normal(first)
     offsets = np.array([header.position - first.position for header in headers])
-    heights = offsets @ normal
+    heights = offsets @ first.normal
     step = _even_step(heights, headers)
-    sideways = np.linalg.norm(offsets - heights[:, None] * normal, axis=1)
+    sideways = np.linalg.norm(offsets - heights[:, None] * first.normal, axis=1)
     if sideways.max() > TILT_TOLERANCE_MM:
         angle = math.degrees(math.atan2(sideways.max(), heights[sideways.argmax()]))
         raise RejectedError(
             "geometry",
             "slices must lie straight above one another, got some shifted sideways by "
-            f"{sideways.max():.1f} mm, as by a gantry tilt of {angle:.1f} degrees. Convert it with dcm2niix, "
-            "which straightens it, and use that NIfTI file.",
+            f"{sideways.max():.1f} mm, as by a gantry tilt of {angle:.1f} degrees. Convert the series with "
+            "dcm2niix, which straightens it, and use that NIfTI file.",
         )
     row_mm, column_mm = first.pixel_mm
     affine = np.eye(4)
-    affine[:3, :3] = np.column_stack(
-        [first.orientation[0] * column_mm, first.orientation[1] * row_mm, normal * step]
-    )
-    affine[:3, 3] = first.position
-    affine[:3] *= LPS_TO_RAS[:, None]
+    affine[:3, 0], affine[:3, 1] = first.orientation[0] * column_mm, first.orientation[1] * row_mm
+    affine[:3, 2], affine[:3, 3] = first.normal * step, first.position
+    affine[:2] *= -1  # from LPS to RAS
     rows, columns = first.shape
     check_size((columns, rows, len(headers)))
     return Grid((columns, rows, len(headers)), affine)
@@ -215,11 +182,5 @@ def _uneven(heights: np.ndarray, headers: Sequence[SliceHeader]) -> RejectedErro
     if _fitting_step(places, heights) is None:
         detail = f"{found}. Its spacing changes, no slice is missing. Resample it to even spacing first."
         return RejectedError("uneven spacing", detail)
-    num_missing = int(places[-1]) - len(steps)
-    return RejectedError(
-        "missing slices", f"{found}: {num_missing} missing. Copy or export the series again."
-    )
-
-
-def _shown(value: Any) -> str:  # noqa: ANN401 (tuples or arrays)
-    return str(np.round(value, 4).tolist())
+    detail = f"{found}: {int(places[-1]) - len(steps)} missing. Copy or export the series again."
+    return RejectedError("missing slices", detail)

@@ -1,22 +1,19 @@
 """Says what a DICOM file is, and sorts files into axial CT series and what is none."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from pydicom import FileDataset
+from pydicom.uid import UID
 
 from common.ct.dicom_header import FRAME_TAGS, elements_start, frame_values, parse
 from common.ct.rejection import NOT_AXIAL_CT, RejectedError, RejectedVolume
-
-if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
-    from pydicom import FileDataset
 
 AXIAL_CT = "axial CT"
 LOCALIZER = "CT localizer"
@@ -28,11 +25,11 @@ DAMAGED = "damaged"
 # CT Image Storage, Enhanced CT Image Storage, Legacy Converted Enhanced CT Image Storage.
 CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
 DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
+PLANE_TAGS = ("ImageOrientationPatient", "ImagePositionPatient")
 TAGS = (
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "FileSetID"),
-    *("ImageType", "VolumeBasedCalculationTechnique"),
+    *("ImageType", "VolumeBasedCalculationTechnique", *PLANE_TAGS, *FRAME_TAGS),
 )
-PLANE_TAGS = ("ImageOrientationPatient", "ImagePositionPatient")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
 COMPUTED = re.compile(
@@ -40,19 +37,19 @@ COMPUTED = re.compile(
 )
 """In ImageType, or what Enhanced CT was computed by: projections, curved reformats, renderings, screens.
 
-Flat reformats are no such thing: scanners mark thick axial slices made from thin ones as MPR."""
+Flat reformats are none of these: scanners mark thick axial slices made from thin ones as MPR."""
 
 
 class FoundFile(NamedTuple):
     """A file that was looked at.
 
     Args:
-        path: of the file.
+        path: path of the file.
         kind: ``axial CT``, what else it is, or ``damaged``.
         series: SeriesInstanceUID, empty where the file has none.
         study: StudyInstanceUID, empty where the file has none.
-        places: of axial CT where each of its images lies, as far as the header says.
-        damage: of damaged files what is wrong.
+        places: where each image of an axial CT lies, as far as the header says.
+        damage: what is wrong with a damaged file.
     """
 
     path: Path
@@ -62,21 +59,9 @@ class FoundFile(NamedTuple):
     places: tuple[str, ...] = ()
     damage: str = ""
 
-    def shown_as(self, path: Path) -> FoundFile:
+    def shown_as(self, path: Path) -> "FoundFile":
         """Return the same with another path, also in what is wrong."""
         return self._replace(path=path, damage=self.damage.replace(str(self.path), str(path)))
-
-
-class Series(NamedTuple):
-    """The axial CT slices of a series.
-
-    Args:
-        volume: name.
-        files: in any order.
-    """
-
-    volume: str
-    files: tuple[Path, ...]
 
 
 def look_at(path: Path) -> FoundFile:
@@ -86,8 +71,7 @@ def look_at(path: Path) -> FoundFile:
             is_dicom = elements_start(file) is not None
         if not is_dicom and path.suffix.lower() not in DICOM_SUFFIXES:
             return FoundFile(path, NO_IMAGE)
-        tags = [*TAGS, *PLANE_TAGS, *FRAME_TAGS]
-        dataset = parse(path, path, stop_before_pixels=True, specific_tags=tags)
+        dataset = parse(path, stop_before_pixels=True, specific_tags=[*TAGS])
         # Tools for anonymising blank the class in the dataset and leave it in the file's meta information.
         sop_class = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
         if sop_class == DIRECTORY_CLASS or "FileSetID" in dataset:
@@ -102,10 +86,13 @@ def look_at(path: Path) -> FoundFile:
     return FoundFile(path, kind, series, study, places)
 
 
+def look_at_each(paths: Sequence[Path]) -> Iterable[FoundFile]:
+    """Look at files, one after another."""
+    return map(look_at, paths)
+
+
 def _kind(dataset: FileDataset, sop_class: str, path: Path) -> tuple[str, tuple[str, ...]]:
     """Return the kind of a file, and of axial CT where its images lie."""
-    from pydicom.uid import UID
-
     modality = str(dataset.get("Modality") or "unknown modality")
     if sop_class not in CT_CLASSES and (sop_class or modality != "CT"):
         return UID(sop_class).name or modality, ()
@@ -137,7 +124,9 @@ def _may_be_axial(orientation: Sequence[float] | None) -> bool:
     return bool(np.abs(np.cross(*cosines)).argmax() == 2)
 
 
-def sort_series(found: Iterable[FoundFile]) -> tuple[list[Series], list[RejectedVolume]]:
+def sort_series(
+    found: Iterable[FoundFile],
+) -> tuple[list[tuple[str, tuple[Path, ...]]], list[RejectedVolume]]:
     """Sort files into axial CT series, what is none, and what is damaged.
 
     Files of one SeriesInstanceUID belong together wherever they lie; files without one are a series per
@@ -146,12 +135,8 @@ def sort_series(found: Iterable[FoundFile]) -> tuple[list[Series], list[Rejected
     has other series. If most series of a study are single images, its series were torn apart, and each stays
     to fail when it is read.
 
-    Args:
-        found: the files, in any order. Messages, and the names of series without a UID, are made of their
-            paths, which may be relative to the tree: no file is opened.
-
     Returns:
-        The series in the order of their first files' paths, and what was left out.
+        Names and files of the series in the order of their first files' paths, and what was left out.
     """
     by_series: dict[str, list[FoundFile]] = {}
     rejected = []
@@ -168,11 +153,11 @@ def sort_series(found: Iterable[FoundFile]) -> tuple[list[Series], list[Rejected
         is_beside_others = _is_single(files) and 2 * singles[study] <= studies[study]
         what = "a single image of a study of several series" if is_beside_others else _left_out(files)
         if what:
-            detail = f"a series must hold axial CT, got files in '{_common_folder(files)}': {what}"
+            folder = Path(os.path.commonpath([file.path.parent for file in files])).as_posix()
+            detail = f"a series must hold axial CT, got files in '{folder}': {what}"
             rejected.append(RejectedError(NOT_AXIAL_CT, detail).of(series_volume(uid)))
         else:
-            cts = tuple(file.path for file in files if file.kind == AXIAL_CT)
-            series.append(Series(series_volume(uid), cts))
+            series.append((series_volume(uid), tuple(file.path for file in files if file.kind == AXIAL_CT)))
     return series, rejected
 
 
@@ -193,19 +178,8 @@ def _left_out(files: Sequence[FoundFile]) -> str:
     return f"{len(places)} images at {where}, as of bolus tracking"
 
 
-def _common_folder(files: Sequence[FoundFile]) -> str:
-    return Path(os.path.commonpath([file.path.parent for file in files])).as_posix()
-
-
 def series_volume(series: str) -> str:
-    """Return the name of a series.
-
-    Example:
-        >>> series_volume("1.2.840.113619")
-        '1_2_840_113619'
-        >>> series_volume("../etc")
-        'series_f7f9121fdb53d8de'
-    """
+    """Return the name of a series: its UID with ``_`` for dots, or a checksum of its own name."""
     if SERIES_UID.fullmatch(series):
         return series.replace(".", "_")
     return f"series_{hashlib.sha256(series.encode(errors='surrogatepass')).hexdigest()[:16]}"

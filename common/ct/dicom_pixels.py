@@ -1,64 +1,47 @@
 """Decodes a slice of a DICOM file into HU, whatever its compression, sign, spare bits and padding."""
 
-from __future__ import annotations
-
 import tempfile
-from typing import TYPE_CHECKING
 
 import numpy as np
+from pydicom import Dataset, FileDataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels import pixel_array
+from pydicom.uid import CTImageStorage, RLELossless
 
+from common.ct.dicom_header import SliceHeader
 from common.ct.geometry import STORED_HU_RANGE, HUValues, store_hu
-
-if TYPE_CHECKING:  # takes 0.2 s to import; --help must not wait for it
-    from pydicom import FileDataset
 
 FLOATS = {"FloatPixelData": "Float", "DoubleFloatPixelData": "DoubleFloat"}
 
 
-def read_hu(
-    dataset: FileDataset,
-    frame: int,
-    slope: float,
-    intercept: float,
-    *,
-    out: np.ndarray,
-    kept: HUValues,
-    where: str,
-) -> None:
+def read_hu(dataset: FileDataset, header: SliceHeader, *, out: np.ndarray, kept: HUValues) -> None:
     """Read a slice in HU as shards keep them; padding, which is no part of the image, becomes the lowest.
 
     Args:
         dataset: the whole file.
-        frame: index of the slice.
-        slope: HU = slope * stored + intercept.
-        intercept: see ``slope``.
+        header: header of the slice.
         out: ``(H, W)`` int16, filled with HU.
         kept: takes in the image's values before the clip; nothing where all is padding.
-        where: the slice, for the message.
 
     Raises:
         RejectedError: if a value is not finite.
         ValueError: if the shape is not that of ``out``; and what pydicom and SimpleITK raise.
     """
-    words = _stored_words(dataset, frame)
+    words = _stored_words(dataset, header.frame)
     if words.shape != out.shape:
         raise ValueError(f"it has pixels of shape {words.shape} under a header of {out.shape}")
     values = words if words.dtype.kind == "f" else _as_integers(words, dataset)
     padding = _padding(words, values, dataset)
-    if padding.all():
-        out[:] = STORED_HU_RANGE[0]
-        return
-    if padding.any():
-        values = np.where(padding, values[~padding][0], values)
-    store_hu(values, slope, intercept, out=out, kept=kept, where=where)
+    if not padding.all():
+        if padding.any():
+            values = np.where(padding, values[~padding][0], values)
+        store_hu(values, header.slope, header.intercept, out=out, kept=kept, where=header.name)
     out[padding] = STORED_HU_RANGE[0]
 
 
 def _stored_words(dataset: FileDataset, frame: int) -> np.ndarray:
     """Return the numbers of a slice as they are stored, spare high bits included."""
-    from pydicom.pixels import pixel_array
-    from pydicom.uid import RLELossless
-
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated and syntax != RLELossless:  # GDCM divides by zero at damaged run lengths
         return _decoded(dataset, frame)
@@ -95,12 +78,11 @@ def _padding(words: np.ndarray, values: np.ndarray, dataset: FileDataset) -> np.
     if not prefix:
         bits = 8 * words.itemsize
         patterns = np.array([int(bound) % 2**bits for bound in bounds], f"u{words.itemsize}")
-        low, high = sorted(patterns.view(values.dtype).tolist())
+        low, high = bounds = sorted(patterns.view(values.dtype).tolist())
         sign = 1 if values.dtype.kind == "i" else 0
         stored_bits = int(dataset.BitsStored) - sign
         if not -sign * 2**stored_bits <= low <= high < 2**stored_bits:
             values = words.view(values.dtype)
-        bounds = [low, high]
     mask: np.ndarray = (values >= bounds[0]) & (values <= bounds[1])
     return mask
 
@@ -109,13 +91,9 @@ def _decoded(dataset: FileDataset, frame: int) -> np.ndarray:
     """Decode JPEG, JPEG-LS or JPEG 2000 to whole words.
 
     GDCM, which does it, makes gigabytes ready where lengths in a file are wrong, inverts MONOCHROME1, and
-    wants identifiers. It is given the pixels alone, in a file of our own.
+    wants identifiers. So it is given the pixels alone, in a file written for it.
     """
-    import SimpleITK
-    from pydicom import Dataset
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.encaps import encapsulate, get_frame
-    from pydicom.uid import CTImageStorage
+    import SimpleITK  # takes 0.3 s to import; --help must not wait for it
 
     image = Dataset()
     image.file_meta = FileMetaDataset()

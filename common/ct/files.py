@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from common.ct import dicom, nifti, npz
 from common.ct.checks import check_ct
-from common.ct.dicom_files import NO_IMAGE, FoundFile, look_at, sort_series
+from common.ct.dicom_files import NO_IMAGE, FoundFile, look_at_each, sort_series
 from common.ct.geometry import CT, Grid
 from common.ct.itk import open_itk
 from common.ct.nifti import Rescale, VolumeFile, open_nifti
@@ -52,12 +52,7 @@ Places = Mapping[str, Path]
 
 
 def suffix_of(name: str, suffixes: Iterable[str] = VOLUME_SUFFIXES) -> str:
-    """Return the suffix that a file name ends in, in lower case; empty for any other file.
-
-    Example:
-        >>> suffix_of("SCAN.NII.GZ"), suffix_of("notes.txt")
-        ('.nii.gz', '')
-    """
+    """Return the suffix that a file name ends in, in lower case; empty for any other file."""
     return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
 
 
@@ -65,10 +60,8 @@ def volume_name(text: str) -> str:
     """Return the name of the volume that a file name, a path or a cell of a table means.
 
     Folders of either system, quotes and the suffix are dropped; dots and blanks become ``_``. A name with
-    other characters, or too long for a shard, keeps what it can and takes eight digits of its checksum.
-
-    Returns:
-        A name that matches ``VOLUME_NAME`` and is the same on every machine.
+    other characters, or too long for a shard, keeps what it can and takes eight digits of its checksum. It
+    matches ``VOLUME_NAME`` and is the same on every machine.
 
     Example:
         >>> volume_name("train_fixed/train_1_a_1.nii.gz"), volume_name("1.2.840.NRRD")
@@ -94,12 +87,7 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Name the volumes of a folder: by file, or by folder where several files have one name.
 
     ``s0000/ct.nii.gz`` beside ``s0001/ct.nii.gz`` is ``s0000``; where that name is taken too, ``s0000_ct``.
-
-    Args:
-        paths: paths relative to the folder that was searched.
-
-    Returns:
-        Path to name. Two paths have one name only if no folder tells them apart.
+    Paths are relative to the folder that was searched. Two have one name only if no folder tells them apart.
 
     Example:
         >>> list(unique_names([Path("s0/ct.nii"), Path("s1/ct.nii"), Path("s1/a.b.mha")]).values())
@@ -119,11 +107,8 @@ def find_named(texts: Iterable[str], places: Places) -> tuple[set[str], list[str
     """Find the volumes that a list names, by path where it gives folders, else by name.
 
     Args:
-        texts: names or paths, with or without suffix, of this or another machine.
+        texts: names or paths, with or without suffix, of this or another machine; those of none are returned.
         places: volumes to choose from.
-
-    Returns:
-        The volumes, and the texts that name none.
 
     Example:
         >>> places = {"s1": Path("s1/ct.nii.gz"), "a": Path("a.mha")}
@@ -147,13 +132,13 @@ def _ends(path: str) -> list[tuple[str, ...]]:
 
 
 class CTFile(NamedTuple):
-    """Where a volume is: plain data, which may travel to another process.
+    """Where a volume is: plain data, which may travel to a process in another folder.
 
     Args:
         volume: name.
         path: its file, or folder of its series; of a zip's volume with the zip as a folder.
-        files: its file, followed by the one with its voxels if it is a header, or the files of its series;
-            of a zip's volume below the zip.
+        files: absolute paths of its file, and of the one with its voxels if it is a header, or of the files
+            of its series; of a zip's volume below the zip.
         archive: the zip it is in, if any.
     """
 
@@ -173,20 +158,14 @@ class CTFile(NamedTuple):
         return self.files if self.archive is None else (self.archive,)
 
     def inside(self, archive: Path) -> "CTFile":
-        """Return the same volume as one of a zip, which is part of its paths."""
+        """Return the same volume as one of a zip, which stands in its paths like a folder."""
         return self._replace(files=tuple(file.relative_to(archive) for file in self.files), archive=archive)
-
-    def absolute(self) -> "CTFile":
-        """Return the same with absolute paths, for a process that runs in another folder."""
-        if self.archive is not None:
-            return self._replace(archive=self.archive.absolute())
-        return self._replace(files=tuple(file.absolute() for file in self.files))
 
 
 def ct_file(*files: Path) -> CTFile:
     """Return a volume whose file, or whose series' files, are known."""
     path = files[0] if len(files) == 1 else _common_folder(files)
-    return CTFile(volume_name(path.name), path, files)
+    return CTFile(volume_name(path.name), path, tuple(file.absolute() for file in files))
 
 
 def _common_folder(files: Iterable[Path]) -> Path:
@@ -213,7 +192,7 @@ def read_grid(ct: CTFile, form: str = "v2", rescale: Rescale | None = None) -> G
         if ct.is_series:
             return dicom.read_grid(paths)
         if suffix_of(paths[0].name) == ".npz":
-            return npz.read_grid(paths[0], *_edge_mm(rescale))
+            return npz.read_grid(paths[0], rescale.spacing_mm[0] if rescale else npz.SPACING_MM)
         with open_volume(paths[0]) as file:
             return nifti.grid_of(file.header, form, rescale)[0]
 
@@ -224,14 +203,9 @@ def read_ct(ct: CTFile, form: str = "v2", rescale: Rescale | None = None) -> CT:
         if ct.is_series:
             return check_ct(dicom.read_ct(paths))
         if suffix_of(paths[0].name) == ".npz":
-            return check_ct(npz.read_ct(paths[0], *_edge_mm(rescale)))
+            return check_ct(npz.read_ct(paths[0], rescale.spacing_mm[0] if rescale else npz.SPACING_MM))
         with open_volume(paths[0]) as file:
             return check_ct(nifti.read_ct(file, form, rescale))
-
-
-def _edge_mm(rescale: Rescale | None) -> tuple[float, ...]:
-    """Return the edge of a voxel where a table states it; without one the data set's own counts."""
-    return () if rescale is None else rescale.spacing_mm[:1]
 
 
 @contextmanager
@@ -249,13 +223,12 @@ def _files_of(ct: CTFile) -> Iterator[tuple[Path, ...]]:
 def walk(root: Path, rejected: list[RejectedVolume], leave_out: Path | None = None) -> Iterator[Path]:
     """List users' files below a folder, in the order of their names; links to folders are not followed.
 
+    Broken links are listed as well: reading says what is wrong.
+
     Args:
         root: folder.
-        rejected: takes the folders that cannot be searched.
+        rejected: takes in the folders that cannot be searched.
         leave_out: folder that is not searched.
-
-    Yields:
-        Files, broken links among them: reading says what is wrong.
     """
 
     def refuse(error: OSError) -> None:
@@ -273,8 +246,7 @@ def walk(root: Path, rejected: list[RejectedVolume], leave_out: Path | None = No
             folders[:] = [name for name in folders if Path(place, name).resolve() != out]
         yield from (Path(place, name) for name in sorted(names) if not _is_systems(name))
     if passed_over:
-        example = passed_over[0]
-        logger.info("Passed over %d hidden or system files, such as '%s'.", len(passed_over), example)
+        logger.info("Passed over %d hidden or system files, such as '%s'.", len(passed_over), passed_over[0])
 
 
 def _is_systems(name: str) -> bool:
@@ -282,10 +254,7 @@ def _is_systems(name: str) -> bool:
 
 
 def volume_files(root: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, list[Path]]:
-    """List the files below a folder that are an image each, CT or label map, by their volumes' names.
-
-    A warning names sub-folders that cannot be searched.
-    """
+    """List the files of one image each below a folder by volume; a warning names folders that are closed."""
     closed: list[RejectedVolume] = []
     found: dict[str, list[Path]] = {}
     for path in walk(root, closed):
@@ -297,15 +266,7 @@ def volume_files(root: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[s
 
 
 def only_file(files: Sequence[Path], what: str) -> Path:
-    """Return the one file of a volume.
-
-    Args:
-        files: files that have the volume's name.
-        what: what they are, for the message.
-
-    Raises:
-        RejectedError: if there are several.
-    """
+    """Return the one file that has a volume's name; raise RejectedError if several ``what`` have it."""
     if len(files) > 1:
         raise _same_name(files, what)
     return files[0]
@@ -316,22 +277,15 @@ def _same_name(files: Sequence[Path], what: str) -> RejectedError:
     return RejectedError("duplicate", f"{some}. Keep one, or rename.")
 
 
-def look_at_each(paths: Sequence[Path]) -> Iterable[FoundFile]:
-    """Look for DICOM in files, one after another."""
-    return map(look_at, paths)
-
-
 def find_cts(
     root: Path, look: Look | None = look_at_each, leave_out: Path | None = None
 ) -> tuple[list[CTFile], list[RejectedVolume]]:
     """List the volumes of a file, or of a folder and its sub-folders.
 
     A volume that is a file is called as ``unique_names`` says, a DICOM series by its SeriesInstanceUID.
-    Hidden files, those of operating systems and whatever else is no volume are counted in the log.
-
-    A zip file is unpacked into the folder for temporary files (``TMPDIR`` names another): here to look into
-    it, later whenever one of its volumes is read. What was unpacked is removed again unless the process is
-    killed.
+    Hidden files, those of operating systems and whatever else is no volume are counted in the log. A zip file
+    is unpacked into the folder for temporary files (``TMPDIR`` names another): here to look into it, later
+    whenever one of its volumes is read. What was unpacked is removed again unless the process is killed.
 
     Args:
         root: file or folder.
@@ -356,11 +310,10 @@ def find_cts(
             rejected.append(error.of(archive.name))
             continue
         for inner in filter(_is_zip, inside):
-            detail = (
-                f"'{archive}' holds another zip, '{inner.name}', which is not searched. Unpack '{archive}'."
-            )
+            detail = f"'{archive}' holds another zip, '{inner.name}', which is not searched. Unpack them."
             rejected.append(RejectedError("unreadable", detail).of(inner.name))
-    _log_unread(unread)
+    if unread:
+        _log_unread(unread)
     base = root.parent if root.is_file() else root
     names = unique_names([ct.path.relative_to(base) for ct in cts if not ct.volume])
     named = [ct if ct.volume else ct._replace(volume=names[ct.path.relative_to(base)]) for ct in cts]
@@ -428,8 +381,6 @@ def _once(cts: Iterable[CTFile], rejected: list[RejectedVolume]) -> list[CTFile]
 
 def _log_unread(paths: Sequence[Path]) -> None:
     """Log in a line how many files of which kind are no volumes."""
-    if not paths:
-        return
     kinds = Counter(path.suffix.lower() or "without suffix" for path in paths)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     level = logging.WARNING if IMAGES & kinds.keys() else logging.INFO

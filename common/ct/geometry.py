@@ -5,7 +5,8 @@ columns from the patient's right to the left.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
@@ -57,18 +58,14 @@ class Grid(NamedTuple):
 
 
 class HUValues:
-    """What is kept of a volume's values before the clip: the extremes, and a sample to judge the unit by."""
+    """What is kept of values before the clip: the extremes, and some 64 x 64 of each plane as a sample."""
 
     def __init__(self) -> None:
         self.lowest, self.highest = math.inf, -math.inf
         self.parts: list[np.ndarray] = []
 
     def add(self, hu: np.ndarray) -> bool:
-        """Take in some values; return whether all are finite.
-
-        Args:
-            hu: one or more planes, ``(X, Y)`` or ``(X, Y, N)``; about 64 x 64 values of each are kept.
-        """
+        """Take in planes, ``(X, Y)`` or ``(X, Y, N)``; return whether all values are finite."""
         lowest, highest = float(hu.min()), float(hu.max())
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             return False
@@ -114,8 +111,8 @@ def canonical_axes(
         affine: ``(4, 4)`` voxel to RAS+ world coordinates in mm.
 
     Returns:
-        For slices, rows and columns the voxel axis, and 1 or -1 if its index grows the canonical way or the
-        other; and the spacing in mm as (x, y, z).
+        For slices, rows and columns the voxel axis, and 1 or -1 as its index grows the canonical way or not;
+        and the spacing in mm as (x, y, z).
 
     Raises:
         RejectedError: if the affine is not a finite 4 x 4 matrix of perpendicular axes, or turned by more
@@ -136,18 +133,12 @@ def canonical_axes(
         raise RejectedError("geometry", f"affine must have three perpendicular axes, got {shown}.")
     turned_deg = float(np.degrees(np.arccos(np.abs(cosines).max(axis=0).clip(max=1))).max())
     if turned_deg > MAX_OBLIQUITY_DEG:
-        raise RejectedError(
-            "geometry",
-            f"affine must be within {MAX_OBLIQUITY_DEG:g} degrees of the world axes, got {turned_deg:.1f}. "
-            "Resample the volume to axial slices first.",
-        )
+        said = f"affine must be within {MAX_OBLIQUITY_DEG:g} degrees of the world axes, got {turned_deg:.1f}"
+        raise RejectedError("geometry", f"{said}. Resample the volume to axial slices first.")
     shear_deg = float(np.degrees(np.arcsin(np.abs(np.triu(cosines.T @ cosines, 1)).max())))
     if shear_deg > SHEAR_TOLERANCE_DEG:
-        raise RejectedError(
-            "geometry",
-            f"axes must be perpendicular, got {shear_deg:.1f} degrees off, as from a tilted gantry. "
-            "Resample the volume to axial slices first.",
-        )
+        said = f"axes must be perpendicular, got {shear_deg:.1f} degrees off, as from a tilted gantry"
+        raise RejectedError("geometry", f"{said}. Resample the volume to axial slices first.")
     x, y, z = (int(axis) for axis in np.argsort(np.abs(cosines).argmax(axis=0)))
     # canonical indices grow to the head, back and left, world coordinates to the head, front and right
     steps = int(np.sign(cosines[2, z])), -int(np.sign(cosines[1, y])), -int(np.sign(cosines[0, x]))
@@ -162,14 +153,11 @@ def axial_slices(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tu
     stays in it.
 
     Args:
-        volume: any dtype, axes as stored.
-        affine: voxel to RAS+ world coordinates in mm.
-
-    Shape:
-        Input ``(X, Y, Z)`` and ``(4, 4)``. Output ``(Z, H, W)``, a view of ``volume``.
+        volume: ``(X, Y, Z)`` of any dtype, axes as stored.
+        affine: ``(4, 4)`` voxel to RAS+ world coordinates in mm.
 
     Returns:
-        The slices and their spacing in mm as (x, y, z): columns, rows, slices.
+        The slices ``(Z, H, W)``, a view of ``volume``, and their spacing in mm as (x, y, z).
 
     Raises:
         RejectedError: if the volume is not 3-D, or as ``canonical_axes``.
@@ -189,13 +177,7 @@ def axial_slices(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tu
 
 
 def canonical_indices(grid: Grid) -> np.ndarray:
-    """Return the ``(4, 4)`` matrix from canonical (slice, row, column) to stored (X, Y, Z) indices.
-
-    Example:
-        >>> grid = Grid((5, 4, 3), np.diag([0.7, -0.7, 2, 1]))
-        >>> (canonical_indices(grid) @ [2, 1, 0, 1]).tolist()
-        [4.0, 1.0, 2.0, 1.0]
-    """
+    """Return the ``(4, 4)`` matrix from canonical (slice, row, column) to stored (X, Y, Z) indices."""
     order, steps, _ = canonical_axes(grid.affine)
     matrix = np.diag([0.0, 0, 0, 1])
     for canonical, (axis, step) in enumerate(zip(order, steps, strict=True)):
@@ -205,15 +187,11 @@ def canonical_indices(grid: Grid) -> np.ndarray:
 
 
 def canonical_shape(grid: Grid) -> tuple[int, int, int]:
-    """Return the shape of the canonical slices of a grid.
+    """Return the shape ``(Z, H, W)`` of the canonical slices of a grid.
 
     Raises:
         RejectedError: if the affine is not that of an axial scan, its size, spacing or extent not a CT's, or
             there are fewer than two slices.
-
-    Example:
-        >>> canonical_shape(Grid((5, 4, 3), np.diag([-0.7, -0.7, 2, 1])))
-        (3, 4, 5)
     """
     check_size(grid.shape)
     spacing_mm = tuple(np.linalg.norm(grid.affine[:3, :3], axis=0).tolist())
@@ -247,14 +225,6 @@ def is_blank(shape: tuple[int, ...], affine: np.ndarray) -> bool:
 
     Tools that know no geometry write this: NumPy's users the identity, ITK ``diag(-1, -1, 1)``; turning
     such a file leaves the origin at another corner. No scanner puts the corner of a scan there.
-
-    Args:
-        shape: three axes or more.
-        affine: ``(4, 4)`` voxel to RAS+ world in mm.
-
-    Example:
-        >>> is_blank((5, 4, 3), np.diag([-1.0, -1, 1, 1])), is_blank((5, 4, 3), np.diag([-0.7, -0.7, 1, 1]))
-        (True, False)
     """
     steps = np.rint(affine[:3, :3])
     is_whole = np.allclose(affine[:3, :3], steps, rtol=0, atol=1e-4)
@@ -272,12 +242,7 @@ def axcodes(affine: np.ndarray) -> str:
 
 
 def shown_mm(spacing_mm: Iterable[float]) -> str:
-    """Write a spacing for a message.
-
-    Example:
-        >>> shown_mm((0.7, 0.7, 2.0))
-        '(0.7, 0.7, 2)'
-    """
+    """Write a spacing for a message, as ``(0.7, 0.7, 2)``."""
     return "(" + ", ".join(f"{mm:g}" for mm in spacing_mm) + ")"
 
 
@@ -325,3 +290,16 @@ def _fits_int32(dtype: np.dtype, slope: float, intercept: float) -> bool:
     products = [int(slope) * bound for bound in (np.iinfo(dtype).min, np.iinfo(dtype).max)]
     reached = [*products, *(product + int(intercept) for product in products), int(slope), int(intercept)]
     return max(map(abs, reached)) < 2**31
+
+
+@contextmanager
+def rejecting(name: str, damage: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Refuse a file if reading it raises one of ``damage``; the last line of the error says what is wrong."""
+    try:
+        yield
+    except RejectedError:
+        raise
+    except damage as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[-1][-200:]
+        detail = f"Cannot read {name}: {said}. Copy or download it again."
+        raise RejectedError("unreadable", detail) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.ct.geometry import check_size, is_blank
+from common.ct.geometry import check_size, is_blank, rejecting
 from common.ct.nifti import CHUNK_BYTES, MAX_INFLATION, VolumeFile, VolumeHeader, without_trailing_ones
 from common.ct.rejection import RejectedError
 
@@ -28,7 +28,9 @@ SPACES = (
 )
 """Worlds of NRRD that say where the patient's left is, and that ITK turns into its own."""
 ORIENTATIONS = {"transformmatrix", "rotation", "orientation"}
-"""Of MetaImage; without one of them ITK supposes some orientation."""
+"""Keys of MetaImage; without one of them ITK supposes some orientation."""
+DAMAGED = (OSError, ValueError, RuntimeError)
+"""What reading a damaged file raises."""
 
 
 @contextmanager
@@ -38,19 +40,17 @@ def open_itk(path: Path) -> Iterator[VolumeFile]:
     Args:
         path: ``.mha`` or ``.nrrd``; or ``.mhd`` or ``.nhdr``, whose voxels lie in one file beside it.
 
-    Yields:
-        The file, its header read.
-
     Raises:
-        RejectedError: here or in the reading if the file is truncated, damaged, or not of its format, or its
+        RejectedError: now or while reading, if the file is truncated, damaged, or not of its format, or its
             voxels are no numbers or more than any CT has.
     """
     import SimpleITK as sitk  # takes 0.3 s to import; --help must not wait for it
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    with _rejecting(path):
+    with rejecting(f"'{path.name}'", DAMAGED):
         is_nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
-        text = _head(path)
+        with path.open("rb") as file:
+            text = file.read(MAX_HEADER_BYTES).decode("latin-1")
         if not is_nrrd:
             _check_axes(text)
         stated = _stated(text)
@@ -70,24 +70,6 @@ def open_itk(path: Path) -> Iterator[VolumeFile]:
         if not says_left:
             header = header._replace(is_blank=True)
     yield VolumeFile(header, partial(_planes, path, reader), files)
-
-
-@contextmanager
-def _rejecting(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except RejectedError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split())[-200:]
-        detail = f"Cannot read '{path.name}': {said}. Copy or download it again."
-        raise RejectedError("unreadable", detail) from error
-
-
-def _head(path: Path) -> str:
-    """Read the text at the beginning of a file."""
-    with path.open("rb") as file:
-        return file.read(MAX_HEADER_BYTES).decode("latin-1")
 
 
 def _check_axes(text: str) -> None:
@@ -136,7 +118,7 @@ def _header(reader: "sitk.ImageFileReader") -> VolumeHeader:
 def _planes(path: Path, reader: "sitk.ImageFileReader") -> Iterator[tuple[int, np.ndarray]]:
     import SimpleITK as sitk
 
-    with _rejecting(path):
+    with rejecting(f"'{path.name}'", DAMAGED):
         image = reader.Execute()
         voxels = sitk.GetArrayViewFromImage(image)
         if voxels.dtype.kind not in "iuf":

@@ -33,6 +33,7 @@ from common.ct.geometry import (
     canonical_shape,
     check_spacing,
     is_blank,
+    rejecting,
     shown_mm,
     store_hu,
 )
@@ -144,29 +145,25 @@ def open_nifti(path: Path) -> Iterator[VolumeFile]:
         RejectedError: now or while reading, if the file is truncated, damaged, no NIfTI file or cannot be
             read, or its voxels are no numbers.
     """
-    try:
-        with ExitStack() as stack:
-            paths = [path]
-            stream, size, most_bytes = _open(path, stack)
-            stated, pixdim = _read_header(stream, path)
-            start = stated.sizeof_hdr
-            if stated["magic"].item() == stated.pair_magic:
-                paths.append(_image_of(path))
-                stream, size, most_bytes = _open(paths[1], stack)
-                start = 0
-            header, dtype, offset = _described(stated, pixdim)
-            if offset < start:
-                raise ImageFileError(f"voxels from byte {offset} on, inside the header")
-            if offset + math.prod(header.shape) * dtype.itemsize > most_bytes:
-                raise EOFError(f"{size} bytes for an array of shape {header.shape} of {dtype}")
-            for skipped in range(start, offset, CHUNK_BYTES):
-                _read(stream, min(CHUNK_BYTES, offset - skipped))
-            if dtype.kind not in "iuf":
-                raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
-            yield VolumeFile(header, partial(_planes, stream, header.shape, dtype), paths)
-    except DAMAGED as error:
-        detail = f"Cannot read '{path.name}' as NIfTI: {error}. Copy or download it again."
-        raise RejectedError("unreadable", detail) from error
+    with rejecting(f"'{path.name}' as NIfTI", DAMAGED), ExitStack() as stack:
+        paths = [path]
+        stream, size, most_bytes = _open(path, stack)
+        stated, pixdim = _read_header(stream, path)
+        start = stated.sizeof_hdr
+        if stated["magic"].item() == stated.pair_magic:
+            paths.append(_image_of(path))
+            stream, size, most_bytes = _open(paths[1], stack)
+            start = 0
+        header, dtype, offset = _described(stated, pixdim)
+        if offset < start:
+            raise ImageFileError(f"voxels from byte {offset} on, inside the header")
+        if offset + math.prod(header.shape) * dtype.itemsize > most_bytes:
+            raise EOFError(f"{size} bytes for an array of shape {header.shape} of {dtype}")
+        for skipped in range(start, offset, CHUNK_BYTES):
+            _read(stream, min(CHUNK_BYTES, offset - skipped))
+        if dtype.kind not in "iuf":
+            raise RejectedError("unreadable", f"voxels of '{path.name}' must be numbers, got {dtype}")
+        yield VolumeFile(header, partial(_planes, stream, header.shape, dtype), paths)
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[Stream, int, int]:
@@ -216,7 +213,7 @@ def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, n
         raise ImageFileError(f"it begins with {start!r}")
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
-    if kind.may_contain_header(block):
+    if kind.may_contain_header(block):  # type: ignore[no-untyped-call]
         return kind(block), kind(block, check=False)["pixdim"][1:4].astype(float)
     if 348 in sizes and not block[344:].strip(b"\0"):
         detail = f"'{path.name}' is in Analyze format, which does not say left from right. Convert it."
@@ -278,10 +275,7 @@ def _contradiction(stated: nib.nifti1.Nifti1Header, to_mm: np.ndarray, pixdim: n
 def read_ct(file: VolumeFile, form: str = "v2", rescale: Rescale | None = None) -> CT:
     """Read a volume a few planes at a time: neither the file nor its values are ever in memory as a whole.
 
-    Args:
-        file: an open file.
-        form: see ``grid_of``.
-        rescale: see ``grid_of``.
+    ``form`` and ``rescale`` are those of ``grid_of``.
 
     Raises:
         RejectedError: as ``grid_of``, and if the file is damaged or a voxel is not finite.
@@ -333,20 +327,13 @@ def grid_of(
     grid = Grid(shape, header.affine)
     canonical_shape(grid)
     if rescale is not None:
-        _check_metadata(grid, rescale)
+        _, _, spacing_mm = canonical_axes(grid.affine)
+        pairs = zip(spacing_mm, rescale.spacing_mm, strict=True)
+        if any(math.isfinite(said) and abs(mm - said) > SPACING_TOLERANCE * mm for mm, said in pairs):
+            in_header, in_table = shown_mm(spacing_mm), shown_mm(rescale.spacing_mm)
+            shown = f"{in_header} mm in the header and {in_table} mm in the metadata"
+            raise RejectedError("spacing", f"header and metadata must state one spacing, got {shown}")
     return grid, header.slope, header.intercept
-
-
-def _check_metadata(grid: Grid, rescale: Rescale) -> None:
-    """Compare the header's spacing with the table's where it states one: either may be wrong."""
-    _, _, spacing_mm = canonical_axes(grid.affine)
-    pairs = zip(spacing_mm, rescale.spacing_mm, strict=True)
-    if any(math.isfinite(said) and abs(mm - said) > SPACING_TOLERANCE * mm for mm, said in pairs):
-        raise RejectedError(
-            "spacing",
-            f"header and metadata must state one spacing, got {shown_mm(spacing_mm)} mm in the header and "
-            f"{shown_mm(rescale.spacing_mm)} mm in the metadata",
-        )
 
 
 def _raw_rescale(header: VolumeHeader, rescale: Rescale | None) -> Rescale:

@@ -12,7 +12,16 @@ from typing import IO
 
 import numpy as np
 
-from common.ct.geometry import CT, Grid, HUValues, axial_slices, canonical_shape, check_size, store_hu
+from common.ct.geometry import (
+    CT,
+    Grid,
+    HUValues,
+    axial_slices,
+    canonical_shape,
+    check_size,
+    rejecting,
+    store_hu,
+)
 from common.ct.nifti import MAX_INFLATION
 from common.ct.rejection import RejectedError
 from common.ct.unzip import DAMAGED_ZIP
@@ -21,23 +30,17 @@ SPACING_MM = 0.8
 """All volumes were resampled to cubes of this size. Source: the dataset's description."""
 
 MAX_HEADER_BYTES = 2**14
-"""Of an array; NumPy refuses text of more than 10,000 characters."""
+"""Length of an array's header; NumPy refuses text of more than 10,000 characters."""
+
+DAMAGED = (
+    *(OSError, KeyError, ValueError, *DAMAGED_ZIP),
+    *(SyntaxError, tokenize.TokenError, TypeError, MemoryError),  # of the header, which NumPy evaluates
+)
+"""What reading a damaged file raises."""
 
 
 def npz_affine(spacing_mm: float = SPACING_MM) -> np.ndarray:
-    """Return the affine of a volume: stored head to feet, anterior to posterior, right to left.
-
-    Args:
-        spacing_mm: edge of a voxel.
-
-    Returns:
-        ``(4, 4)`` voxel to RAS+ world in mm.
-
-    Example:
-        >>> import nibabel
-        >>> nibabel.orientations.aff2axcodes(npz_affine())
-        ('I', 'P', 'L')
-    """
+    """Return the affine of a volume: stored head to feet, anterior to posterior, right to left (IPL)."""
     affine = np.eye(4)
     affine[:3, :3] = -spacing_mm * np.eye(3)[::-1]
     return affine
@@ -53,7 +56,7 @@ def read_grid(path: Path, spacing_mm: float = SPACING_MM) -> Grid:
         spacing_mm: edge of a voxel.
 
     Raises:
-        RejectedError: if the file is damaged, a web page in place of a volume, or its array no CT.
+        RejectedError: if the file is damaged or its array no CT.
     """
     with _open_array(path) as (member, num_bytes):
         shape, dtype, offset = _array_header(member)
@@ -93,27 +96,13 @@ def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> CT:
 @contextmanager
 def _open_array(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     """Open the array of a volume for reading; yields it and the bytes that it should have."""
-    try:
+    with rejecting(f"'{path.name}' as npz with an array 'ct'", DAMAGED):
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive, archive.open("ct.npy") as member:
             num_bytes = archive.getinfo("ct.npy").file_size
             if num_bytes > size * MAX_INFLATION:
                 raise EOFError(f"{size} bytes for an array of {num_bytes}")
             yield member, num_bytes
-    except (OSError, KeyError, ValueError, *DAMAGED_ZIP) as error:
-        got = "a web page" if _is_web_page(path) else error
-        raise RejectedError(
-            "unreadable",
-            f"'{path.name}' must be an npz file with an array 'ct', got {got}. Copy or download it again.",
-        ) from error
-
-
-def _is_web_page(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(64).lstrip().startswith(b"<")
-    except OSError:
-        return False
 
 
 def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
@@ -124,8 +113,5 @@ def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
     head = io.BytesIO(member.read(MAX_HEADER_BYTES))
     version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        shape, _, dtype = read(head)
-    except (SyntaxError, tokenize.TokenError, TypeError, MemoryError) as error:  # of the text it evaluates
-        raise ValueError(f"a header that cannot be: {error}") from error
+    shape, _, dtype = read(head)
     return shape, dtype, head.tell()

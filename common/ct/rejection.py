@@ -24,16 +24,7 @@ class RejectedVolume(NamedTuple):
 
 
 class RejectedError(ValueError):
-    """A volume that must not be used.
-
-    Args:
-        reason: see :class:`RejectedVolume`.
-        detail: see :class:`RejectedVolume`.
-
-    Example:
-        >>> RejectedError("unreadable", "the file ends early").of("train_1_a_1").reason
-        'unreadable'
-    """
+    """A volume must not be used, for a ``reason`` and with a ``detail`` as in :class:`RejectedVolume`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason

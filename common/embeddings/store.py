@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,17 +103,16 @@ class EmbeddingStore:
         self.folder = Path(folder)
         parts = sorted(self.folder.glob(f"*{SUFFIX}"))
         if not parts:
-            raise FileNotFoundError(
-                f"No embeddings in '{self.folder}': it has no *{SUFFIX}. "
-                "Run the inference.json of an encoder bundle."
-            )
+            remedy = "Run the inference.json of an encoder bundle."
+            raise FileNotFoundError(f"No embeddings in '{self.folder}' (*{SUFFIX}). {remedy}")
         self._places: dict[str, _Place] = {}
         self._checked: set[tuple[str, str]] = set()
         facts: dict[str, Any] = {}
         for part in parts:
-            of_part, places = _open_part(part)
+            state = part.stat()
+            of_part, places = _open_part(part, state.st_ino, state.st_mtime_ns)
             check_identity(of_part, facts, of=f"'{part}'", source="of the other files", remedy=REMEDY)
-            facts = of_part
+            facts = dict(of_part)
             for place in places:
                 volume = place.record["metadata"]["volume"]
                 if volume in self._places:
@@ -362,8 +362,9 @@ def _header_crc32(header: Mapping[str, str]) -> str:
     return str(isal_zlib.crc32("".join(header[name] for name in HEADER).encode()))
 
 
-def _open_part(part: Path) -> tuple[dict[str, Any], list[_Place]]:
-    """Map a part: its identity and fields, and where its volumes lie."""
+@lru_cache(maxsize=4096)
+def _open_part(part: Path, inode: int, modified_ns: int) -> tuple[dict[str, Any], list[_Place]]:
+    """Map a part, once per process: its identity and fields, and where its volumes lie."""
     try:
         with safe_open(part, framework="pt") as file:
             header = file.metadata() or {}

@@ -113,22 +113,22 @@ def ct_sources(
     if not found and not any(map(is_failure, rejected)):
         left_out = f" {len(rejected)} were left out, such as: {rejected[0].detail}" if rejected else ""
         raise FileNotFoundError(
-            f"No volumes in '{root}': neither NIfTI, MetaImage, NRRD, npz nor DICOM series, zips of these, "
-            f"or shards.{left_out}"
+            f"No volumes in '{root}'. It must hold files of NIfTI, MetaImage, NRRD or npz, DICOM series, "
+            f"zips of these, or shards.{left_out}"
         )
     chosen = {*places} if subset_csv is None else _named(subset_csv, "subset_csv", places, root)
     skipped = set() if skip_list is None else _named(skip_list, "skip_list", places, root)
     if not chosen and subset_csv is not None:
         raise FileNotFoundError(f"None of the names in subset_csv '{subset_csv}' is in '{root}'.")
     used = [CTSource(volume, found[volume]) for volume in sorted(found.keys() & chosen - skipped)]
-    logger.info("%d of %d volumes in '%s' are to be embedded.", len(used), len(found), root)
+    logger.info("%d of %d volumes in '%s' are chosen.", len(used), len(found), root)
     # a damaged file has no volume's name: it may belong to any
     others = places.keys() - (chosen - skipped)
     return used, [item for item in rejected if item.volume not in others]
 
 
 def _named(listing: str | Path, knob: str, places: Places, root: Path) -> set[str]:
-    """Find the volumes that a list names; a warning counts the names of none."""
+    """Find the volumes that a list names; names of no volume are counted in a warning."""
     names = listed_names(listing, knob)
     found, absent = find_named(names, places)
     if absent:
@@ -199,6 +199,7 @@ def embedding_work(sources: Sequence[CTSource], folders: Mapping[str, Path]) -> 
         missing = tuple(name for name in folders if source.volume not in done[name])
         if missing:
             work.append(source._replace(stores=missing))
+    logger.info("%d of %d volumes are to be embedded.", len(work), len(sources))
     wait_for_ranks()
     return work[idist.get_rank() :: idist.get_world_size()]
 

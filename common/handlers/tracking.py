@@ -114,7 +114,7 @@ class Progress:
         if idist.get_rank() == 0:
             engine.add_event_handler(Events.STARTED, self._open)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
-            engine.add_event_handler(Events.COMPLETED, self._close)
+            engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
 
     def _open(self, engine: Engine) -> None:
         state: Any = engine.state
@@ -129,9 +129,6 @@ class Progress:
         shown = {name: f"{float(known[name]):.4g}" for name in self.names if name in known}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(state.iteration - self.bar.n)
-
-    def _close(self, engine: Engine) -> None:
-        self.bar.close()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -178,7 +175,7 @@ class MLflowRun:
         self.client = MlflowClient(self.tracking_uri)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._log_if_due)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._upload)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: self.uploads.start())
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _start(self, engine: Engine) -> None:
@@ -186,7 +183,7 @@ class MLflowRun:
         if self.last_step == 0 or not self._resume():
             self._create()
         self.uploads = Uploads(self.client, self.run_id, Path(self.output_dir), self.artifacts)
-        self._upload(engine)
+        self.uploads.start()
         logger.info("MLflow run '%s' (%s) in '%s'.", self.run_name, self.run_id, self.tracking_uri)
 
     def _remembered(self) -> dict[str, str]:
@@ -256,9 +253,6 @@ class MLflowRun:
         # a store may refuse NaN (an undefined class), and leaving the point out says the same
         finite = [metric for metric in metrics if math.isfinite(metric.value)]
         self.client.log_batch(self.run_id, metrics=finite)
-
-    def _upload(self, engine: Engine) -> None:
-        self.uploads.start()
 
     def _finish(self, engine: Engine) -> None:
         if engine.state.output:  # with what handlers measured at the end

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -124,7 +125,7 @@ class PretrainingModel(nn.Module):
         self.projector = projector
         self.auxiliary_head = auxiliary_head
 
-    def forward(self, global_views: torch.Tensor, local_views: torch.Tensor) -> dict:
+    def forward(self, global_views: torch.Tensor, local_views: torch.Tensor) -> dict[str, Any]:
         """Encode the views; see the class."""
         projections, logits, cls_tokens = [], {}, []
         for group, views in (("global", global_views), ("local", local_views)):

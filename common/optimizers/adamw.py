@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,7 +101,7 @@ def layerwise_adamw(
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}.")
     if not patch_embed_lr_multiplier > 0:
         raise ValueError(f"patch_embed_lr_multiplier must be positive, got {patch_embed_lr_multiplier}.")
-    groups: dict[tuple[float, bool, bool], dict] = {}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue

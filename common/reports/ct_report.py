@@ -129,15 +129,8 @@ def _base64(data: bytes | np.ndarray) -> str:
 def attended_slices(attention: np.ndarray, z_mm: Sequence[float], count: int = 6) -> list[int]:
     """Choose the slices of largest weight, none within ``APART_MM`` of one chosen before.
 
-    Where all weigh the same, as in average pooling, they are spread over the scan.
-
-    Args:
-        attention: share of each slice ``(S,)`` in the pooling; none of a blank one.
-        z_mm: height of each slice.
-        count: how many; fewer if there are not so many that far apart.
-
-    Returns:
-        Their numbers from 0, the largest weight first.
+    Where all weigh the same, as in average pooling, they are spread over the scan. Their numbers count from
+    0, the largest weight comes first, and they are fewer than ``count`` if not so many lie that far apart.
 
     Example:
         >>> attended_slices(np.array([0.1, 0.5, 0.3, 0.1]), [0, 8, 16, 24], 2)
@@ -158,12 +151,7 @@ def write_attended_slices(
 ) -> None:
     """Draw the slices of largest weight in the lung window, each with its number, height and weight.
 
-    Args:
-        path: PNG to write.
-        title: heading, such as the name of the volume.
-        hu: canonical axial slices ``(S, H, H)``.
-        z_mm: height of each slice.
-        attention: share of each slice ``(S,)`` in the pooling, adding up to 1.
+    Arguments are those of :func:`write_ct_report`; the file is a PNG.
     """
     chosen = attended_slices(attention, z_mm)
     columns = min(COLUMNS, len(chosen))

@@ -30,8 +30,8 @@ class CTImages(NamedTuple):
     Args:
         name: name of the volume.
         hu: float32 ``(S, 1, I, I)``, rows to the back and columns to the left whatever the encoder wants.
-        z_mm: position of each slice from the feet, ``(S,)``.
-        numbers: number of each slice from 0 at the feet, ``(S,)``.
+        z_mm: position of each slice from the feet.
+        numbers: number of each slice, from 0 at the feet.
         box: top, left and side of the crop in pixels.
     """
 
@@ -53,12 +53,9 @@ class CTImages(NamedTuple):
 
 
 class PatchMaps(NamedTuple):
-    """Maps of a volume's slices, as ``write_ct_report`` takes them.
+    """Maps ``(S, G, G)`` of a volume's slices, 0 to 1, and what they show.
 
-    Args:
-        values: ``(S, G, G)``, 0 to 1.
-        box: left, top, width and height of what they cover, in shares of a slice.
-        note: what they show.
+    ``box`` is left, top, width and height of the area that they cover, in shares of a slice.
     """
 
     values: np.ndarray
@@ -81,9 +78,8 @@ def open_slice_encoder(
         size_px: side of the images; by default that of the images that the bundle embeds.
 
     Raises:
-        FileNotFoundError: if there is no such bundle, or no such weights.
-        ValueError: if the bundle does not fit the further files, ``size_px`` is not in whole patches, or the
-            encoder is not a timm VisionTransformer.
+        ValueError: if ``size_px`` is not in whole patches, or the encoder is no timm VisionTransformer; and
+            errors of ``open_encoder_bundle``.
     """
     knobs: dict[str, Any] = {}
     if weights is not None:
@@ -108,9 +104,8 @@ def read_images(path: str | Path, size_px: int) -> CTImages:
         size_px: side of the images, I.
 
     Raises:
-        FileNotFoundError: if there is no such file.
         RejectedError: if the file is damaged or no CT in HU.
-        ValueError: if the path holds more than one volume, or none.
+        ValueError: if the path holds more than one volume.
     """
     sources, rejected = ct_sources(path)
     if len(sources) != 1:
@@ -127,14 +122,9 @@ def read_images(path: str | Path, size_px: int) -> CTImages:
 
 @torch.no_grad()
 def encode(bundle: EncoderBundle, hu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the CLS token and the patch tokens of slices, patches lying upright.
+    """Return CLS tokens ``(S, D)`` and patch tokens ``(S, G, G, D)`` of slices ``(S, 1, I, I)`` in HU.
 
-    Args:
-        bundle: encoder of slices.
-        hu: slices of :func:`read_images`, all or some.
-
-    Shape:
-        ``hu (S, 1, I, I)``. Output: ``(S, D)`` and ``(S, G, G, D)``, rows to the back, columns to the left.
+    Rows of patches run to the back and columns to the left, whatever the encoder is shown.
     """
     grid = hu.shape[-1] // bundle.patch_size_px
     parts = [cls_and_patches(bundle.network, _shown(bundle, part)) for part in hu.split(SLICES_PER_BATCH)]
@@ -147,13 +137,8 @@ def encode(bundle: EncoderBundle, hu: torch.Tensor) -> tuple[torch.Tensor, torch
 def cls_attention(bundle: EncoderBundle, hu: torch.Tensor) -> torch.Tensor:
     """Return how the CLS token's attention in the last block is spread over the patches, by head.
 
-    Args:
-        bundle: encoder of slices, a timm VisionTransformer.
-        hu: slices in HU.
-
-    Shape:
-        ``hu (S, 1, I, I)``. Output: ``(S, N, G, G)``; what goes to CLS and registers is left out, so that a
-        head's sum is at most 1.
+    Slices ``(S, 1, I, I)`` in HU give ``(S, N, G, G)``; what goes to CLS and registers is left out, so that a
+    head's sum is at most 1.
     """
     network: Any = bundle.network
     block, inputs = network.blocks[-1].attn, []
@@ -206,13 +191,9 @@ def cls_attention_maps(
 
 
 def above_even(shares: NDArray[np.floating]) -> tuple[NDArray[np.floating], float, float]:
-    """Return by how much each patch's share of the attention exceeds an even share, from 0 to 1.
+    """Return by how much each share ``(S, G, G)`` of the attention exceeds an even share, from 0 to 1.
 
-    Args:
-        shares: shares of the patches, ``(S, G, G)``.
-
-    Returns:
-        Numbers of that shape; the even share, which is 0 of them; and the share that is 1.
+    With it come the share that is 0 of these, which is the even one, and the share that is 1.
 
     Example:
         >>> values, even, full = above_even(np.array([[[0.25, 0.0], [0.25, 0.5]]]))

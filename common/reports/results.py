@@ -80,10 +80,8 @@ def result_rows(
     """
     commit, settings = code_version(), config_hash(config)
     return [
-        ResultRow(
-            encoder, protocol, dataset, metric, *ends, n=n, seeds=seeds, commit=commit, config_hash=settings
-        )
-        for metric, ends in numbers.items()
+        ResultRow(encoder, protocol, dataset, name, *ends, n, seeds, commit, settings)
+        for name, ends in numbers.items()
     ]
 
 

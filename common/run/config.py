@@ -207,14 +207,12 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str) -> str:
         tracking_uri: the store.
         name: name of the experiment.
     """
-    experiment = client.get_experiment_by_name(name)
-    if experiment:
+    if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
-    # MLflow would put the files of a database store under the working directory of the first run
     location = None
     if tracking_uri.startswith("sqlite:///"):
-        database = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-        location = (database.parent / "mlartifacts").as_uri()
+        # MLflow would put the files under the working directory of the first run
+        location = Path(tracking_uri.removeprefix("sqlite:///")).resolve().with_name("mlartifacts").as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 
@@ -241,20 +239,10 @@ def short_errors() -> None:
 def first_cause(error: BaseException) -> BaseException | None:
     """Return the first of an error and its causes that a user can fix; None if there is none.
 
-    What MONAI wraps around it is a RuntimeError; what ours was raised from is a library's words for it.
+    MONAI wraps RuntimeErrors around it; what ours was raised from is a library's words for it.
 
     Args:
         error: any error.
-
-    Example:
-        >>> try:
-        ...     try:
-        ...         raise ValueError("Cannot read 'a.npz'.")
-        ...     except ValueError as ours:
-        ...         raise RuntimeError("Failed to instantiate") from ours
-        ... except RuntimeError as outer:
-        ...     first_cause(outer)
-        ValueError("Cannot read 'a.npz'.")
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, USER_ERRORS):
@@ -290,9 +278,6 @@ def must_exist(**paths: str | Path | None) -> None:
 
     Raises:
         FileNotFoundError: if one does not exist.
-
-    Example:
-        >>> must_exist(dataset_dir=".", skip_list=None)
     """
     for option, path in paths.items():
         if path is not None and not Path(path).exists():

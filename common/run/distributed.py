@@ -22,12 +22,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def num_ranks() -> int:
-    """Return the number of processes that share the global batch; 1 outside torch.distributed.
-
-    Example:
-        >>> num_ranks()
-        1
-    """
+    """Return the number of processes that share the global batch; 1 outside torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -42,10 +37,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
     Shape:
         Input ``(*)``. Output: ``(*)``; the input itself when there is one rank.
-
-    Example:
-        >>> sum_over_ranks(torch.tensor([2.0, 3.0]))
-        tensor([2., 3.])
     """
     return _SumOverRanks.apply(tensor) if num_ranks() > 1 else tensor
 
@@ -59,10 +50,6 @@ def gather_over_ranks(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
     Shape:
         Input ``(..., B, ...)``. Output: ``(..., world_size B, ...)``; the input itself on one rank.
-
-    Example:
-        >>> gather_over_ranks(torch.tensor([2.0, 3.0]), dim=0)
-        tensor([2., 3.])
     """
     world, rank = num_ranks(), dist.get_rank() if num_ranks() > 1 else 0
     if world == 1:

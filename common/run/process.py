@@ -40,14 +40,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_stopped(number: int) -> None:
-    """Leave whatever the main thread is doing; a second signal does not wait for it to tidy up.
-
-    Args:
-        number: number of the signal.
-
-    Raises:
-        Stopped: always.
-    """
+    """Raise :class:`Stopped` in the main thread; a second signal does not wait for it to tidy up."""
     on_stop(lambda again: os._exit(128 + again))
     raise Stopped(number)
 
@@ -89,14 +82,6 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
         path: file to write or replace; its folder must exist.
         mode: mode of ``open``, for writing.
         options: options of ``open``, such as ``newline``.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_file(f"{folder}/table.csv", "w") as file:
-        ...         _ = file.write("volume")
-        ...     Path(folder, "table.csv").read_text()
-        'volume'
     """
     final = Path(path)
     aside = final.with_name(f"{final.name}.partial")
@@ -137,7 +122,7 @@ def locked(path: str | Path) -> Iterator[None]:
     """Wait until no other process or thread is in such a block for the same file.
 
     Args:
-        path: file that is read and written within; the lock lies beside it.
+        path: file that is read and written in the block; the lock lies beside it.
     """
     path = Path(path)
     with open(path.with_name(f".{path.name}.lock"), "w", opener=_open_alone):
@@ -204,10 +189,9 @@ def claimed(folder: str | Path) -> Iterator[None]:
             logger.warning("Cannot lock '%s' (%s): make sure no other run writes to it.", path.parent, error)
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:MAX_COMMAND_CHARS]
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}
         file.truncate(0)
-        json.dump(
-            {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}, file
-        )
+        json.dump(holder, file)
         file.flush()
         _held.add(path)
         try:
@@ -270,10 +254,6 @@ def gather_objects(item: Any) -> list[Any]:  # noqa: ANN401 (anything that can b
 
     Args:
         item: contribution of this rank; anything that can be pickled.
-
-    Example:
-        >>> gather_objects("one rank")
-        ['one rank']
     """
     import torch.distributed as dist
 

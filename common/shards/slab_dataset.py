@@ -277,7 +277,7 @@ SHARED_MEMORY = Path("/dev/shm")
 SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
 
 
-class StepLoader(DataLoader):
+class StepLoader(DataLoader[Any]):
     """A DataLoader of ``SlabViews`` whose workers outlive the signals that stop a trainer at its next step.
 
     Args:

@@ -178,7 +178,7 @@ class _Content:
         labels = [[UNLABELLED] * len(names) if row is None else list(row.values()) for row in self.labels]
         members = np.array(self.members, np.int64).reshape(-1, len(FIELDS), 3)
         flags = np.array(self.slice_flags, bool).reshape(-1, 2)
-        columns = {
+        columns: dict[str, np.ndarray] = {
             name: np.array([row[name] for row in rows], dtype).reshape(-1, *shape)
             for name, (dtype, shape) in COLUMNS.items()
         }

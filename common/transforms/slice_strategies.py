@@ -79,12 +79,7 @@ class SliceStrategy(Transform):
             )
 
     def region(self, hu: torch.Tensor, box: tuple[int, int, int] | None) -> torch.Tensor:
-        """Return the part of slices ``(S, H, H)`` that it shows, a view.
-
-        Args:
-            hu: slices.
-            box: top, left and side of the body; None for strategies that do not crop.
-        """
+        """Return the part of slices ``(S, H, H)`` that it shows, a view; the box is (top, left, side)."""
         if not self.is_cropped or box is None:
             return hu
         top, left, side = box
@@ -110,11 +105,7 @@ class SliceStrategy(Transform):
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def tokens(self, cls: torch.Tensor) -> torch.Tensor:
-        """Join the embeddings ``(S * K, D)`` of a volume's images to its tokens.
-
-        Returns:
-            ``(S, K D)``, or ``(S * K, D)`` where tiles are items of the sequence.
-        """
+        """Join embeddings of images ``(S * K, D)`` to tokens ``(S, K D)``, or ``(S * K, D)`` of items."""
         return cls if self.as_items else cls.reshape(-1, self.num_images * cls.shape[-1])
 
     def z_mm(self, z_mm: torch.Tensor) -> torch.Tensor:
@@ -150,11 +141,7 @@ def _resized(region: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def pad_to_square(slices: np.ndarray, fill: int) -> np.ndarray:
-    """Pad slices to squares, evenly on both sides, in one contiguous block of memory.
-
-    Args:
-        slices: ``(S, H, W)``, of any type.
-        fill: value of the margins.
+    """Pad slices ``(S, H, W)`` to squares, evenly on both sides, in one contiguous block of memory.
 
     Example:
         >>> pad_to_square(np.zeros((1, 1, 3), np.int16), -1024).tolist()

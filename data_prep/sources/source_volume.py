@@ -52,7 +52,7 @@ class SourceVolume(NamedTuple):
     def absolute(self) -> "SourceVolume":
         """Return the same with absolute paths, for a worker that stands in another folder."""
         rex = self.rex and self.rex._replace(path=self.rex.path.absolute())
-        return self._replace(ct=self.ct.absolute(), ts=self.ts and self.ts.absolute(), rex=rex)
+        return self._replace(ts=self.ts and self.ts.absolute(), rex=rex)
 
 
 def planned_slices(source: SourceVolume) -> int:

@@ -80,6 +80,6 @@ def test_what_is_no_turn_or_no_ct_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"turn must be one of \('right', .*\), got 'upside_down'"):
         turned_slices(np.zeros((2, 3, 4)), (1.0, 1.0, 1.0), "upside_down")
     (tmp_path / "tst00001.npz").write_text("<html>")
-    with pytest.raises(RejectedError, match="a web page"):
+    with pytest.raises(RejectedError, match="not a zip file"):
         write_turned(tmp_path / "tst00001.npz", "right", tmp_path / "out.nii.gz")
     assert not (tmp_path / "out.nii.gz").exists()

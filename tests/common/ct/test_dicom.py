@@ -252,7 +252,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "two slopes": ({"RescaleSlope": [1, 2]}, "metadata: RescaleSlope must be a number, got .*1.*2"),
     "palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, "unreadable: pixels of '.*' must be numbers"),
     "high bit": ({"BitsStored": 12}, "unreadable: HighBit must be BitsStored - 1, got 15 and 12 in '"),
-    "colours": ({"SamplesPerPixel": 3}, "unreadable: pixels of '.*' must be numbers, got colours"),
+    "colours": ({"SamplesPerPixel": 3}, "unreadable: pixels of '.*' must be numbers, got colors"),
     "other size": (
         {"Rows": 16},
         r"geometry: slices must share Rows and Columns, got .17, 19. .* .16, 19.",

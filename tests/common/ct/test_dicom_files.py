@@ -19,7 +19,6 @@ from common.ct.dicom_files import (
     NO_IMAGE,
     REFORMAT,
     FoundFile,
-    Series,
     look_at,
     series_volume,
     sort_series,
@@ -132,7 +131,7 @@ def test_a_contrast_study_is_its_axial_series_and_no_failure() -> None:
         FoundFile(Path("6/b"), "Secondary Capture Image Storage", "1.6", "1"),
     ]
     series, rejected = sort_series(found)
-    assert series == [Series("1_4", tuple(file.path for file in stack))]
+    assert series == [("1_4", tuple(file.path for file in stack))]
     assert {item.reason for item in rejected} == {NOT_AXIAL_CT}
     assert not any(map(is_failure, rejected))
     assert {item.volume: item.detail.partition("got files in ")[2] for item in rejected} == {
@@ -160,7 +159,7 @@ def test_a_contrast_study_is_its_axial_series_and_no_failure() -> None:
 def test_a_broken_export_is_left_to_fail_when_it_is_read(found: list[FoundFile]) -> None:
     series, rejected = sort_series(found)
     assert rejected == []
-    assert sorted(path for one in series for path in one.files) == sorted(file.path for file in found)
+    assert sorted(path for _, files in series for path in files) == sorted(file.path for file in found)
 
 
 def test_files_of_a_series_belong_together_and_without_one_by_folder() -> None:
@@ -168,7 +167,7 @@ def test_files_of_a_series_belong_together_and_without_one_by_folder() -> None:
     found += axial("x", "", STACK, "") + axial("x/y", "", STACK, "")
     damaged = FoundFile(Path("x/z.dcm"), DAMAGED, damage="Cannot read 'x/z.dcm' as DICOM: half")
     series, rejected = sort_series([damaged, *found[::-1]])
-    assert [len(one.files) for one in series] == [4, 3, 3]
-    assert [one.volume for one in series] == ["1_1", series_volume("x"), series_volume("x/y")]
+    assert [len(files) for _, files in series] == [4, 3, 3]
+    assert [volume for volume, _ in series] == ["1_1", series_volume("x"), series_volume("x/y")]
     assert [(item.volume, item.reason) for item in rejected] == [("z.dcm", "unreadable")]
     assert is_failure(rejected[0])

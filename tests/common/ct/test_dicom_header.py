@@ -100,8 +100,8 @@ def test_many_frames_are_the_slices_of_the_classic_series(
     np.testing.assert_array_equal(ct.hu, canonical())
     np.testing.assert_allclose(ct.grid.affine, expected.grid.affine)
     assert (ct.spacing_mm, ct.grid.shape, ct.values.lowest) == (expected.spacing_mm, (13, 11, 7), -500)
-    (series,), rejected = sort_series(map(look_at, files))
-    assert (set(series.files), rejected) == (set(files), [])
+    ((_, paths),), rejected = sort_series(map(look_at, files))
+    assert (set(paths), rejected) == (set(files), [])
 
 
 def test_one_frame_per_file_is_a_slice_per_file(classic: list[Path], tmp_path: Path) -> None:
@@ -294,9 +294,9 @@ def test_files_without_a_preamble_are_read(
         assert path.read_bytes()[128:132] != b"DICM"
     found = [look_at(path) for path in files]
     assert {file.kind for file in found} == {AXIAL_CT}
-    (series,), rejected = sort_series(found)
-    assert (len(series.files), rejected) == (5, [])
-    np.testing.assert_array_equal(read_ct(series.files).hu, HU)
+    ((_, paths),), rejected = sort_series(found)
+    assert (len(paths), rejected) == (5, [])
+    np.testing.assert_array_equal(read_ct(paths).hu, HU)
 
 
 def test_meta_information_without_a_transfer_syntax_is_read(tmp_path: Path, write_series: Write) -> None:

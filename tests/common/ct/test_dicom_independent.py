@@ -146,8 +146,8 @@ def test_exports_of_a_real_chest_are_read(number: str, cases: Path, real_ct_dir:
     truth = np.asarray(stored).transpose(2, 1, 0).clip(-1024, 3071)
     if (folder / "truth.nii.gz").exists():
         truth = np.asarray(nib.load(folder / "truth.nii.gz").dataobj).transpose(2, 1, 0).clip(-1024, 3071)
-    for one in series:
-        ct = read_ct(one.files)
+    for _, paths in series:
+        ct = read_ct(paths)
         np.testing.assert_array_equal(ct.hu, truth)
         assert ct.spacing_mm == pytest.approx((3.125, 3.125, 6), rel=1e-4)
 

@@ -13,6 +13,7 @@ from pydicom.data import get_testdata_file
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from common.ct.dicom import read_ct
+from common.ct.dicom_header import SliceHeader
 from common.ct.dicom_pixels import read_hu
 from common.ct.geometry import HUValues
 from common.ct.rejection import RejectedError
@@ -26,6 +27,15 @@ def canonical() -> np.ndarray:
     """HU that all differ, as (Z, H, W)."""
     voxels = np.random.default_rng(0).permutation(np.prod(SHAPE_ZYX))
     return voxels.reshape(SHAPE_ZYX).astype(np.int16) - 1000
+
+
+def decoded(path: Path | str) -> np.ndarray:
+    """The stored numbers of a file as HU."""
+    dataset = pydicom.dcmread(path)
+    out = np.empty((dataset.Rows, dataset.Columns), np.int16)
+    header = SliceHeader(Path(path), 0, out.shape, (1, 1), np.eye(3)[:2], np.zeros(3), 1, 0, "")
+    read_hu(dataset, header, out=out, kept=HUValues())
+    return out
 
 
 def encode(z: int, dataset: Dataset, how: str) -> None:
@@ -161,19 +171,15 @@ def test_real_files_in_every_storage_are_the_same(name: str) -> None:
     """One image of pydicom's tests that was stored by several tools."""
     plain = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False))
     expected = np.frombuffer(plain.PixelData, "<i2").reshape(plain.Rows, plain.Columns)
-    dataset = pydicom.dcmread(get_testdata_file(name, download=False))
-    out = np.empty(expected.shape, np.int16)
-    read_hu(dataset, 0, 1, 0, out=out, kept=HUValues(), where="")
-    np.testing.assert_array_equal(out, expected.clip(-1024, 3071))
+    np.testing.assert_array_equal(
+        decoded(get_testdata_file(name, download=False)), expected.clip(-1024, 3071)
+    )
 
 
 def test_a_codestream_of_another_sign_than_the_header_is_read_as_the_header_says() -> None:
     """JPEG 2000 of 13 bits, decoded by Pillow through pydicom."""
     path = get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False)
-    expected = pydicom.dcmread(path).pixel_array
-    out = np.empty(expected.shape, np.int16)
-    read_hu(pydicom.dcmread(path), 0, 1, 0, out=out, kept=HUValues(), where="")
-    np.testing.assert_array_equal(out, expected.clip(-1024, 3071))
+    np.testing.assert_array_equal(decoded(path), pydicom.dcmread(path).pixel_array.clip(-1024, 3071))
 
 
 PADDINGS: dict[str, tuple[int, int, dict[str, tuple[str, int]]]] = {
@@ -297,6 +303,4 @@ def test_pixels_that_simpleitk_wrote_are_those_it_was_given(tmp_path: Path) -> N
         writer.SetCompressor(compressor)
         writer.SetFileName(str(tmp_path / "a.dcm"))
         writer.Execute(SimpleITK.GetImageFromArray(values))
-        out = np.empty(values.shape[1:], np.int16)
-        read_hu(pydicom.dcmread(tmp_path / "a.dcm"), 0, 1, 0, out=out, kept=HUValues(), where="")
-        np.testing.assert_array_equal(out, values[0])
+        np.testing.assert_array_equal(decoded(tmp_path / "a.dcm"), values[0])

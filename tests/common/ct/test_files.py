@@ -364,16 +364,16 @@ HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
     "shape.npz": (npz_shape("(8192, 8192, 8192)"), r"must hold 1099511627904 bytes of 'ct', got 152"),
     "sizes.npz": (
         npz_sizes,
-        r"must be an npz file with an array 'ct', got \d+ bytes for an array of 4294967294",
+        r"Cannot read .* as npz with an array 'ct': \d+ bytes for an array of 4294967294",
     ),
     "negative.npz": (npz_shape("(-2, -2, 3)"), r"volume must have 3 axes, got shape \(-2, -2, 3\)"),
-    "text.npz": (npz_shape("'''"), "must be an npz file with an array 'ct', got a header that cannot be"),
-    "deep.npz": (npz_shape("(" * 900), "must be an npz file with an array 'ct', got .*header"),
+    "text.npz": (npz_shape("'''"), "Cannot read .* as npz with an array 'ct': .*EOF"),
+    "deep.npz": (npz_shape("(" * 900), "Cannot read .* as npz with an array 'ct': .*EOF"),
     "header.npz": (
         lambda path: npz_member(path, b" " * 2**24, b"", version=2),
-        "must be an npz file with an array 'ct', got EOF: reading array header",
+        "Cannot read .* as npz with an array 'ct': EOF: reading array header",
     ),
-    "wide": (dicom(wide), "Cannot read .* as DICOM: it is too short for 65535 x 65535 pixels"),
+    "wide": (dicom(wide), "Cannot read .* as DICOM: it is too short for 1 x 65535 x 65535 pixels"),
     "twice": (dicom(twice), "slices must lie at different positions, got the same for .* Keep one of each"),
     "missing": (
         missing,
@@ -701,7 +701,6 @@ def test_files_that_are_not_read_are_counted_by_kind(
     name: str, level: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    ct_files._log_unread([])
     ct_files._log_unread([Path("LICENSE"), Path(name), Path("b") / name.lower()])
     (record,) = caplog.records
     assert record.levelno == level

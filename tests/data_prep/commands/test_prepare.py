@@ -336,7 +336,7 @@ def test_a_phantom_download_is_written_with_its_labels(tmp_path: Path, invoke: I
     with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["volume"] == bad.stem
-    assert "got a web page. Copy or download it again" in row["detail"]
+    assert "not a zip file. Copy or download it again" in row["detail"]
     entry = ShardSet(tmp_path / "out", split).volumes[0]
     assert (entry.volume, entry.source) == (volumes[0].stem, f"rad_chestct/{volumes[0].name}")
     assert entry.source_sha256 == hashlib.sha256(volumes[0].read_bytes()).hexdigest()
