@@ -107,9 +107,8 @@ def parse(path: Path, **options: Any) -> FileDataset:  # noqa: ANN401 (pydicom's
         file.seek(0)
         dataset = pydicom.dcmread(file, force=True, **options)
         if not dataset.file_meta.get("TransferSyntaxUID"):
-            dataset.file_meta.TransferSyntaxUID = SYNTAXES.get(
-                dataset.original_encoding, ImplicitVRLittleEndian
-            )
+            syntax = SYNTAXES.get(dataset.original_encoding, ImplicitVRLittleEndian)
+            dataset.file_meta.TransferSyntaxUID = syntax
         for elements in (dataset.file_meta, dataset) if "specific_tags" in options else ():
             list(elements)  # pydicom interprets an element when it is first asked for
     return dataset
@@ -197,11 +196,8 @@ def frame_values(dataset: FileDataset, names: Collection[str], path: Path) -> li
         shared = list(dataset.get("SharedFunctionalGroupsSequence") or ())
         groups = [[group] for group in dataset.get("PerFrameFunctionalGroupsSequence") or ()]
         if len(groups or [[]]) != num_frames:
-            raise RejectedError(
-                "multi-frame",
-                f"'{path}' must say where each of its {num_frames} frames lies, got {len(groups)} items in "
-                "PerFrameFunctionalGroupsSequence. Convert it to NIfTI.",
-            )
+            detail = f"'{path}' must say where each of its {num_frames} frames lies, got {len(groups)} items"
+            raise RejectedError("multi-frame", f"{detail} in {FRAME_TAGS[2]}. Convert it to NIfTI.")
         frames = []
         for of_frame in groups or [[]]:
             items = [

@@ -316,11 +316,9 @@ def grid_of(
         canonical_shape(grid)
         return grid, raw.slope, raw.intercept
     if header.is_blank:
-        raise RejectedError(
-            "v1 or v2",
-            "a volume in HU must state its geometry, got a blank header: no orientation, or voxels of "
-            "1 mm at the origin, as tools write that know none. If 1 mm is right, set the true origin.",
-        )
+        what = "no orientation, or voxels of 1 mm at the origin, as tools write that know none"
+        detail = f"a volume in HU must state its geometry, got a blank header: {what}"
+        raise RejectedError("v1 or v2", f"{detail}. If 1 mm is right, set the true origin.")
     if header.contradiction:
         detail = f"header must state one geometry, got {header.contradiction}. Correct the one that is wrong."
         raise RejectedError("geometry", detail)
