@@ -25,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
+from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
 from scipy.sparse import csr_matrix, vstack
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -34,15 +35,12 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from common.cohort.cohort import load_labels
 from common.embeddings import dense_cohort
-from common.embeddings.dense_cohort import TASKS, TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
-from common.embeddings.dense_labels import DenseLabels, findings_present, write_dense_labels
+from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps
+from common.embeddings.dense_labels import TASKS, DenseLabels, findings_present, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.engines.best_layers import BestLayers
-from common.engines.dense_probe import BACKGROUND, DenseProbeTrainer
-from common.engines.dense_scores import report_on_test, validation_auprc
-from common.metrics.bootstrap import interval, resample_weights
+from common.engines.dense_probe import BACKGROUND, BestLayers, DenseProbeTrainer, validation_auprc
+from common.metrics.bootstrap import RESAMPLING_SEED, interval, resample_weights
 from common.networks.dense_probe import DenseProbes
-from common.optimizers.adamw import warmup_cosine
 from common.transforms.dense_labels import patch_bits, patch_shares
 
 VOLUMES, SLICES, SIZE_PX, GRID, DIM = 20, 12, 512, 16, 384
@@ -153,18 +151,19 @@ def trainer_of(cohorts: list[DenseCohort]) -> DenseProbeTrainer:
     return DenseProbeTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
-        epoch_length=STEPS,
+        max_steps=STEPS,
         train_data_loader=DataLoader(drawn, batch_size=None, sampler=RemainingSteps(STEPS)),
         val_cohort=cohorts[1],
         test_cohort=cohorts[2],
         network=network,
         optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, max_steps=STEPS, final_lr=0.0),
+        lr_scheduler=WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=STEPS),
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=BestLayers(),
         val_interval=VAL_INTERVAL,
         min_positives=MIN_POSITIVES,
         num_resamples=NUM_RESAMPLES,
+        train_handlers=[],
     )
 
 
@@ -232,7 +231,7 @@ def plain_kind_and_task(trainer: DenseProbeTrainer, kind: str, task: str) -> dic
         "auprc": np.mean([average_precision_score(test.hard[:, c], scores[:, c]) for c in counted]),
     }
     testing = time.process_time() - began
-    weights = resample_weights(trainer.test_cohort.patients, NUM_RESAMPLES, SEED)[:PLAIN_RESAMPLES]
+    weights = resample_weights(trainer.test_cohort.patients, NUM_RESAMPLES, RESAMPLING_SEED)[:PLAIN_RESAMPLES]
     began, resampled = time.process_time(), []
     for weight in weights:
         drawn = np.repeat(np.arange(len(scores)), weight[test.patients].astype(int))
@@ -257,11 +256,7 @@ def largest_differences(
 ) -> dict[str, float]:
     """Compare a kind and task of both ways: weights, macro means and intervals of a few resamples."""
     report, chosen = trainer.state.reports[kind, task], trainer.best.chosen[kind, task]
-    few = report_on_test(
-        *(trainer.test_cohort, kind, trainer.probes.columns[task].start, trainer.best.layer((kind, task))),
-        *(trainer.class_names[task], lambda name, n: name != BACKGROUND and n >= MIN_POSITIVES),
-        *(PLAIN_RESAMPLES, SEED),
-    )
+    few = trainer.report_on_test(kind, task, PLAIN_RESAMPLES)
     weight = found["best"][2].weight.detach()
     intervals = zip(("auroc", "auprc"), found["resampled"].T, strict=True)
     return {
@@ -280,11 +275,7 @@ def report_seconds(trainer: DenseProbeTrainer, num_resamples: int) -> float:
 
     def test_all() -> None:
         for kind, task in ((kind, task) for kind in TOKEN_KINDS for task in TASKS):
-            first, layer = trainer.probes.columns[task].start, trainer.best.layer((kind, task))
-            report_on_test(
-                *(trainer.test_cohort, kind, first, layer, trainer.class_names[task]),
-                *(lambda name, n: name != BACKGROUND and n >= MIN_POSITIVES, num_resamples, SEED),
-            )
+            trainer.report_on_test(kind, task, num_resamples)
 
     return seconds_of(test_all)[0]
 
@@ -323,7 +314,8 @@ def ct_rate_peak_gib() -> float:
     # one block of classes: the memory is that of every block
     with mock.patch.object(val, "targets", lambda kind, column: np.zeros(val.num_rows[kind], bool)):
         validation_auprc(val, "patch", weight[:, :10], weight[:, :10, 0])
-    rows = {"drawn": drawn.drawn(), "of": train.num_rows, "tested": test.num_rows}
+    num_drawn = dict(zip(TOKEN_KINDS, map(len, drawn.tokens), strict=True))
+    rows = {"drawn": num_drawn, "of": train.num_rows, "tested": test.num_rows}
     typer.echo(json.dumps(rows), err=True)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

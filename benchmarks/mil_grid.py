@@ -24,6 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
+from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
 from sigreg import keep_pages, peak_bytes
 from sklearn import metrics as sklearn_metrics
@@ -37,7 +38,6 @@ from common.metrics.multilabel import auroc_and_average_precision
 from common.networks import mil_probe
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import PAPER_POOLERS, pad_bags
-from common.optimizers.adamw import warmup_cosine
 
 DIM, NUM_CLASSES, BATCH_SIZE, SEED = 1024, 18, 16, 42
 LEARNING_RATES = [0.1, 0.03, 0.01, 0.003]
@@ -72,10 +72,15 @@ class GridStep:
     """A step of all probes, as ``ProbeGridTrainer`` makes it."""
 
     def __init__(self, bags: Bags, device: torch.device, total_steps: int) -> None:
-        names = list(PAPER_POOLERS)
-        self.grid = ProbeGrid(names, LEARNING_RATES, bags.tokens.shape[1], NUM_CLASSES, SEED).to(device)
+        self.grid = ProbeGrid(
+            poolers=list(PAPER_POOLERS),
+            learning_rates=LEARNING_RATES,
+            dim=bags.tokens.shape[1],
+            num_classes=NUM_CLASSES,
+            seed=SEED,
+        ).to(device)
         self.optimizer = torch.optim.SGD(self.grid.parameter_groups(), momentum=0.95)
-        self.scheduler = warmup_cosine(self.optimizer, warmup_steps=0, max_steps=total_steps, final_lr=0.0)
+        self.scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=0, t_total=total_steps)
         self.reader, self.loss = BagReader(bags, device), nn.BCEWithLogitsLoss(reduction="none")
         batches = ShuffledBatches(len(bags), BATCH_SIZE, SEED)
         self.loader = iter(DataLoader(bags, batch_sampler=batches, collate_fn=collate_bags))

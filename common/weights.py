@@ -10,11 +10,11 @@ import torch
 import typer
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from monai.bundle import ConfigParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
 from common.networks.timm_keys import to_timm_keys
 from common.reports.results import MACRO_COLUMNS, read_rows
@@ -57,16 +57,8 @@ def bundle_encoder(
         FileNotFoundError: if there is no such bundle, it embeds nothing, or its weights are not there.
         ValueError: if the weights do not state what slices they expect.
     """
-    path = Path(bundle) / "configs" / "inference.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
-    parser = ConfigParser()
-    parser.read_config(str(path))
-    parser["bundle_root"] = str(bundle)
-    for name, value in knobs.items():
-        parser[name] = value
-    encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
-    return encoder, identity, parser.get()
+    opened = open_encoder_bundle(bundle, knobs=knobs)
+    return opened["network_def"], opened["identity"], opened.parser.get()
 
 
 def image_side_px(config: dict[str, Any]) -> int:

@@ -46,7 +46,7 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
     """
     import torch  # takes seconds to import; --help must not wait for it
 
-    from common.embeddings.dense_labels import NUM_CLASSES, DenseLabels
+    from common.embeddings.dense_labels import TASKS, DenseLabels
     from common.transforms.dense_labels import patch_bits, patch_shares
     from common.transforms.slice_strategies import body_box, pad_to_square
 
@@ -59,7 +59,7 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
     return DenseLabels(
         source.volume,
         box,
-        patch_shares(pad_to_square(ids, 0), box, grid, NUM_CLASSES["totalsegmentator"]),
+        patch_shares(pad_to_square(ids, 0), box, grid, TASKS["totalsegmentator"]),
         patch_bits(pad_to_square(bits, 0), box, grid),
     )
 

@@ -112,7 +112,7 @@ MUTANTS = (
         "copy.deepcopy(self.fixed_poolers[nth])",
         "build_pooler(self.names[index][0], self.dim)",
     ),
-    Mutant("common/engines/probe_seeds.py", ' == "fixed")]', ' != "fixed")]'),
+    Mutant("common/engines/probe_grid.py", ' == "fixed")]', ' != "fixed")]'),
     Mutant("common/networks/poolers.py", "self.gate(slices).sigmoid()", "self.gate(slices).tanh()"),
     Mutant(
         "common/networks/poolers.py", ", device=bags.device) + 0.5) / count", ", device=bags.device) + 0.5)"
@@ -194,7 +194,7 @@ MUTANTS = (
         "common/networks/poolers.py", "len(lengths) * longest), -math.inf)", "len(lengths) * longest), 0.0)"
     ),
     Mutant("common/engines/probe_grid.py", "losses.sum().backward()", "losses.mean().backward()"),
-    Mutant("common/engines/probe_grid.py", " and step != self.num_steps:", ":"),
+    Mutant("common/engines/probe_grid.py", " or step == self.num_steps:", ":"),
     Mutant(
         "common/engines/probe_grid.py",
         "thresholds = self.best.thresholds.numpy()",
@@ -218,9 +218,9 @@ MUTANTS = (
     Mutant("common/engines/pretraining_trainer.py", "            self.stop_if_not_finite()\n", ""),
     Mutant("common/engines/pretraining_trainer.py", "iteration % self.log_every == 0", "iteration > 0"),
     Mutant("common/embeddings/store.py", "if (volume, name) not in self._checked:", "if False:"),
-    Mutant("common/embeddings/bags.py", "if not self._known[volume]:", "if False:"),
+    Mutant("common/embeddings/bags.py", "if volume not in self._checked:", "if False:"),
     Mutant("common/embeddings/bags.py", "min(BAGS_PER_CHUNK, CHUNK_BYTES // largest)", "BAGS_PER_CHUNK"),
-    Mutant("common/networks/mil_probe.py", ", output_size=len(slices)", ""),
+    Mutant("common/networks/mil_probe.py", ", output_size=sum(lengths)", ""),
     Mutant("common/shards/slab_dataset.py", "needed * ranks > free", "needed > free"),
 )
 

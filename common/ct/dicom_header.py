@@ -107,8 +107,8 @@ def parse(path: Path, **options: Any) -> FileDataset:  # noqa: ANN401 (pydicom's
         file.seek(0)
         dataset = pydicom.dcmread(file, force=True, **options)
         if not dataset.file_meta.get("TransferSyntaxUID"):
-            syntax = SYNTAXES.get(dataset.original_encoding, ImplicitVRLittleEndian)
-            dataset.file_meta.TransferSyntaxUID = syntax
+            encoding: Any = dataset.original_encoding
+            dataset.file_meta.TransferSyntaxUID = SYNTAXES.get(encoding, ImplicitVRLittleEndian)
         for elements in (dataset.file_meta, dataset) if "specific_tags" in options else ():
             list(elements)  # pydicom interprets an element when it is first asked for
     return dataset

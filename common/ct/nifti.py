@@ -213,7 +213,7 @@ def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, n
         raise ImageFileError(f"it begins with {start!r}")
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
-    if kind.may_contain_header(block):
+    if kind.may_contain_header(block):  # type: ignore[no-untyped-call]
         return kind(block), kind(block, check=False)["pixdim"][1:4].astype(float)
     if 348 in sizes and not block[344:].strip(b"\0"):
         detail = f"'{path.name}' is in Analyze format, which does not say left from right. Convert it."

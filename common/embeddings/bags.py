@@ -1,11 +1,13 @@
 """Embeddings of volumes with labels, as bags for a probe."""
 
+# N volumes, B bags of a batch, S tokens of a bag (slices, or cells of a grid), D embedding, C classes
+
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,91 +22,67 @@ from common.embeddings.store import (
     SUFFIX,
     EmbeddingStore,
     check_finite,
+    check_identity,
     crc32,
 )
+from common.metrics.bootstrap import groups_of
 
-# N volumes, T tokens of a volume, D embedding
-
+logger = logging.getLogger(__name__)
 
 ARRAY_SUFFIX = ".npy"
 UNKNOWN = "unknown"
 
+RESIDENT_SHARE = 0.8  # of the free memory of a GPU; our choice
+BAGS_PER_CHUNK, CHUNK_BYTES = 64, 2**27  # scored at once, at most; bounds memory, changes no number
+
 
 class EmbeddingArrays:
-    """Read ``<volume>.npy`` files of float16, float32 or float64 ``(T, D)``; nothing pickled is opened.
+    """Reads ``<volume>.npy`` files of float16, float32 or float64 ``(S, D)`` like an ``EmbeddingStore``.
 
-    Attributes:
-        volumes: names, sorted.
-        lengths: int64 ``(N,)``, tokens of each volume.
-        identity: as of an ``EmbeddingStore``; arrays do not say what made them, so all but dim and dtype is
-            "unknown", and the encoder what the caller names.
-
-    Args:
-        folder: of the files.
-        encoder: name to give them.
+    Arrays do not say what made them: in ``identity`` all but dim and dtype is "unknown", unless the caller
+    names the encoder. Pickled objects are never opened.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a file is damaged or pickled, or arrays differ in width or number type, are empty or
-            not floating (T, D).
+        ValueError: if a file is damaged or pickled, empty or not floating (S, D), or files differ in width or
+            number type.
     """
 
     def __init__(self, folder: str | Path, encoder: str = UNKNOWN) -> None:
         self.folder = Path(folder)
-        paths = sorted(self.folder.glob(f"*{ARRAY_SUFFIX}"))
-        if not paths:
-            raise FileNotFoundError(f"embeddings must be in '{self.folder}', got no <volume>.npy there.")
+        paths = self.folder.glob(f"*{ARRAY_SUFFIX}")
         arrays = {path.name.removesuffix(ARRAY_SUFFIX): _mapped(path) for path in paths}
         self.volumes = sorted(arrays)
-        self._known = dict.fromkeys(self.volumes, False)  # and whether its values have been checked
-        self.lengths = np.array([len(arrays[volume]) for volume in self.volumes])
-        first = self.volumes[0]
+        dim, dtype = arrays[self.volumes[0]].shape[1], arrays[self.volumes[0]].dtype
         for volume, array in arrays.items():
-            for what, value in (("dim", array.shape[1]), ("dtype", array.dtype)):
-                own = arrays[first].shape[1] if what == "dim" else arrays[first].dtype
-                if value != own:
-                    raise ValueError(
-                        f"{what} must be the same for all embeddings, got {own} for volume '{first}' and "
-                        f"{value} for volume '{volume}'. Keep each encoder's in a folder of its own."
-                    )
+            if (array.shape[1], array.dtype) != (dim, dtype):
+                raise ValueError(
+                    f"'{self.folder}' holds {dtype} arrays of width {dim}, but '{volume}' is {array.dtype} "
+                    f"of width {array.shape[1]}. Keep the arrays of each encoder in a separate folder."
+                )
+        self._checked: set[str] = set()
+        self.lengths = np.array([len(arrays[volume]) for volume in self.volumes])
         self.identity = dict.fromkeys(IDENTITY_KEYS, UNKNOWN) | {
             "encoder": encoder,
-            "dim": arrays[first].shape[1],
-            "dtype": "float16" if arrays[first].dtype == np.float16 else "float32",
+            "dim": dim,
+            "dtype": "float16" if dtype == np.float16 else "float32",
         }
 
     def view(self, volume: str) -> torch.Tensor:
-        """Return the tokens of a volume where they lie in their file; see ``EmbeddingStore.view``.
+        """Return the tokens ``(S, D)`` of a volume where they lie in their file; float64 becomes float32.
 
-        Args:
-            volume: name.
-
-        Shape:
-            Output: ``(T, D)``; float64 is converted to float32, which is a copy.
-
-        Raises:
-            KeyError: if there is no such volume.
-            ValueError: if a value is NaN or Inf.
+        Raises a KeyError if there is no such volume, and a ValueError if a value is NaN or Inf.
         """
-        if volume not in self._known:
+        if volume not in self.volumes:
             raise KeyError(f"No array of volume '{volume}' in '{self.folder}'.")
         tokens = torch.from_numpy(_mapped(self.folder / f"{volume}{ARRAY_SUFFIX}"))
         tokens = tokens.to(DTYPES[self.identity["dtype"]])
-        if not self._known[volume]:
+        if volume not in self._checked:
             check_finite(tokens, "tokens", volume)
-            self._known[volume] = True
+            self._checked.add(volume)
         return tokens
 
     def checksums(self, volumes: Sequence[str]) -> list[int]:
-        """Return the CRC32 of each volume's tokens, all of which are read.
-
-        Args:
-            volumes: names.
-
-        Raises:
-            KeyError: if there is no such volume.
-            ValueError: if a value is NaN or Inf.
-        """
+        """Return the CRC32 of each volume's tokens, all of which are read; raises as :meth:`view`."""
         return [crc32(self.view(volume)) for volume in volumes]
 
 
@@ -112,41 +90,32 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"embedding must be a whole .npy array, got '{path}' ({error}).") from error
+        raise ValueError(f"'{path}' is not a whole .npy array ({error}).") from error
     if array.ndim != 2 or array.dtype.kind != "f" or array.dtype.itemsize > 8 or 0 in array.shape:
         raise ValueError(
-            f"embedding must be a floating array (T, D) with at least one token, got {array.dtype} "
-            f"{array.shape} for volume '{path.name.removesuffix(ARRAY_SUFFIX)}'."
+            f"embeddings must be floating arrays (S, D) with at least one token, got {array.dtype} "
+            f"{array.shape} in '{path}'."
         )
     return array
 
 
-# N volumes, S tokens of one, D embedding, C classes
-
-
-logger = logging.getLogger(__name__)
-
-
 def open_embeddings(folder: str | Path, encoder: str | None = None) -> EmbeddingStore | EmbeddingArrays:
-    """Open a folder of embeddings: a store of ours, or plain ``<volume>.npy`` arrays.
+    """Open a folder of embeddings: a store written by an encoder bundle, or plain ``<volume>.npy`` arrays.
 
-    Args:
-        folder: of the embeddings.
-        encoder: name that a store must state, and that plain arrays are given; None for any, and "unknown".
+    A store must state the name of the encoder, if one is given; arrays take it.
 
     Raises:
         FileNotFoundError: if the folder holds neither.
-        ValueError: if it holds both, embeddings of another encoder, or as the two readers.
+        ValueError: if it holds both, or embeddings of another encoder; and as the two readers.
     """
     folder = Path(folder)
-    has_store, has_arrays = any(folder.glob(f"*{SUFFIX}")), any(folder.glob("*.npy"))
-    if has_store == has_arrays:
-        found = "both" if has_store else "neither"
-        error = ValueError if has_store else FileNotFoundError
-        raise error(
-            f"embeddings_dir must hold *{SUFFIX} of an encoder bundle, or <volume>.npy arrays (T, D), "
-            f"got {found} in '{folder}'."
+    has_store, has_arrays = any(folder.glob(f"*{SUFFIX}")), any(folder.glob(f"*{ARRAY_SUFFIX}"))
+    if not has_store and not has_arrays:
+        raise FileNotFoundError(
+            f"No embeddings in '{folder}': neither *{SUFFIX} of an encoder bundle nor <volume>.npy arrays."
         )
+    if has_store and has_arrays:
+        raise ValueError(f"'{folder}' holds both *{SUFFIX} and <volume>.npy arrays. Separate them.")
     if has_arrays:
         return EmbeddingArrays(folder, encoder or UNKNOWN)
     store = EmbeddingStore(folder)
@@ -161,11 +130,7 @@ def open_embeddings(folder: str | Path, encoder: str | None = None) -> Embedding
 def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list[str]:
     """List the volumes that have an embedding, in the order of the label table.
 
-    Labelled volumes without an embedding are counted in a warning.
-
-    Args:
-        embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
-        labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
+    A warning counts the labelled volumes without an embedding.
 
     Raises:
         FileNotFoundError: if there is no embedding in the folder, or no such table.
@@ -176,11 +141,11 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
     unlabelled = sorted(embedded - labels.keys())
     if unlabelled:
         raise ValueError(
-            f"every embedding must have a row in '{labels_csv}', got none for {len(unlabelled)} volumes of "
-            f"'{embeddings_dir}', first volume '{unlabelled[0]}'."
+            f"{len(unlabelled)} of {len(embedded)} volumes in '{embeddings_dir}' have no row in "
+            f"'{labels_csv}', the first is '{unlabelled[0]}'."
         )
-    if len(embedded) < len(labels):
-        missing = [volume for volume in labels if volume not in embedded]
+    missing = [volume for volume in labels if volume not in embedded]
+    if missing:
         logger.warning(
             "%d of %d labelled volumes have no embedding in '%s' and are left out, first '%s'.",
             *(len(missing), len(labels), embeddings_dir, missing[0]),
@@ -188,29 +153,42 @@ def labelled_volumes(embeddings_dir: str | Path, labels_csv: str | Path) -> list
     return [volume for volume in labels if volume in embedded]
 
 
-class EmbeddingBags(Dataset[dict[str, Any]]):
+class Bag(TypedDict):
+    """One volume of a cohort."""
+
+    index: int  # its place in the cohort
+    tokens: torch.Tensor  # (S, D)
+    labels: torch.Tensor  # (C,)
+
+
+class BagBatch(TypedDict):
+    """Some volumes of a cohort; their tokens are read by a :class:`BagReader`."""
+
+    index: torch.Tensor  # (B,)
+    labels: torch.Tensor  # (B, C)
+
+
+class EmbeddingBags(Dataset[Bag]):
     """Embeddings and labels of a cohort: bags of tokens, read from mapped files when they are asked for.
 
-    Cohorts may be larger than the memory; what the memory has room for, the system keeps there.
+    A cohort may be larger than memory; the operating system keeps in memory what it has room for.
 
     Attributes:
-        volumes: names, in the order of the bags.
-        class_names: names of the labels' columns.
-        lengths: int64 ``(N,)``, tokens of each bag.
+        lengths: int64 ``(N,)``, number of tokens per bag.
         labels: float32 ``(N, C)`` of 0 and 1.
-        identity: encoder, encoder_id, preprocessing, slice_order, token_kind, dim and dtype of all of them.
+        identity: ``IDENTITY_KEYS``, dim and dtype, the same for all bags.
 
     Args:
         embeddings_dir: folder of embeddings, see :func:`open_embeddings`.
         labels_csv: label table, see :func:`common.cohort.cohort.read_labels`.
         class_names: classes to read, columns of the table.
         volumes: volumes to load, with or without ``.nii.gz``; None for all in the folder.
-        encoder: name the embeddings must state; None for any.
+        encoder: name that the embeddings must state; None for any.
 
     Raises:
         FileNotFoundError: if an embedding or the table does not exist.
-        ValueError: if labels are missing or given twice, or embeddings differ in origin or width or are
-            empty; when a bag is read for the first time, if it is not what was written or not finite.
+        ValueError: if labels are missing or given twice, or embeddings differ in origin or width; when a bag
+            is read for the first time, if it is not what was written or not finite.
     """
 
     def __init__(
@@ -218,31 +196,25 @@ class EmbeddingBags(Dataset[dict[str, Any]]):
         embeddings_dir: str | Path,
         labels_csv: str | Path,
         class_names: Sequence[str],
+        *,
         volumes: Sequence[str] | None = None,
         encoder: str | None = None,
     ) -> None:
         labels = read_labels(labels_csv, class_names)
-        self.store = store = open_embeddings(embeddings_dir, encoder)
+        self.store = open_embeddings(embeddings_dir, encoder)
         if volumes is None:
             volumes = labelled_volumes(embeddings_dir, labels_csv)
         self.volumes = [volume_name(volume) for volume in volumes]
-        unlabelled = [volume for volume in self.volumes if volume not in labels]
-        if unlabelled:
-            raise ValueError(
-                f"every volume must have a row in '{labels_csv}', got none for volume '{unlabelled[0]}'."
-            )
-        length_of = dict(zip(store.volumes, store.lengths.tolist(), strict=True))
-        absent = [volume for volume in self.volumes if volume not in length_of]
-        if absent:
-            raise FileNotFoundError(
-                f"embeddings_dir must hold an embedding of volume '{absent[0]}', got none in "
-                f"'{embeddings_dir}' ({len(absent)} of {len(self.volumes)} are missing)."
-            )
+        length_of = dict(zip(self.store.volumes, self.store.lengths.tolist(), strict=True))
+        for volume in self.volumes:
+            if volume not in labels:
+                raise ValueError(f"No row of volume '{volume}' in '{labels_csv}'.")
+            if volume not in length_of:
+                raise FileNotFoundError(f"No embedding of volume '{volume}' in '{embeddings_dir}'.")
         self.class_names = list(class_names)
-        self.labels = torch.from_numpy(
-            np.array([labels[volume] for volume in self.volumes], np.float32).reshape(-1, len(class_names))
-        )
-        self.identity = store.identity
+        rows = np.array([labels[volume] for volume in self.volumes], np.float32)
+        self.labels = torch.from_numpy(rows.reshape(-1, len(class_names)))
+        self.identity = self.store.identity
         self.lengths = torch.tensor([length_of[volume] for volume in self.volumes]).long()
 
     @property
@@ -259,47 +231,56 @@ class EmbeddingBags(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.volumes)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``index``, ``tokens (S, D)`` (a view of the file, not a copy) and ``labels (C,)``."""
+    def __getitem__(self, index: int) -> Bag:
+        """Return a bag; its tokens are a view of the file, not a copy."""
         tokens = self.store.view(self.volumes[index])
         return {"index": index, "tokens": tokens, "labels": self.labels[index]}
 
 
-# B bags of a batch, S slices of a bag, D embedding, C classes
+def check_cohorts(cohorts: Mapping[str, EmbeddingBags], resampling: str) -> None:
+    """Refuse cohorts that do not belong together; name classes that cannot be learned or measured.
 
+    All are compared with ``train``; no two may share what ``resampling`` names, "patients" or "volumes".
 
-RESIDENT_SHARE = 0.8  # of the free memory of a GPU; our choice
-BAGS_PER_CHUNK, CHUNK_BYTES = 64, 2**27  # scored at once, at most; bounds memory, changes no number
-
-
-def collate_bags(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples of :class:`EmbeddingBags` without padding.
-
-    Args:
-        samples: items of the data set.
-
-    Returns:
-        ``index (B,)``, ``bags``: list of B tensors ``(S, D)``, ``labels (B, C)``.
+    Raises:
+        ValueError: if embeddings differ in origin or width, or two cohorts share a patient.
     """
-    return {
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "bags": [sample["tokens"] for sample in samples],
-        "labels": torch.stack([sample["labels"] for sample in samples]),
-    }
+    train = {name: value for name, value in cohorts["train"].identity.items() if name != "dtype"}
+    remedy = "Embed all cohorts with one encoder."
+    for cohort, bags in cohorts.items():
+        check_identity(bags.identity, train, of=f"cohort '{cohort}'", source="in train", remedy=remedy)
+        counts = zip(bags.class_names, bags.labels.sum(0).tolist(), strict=True)
+        absent = [name for name, positives in counts if positives == 0]
+        if absent:
+            logger.warning("%s (%d volumes) has no positive of %s.", cohort, len(bags), absent)
+    check_disjoint({name: groups_of(bags.volumes, resampling) for name, bags in cohorts.items()}, resampling)
+
+
+def check_disjoint(groups: Mapping[str, Iterable[str]], what: str) -> None:
+    """Raise a ValueError if a member of one cohort, such as a patient, is in another too."""
+    cohort_of: dict[str, str] = {}
+    for cohort, members in groups.items():
+        for member in members:
+            if cohort_of.setdefault(member, cohort) != cohort:
+                raise ValueError(
+                    f"cohorts must not share {what}, got '{member}' in {cohort_of[member]} and {cohort}."
+                )
+
+
+def collate_bags(samples: Sequence[Bag]) -> BagBatch:
+    """Join the places and labels of bags; their tokens stay where they are."""
+    index, labels = zip(*((sample["index"], sample["labels"]) for sample in samples), strict=True)
+    return {"index": torch.tensor(index), "labels": torch.stack(labels)}
 
 
 class BagReader:
-    """Bags of a cohort on a device: all of them if a GPU has room, else those that are asked for.
+    """Gives bags of a cohort on a device: all stay on a GPU if it has room, else each is read when needed.
 
-    They stay in the number type of their files, 16 bits as a rule: 28 GB for the 47,000 volumes of CT-RATE at
-    1,024 numbers a slice. On a CPU they are read where they lie in their mapped files.
+    They keep the number type of their files, 16 bits as a rule: 28 GB for the 47,000 volumes of CT-RATE at
+    1,024 numbers per slice. On a CPU they are read where they lie in their mapped files.
 
     Attributes:
         resident: all bags if they lie on a GPU, else None.
-
-    Args:
-        bags: cohort.
-        device: where the bags are wanted.
     """
 
     def __init__(self, bags: EmbeddingBags, device: torch.device) -> None:
@@ -309,11 +290,7 @@ class BagReader:
             self.resident = [bags[index]["tokens"].to(device) for index in range(len(bags))]
 
     def __call__(self, indices: Iterable[int]) -> list[torch.Tensor]:
-        """Return the bags ``(S, D)`` of some volumes.
-
-        Args:
-            indices: places of the volumes in the cohort.
-        """
+        """Return the bags ``(S, D)`` at some places of the cohort."""
         if self.resident is not None:
             return [self.resident[index] for index in indices]
         bags = [self.bags[index]["tokens"] for index in indices]
@@ -322,42 +299,28 @@ class BagReader:
         packed = torch.cat(bags).pin_memory().to(self.device, non_blocking=True)
         return list(packed.split([len(bag) for bag in bags]))
 
-
-def chunks(bags: EmbeddingBags) -> list[range]:
-    """Split a cohort into stretches that are small enough to be scored at once, padded and in 32 bits.
-
-    Args:
-        bags: cohort.
-
-    Returns:
-        Places of the bags of each stretch.
-    """
-    largest = int(bags.lengths.max()) * bags.row_bytes if len(bags) else 1
-    size = max(1, min(BAGS_PER_CHUNK, CHUNK_BYTES // largest))
-    return [range(first, min(first + size, len(bags))) for first in range(0, len(bags), size)]
+    def chunks(self) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        """Yield places and bags, all in order, as many at once as can be scored padded and in 32 bits."""
+        bags = self.bags
+        largest = int(bags.lengths.max()) * bags.row_bytes if len(bags) else 1
+        size = max(1, min(BAGS_PER_CHUNK, CHUNK_BYTES // largest))
+        for first in range(0, len(bags), size):
+            last = min(first + size, len(bags))
+            yield slice(first, last), self(range(first, last))
 
 
 def fits(num_bytes: int, device: torch.device) -> bool:
-    """Return whether a GPU has room for a tensor, and a fifth of what is free besides for the work.
-
-    Args:
-        num_bytes: size of the tensor.
-        device: a GPU.
-    """
+    """Return whether a GPU has room for a tensor and still a fifth of what is free for the work."""
     free, _ = torch.cuda.mem_get_info(device)
     return num_bytes <= RESIDENT_SHARE * free
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Endless batches of shuffled epochs; batch number ``step`` is a function of the seed and the step alone.
+    """Endless batches of shuffled epochs; the batch of a step depends on the seed and the step alone.
 
     Epoch e visits the bags in the order ``np.random.default_rng([seed, e]).permutation(num_bags)``.
-    Its last batch is short when the batch size does not divide the number of bags.
-
-    Args:
-        num_bags: bags of an epoch.
-        batch_size: bags of a batch.
-        seed: seed of the orders.
+    Its last batch is short when the batch size does not divide the number of bags. Iteration starts at
+    ``start_step``.
 
     Raises:
         ValueError: if there is no bag or the batch size is not positive.
@@ -370,9 +333,7 @@ class ShuffledBatches(Sampler[list[int]]):
     def __init__(self, num_bags: int, batch_size: int, seed: int) -> None:
         if num_bags < 1 or batch_size < 1:
             raise ValueError(f"num_bags and batch_size must be at least 1, got {num_bags} and {batch_size}.")
-        self.num_bags = num_bags
-        self.batch_size = batch_size
-        self.seed = seed
+        self.num_bags, self.batch_size, self.seed = num_bags, batch_size, seed
         self.start_step = 0
 
     def batch(self, step: int) -> list[int]:

@@ -89,8 +89,8 @@ def read_ahead(
         todo = iter(work)
         try:
             while True:
-                while _has_room(pending, num_workers) and (source := next(todo, None)) is not None:
-                    pending.append((source, pool.submit(prepare, source)))
+                while _has_room(pending, num_workers) and (following := next(todo, None)) is not None:
+                    pending.append((following, pool.submit(prepare, following)))
                 if not pending:
                     return
                 source, future = pending.popleft()

@@ -1,11 +1,12 @@
-"""Tokens of a cohort and what each of them shows, within bounded memory; and the rows that training draws."""
+"""Tokens of a cohort and what each of them shows, in bounded memory; and the rows that training draws."""
 
 # N rows of a kind of token: slices (CLS) or patches of all volumes; P patches of a slice, D embedding,
-# C classes
+# K kinds of token, B rows of a batch, C classes
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,20 +15,11 @@ from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch.utils.data import Dataset, Sampler
 
-from common.cohort.cohort import load_labels, natural_order, patient_of
-from common.embeddings.dense_labels import findings_present, read_dense_labels
+from common.cohort.cohort import natural_order, patient_of
+from common.embeddings.dense_labels import TASKS, findings_present, read_dense_labels
 from common.embeddings.store import EmbeddingStore
 
 TOKEN_KINDS = ("cls", "patch")
-
-TASKS = {name: len(load_labels(name)) for name in ("rexgroundingct", "totalsegmentator")}
-"""Number of classes of each task, in the order of the columns of labels and logits."""
-
-
-def tasks() -> dict[str, int]:
-    """Return ``TASKS``, for a bundle's config."""
-    return dict(TASKS)
-
 
 SLICES_PER_CHUNK = 64
 """Slices whose patch tokens are read at a time; bounds memory, changes no number."""
@@ -36,12 +28,13 @@ ROWS_PER_CHUNK = 65536
 """Rows whose labels are made dense at a time; bounds memory, changes no number."""
 
 
+def tasks() -> dict[str, int]:
+    """Return the classes of each task in the order of the columns of labels and logits, for a config."""
+    return dict(TASKS)
+
+
 def labelled_and_embedded(embeddings_dir: str | Path, labels_dir: str | Path) -> list[str]:
     """List the volumes with dense labels, all of which must be embedded with their patch tokens.
-
-    Args:
-        embeddings_dir: of an encoder bundle.
-        labels_dir: of ``python -m data_prep dense-labels``.
 
     Raises:
         FileNotFoundError: if a folder holds nothing, or a labelled volume has no embedding.
@@ -50,40 +43,36 @@ def labelled_and_embedded(embeddings_dir: str | Path, labels_dir: str | Path) ->
     store = EmbeddingStore(embeddings_dir)
     if "patches" not in store.fields:
         raise ValueError(
-            f"embeddings_dir must hold patch tokens, got only CLS tokens in '{embeddings_dir}'. "
-            "Embed with --patch_tokens True into another folder."
+            f"No patch tokens in '{embeddings_dir}'. Embed with --patch_tokens True into another folder."
         )
     labelled = sorted((path.stem for path in Path(labels_dir).glob("*.safetensors")), key=natural_order)
     if not labelled:
         raise FileNotFoundError(
-            f"labels_dir must hold <volume>.safetensors of python -m data_prep dense-labels, got none in "
-            f"'{labels_dir}'."
+            f"No dense labels in '{labels_dir}'. Make them with python -m data_prep dense-labels."
         )
     absent = [volume for volume in labelled if volume not in set(store.volumes)]
     if absent:
         raise FileNotFoundError(
-            f"every labelled volume must be embedded, got {len(absent)} of {len(labelled)} without, first "
-            f"'{absent[0]}', in '{embeddings_dir}'. Embed them, or remove their labels."
+            f"{len(absent)} of {len(labelled)} labelled volumes have no embedding in '{embeddings_dir}', the "
+            f"first is '{absent[0]}'. Embed them, or remove their labels."
         )
     return labelled
 
 
 class DenseCohort:
-    """Labels of every slice and patch of some volumes in memory, their tokens on disk.
+    """Gives tokens and labels of every slice and patch of some volumes; labels in memory, tokens on disk.
 
     Rows are counted over volumes, slices from the feet and patches row-major: CLS row s is slice s of all,
     and patch row s * P + p its patch p. Columns are the classes of ``TASKS``, one task after the other.
 
     Attributes:
-        volumes: names.
-        patients: of the volumes, in natural order.
-        identity: of the embeddings.
+        patients: patients of the volumes, in natural order.
         num_rows: kind of token to N.
 
     Args:
-        embeddings_dir: of an encoder bundle, with patch tokens.
-        labels_dir: of ``python -m data_prep dense-labels``.
-        volumes: which.
+        embeddings_dir: embeddings from an encoder bundle, with patch tokens.
+        labels_dir: labels from ``python -m data_prep dense-labels``.
+        volumes: names of the volumes.
 
     Raises:
         FileNotFoundError: if a volume has no labels.
@@ -104,30 +93,27 @@ class DenseCohort:
             shape = (length_of[volume], grid[0] * grid[1])
             if labels.findings.shape != shape or grid[0] != grid[1]:
                 raise ValueError(
-                    f"labels must be of (slices, patches) = {shape} as the embedding, in a square, got "
-                    f"{labels.findings.shape} for volume '{volume}'. Label with --grid {grid[0]}, into "
-                    "another --out."
+                    f"'{volume}' has (slices, patches) = {shape} embedded and {labels.findings.shape} "
+                    f"labelled. Label with --grid {grid[0]}, into another --out; grids must be square."
                 )
             # without a box the images are whole slices
             box = tuple(metadata.get("box") or (0, 0, metadata["side_px"]))
             if box != labels.box:
                 raise ValueError(
-                    f"labels must be of the box of the image, {box}, got {labels.box} for volume '{volume}'. "
-                    "Label and embed the same files, with a cropped preprocessing."
+                    f"'{volume}' was embedded in the box {box} and labelled in {labels.box}. Label and embed "
+                    "the same files, with a cropped preprocessing."
                 )
             order = _patch_order(shape, metadata.get("slice_axes", "yx"))
             of_patches.append((labels.findings.ravel()[order], labels.shares[order]))
             shares, findings = labels.of_slices()
             of_slices.append((findings, csr_matrix(shares)))
         self.patches_of_slice = shape[1]
-        self._findings = {
-            kind: np.concatenate([findings for findings, _ in parts])
-            for kind, parts in zip(TOKEN_KINDS, (of_slices, of_patches), strict=True)
-        }
-        self._shares: dict[str, csr_matrix] = {
-            kind: vstack([shares for _, shares in parts], format="csr")
-            for kind, parts in zip(TOKEN_KINDS, (of_slices, of_patches), strict=True)
-        }
+        self._findings: dict[str, NDArray[np.uint16]] = {}
+        self._shares: dict[str, csr_matrix] = {}
+        for kind, parts in zip(TOKEN_KINDS, (of_slices, of_patches), strict=True):
+            all_findings, all_shares = zip(*parts, strict=True)
+            self._findings[kind] = np.concatenate(all_findings)
+            self._shares[kind] = vstack(all_shares, format="csr")
         self._by_class: dict[str, csc_matrix] = {}
         self.num_rows = {kind: len(findings) for kind, findings in self._findings.items()}
         self.patients = sorted({patient_of(volume) for volume in self.volumes}, key=natural_order)
@@ -182,15 +168,7 @@ class DenseCohort:
                 yield self.store.read_patches(volume, slices).flatten(0, 1)
 
     def read_rows(self, kind: str, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Read the tokens of some rows in 16 bits, in one pass forwards over the disk.
-
-        Args:
-            kind: of token.
-            rows: ascending.
-
-        Shape:
-            Output: float16 ``(len(rows), D)``.
-        """
+        """Read the tokens of ascending rows as float16 ``(len(rows), D)``, in one pass over the disk."""
         taken = torch.empty(len(rows), self.identity["dim"], dtype=torch.float16)
         first = done = 0
         for chunk in self.tokens(kind):
@@ -210,20 +188,21 @@ def _patch_order(shape: tuple[int, int], slice_axes: str) -> NDArray[np.int64]:
     return rows.reshape(shape[0], grid, grid).transpose(0, 2, 1).ravel()
 
 
-class DrawnRows(Dataset[dict[str, torch.Tensor]]):
-    """The batches of a training run: rows drawn before any token is read, so that only those are kept.
+class RowBatch(TypedDict):
+    """Rows of each of ``TOKEN_KINDS`` and what they show, float16."""
 
-    Row b of step t is drawn with replacement from all rows; which, the seed alone decides. Of CT-RATE's patch
-    tokens the paper's 15,000 steps of 256 draw 17 %: 7.9 GB in 16 bits rather than 44.
+    tokens: torch.Tensor  # (K, B, D)
+    targets: torch.Tensor  # (K, B, C)
 
-    Args:
-        cohort: training volumes.
-        num_steps: batches.
-        batch_size: rows of a batch, of each kind of token.
-        seed: of the draw.
 
-    Shape:
-        Item: ``tokens (K, B, D)`` and ``targets (K, B, C)``, float16; kinds as ``TOKEN_KINDS``.
+class DrawnRows(Dataset[RowBatch]):
+    """The batches of a training run: rows are drawn before any token is read, and only those are kept.
+
+    Row b of step t is drawn with replacement from all rows, by the seed alone. Of CT-RATE's patch tokens the
+    paper's 15,000 steps of 256 draw 17 %: 7.9 GB in 16 bits rather than 44.
+
+    Attributes:
+        tokens: for each kind of token, the different rows in memory.
 
     Raises:
         ValueError: if there is no step or no row.
@@ -235,42 +214,33 @@ class DrawnRows(Dataset[dict[str, torch.Tensor]]):
                 f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}."
             )
         self.cohort, self.num_steps, self.batch_size = cohort, num_steps, batch_size
-        self._tokens, self._targets, self._places = [], [], []
+        self.tokens, self._targets, self._places = [], [], []
         for number, kind in enumerate(TOKEN_KINDS):
             draws = np.random.default_rng([seed, number]).integers(
                 0, cohort.num_rows[kind], (num_steps, batch_size)
             )
             drawn, places = np.unique(draws, return_inverse=True)
-            self._tokens.append(cohort.read_rows(kind, drawn))
+            self.tokens.append(cohort.read_rows(kind, drawn))
             self._targets.append(torch.from_numpy(cohort.soft_targets(kind, drawn)))
             self._places.append(torch.from_numpy(places.reshape(draws.shape).astype(np.int32)))
 
     def __len__(self) -> int:
         return self.num_steps
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, step: int) -> RowBatch:
         """Return the batch of a step, counted from 0."""
         places = [of_kind[step].long() for of_kind in self._places]
         return {
-            "tokens": torch.stack([part[place] for part, place in zip(self._tokens, places, strict=True)]),
+            "tokens": torch.stack([part[place] for part, place in zip(self.tokens, places, strict=True)]),
             "targets": torch.stack([part[place] for part, place in zip(self._targets, places, strict=True)]),
         }
 
-    def drawn(self) -> dict[str, int]:
-        """Return how many different rows of each kind are in memory."""
-        return {kind: len(part) for kind, part in zip(TOKEN_KINDS, self._tokens, strict=True)}
-
 
 class RemainingSteps(Sampler[int]):
-    """The steps of a run from ``start_step`` on.
-
-    Args:
-        num_steps: of the whole run.
-    """
+    """The steps from ``start_step`` to ``num_steps``."""
 
     def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.start_step = 0
+        self.num_steps, self.start_step = num_steps, 0
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start_step, self.num_steps))

@@ -19,23 +19,18 @@ from common.run.process import atomic_file
 from common.transforms.dense_labels import slice_shares
 
 TENSORS = ("share", "class", "row_end", "findings")
-NUM_CLASSES = {name: len(load_labels(name)) for name in ("totalsegmentator", "rexgroundingct")}
+
+TASKS = {name: len(load_labels(name)) for name in ("rexgroundingct", "totalsegmentator")}
+"""Number of classes of each label set, in the order of the columns of a cohort's labels."""
 
 
 class DenseLabels(NamedTuple):
-    """Labels of one volume through the body crop of its image.
-
-    Args:
-        volume: name.
-        box: top, left and side in pixels of the square that was cropped, in slices padded to squares.
-        shares: TotalSegmentator, sparse float32 ``(S * P, 118)``: share of each patch, background included.
-        findings: ReXGroundingCT, uint16 ``(S, P)``: bit k for the k-th code.
-    """
+    """Labels of one volume, seen through the body crop of its image."""
 
     volume: str
-    box: tuple[int, int, int]
-    shares: csr_matrix
-    findings: NDArray[np.uint16]
+    box: tuple[int, int, int]  # top, left and side in pixels of the square crop, in slices padded to squares
+    shares: csr_matrix  # TotalSegmentator, float32 (S * P, 118): share of each patch, with background
+    findings: NDArray[np.uint16]  # ReXGroundingCT, (S, P): bit k for the k-th code
 
     def of_slices(self) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
         """Return what whole slices show: shares ``(S, 118)`` and findings ``(S,)``."""
@@ -44,35 +39,25 @@ class DenseLabels(NamedTuple):
 
 
 def findings_present(bits: NDArray[np.uint16]) -> NDArray[np.bool_]:
-    """Unpack findings to one column a code of ReXGroundingCT.
-
-    Args:
-        bits: of any shape.
-
-    Shape:
-        ``(...)``. Output: ``(..., 14)``.
+    """Unpack findings ``(...)`` to one column per code of ReXGroundingCT, ``(..., 14)``.
 
     Example:
         >>> findings_present(np.array([0, 5], np.uint16))[:, :3].tolist()
         [[False, False, False], [True, False, True]]
     """
-    codes = np.arange(NUM_CLASSES["rexgroundingct"], dtype=np.uint16)
+    codes = np.arange(TASKS["rexgroundingct"], dtype=np.uint16)
     return (bits[..., None] >> codes & 1).astype(bool)
 
 
 def write_dense_labels(folder: str | Path, labels: DenseLabels) -> None:
-    """Write ``<volume>.safetensors``; the file appears only when it is whole.
-
-    Args:
-        folder: made when missing.
-        labels: of one volume.
+    """Write ``<volume>.safetensors``; the file appears only when it is whole, and its folder when missing.
 
     Raises:
         ValueError: if shares and findings are not of the same patches, or classes are missing.
     """
     path = Path(folder) / f"{labels.volume}.safetensors"
     num_slices, patches = labels.findings.shape
-    expected = (num_slices * patches, NUM_CLASSES["totalsegmentator"])
+    expected = (num_slices * patches, TASKS["totalsegmentator"])
     if labels.shares.shape != expected:
         raise ValueError(
             f"shares must have shape {expected} to fit the findings, got {labels.shares.shape} "
@@ -102,32 +87,26 @@ def _crc32(tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, st
 def read_dense_labels(path: str | Path) -> DenseLabels:
     """Read a file of :func:`write_dense_labels`.
 
-    Args:
-        path: ``<volume>.safetensors``.
-
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or holds something else.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"dense labels must be a file, got '{path}', which does not exist. "
-            "Make it with python -m data_prep dense-labels."
-        )
+        raise FileNotFoundError(f"No dense labels '{path}'. Make them with python -m data_prep dense-labels.")
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
             metadata = file.metadata() or {}
         if metadata.get("crc32") != str(_crc32(tensors, metadata)):
-            raise ValueError("it has another checksum than was written")
+            raise ValueError("its checksum differs")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"dense labels must be a whole file of python -m data_prep dense-labels, got '{path}' ({error}). "
-            "Delete it and make it again."
+            f"Cannot read '{path}' ({error}). Delete it and make it again with python -m data_prep "
+            "dense-labels."
         ) from error
     share, classes, row_end, findings = tensors.values()
     indptr = np.concatenate([[0], row_end]).astype(np.int32)
-    shape = (findings.size, NUM_CLASSES["totalsegmentator"])
+    shape = (findings.size, TASKS["totalsegmentator"])
     shares = csr_matrix((share, classes.astype(np.int32), indptr), shape=shape)
     top, left, side = json.loads(metadata["box"])
     return DenseLabels(metadata["volume"], (top, left, side), shares, findings)

@@ -32,6 +32,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SUFFIX = ".embeddings.safetensors"
 FORMAT = "dale_ct_embeddings_2"
 HEADER = ("identity", "fields", "volumes")
+AGAIN = "Delete the file and embed its volumes again."
 REMEDY = "Keep the embeddings of each encoder in a folder of their own."
 PART_BYTES = 64 * 2**20  # a part has no more: some 100 volumes of 300 slices, 1024 wide, in 16 bits
 PART_SECONDS = 60.0  # no volume waits longer for its part: what a kill may cost; our choice
@@ -116,10 +117,8 @@ class EmbeddingStore:
             for place in places:
                 volume = place.record["metadata"]["volume"]
                 if volume in self._places:
-                    raise ValueError(
-                        f"Volume '{volume}' is in two files of '{self.folder}': "
-                        f"'{self._places[volume].part.name}' and '{part.name}'. Delete one of them."
-                    )
+                    first = self._places[volume].part
+                    raise ValueError(f"'{volume}' is in '{first}' and in '{part.name}'. Delete one of them.")
                 self._places[volume] = place
         self.fields: tuple[str, ...] = facts.pop("fields")
         self.identity = facts
@@ -385,17 +384,12 @@ def _open_part(part: Path, inode: int, modified_ns: int) -> tuple[dict[str, Any]
         if any(len(tensors[name]) != sizes[name] for name in ("tokens", *fields)):
             raise ValueError(f"it must hold {sizes} rows, as its volumes state")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Cannot read embeddings '{part}': {error}. Delete the file and embed its volumes again."
-        ) from error
+        raise ValueError(f"Cannot read embeddings '{part}': {error}. {AGAIN}") from error
     return identity | {"fields": fields}, places
 
 
 def _check_read(tensor: torch.Tensor, name: str, place: _Place, expected_crc32: int) -> None:
     volume = place.record["metadata"]["volume"]
     if crc32(tensor) != expected_crc32:
-        raise ValueError(
-            f"The {name} of volume '{volume}' in '{place.part}' are not what was written: they have another "
-            "checksum. Delete the file and embed its volumes again."
-        )
+        raise ValueError(f"The {name} of '{volume}' in '{place.part}' have another checksum now. {AGAIN}")
     check_finite(tensor, name, volume)

@@ -121,7 +121,7 @@ def ct_sources(
     if not chosen and subset_csv is not None:
         raise FileNotFoundError(f"None of the names in subset_csv '{subset_csv}' is in '{root}'.")
     used = [CTSource(volume, found[volume]) for volume in sorted(found.keys() & chosen - skipped)]
-    logger.info("%d of %d volumes in '%s' are to be embedded.", len(used), len(found), root)
+    logger.info("%d of %d volumes in '%s' are chosen.", len(used), len(found), root)
     # a damaged file has no volume's name: it may belong to any
     others = places.keys() - (chosen - skipped)
     return used, [item for item in rejected if item.volume not in others]
@@ -199,6 +199,7 @@ def embedding_work(sources: Sequence[CTSource], folders: Mapping[str, Path]) -> 
         missing = tuple(name for name in folders if source.volume not in done[name])
         if missing:
             work.append(source._replace(stores=missing))
+    logger.info("%d of %d volumes are to be embedded.", len(work), len(sources))
     wait_for_ranks()
     return work[idist.get_rank() :: idist.get_world_size()]
 

@@ -2,7 +2,7 @@
 
 # B slabs, V views (Vg global, Vl local), D embedding
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class DINOv2Trainer(PretrainingTrainer):
         super().__init__(**shared)
         self.teacher = teacher
         self.schedule = schedule
-        self.loss_function = self.loss_function.to(self.state.device)
+        self.loss_function = cast(nn.Module, self.loss_function).to(self.state.device)
         self.ibot_loss = ibot_loss.to(self.state.device)
         self.ibot_weight = ibot_weight
         self.koleo_weight = koleo_weight

@@ -1,4 +1,4 @@
-"""Two encoders on the same volumes: Table V and what their slice embeddings know of the body's long axis."""
+"""Compare two encoders on the same volumes: Table V, and what slices' embeddings say of their place."""
 
 # N volumes, S slices, R resamples
 
@@ -25,37 +25,27 @@ SAMPLINGS = ("stored", "matched")
 
 
 def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, EmbeddingStore]:
-    """Open the embeddings of two encoders.
-
-    Args:
-        slab_dir: embeddings of the encoder pre-trained on slabs.
-        flat_dir: embeddings of the one pre-trained on single slices.
-
-    Returns:
-        Encoder's name to its embeddings, in this order.
+    """Open the embeddings of an encoder pre-trained on slabs and of one on single slices, by encoder's name.
 
     Raises:
         ValueError: if both are of one encoder, or one is not of slices.
     """
-    stores = [EmbeddingStore(folder) for folder in (slab_dir, flat_dir)]
-    names = [store.identity["encoder"] for store in stores]
-    if names[0] == names[1]:
-        raise ValueError(
-            f"'{slab_dir}' and '{flat_dir}' both hold embeddings of '{names[0]}'. Give those of two encoders."
-        )
-    for store, name in zip(stores, names, strict=True):
-        if store.identity["token_kind"] != "slice":
-            kind = store.identity["token_kind"]
-            raise ValueError(f"embeddings must be of slices, got tokens of kind '{kind}' for '{name}'.")
-    return dict(zip(names, stores, strict=True))
+    stores = {}
+    for folder in (slab_dir, flat_dir):
+        store = EmbeddingStore(folder)
+        name, kind = store.identity["encoder"], store.identity["token_kind"]
+        if kind != "slice":
+            raise ValueError(f"embeddings must be of slices, got tokens of kind '{kind}' in '{folder}'.")
+        if name in stores:
+            raise ValueError(
+                f"'{slab_dir}' and '{flat_dir}' both hold embeddings of '{name}'. Give those of two encoders."
+            )
+        stores[name] = store
+    return stores
 
 
 def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[str]:
-    """List the volumes that both encoders embedded and that have enough slices.
-
-    Args:
-        stores: embeddings from :func:`open_pair`.
-        min_slices: 16 in the authors' re-created probe.
+    """List the volumes that both encoders embedded with enough slices: 16 in the authors' re-created probe.
 
     Raises:
         ValueError: if there is none, or encoders disagree on the number of slices of a volume.
@@ -100,12 +90,12 @@ class LatentGeometryEvaluator(Engine):
         gaps_mm: gaps of the distance-gap curve.
         split_percent: percent of patients to fit, choose and test read-outs on.
         split_seed: seed of the split.
-        num_resamples: R.
+        num_resamples: number of resamples of patients, R.
         seed: seed of the resamples.
-        dense_labels_dir: from ``python -m data_prep dense-labels``, for organ spans; None leaves them out.
+        dense_labels_dir: labels from ``data_prep dense-labels``, for organ spans; None leaves these out.
         probe_dirs: MIL probe of each encoder, for stride robustness; None leaves it out.
         labels_csv: labels of the probes' classes; needed with ``probe_dirs``.
-        strides: every how many slices the probes see.
+        strides: distances in slices of the slices that the probes are given.
         handlers: Ignite handlers.
     """
 
@@ -122,11 +112,11 @@ class LatentGeometryEvaluator(Engine):
         split_seed: int,
         num_resamples: int,
         seed: int,
-        dense_labels_dir: str | Path | None = None,
-        probe_dirs: Sequence[str | Path] | None = None,
-        labels_csv: str | Path | None = None,
-        strides: Sequence[int] = (1, 2, 4, 8),
-        handlers: Sequence[Any] | None = None,
+        dense_labels_dir: str | Path | None,
+        probe_dirs: Sequence[str | Path] | None,
+        labels_csv: str | Path | None,
+        strides: Sequence[int],
+        handlers: Sequence[Any],
     ) -> None:
         super().__init__(self._measure)
         self.stores, self.volumes = stores, list(volumes)
@@ -141,7 +131,7 @@ class LatentGeometryEvaluator(Engine):
         }
         self.state.table, self.state.comparisons, self.state.world = [], {}, {}
         self.add_event_handler(Events.COMPLETED, self._conclude)
-        for handler in handlers or []:
+        for handler in handlers:
             handler.attach(self)
 
     def measure_all(self) -> None:

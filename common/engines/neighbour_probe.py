@@ -1,4 +1,4 @@
-"""What a volume's nearest neighbours say about it: kNN and retrieval on averaged slices, with no training.
+"""Predict labels from a volume's nearest neighbours: kNN and retrieval on averaged slices, without training.
 
 ``python -m common.engines.neighbour_probe --help``. Distances are cosine.
 """
@@ -15,25 +15,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from common.cohort.cohort import load_labels, read_labels, split_by_patient
-from common.embeddings.bags import EmbeddingBags, labelled_volumes
-from common.engines.probe_cohorts import check_cohorts
-from common.engines.probe_evaluation import Measured, Prediction, measure
-from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, interval, resample_weights
+from common.embeddings.bags import EmbeddingBags, check_cohorts, labelled_volumes
+from common.engines.probe_evaluation import Measured, Prediction, measure, rows_of
+from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, resample_weights
 from common.metrics.multilabel import f1_thresholds, macro
 from common.metrics.neighbours import WEIGHTS, Neighbours, cosine_neighbours, knn_scores, retrieval_report
-from common.reports.results import NAN, add_rows, log_rows, print_whole, result_rows, results_table
+from common.reports.results import NAN, add_rows, log_rows, print_whole, results_table
 from common.run.config import short_errors
 
 
 def average_embeddings(bags: EmbeddingBags) -> NDArray[np.float32]:
-    """Average the slices of each volume.
-
-    Args:
-        bags: volumes.
-
-    Shape:
-        Output: ``(N, D)``.
-    """
+    """Average the slices of each volume, ``(N, D)``."""
     return torch.stack([bags[index]["tokens"].float().mean(0) for index in range(len(bags))]).numpy()
 
 
@@ -42,13 +34,8 @@ def knn_measured(
 ) -> dict[str, Measured]:
     """Measure kNN for every k and weighting, with the thresholds of the best F1 on validation.
 
-    Args:
-        cohorts: "train", the bank; "validation"; "test".
-        ks: numbers of neighbours to ask.
-        weights: resamples of the test set, from :func:`common.metrics.bootstrap.resample_weights`.
-
-    Returns:
-        Protocol, such as "knn_5_majority", to what was measured on the test set.
+    Neighbours are searched in "train"; ``weights`` are resamples of "test". Returns protocol, such as
+    "knn_5_majority", to what was measured on the test set.
     """
     bank, labels = average_embeddings(cohorts["train"]), cohorts["train"].labels.numpy()
     nearest = {
@@ -71,12 +58,7 @@ def knn_measured(
 def retrieval_values(cohorts: dict[str, EmbeddingBags], ks: list[int]) -> dict[str, float]:
     """Measure retrieval of training volumes by test volumes, by class and as means over the classes.
 
-    Args:
-        cohorts: "train", the bank; "test", the queries.
-        ks: numbers of neighbours to look at.
-
-    Returns:
-        Metric, such as "macro_recall_at_5" and "recall_at_5/Emphysema", to value; nan where undefined.
+    Returns metric, such as "macro_recall_at_5" and "recall_at_5/Emphysema", to value; nan where undefined.
     """
     bank, test = cohorts["train"], cohorts["test"]
     nearest = cosine_neighbours(average_embeddings(test), average_embeddings(bank), max(ks))
@@ -119,38 +101,27 @@ def main(
     sides = split_by_patient(list(read_labels(train_labels, [])), num_val_patients, split_seed)
     embedded = set(labelled_volumes(train_embeddings, train_labels))
     cohorts = {
-        side: EmbeddingBags(train_embeddings, train_labels, names, [v for v in volumes if v in embedded])
+        side: EmbeddingBags(
+            train_embeddings, train_labels, names, volumes=[name for name in volumes if name in embedded]
+        )
         for side, volumes in sides.items()
     }
-    cohorts["test"] = EmbeddingBags(test_embeddings, test_labels, names)
-    check_cohorts(cohorts)
-    weights = resample_weights(groups_of(cohorts["test"].volumes, "patients"), num_resamples, RESAMPLING_SEED)
-    numbers = {
-        protocol: {
-            f"macro_{metric}": (value, *interval(own.resampled[metric]))
-            for metric, value in own.values.items()
-        }
-        for protocol, own in knn_measured(cohorts, ks, weights).items()
-    }
+    test = cohorts["test"] = EmbeddingBags(test_embeddings, test_labels, names)
+    check_cohorts(cohorts, "patients")
+    weights = resample_weights(groups_of(test.volumes, "patients"), num_resamples, RESAMPLING_SEED)
+    measured = knn_measured(cohorts, ks, weights)
+    numbers = {protocol: of_protocol.numbers() for protocol, of_protocol in measured.items()}
     retrieval = retrieval_values(cohorts, ks)
     numbers["retrieval"] = {metric: (value, NAN, NAN) for metric, value in retrieval.items()}
     settings = {"ks": ks, "num_val_patients": num_val_patients, "split_seed": split_seed}
-    rows = []
-    for protocol, of_protocol in numbers.items():
-        rows += result_rows(
-            of_protocol,
-            encoder=str(cohorts["test"].identity["encoder"]),
-            protocol=protocol,
-            dataset=dataset,
-            n=len(cohorts["test"]),
-            config=settings | cohorts["test"].identity,
-        )
+    rows = rows_of(numbers, test, dataset, settings)
     add_rows(results_csv, rows)
     log_rows(rows, tracking_uri, "neighbours")
     print_whole(results_table([row for row in rows if row.protocol != "retrieval"]))
     for metric, value in retrieval.items():
         if metric.startswith("macro_"):
             Console().print(f"{metric.removeprefix('macro_')}: {value:.4f}")
+    Console().print(f"Done: results in '{results_csv}', MLflow run in '{tracking_uri}'.")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -1,19 +1,20 @@
-"""Saved probes on a test set they may never have seen: intervals and paired differences (Table IV)."""
+"""Test saved probes on a test set that may be new to them: intervals and paired differences (Table IV)."""
 
-# N volumes, C classes of a probe, K classes of the test set, R resamples
+# N volumes, K classes of the test set, R resamples
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from common.cohort.class_map import map_classes
 from common.cohort.cohort import load_labels
-from common.embeddings.bags import EmbeddingBags, chunks, labelled_volumes
+from common.embeddings.bags import BagReader, EmbeddingBags, labelled_volumes
 from common.embeddings.store import check_identity
+from common.engines.probe_grid import probe_scores
 from common.metrics.bootstrap import (
     RESAMPLING_SEED,
     bootstrap,
@@ -25,102 +26,84 @@ from common.metrics.bootstrap import (
 )
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
-from common.networks.poolers import pad_bags
-from common.reports.results import add_rows, log_rows, result_rows
+from common.reports.results import ResultRow, add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
 RANKING = ("auroc", "auprc")
 
+Numbers = dict[str, tuple[float, float, float]]
+"""Metric to value and the ends of its interval."""
+
 
 class Prediction(NamedTuple):
-    """What a probe says of the volumes of a test set.
+    """What a probe says of the volumes of a test set."""
 
-    Attributes:
-        scores: probabilities, float64 ``(N, K)``.
-        decisions: whether each class is called positive, bool ``(N, K)``: a merged class has no one
-            threshold.
-    """
-
-    scores: np.ndarray
-    decisions: np.ndarray
+    scores: np.ndarray  # probabilities, float64 (N, K)
+    decisions: np.ndarray  # called positive, bool (N, K); a class merged from several has no single threshold
 
 
 class Measured(NamedTuple):
-    """The macro metrics of a prediction.
-
-    Attributes:
-        values: by metric.
-        resampled: by metric, on each resample, ``(R,)``.
-    """
+    """The macro metrics of a prediction."""
 
     values: dict[str, float]
-    resampled: dict[str, np.ndarray]
+    resampled: dict[str, np.ndarray]  # on each resample, (R,)
+
+    def numbers(self) -> Numbers:
+        """Return the metrics with their intervals, as result rows name them."""
+        return {f"macro_{key}": (value, *interval(self.resampled[key])) for key, value in self.values.items()}
+
+    def less(self, other: "Measured") -> Numbers:
+        """Return the paired differences from another prediction of the same volumes, with intervals."""
+        found = {}
+        for key, value in self.values.items():
+            pair = ((of.values[key], of.resampled[key]) for of in (self, other))
+            found[f"macro_{key}"] = paired_difference(*(np.append(value, drawn) for value, drawn in pair))[:3]
+        return found
 
 
 def predict(probe_dir: str | Path, bags: EmbeddingBags, device: torch.device | str = "cpu") -> Prediction:
-    """Apply a saved probe with its own thresholds; its classes are mapped onto those of the test set.
-
-    Args:
-        probe_dir: folder of ``probe.safetensors`` and ``probe.json``.
-        bags: test set.
-        device: where to compute.
+    """Apply a saved probe with its thresholds; its classes are mapped onto those of the test set.
 
     Raises:
         FileNotFoundError: if there is no probe.
         ValueError: if the embeddings are of another encoder than the probe's, or it lacks a class.
     """
     probe, card = load_probe(probe_dir)
-    check_identity(
-        bags.identity,
-        card,
-        of="the embeddings",
-        source=f"the probe in '{probe_dir}' needs",
-        remedy="Embed the volumes as those that the probe was trained on.",
-    )
-    probe = probe.to(device).eval()
-    parts = []
-    with torch.no_grad():
-        for places in chunks(bags):
-            padded, mask = pad_bags([bags[place]["tokens"].to(device) for place in places])
-            parts.append(probe(padded, mask).double().sigmoid().cpu())
+    remedy = "Embed the volumes as those that the probe was trained on."
+    source = f"the probe in '{probe_dir}' needs"
+    check_identity(bags.identity, card, of="the embeddings", source=source, remedy=remedy)
+    scores = probe_scores(probe.to(device), BagReader(bags, torch.device(device)))
     thresholds = np.asarray(card["thresholds"], dtype=np.float64)
-    scores = torch.cat(parts).numpy()
     return Prediction(*map_classes(scores, thresholds, card["class_names"], bags.class_names))
 
 
 def measure(prediction: Prediction, bags: EmbeddingBags, weights: np.ndarray) -> Measured:
     """Measure macro AUROC, AUPRC, F1 and balanced accuracy, on the test set and on each resample of it.
 
-    Args:
-        prediction: of the test set.
-        bags: test set.
-        weights: of :func:`common.metrics.bootstrap.resample_weights`.
-
-    Shape:
-        ``weights (R, N)``.
+    ``weights (R, N)`` come from :func:`common.metrics.bootstrap.resample_weights`.
     """
     targets, half = bags.labels.numpy(), np.full(len(bags.class_names), 0.5)
-    values: dict[str, float] = {}
-    resampled: dict[str, np.ndarray] = {}
+    measured = Measured({}, {})
     # rankings by score; F1 and balanced accuracy by what was called positive, of which 0.5 is the threshold
     for scores, of_ranking in ((prediction.scores, True), (prediction.decisions.astype(np.float64), False)):
         report = multilabel_report(scores, targets, half, bags.class_names)["macro"]
         samples = bootstrap(scores, targets, half, weights)
         for name in report:
             if (name in RANKING) == of_ranking:
-                values[name] = report[name]
-                resampled[name] = macro_means(samples[name])
-    return Measured(values, resampled)
+                measured.values[name] = report[name]
+                measured.resampled[name] = macro_means(samples[name])
+    return measured
 
 
 def evaluate_probes(
+    *,
     probes: Mapping[str, str | None],
     embeddings: Mapping[str, str | None],
     labels_csv: str | Path,
     label_set: str,
-    prefix: str,
-    dataset: str,
+    test_prefix: str,
+    dataset_name: str,
     results_csv: str | Path,
     num_resamples: int,
     tracking_uri: str,
@@ -129,26 +112,16 @@ def evaluate_probes(
 ) -> dict[str, Measured]:
     """Test probes on the same volumes, embedded in one way or several, and compare each with the first.
 
+    ``probes`` and ``embeddings`` map names to folders, the embeddings of the right way first; those that are
+    None are passed over. ``test_prefix`` is how names of test volumes start, ``label_set`` a list of
+    ``common/labels``.
+
     A row for each metric goes into the results, named by the probe ("frozen"), for embeddings after the first
     also by these ("frozen_transposed"), with its interval over the same resamples of patients for all; and
-    the paired difference from the first ("retrained-frozen"). The retrained probe is tested on the first
-    embeddings alone.
+    the paired difference from the first ("retrained-frozen"). Only the first probe is tested on further
+    embeddings. An MLflow run records the rows.
 
     Source: DALE-CT IV-B and Table IV; the intervals are ours.
-
-    Args:
-        probes: name to folder of the probe.
-        embeddings: name to folder of embeddings of the same volumes, the first the right way. A folder of
-            either that is None is passed over.
-        labels_csv: label table of the test set; may hold further volumes.
-        label_set: classes of the test set, a list of ``common.labels``.
-        prefix: how names of test volumes start; "" for all.
-        dataset: name of the data in the results.
-        results_csv: CSV of all evaluations.
-        num_resamples: R.
-        tracking_uri: MLflow store.
-        experiment: MLflow experiment of the run that records the rows.
-        device: where to compute.
 
     Returns:
         Protocol to what was measured.
@@ -159,40 +132,27 @@ def evaluate_probes(
             :func:`predict`.
     """
     probe_dirs = {name: folder for name, folder in probes.items() if folder is not None}
-    (right, *others) = views = [view for view, folder in embeddings.items() if folder is not None] or [""]
-    if not probe_dirs or not right:
+    folders = {view: folder for view, folder in embeddings.items() if folder is not None}
+    if not probe_dirs or not folders:
         raise ValueError(
             f"probes and embeddings must name at least one each, got {dict(probes)} and {dict(embeddings)}. "
             "Pass --frozen_probe and --test_embeddings_dir."
         )
     names = [label.name for label in load_labels(label_set)]
-    bags = {view: _test_bags(str(embeddings[view]), labels_csv, names, prefix) for view in views}
-    first = bags[right]
+    test_sets = {view: _test_bags(path, labels_csv, names, test_prefix) for view, path in folders.items()}
+    cells = _cells(probe_dirs, test_sets)
+    (reference, (_, first)), *_ = cells.items()
     weights = resample_weights(groups_of(first.volumes, "patients"), num_resamples, RESAMPLING_SEED)
-    reference = next(iter(probe_dirs))
-    cells = {name: (probe_dir, first) for name, probe_dir in probe_dirs.items()}
-    for view in others:
-        if bags[view].volumes != first.volumes:
-            raise ValueError(
-                f"embeddings must be of the same volumes, got {len(first)} in '{right}' and "
-                f"{len(bags[view])} in '{view}', or others."
-            )
-        cells[f"{reference}_{view}"] = probe_dirs[reference], bags[view]
     measured = {}
-    for protocol, (probe_dir, own) in cells.items():
-        measured[protocol] = measure(predict(probe_dir, own, device), own, weights)
+    for protocol, (probe_dir, bags) in cells.items():
+        measured[protocol] = measure(predict(probe_dir, bags, device), bags, weights)
         logger.info("%s: %s", protocol, {key: round(v, 4) for key, v in measured[protocol].values.items()})
-    settings = {"label_set": label_set, "prefix": prefix, "num_resamples": num_resamples}
-    rows = []
-    for protocol, numbers in _numbers(measured).items():
-        rows += result_rows(
-            numbers,
-            encoder=str(first.identity["encoder"]),
-            protocol=protocol,
-            dataset=dataset,
-            n=len(first),
-            config=settings | first.identity,
-        )
+    numbers = {protocol: of.numbers() for protocol, of in measured.items()}
+    for protocol, of in measured.items():
+        if protocol != reference:
+            numbers[f"{protocol}-{reference}"] = of.less(measured[reference])
+    settings = {"label_set": label_set, "prefix": test_prefix, "num_resamples": num_resamples}
+    rows = rows_of(numbers, first, dataset_name, settings)
     add_rows(results_csv, rows)
     log_rows(rows, tracking_uri, experiment)
     return measured
@@ -201,25 +161,42 @@ def evaluate_probes(
 def _test_bags(folder: str, labels_csv: str | Path, names: list[str], prefix: str) -> EmbeddingBags:
     volumes = [volume for volume in labelled_volumes(folder, labels_csv) if volume.startswith(prefix)]
     if not volumes:
-        raise ValueError(f"prefix must be that of some embedded volume, got '{prefix}' in '{folder}'.")
-    return EmbeddingBags(folder, labels_csv, names, volumes)
+        raise ValueError(f"No volume in '{folder}' has a name that starts with test_prefix '{prefix}'.")
+    return EmbeddingBags(folder, labels_csv, names, volumes=volumes)
 
 
-def _numbers(measured: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By protocol and metric; after the protocols themselves how each differs from the first."""
-    own = {
-        protocol: {
-            f"macro_{name}": (value, *interval(of.resampled[name])) for name, value in of.values.items()
-        }
-        for protocol, of in measured.items()
-    }
-    (reference, first), *others = measured.items()
-    for protocol, of in others:
-        differences = {
-            name: paired_difference(
-                np.append(of.values[name], of.resampled[name]), np.append(value, first.resampled[name])
+def _cells(
+    probe_dirs: Mapping[str, str], test_sets: Mapping[str, EmbeddingBags]
+) -> dict[str, tuple[str, EmbeddingBags]]:
+    """Pair probes and test sets: each probe with the first, and the first probe with each; by protocol."""
+    (right, first), *others = test_sets.items()
+    cells = {name: (probe_dir, first) for name, probe_dir in probe_dirs.items()}
+    reference = next(iter(probe_dirs))
+    for view, bags in others:
+        if bags.volumes != first.volumes:
+            raise ValueError(
+                f"embeddings must be of the same volumes, got {len(first)} in '{right}' and {len(bags)} in "
+                f"'{view}', or others."
             )
-            for name, value in first.values.items()
-        }
-        own[f"{protocol}-{reference}"] = {f"macro_{name}": d[:3] for name, d in differences.items()}
-    return own
+        cells[f"{reference}_{view}"] = probe_dirs[reference], bags
+    return cells
+
+
+def rows_of(
+    numbers: Mapping[str, Numbers], bags: EmbeddingBags, dataset_name: str, settings: dict[str, Any]
+) -> list[ResultRow]:
+    """Make the result rows of a test set from the numbers of each protocol.
+
+    ``settings`` are what the numbers depend on besides the embeddings.
+    """
+    rows = []
+    for protocol, of_protocol in numbers.items():
+        rows += result_rows(
+            of_protocol,
+            encoder=str(bags.identity["encoder"]),
+            protocol=protocol,
+            dataset=dataset_name,
+            n=len(bags),
+            config=settings | bags.identity,
+        )
+    return rows

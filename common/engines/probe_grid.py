@@ -1,29 +1,22 @@
 """Train a grid of MIL probes in one pass, choose one on validation, test it once."""
 
+# L * K probes of the grid, N volumes, C classes
+
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
-from monai.inferers import Inferer
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from common.embeddings.bags import BagReader, EmbeddingBags, ShuffledBatches, chunks
-from common.engines.probe_cohorts import check_cohorts
-from common.engines.probe_seeds import train_seeds
-from common.metrics.bootstrap import (
-    RESAMPLING_SEED,
-    bootstrap,
-    groups_of,
-    interval_report,
-    resample_weights,
-)
+from common.embeddings.bags import BagBatch, BagReader, EmbeddingBags, ShuffledBatches, check_cohorts
+from common.metrics.bootstrap import RESAMPLING_SEED, bootstrap, groups_of, interval_report, resample_weights
 from common.metrics.multilabel import (
     MultilabelReport,
     average_precision,
@@ -35,52 +28,40 @@ from common.networks.mil_probe import MILProbe, ProbeGrid, probe_name
 from common.networks.poolers import pad_bags
 from common.reports.results import Predictions
 
-# L * K probes of the grid, N volumes, C classes
+logger = logging.getLogger(__name__)
 
 
 class BestProbe:
     """Keeps the probe and step with the highest validation macro AUPRC, with its weights and thresholds.
 
     Ties keep the earlier step, and within a step the probe that the grid names first.
-
-    Attributes:
-        auprc: its validation macro AUPRC; nan before the first validation.
-        index: its place in ``ProbeGrid.names``.
-        step: optimizer steps it was trained for.
-        parameters: its state dictionary.
-        thresholds: float64 ``(C,)``, per-class optimum of F1 on validation.
     """
 
     def __init__(self) -> None:
-        self.auprc = float("nan")
-        self.index = -1
+        self.auprc = float("nan")  # before the first validation
+        self.index = -1  # in ProbeGrid.names
         self.step = -1
         self.parameters: dict[str, torch.Tensor] = {}
-        self.thresholds = torch.empty(0, dtype=torch.float64)
+        self.thresholds = torch.empty(0, dtype=torch.float64)  # (C,), best F1 of each class on validation
 
     def offer(
-        self, auprc: np.ndarray, step: int, network: ProbeGrid, scores: np.ndarray, targets: np.ndarray
+        self, *, auprc: np.ndarray, step: int, network: ProbeGrid, scores: np.ndarray, targets: np.ndarray
     ) -> None:
-        """Keep the best probe of this validation if it beats the best so far.
+        """Keep the best probe of this validation if it beats the best so far; its weights are copied.
 
         Args:
-            auprc: macro AUPRC of every probe, nan for one that diverged.
+            auprc: macro AUPRC of every probe ``(L * K,)``, nan for one that diverged.
             step: optimizer steps taken.
-            network: grid whose weights are copied.
-            scores: validation scores.
-            targets: validation labels.
-
-        Shape:
-            ``auprc (L * K,)``, ``scores (L * K, N, C)``, ``targets (N, C)``.
+            network: the grid.
+            scores: validation scores ``(L * K, N, C)``.
+            targets: validation labels ``(N, C)``.
         """
         index = int(np.nanargmax(auprc))
         if auprc[index] <= self.auprc:
             return
         self.auprc, self.index, self.step = float(auprc[index]), index, step
         self.parameters = network.probe(index).state_dict()
-        self.thresholds = torch.from_numpy(
-            np.asarray(f1_thresholds(scores[index], targets), dtype=np.float64)
-        )
+        self.thresholds = torch.from_numpy(f1_thresholds(scores[index], targets))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain numbers only."""
@@ -91,13 +72,90 @@ class BestProbe:
         vars(self).update(state)
 
 
-# B bags, N volumes, S slices, D embedding, C classes, L * K probes of the grid, F fixed poolers
+class ProbeTrainer(SupervisedTrainer, ABC):
+    """Train many probes side by side on the same batches, validate them on the way, test the best at the end.
+
+    ``engine.state.output`` is ``[{"loss": mean over the probes that have not diverged}]``;
+    ``engine.state.reports`` is empty until the test. A run that resumes after its last step tests at once.
+
+    Args:
+        max_epochs: 1: an epoch is all ``max_steps`` steps.
+        max_steps: optimizer steps.
+        lr_scheduler: stepped after every optimizer step.
+        val_interval: steps between two validations; the last step is always validated.
+        sampler: the loader's sampler; ``start_step`` is set when a run resumes.
+        train_handlers: Ignite handlers.
+        others: as MONAI's ``SupervisedTrainer``; the loss is element-wise.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int,
+        max_steps: int,
+        lr_scheduler: LRScheduler,
+        val_interval: int,
+        sampler: Any,  # noqa: ANN401 (torch's samplers have no start_step)
+        train_handlers: Sequence[Any],
+        **others: Any,  # noqa: ANN401 (MONAI's)
+    ) -> None:
+        super().__init__(max_epochs=max_epochs, epoch_length=max_steps, decollate=False, **others)
+        self.lr_scheduler, self.val_interval, self.sampler = lr_scheduler, val_interval, sampler
+        self.num_steps = max_epochs * max_steps
+        self.state.reports = {}
+        # before the handlers: a checkpoint of this step must hold the choice, a report what the test gave
+        self.add_event_handler(Events.STARTED, self.prepare)
+        self.add_event_handler(Events.EPOCH_STARTED, self._start_data_at_this_step)
+        self.add_event_handler(Events.ITERATION_COMPLETED, self._validate_at_intervals)
+        last_step = Events.ITERATION_COMPLETED(once=self.num_steps)
+        self.add_event_handler(last_step | Events.COMPLETED, self._test_once)
+        self._register_handlers(list(train_handlers))
+
+    def prepare(self) -> None:  # noqa: B027 (nothing to prepare by default)
+        """Get ready before the first step."""
+
+    @abstractmethod
+    def losses(self, batch: Any) -> torch.Tensor:  # noqa: ANN401 (as the loader gives it)
+        """Return the loss of each probe on a batch, of any shape."""
+
+    @abstractmethod
+    def validate(self, step: int) -> None:
+        """Measure all probes on validation and keep the best."""
+
+    @abstractmethod
+    def test(self) -> None:
+        """Test the best and fill ``state.reports``."""
+
+    # MONAI annotates a dict, but its handlers read the list that decollating makes of it
+    def _iteration(  # type: ignore[override]
+        self,
+        engine: Engine,
+        batchdata: Any,  # noqa: ANN401
+    ) -> list[dict[str, torch.Tensor]]:
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(batchdata)
+        losses.sum().backward()
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        losses = losses.detach()
+        return [{"loss": torch.nanmean(torch.where(losses.isfinite(), losses, torch.nan))}]
+
+    def _start_data_at_this_step(self) -> None:
+        """Ignite makes the iterator of the data after this event, and so after a checkpoint was loaded."""
+        self.sampler.start_step = self.state.iteration
+
+    def _validate_at_intervals(self) -> None:
+        step = self.state.iteration
+        if step % self.val_interval == 0 or step == self.num_steps:
+            self.validate(step)
+
+    def _test_once(self) -> None:
+        if self.state.iteration >= self.num_steps and not self.state.reports:
+            self.test()
 
 
-logger = logging.getLogger(__name__)
-
-
-class ProbeGridTrainer(SupervisedTrainer):
+class ProbeGridTrainer(ProbeTrainer):
     """Train every probe of a grid on the same batches; validate, choose and test them.
 
     Each probe's loss is the mean binary cross-entropy over the volumes and classes of a batch. Every
@@ -106,39 +164,25 @@ class ProbeGridTrainer(SupervisedTrainer):
     ``test_bags``. A probe whose scores are not finite is named and cannot be chosen. A metric that a class
     leaves undefined, for want of positives or negatives, is NaN: the class is named and left out of the mean.
 
-    ``engine.state.output`` is ``[{"loss": mean over the probes}]``. ``engine.state.metrics`` holds
-    ``val_macro_auprc/<pooler>/lr_<lr>`` and ``val_macro_auprc_best``; after the test ``test_macro_<metric>``
-    of the chosen probe. ``engine.state.reports`` then holds the reports of "probe" and "prevalence": the
-    floor that the same score for every volume reaches, computed by the same code (AUROC and balanced
-    accuracy .5, AUPRC the prevalence p, F1 2p / (1 + p) of calling every volume positive);
-    ``engine.state.intervals`` their bootstrap intervals; ``engine.state.predictions`` and
-    ``engine.state.validation`` what the chosen probe says of both cohorts; and ``engine.state.seed_reports``
-    the reports of the chosen probe by seed, the run's own seed first. A further seed trains the chosen pooler
-    at the chosen learning rate for the chosen number of steps, with initial weights and batches of its own.
-
-    Bags stay on the device if they fit, see :class:`common.embeddings.bags.BagReader`.
+    ``engine.state.metrics`` holds ``val_macro_auprc/<pooler>/lr_<lr>`` and ``val_macro_auprc_best``; after
+    the test ``test_macro_<metric>`` of the chosen probe. ``engine.state.reports`` then holds the reports of
+    "probe" and "prevalence", the floor that one score for all volumes reaches; ``engine.state.intervals``
+    their bootstrap intervals; ``engine.state.predictions`` and ``engine.state.validation`` what the chosen
+    probe says of both cohorts; and ``engine.state.seed_reports`` the reports of the chosen probe by seed, the
+    run's first.
 
     Source: DALE-CT IV-B.
 
     Args:
-        device: device of network and batch.
-        max_epochs: 1: an epoch is just ``epoch_length`` steps.
-        epoch_length: optimizer steps of the whole run.
-        train_data_loader: endless batches of ``EmbeddingBags``, by ``ShuffledBatches`` and ``collate_bags``;
-            a bag is read from the data set when the step needs it.
+        train_data_loader: endless batches of ``EmbeddingBags``, by ``ShuffledBatches`` and ``collate_bags``.
+        network: the grid.
         val_bags: volumes to choose on.
         test_bags: volumes to test on.
-        network: the grid.
-        optimizer: optimizer over ``network.parameter_groups()``.
-        lr_scheduler: stepped after every optimizer step.
-        loss_function: element-wise loss of logits and labels.
         best: the choice so far; saved in checkpoints.
-        val_interval: steps between two validations.
         further_seeds: seeds to train the chosen probe again with.
-        num_resamples: bootstrap resamples of the test set; our choice: 2,000.
+        num_resamples: bootstrap resamples of the test set.
         resampling: "patients" or "volumes": what a resample draws.
-        inferer: how a batch goes through the network; MONAI's SimpleInferer by default.
-        train_handlers: Ignite handlers.
+        others: as :class:`ProbeTrainer`.
 
     Raises:
         ValueError: if the three cohorts' embeddings differ in origin or width or share a volume; in training,
@@ -148,36 +192,18 @@ class ProbeGridTrainer(SupervisedTrainer):
 
     def __init__(
         self,
-        device: torch.device,
-        max_epochs: int,
-        epoch_length: int,
+        *,
         train_data_loader: DataLoader[Any],
+        network: ProbeGrid,
         val_bags: EmbeddingBags,
         test_bags: EmbeddingBags,
-        network: ProbeGrid,
-        optimizer: Optimizer,
-        lr_scheduler: LambdaLR,
-        loss_function: nn.Module,
         best: BestProbe,
-        val_interval: int,
-        further_seeds: Sequence[int] = (),
-        num_resamples: int = 2000,
-        resampling: str = "patients",
-        inferer: Inferer | None = None,
-        train_handlers: Sequence[Any] | None = None,
+        further_seeds: Sequence[int],
+        num_resamples: int,
+        resampling: str,
+        **others: Any,  # noqa: ANN401 (the trainer's)
     ) -> None:
-        super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            train_data_loader=train_data_loader,
-            network=network,
-            optimizer=optimizer,
-            loss_function=loss_function,
-            epoch_length=epoch_length,
-            inferer=inferer,
-            decollate=False,
-        )
-        self.grid = network
+        self.grid, self.best = network, best
         self.batches = cast(ShuffledBatches, train_data_loader.batch_sampler)
         self.train_bags = cast(EmbeddingBags, train_data_loader.dataset)
         self.val_bags, self.test_bags = val_bags, test_bags
@@ -188,19 +214,7 @@ class ProbeGridTrainer(SupervisedTrainer):
         self.fixed: dict[str, torch.Tensor] = {}
         groups = groups_of(test_bags.volumes, resampling)
         self.weights = resample_weights(groups, num_resamples, RESAMPLING_SEED)
-        self.lr_scheduler = lr_scheduler
-        self.best = best
-        self.val_interval = val_interval
-        self.num_steps = max_epochs * epoch_length
-        self.state.reports = {}
-        # before the handlers: a checkpoint of this step must hold the choice, a report what the test gave
-        self.add_event_handler(Events.STARTED, self._pool_once)
-        self.add_event_handler(Events.EPOCH_STARTED, self._start_data_at_this_step)
-        self.add_event_handler(Events.ITERATION_COMPLETED, self._validate)
-        self.add_event_handler(
-            Events.ITERATION_COMPLETED(once=self.num_steps) | Events.COMPLETED, self._test_once
-        )
-        self._register_handlers(list(train_handlers or []))
+        super().__init__(train_data_loader=train_data_loader, network=network, sampler=self.batches, **others)
 
     def chosen_probe(self) -> MILProbe:
         """Return the best probe so far, with the weights it had when it was chosen."""
@@ -208,59 +222,41 @@ class ProbeGridTrainer(SupervisedTrainer):
         probe.load_state_dict(self.best.parameters)
         return probe
 
-    # MONAI annotates a dict, but its handlers read the list that decollating makes of it
-    def _iteration(  # type: ignore[override]
-        self, engine: Engine, batchdata: dict[str, Any]
-    ) -> list[dict[str, torch.Tensor]]:
-        self.network.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        chosen = batchdata["index"].tolist()
+    def losses(self, batch: BagBatch) -> torch.Tensor:
+        """Return the mean loss of each probe, ``(L * K,)``."""
+        chosen = batch["index"].tolist()
         logits = self.inferer(self.fixed["train"][chosen], self.network, self.readers["train"](chosen))
-        targets = batchdata["labels"].to(logits, non_blocking=True).expand_as(logits)
-        losses = self.loss_function(logits, targets).mean(dim=(1, 2))
-        losses.sum().backward()
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        losses = losses.detach()
-        return [{"loss": torch.nanmean(torch.where(losses.isfinite(), losses, torch.nan))}]
+        targets = batch["labels"].to(logits, non_blocking=True).expand_as(logits)
+        return self.loss_function(logits, targets).mean(dim=(1, 2))
 
-    def _pool_once(self, engine: Engine) -> None:
-        """Poolers without parameters give the same vector at every step; a damaged bag is found here."""
+    def prepare(self) -> None:
+        """Apply the poolers without parameters, which give the same at every step; finds any damaged bag."""
         for cohort, bags in self.cohorts.items():
             self.readers[cohort] = BagReader(bags, self.state.device)
             self.fixed[cohort] = torch.cat(
                 [
                     self.grid.fixed_features(chunk) if cohort != "test" else torch.empty(0)
-                    for _, chunk in self._chunks(cohort)
+                    for _, chunk in self.readers[cohort].chunks()
                 ]
             )
 
-    def _start_data_at_this_step(self, engine: Engine) -> None:
-        """Ignite makes the iterator of the data after this event, and thus after a checkpoint was loaded."""
-        self.batches.start_step = self.state.iteration
-
-    def _validate(self, engine: Engine) -> None:
-        step = self.state.iteration
-        if step % self.val_interval and step != self.num_steps:
-            return
+    def validate(self, step: int) -> None:
+        """Measure macro AUPRC of all probes and keep the best."""
         names = [probe_name(*name) for name in self.grid.names]
         targets = self.val_bags.labels.numpy()
-        scores = self._grid_scores("validation")
-        means = _macro_auprc(scores, targets, self.val_bags.class_names)
-        diverged = [
-            name for name, of_probe in zip(names, scores, strict=True) if not np.isfinite(of_probe).all()
-        ]
-        if len(diverged) == len(names):
-            raise FloatingPointError(
-                f"scores must be finite, got NaN from every probe at step {step}. Lower learning_rates."
-            )
-        if diverged:
+        scores = self._validation_scores()
+        finite = np.isfinite(scores).all(axis=(1, 2))
+        if not finite.any():
+            raise FloatingPointError(f"Every probe gives NaN or Inf at step {step}. Lower learning_rates.")
+        if not finite.all():
+            diverged = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
             logger.warning("Step %d: %s diverged and cannot be chosen.", step, diverged)
+        per_class = np.full((len(scores), targets.shape[1]), np.nan)
+        per_class[finite] = average_precision(scores[finite], targets)
+        means = np.array([macro(values, self.val_bags.class_names)[0] for values in per_class])
         if np.isnan(means).all():
-            raise ValueError(
-                f"validation must have a positive of some class, got none in {len(targets)} volumes."
-            )
-        self.best.offer(means, step, self.grid, scores, targets)
+            raise ValueError(f"None of the {len(targets)} validation volumes is positive of any class.")
+        self.best.offer(auprc=means, step=step, network=self.grid, scores=scores, targets=targets)
         by_probe = {f"val_macro_auprc/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
         self.state.metrics |= by_probe | {"val_macro_auprc_best": self.best.auprc}
         logger.info(
@@ -268,80 +264,91 @@ class ProbeGridTrainer(SupervisedTrainer):
             *(step, self.best.auprc, names[self.best.index], self.best.step),
         )
 
-    def _test_once(self, engine: Engine) -> None:
-        """After the last step, or when a run resumes that was killed between that and its report."""
-        if self.state.iteration < self.num_steps or self.state.reports:
-            return
+    def test(self) -> None:
+        """Test the chosen probe, the floor, and the chosen probe trained with further seeds."""
         names, targets = self.test_bags.class_names, self.test_bags.labels.double().numpy()
         thresholds = self.best.thresholds.numpy()
         self.state.validation, self.state.predictions = (
             Predictions(
                 bags.identity["encoder"],
-                *(bags.volumes, names, self._probe_scores(self.chosen_probe(), cohort), thresholds),
+                *(bags.volumes, names, probe_scores(self.chosen_probe(), self.readers[cohort]), thresholds),
                 bags.labels.double().numpy(),
             )
             for cohort, bags in list(self.cohorts.items())[1:]
         )
         scores = self.state.predictions.probabilities
         report = multilabel_report(scores, targets, thresholds, names)
+        # one score for all volumes, all of them called positive: AUROC .5, AUPRC p, F1 2p / (1 + p)
         same_for_all = (np.zeros(targets.shape), targets, np.zeros(len(names)))
         self.state.intervals = {
             "probe": interval_report(bootstrap(scores, targets, thresholds, self.weights), names),
             "prevalence": interval_report(bootstrap(*same_for_all, self.weights), names),
         }
-        further = train_seeds(
-            *(self.further_seeds, self.grid, self.best.index, self.best.step, self.batches.batch_size),
-            *(self.readers["train"], self.fixed["train"], self.train_bags.labels.to(self.state.device)),
-            *(self.loss_function, self.optimizer, self.lr_scheduler),
-        )
+        further = self.train_seeds(self.further_seeds)
         self.state.seed_reports = [report, *map(self._report_of_seed, further)]
-        self.state.reports = {"probe": report, "prevalence": prevalence_report(targets, names)}
+        self.state.reports = {"probe": report, "prevalence": multilabel_report(*same_for_all, names)}
         self.state.metrics |= {f"test_macro_{metric}": value for metric, value in report["macro"].items()}
 
+    def train_seeds(self, seeds: Sequence[int]) -> list[MILProbe]:
+        """Train the chosen probe anew for each seed, for the chosen number of steps, in one pass.
+
+        A seed decides on the initial weights and on the order of the batches: on all that chance decides in
+        training a probe. The probes share no parameter, so that each ends where it would alone.
+        """
+        if not seeds:
+            return []
+        pooler, learning_rate = self.grid.names[self.best.index]
+        rate, place = divmod(self.best.index, len(self.grid.kinds))
+        logger.info(
+            "Training %s for %d steps with the seeds %s.",
+            *(probe_name(pooler, learning_rate), self.best.step, [*seeds]),
+        )
+        first = self.grid.kinds[:place].count("fixed")
+        fixed = self.fixed["train"][:, first : first + (self.grid.kinds[place] == "fixed")]
+        labels, batch_size = self.train_bags.labels.to(self.state.device), self.batches.batch_size
+        of_one: dict[str, Any] = {"poolers": [pooler], "learning_rates": [learning_rate]}
+        of_one["dim"] = self.grid.dim
+        grids = [ProbeGrid(**of_one, num_classes=self.grid.num_classes, seed=seed) for seed in seeds]
+        grids = [grid.to(self.grid.weights[0]) for grid in grids]
+        batches = [ShuffledBatches(len(labels), batch_size, seed) for seed in seeds]
+        # AdamW's defaults hold more than it accepts
+        accepted = inspect.signature(type(self.optimizer)).parameters
+        settings = {name: value for name, value in self.optimizer.defaults.items() if name in accepted}
+        groups = [group for grid in grids for group in grid.parameter_groups()]
+        optimizer = type(self.optimizer)(groups, **settings)
+        scheduler = LambdaLR(optimizer, cast(LambdaLR, self.lr_scheduler).lr_lambdas[rate])
+        for step in range(self.best.step):
+            optimizer.zero_grad(set_to_none=True)
+            loss = labels.new_zeros(())
+            for grid, batches_of_seed in zip(grids, batches, strict=True):
+                chosen = batches_of_seed.batch(step)
+                logits = grid(fixed[chosen], self.readers["train"](chosen))[0]
+                loss = loss + self.loss_function(logits, labels[chosen].to(logits)).mean()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        return [grid.probe(0) for grid in grids]
+
     def _report_of_seed(self, probe: MILProbe) -> MultilabelReport:
-        """Test a probe with thresholds of its own."""
-        val_scores = self._probe_scores(probe, "validation")
+        """Test a probe with the thresholds that suit it best on validation."""
+        val_scores = probe_scores(probe, self.readers["validation"])
         thresholds = f1_thresholds(val_scores, self.val_bags.labels.numpy())
-        scores, targets = self._probe_scores(probe, "test"), self.test_bags.labels.numpy()
+        scores, targets = probe_scores(probe, self.readers["test"]), self.test_bags.labels.numpy()
         return multilabel_report(scores, targets, thresholds, self.test_bags.class_names)
 
     @torch.no_grad()
-    def _grid_scores(self, cohort: str) -> np.ndarray:
+    def _validation_scores(self) -> np.ndarray:
         """Probabilities of every probe, float64 (L * K, N, C)."""
         self.network.eval()
         parts = []
-        for rows, chunk in self._chunks(cohort):
-            logits = self.inferer(self.fixed[cohort][rows], self.network, chunk)
+        for rows, chunk in self.readers["validation"].chunks():
+            logits = self.inferer(self.fixed["validation"][rows], self.network, chunk)
             parts.append(logits.double().sigmoid().cpu())
         return torch.cat(parts, dim=1).numpy()
 
-    @torch.no_grad()
-    def _probe_scores(self, probe: MILProbe, cohort: str) -> np.ndarray:
-        """Probabilities of one probe, float64 (N, C)."""
-        parts = [probe(*pad_bags(chunk)).double().sigmoid().cpu() for _, chunk in self._chunks(cohort)]
-        return torch.cat(parts).numpy()
 
-    def _chunks(self, cohort: str) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        for places in chunks(self.cohorts[cohort]):
-            yield slice(places.start, places.stop), self.readers[cohort](places)
-
-
-def prevalence_report(targets: np.ndarray, class_names: Sequence[str]) -> MultilabelReport:
-    """Report on a probe that knows nothing: it gives all volumes one score and calls them all positive.
-
-    Args:
-        targets: labels of the test set.
-        class_names: names of the classes.
-
-    Shape:
-        ``targets (N, C)``.
-    """
-    return multilabel_report(np.zeros(targets.shape), targets, np.zeros(targets.shape[1]), class_names)
-
-
-def _macro_auprc(scores: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Macro AUPRC of every probe; NaN for one with a score that is not finite."""
-    finite = np.isfinite(scores).all(axis=(1, 2))
-    per_class = np.full((len(scores), targets.shape[1]), np.nan)
-    per_class[finite] = average_precision(scores[finite], targets)
-    return np.array([macro(values, class_names)[0] for values in per_class])
+@torch.no_grad()
+def probe_scores(probe: MILProbe, reader: BagReader) -> np.ndarray:
+    """Return the probabilities that a probe gives to all volumes of a cohort, float64 ``(N, C)``."""
+    parts = [probe(*pad_bags(chunk)).double().sigmoid().cpu() for _, chunk in reader.chunks()]
+    return torch.cat(parts).numpy()

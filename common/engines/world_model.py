@@ -3,6 +3,8 @@
 # S slices, D embedding, R resamples
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from common.cohort.cohort import load_labels, patient_of
 from common.embeddings.dense_labels import read_dense_labels
 from common.embeddings.store import EmbeddingStore
 from common.metrics.bootstrap import interval, macro_means, resample_weights
-from common.metrics.linear_readout import Moments, moments, r_squared, read_out, ridge
+from common.metrics.linear_readout import moments, r_squared, read_out, ridge
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
 from common.metrics.slice_paths import (
@@ -65,11 +67,7 @@ class Slices(NamedTuple):
 
 
 def slices_of(store: EmbeddingStore, volumes: Sequence[str]) -> Iterator[Slices]:
-    """Read volumes one by one.
-
-    Args:
-        store: slice embeddings.
-        volumes: names of the volumes.
+    """Read slice embeddings volume by volume.
 
     Raises:
         ValueError: if the store has no positions of slices.
@@ -95,15 +93,15 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
     Args:
         store: slice embeddings.
         split: volumes of ``train``, ``validation`` and ``test``, disjoint in patients.
-        num_resamples: R.
+        num_resamples: resamples of the test patients.
         seed: seed of the resamples.
 
     Returns:
         ``r2_fraction``, ``r2_mm``, ``mae_fraction`` and ``mae_mm`` as :class:`Mean`, and ``predicted_mm`` and
         ``true_mm`` of all test slices.
     """
-    of_train = _sum(moments(v.tokens, positions(v.z_mm)) for v in slices_of(store, split["train"]))
-    fits = ridge(of_train)
+    of_train = (moments(v.tokens, positions(v.z_mm)) for v in slices_of(store, split["train"]))
+    fits = ridge(reduce(add, of_train))
     errors = np.zeros(len(fits))
     for volume in slices_of(store, split["validation"]):
         residual = read_out(fits, volume.tokens)[..., 0] - positions(volume.z_mm)[:, 0]
@@ -132,30 +130,16 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
     return found
 
 
-def _sum(parts: Iterator[Moments]) -> Moments:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
-
-
 def label_free(
     store: EmbeddingStore, volumes: Sequence[str], gaps_mm: Sequence[float], num_resamples: int, seed: int
 ) -> dict[str, Any]:
     """Measure order, distance by gap, and the directions in use, none of which needs a label.
 
-    Args:
-        store: slice embeddings.
-        volumes: names of the volumes.
-        gaps_mm: gaps of the curve.
-        num_resamples: R.
-        seed: seed of the resamples.
-
     Returns:
         ``tau_principal_axis`` and ``tau_nearest_neighbours``: mean |Kendall's tau|; ``effective_rank`` and
         ``participation_ratio`` of all slices; ``gap_curve``: one per gap; all as :class:`Mean`.
     """
-    groups = {patient: index for index, patient in enumerate(sorted({patient_of(v) for v in volumes}))}
+    groups = {patient: index for index, patient in enumerate(sorted(set(map(patient_of, volumes))))}
     num_groups = min(JACKKNIFE_GROUPS, len(groups))
     sums: dict[int, FloatArray] = {}
     taus: dict[str, list[float]] = {"principal_axis": [], "nearest_neighbours": []}
@@ -165,16 +149,14 @@ def label_free(
         taus["nearest_neighbours"].append(agreement(order_by_nearest_neighbours(volume.tokens)))
         curves.append(gap_curve(volume.tokens, volume.z_mm, gaps_mm))
         group = groups[patient_of(volume.volume)] % num_groups
-        own = moments(volume.tokens, np.zeros((len(volume.tokens), 1))).features
-        sums[group] = sums.get(group, np.zeros_like(own)) + own
+        features = moments(volume.tokens, np.zeros((len(volume.tokens), 1))).features
+        sums[group] = sums.get(group, np.zeros_like(features)) + features
     found: dict[str, Any] = {
         f"tau_{name}": mean_over_volumes(values, volumes, num_resamples, seed)
         for name, values in taus.items()
     }
-    for name, measure in (
-        ("effective_rank", spectral_effective_rank),
-        ("participation_ratio", participation_ratio),
-    ):
+    measures = {"effective_rank": spectral_effective_rank, "participation_ratio": participation_ratio}
+    for name, measure in measures.items():
         found[name] = Mean(*jackknife(list(sums.values()), measure), len(volumes))
     found["gap_curve"] = [
         mean_over_volumes(values, volumes, num_resamples, seed) for values in np.array(curves).T
@@ -187,16 +169,10 @@ def organ_spans(
 ) -> dict[str, dict[str, Mean]]:
     """Read where organs begin and end: ridge from CLS to their shares, cut at a share of the curve's maximum.
 
-    Penalty and cut are those with the best mean IoU over validation scans and organs.
+    Penalty and cut are those with the best mean IoU over validation scans and organs; ``labels_dir`` holds
+    labels from ``python -m data_prep dense-labels``.
 
     Source: DALE-CT's released organ-span probe.
-
-    Args:
-        store: slice embeddings.
-        split: volumes of ``train``, ``validation`` and ``test``.
-        labels_dir: labels from ``python -m data_prep dense-labels``.
-        num_resamples: R.
-        seed: seed of the resamples.
 
     Raises:
         ValueError: if no validation scan shows an organ.
@@ -205,11 +181,8 @@ def organ_spans(
         Organ that at least ``MIN_SCANS`` test scans show, and "mean" of these, to ``iou``, ``boundary_mm``
         and ``miss_rate`` (no slice predicted) as :class:`Mean`.
     """
-    of_train = _sum(
-        moments(volume.tokens, _shares(labels_dir, volume.volume))
-        for volume in slices_of(store, split["train"])
-    )
-    fits = ridge(of_train)
+    train = slices_of(store, split["train"])
+    fits = ridge(reduce(add, (moments(v.tokens, _shares(labels_dir, v.volume)) for v in train)))
     ious = np.array(
         [
             [
@@ -230,13 +203,14 @@ def organ_spans(
             for volume, predicted, true in _predicted(store, names, labels_dir, fits[penalty : penalty + 1])
         ]
     )
-    seen = (~np.isnan(scores[..., 0])).sum(0) >= MIN_SCANS
+    is_scored = (~np.isnan(scores[..., 0])).sum(0) >= MIN_SCANS
     found = {}
     for place, organ in enumerate(ORGANS):
-        if seen[place]:
+        if is_scored[place]:
             found[organ] = _span_means(scores[:, place], names, num_resamples, seed)
-    if seen.any():
-        found["mean"] = _span_means(macro_means(scores[:, seen].swapaxes(1, 2)), names, num_resamples, seed)
+    if is_scored.any():
+        means = macro_means(scores[:, is_scored].swapaxes(1, 2))
+        found["mean"] = _span_means(means, names, num_resamples, seed)
     return found
 
 

@@ -80,12 +80,8 @@ class Checkpoint:
         engine.add_event_handler(Events.COMPLETED, self._save)
         engine.add_event_handler(Events.COMPLETED, lambda: on_stop(raise_stopped))
 
-    def newest(self) -> Path | None:
-        """Return the checkpoint of the highest step, or None."""
-        return max(Path(self.folder).glob("step_*.pt"), default=None)
-
     def _load(self, engine: Engine) -> None:
-        path = self.newest()
+        path = max(Path(self.folder).glob("step_*.pt"), default=None)
         if path is None:
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -100,16 +96,12 @@ class Checkpoint:
                 f"Checkpoint '{path}' was made with {'; '.join(changed)}. "
                 f"Use another --output_dir, or the old values."
             )
-        set_state_dict(
-            self.network,
-            self.optimizer,
-            model_state_dict=state["network"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(full_state_dict=True),
-        )
+        options = StateDictOptions(full_state_dict=True)
+        trained = {"model_state_dict": state["network"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.network, self.optimizer, **trained, options=options)
         for name, item in self.others.items():
             if isinstance(item, nn.Module):
-                set_model_state_dict(item, state[name], options=StateDictOptions(full_state_dict=True))
+                set_model_state_dict(item, state[name], options=options)
             else:
                 item.load_state_dict(state[name])
         engine.state.iteration = self.saved_step = state["iteration"]
@@ -124,12 +116,11 @@ class Checkpoint:
             engine.stop_if_not_finite()
         # every rank takes part: each may hold a shard of every tensor
         network, optimizer = get_state_dict(self.network, self.optimizer, options=WHOLE)
-        others = {
-            name: get_model_state_dict(item, options=WHOLE)
-            if isinstance(item, nn.Module)
-            else item.state_dict()
-            for name, item in self.others.items()
-        }
+        state: dict[str, Any] = {"network": network, "optimizer": optimizer}
+        state["iteration"] = engine.state.iteration
+        for name, item in self.others.items():
+            is_network = isinstance(item, nn.Module)
+            state[name] = get_model_state_dict(item, options=WHOLE) if is_network else item.state_dict()
         tensors = cast(dict[str, torch.Tensor], network).items()  # none but on rank 0, which tells the others
         bad = [name for name, weight in tensors if self.only_finite and not torch.isfinite(weight).all()]
         if idist.all_reduce(len(bad), op="MAX"):
@@ -140,9 +131,8 @@ class Checkpoint:
         if idist.get_rank() != 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"network": network, "optimizer": optimizer, "iteration": engine.state.iteration}
         with atomic_file(path) as file:
-            torch.save(state | others | {"knobs": self.knobs}, file)
+            torch.save(state | {"knobs": self.knobs}, file)
         old = sorted(path.parent.glob("step_*.pt"))[: -self.keep]
         for file_to_delete in (*old, *path.parent.glob("step_*.partial")):  # partial: left by a kill
             file_to_delete.unlink()

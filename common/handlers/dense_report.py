@@ -1,20 +1,20 @@
 """What the dense evaluation leaves: chosen probes, Table I's rows, all classes as table and picture."""
 
-import math
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 
 from common.cohort.cohort import write_table
-from common.engines.dense_probe import DenseProbeTrainer
-from common.engines.dense_scores import DenseResults
-from common.networks.dense_probe import save_dense_probe
-from common.reports.results import add_rows, result_rows
-from common.run.process import atomic_file
+from common.engines.dense_probe import DenseProbeTrainer, DenseResults
+from common.handlers.probe_report import EvaluationReport
+from common.networks.mil_probe import save_probe
+from common.reports.results import ResultRow
+from common.reports.slice_grid import PALETTE
+from common.run.process import atomic_file, write_figure
 
+BLUE, RED = PALETTE[:2]
 KIND_NAMES = {"cls": "CLS tokens: slices", "patch": "patch tokens"}
 
 
@@ -28,60 +28,39 @@ class DenseCard(TypedDict):
     step: int  # optimizer steps taken when it was chosen
     seed: int
     validation_macro_auprc: float  # what it was chosen for
-    test: dict[str, float | None]  # macro AUROC and AUPRC; None where undefined
+    test: dict[str, float]  # macro AUROC and AUPRC; null where undefined
     left_out: list[str]  # classes that do not count in the means
 
 
-class DenseReport:
+class DenseReport(EvaluationReport):
     """Write results when a ``DenseProbeTrainer`` has completed.
 
     Files, for both kinds of token and both tasks: ``<kind>_<task>.safetensors`` and ``.json`` (see
     :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class;
     ``resamples.npz`` for :mod:`common.reports.paired_differences`. Rows in the results CSV: protocol
     ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with intervals.
-
-    Args:
-        output_dir: folder of the files.
-        results_csv: CSV of all evaluations; made when missing.
-        seed: seed of the run.
-        config: settings that the numbers depend on, JSON values; their hash goes into the rows.
     """
 
-    def __init__(
-        self, output_dir: str | Path, results_csv: str | Path, seed: int, config: dict[str, Any]
-    ) -> None:
-        self.output_dir = Path(output_dir)
-        self.results_csv = results_csv
-        self.seed = seed
-        self.config = config
-
-    def attach(self, engine: Engine) -> None:
-        """Register with a ``DenseProbeTrainer``."""
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
-    def _write(self, engine: DenseProbeTrainer) -> None:
-        if getattr(engine.state, "exit_status", 0):
-            return
+    def results(self, engine: DenseProbeTrainer) -> list[ResultRow]:
+        """Return the result rows."""
         cohort, rows = engine.test_cohort, []
-        encoder = cohort.identity["encoder"]
-        drawn: dict[str, Any] = {"encoder": encoder, "volumes": cohort.volumes}
+        for (kind, task), report in engine.state.reports.items():
+            numbers = {f"macro_{metric}": (mean, *ends) for metric, (mean, ends) in report["macro"].items()}
+            facts = {"encoder": cohort.identity["encoder"], "dataset": task, "n": len(cohort.volumes)}
+            rows += self.rows(numbers, protocol=f"dense_{kind}", **facts)
+        return rows
+
+    def write(self, engine: DenseProbeTrainer) -> None:
+        """Write the files."""
+        cohort = engine.test_cohort
+        drawn: dict[str, Any] = {"encoder": cohort.identity["encoder"], "volumes": cohort.volumes}
         for (kind, task), report in engine.state.reports.items():
             self._write_probe(engine, kind, task, report)
-            rows += result_rows(
-                {f"macro_{metric}": (mean, *ends) for metric, (mean, ends) in report["macro"].items()},
-                encoder=encoder,
-                protocol=f"dense_{kind}",
-                dataset=task,
-                n=len(cohort.volumes),
-                config=self.config,
-                seeds=str(self.seed),
-            )
             for metric, means in report["resampled"].items():
                 drawn[f"{kind} {task} {metric}"] = np.append(report["macro"][metric][0], means)
             drawn[f"{kind} {task} classes"] = [n for n in report["per_class"] if n not in report["left_out"]]
         with atomic_file(self.output_dir / "resamples.npz", "wb") as file:
             np.savez(file, **drawn)
-        add_rows(self.results_csv, rows)
 
     def _write_probe(self, engine: DenseProbeTrainer, kind: str, task: str, report: DenseResults) -> None:
         identity, chosen = engine.test_cohort.identity, engine.best.chosen[kind, task]
@@ -94,22 +73,19 @@ class DenseReport:
             "step": chosen["step"],
             "seed": self.seed,
             "validation_macro_auprc": chosen["auprc"],
-            "test": {name: _json_number(mean) for name, (mean, _) in report["macro"].items()},
+            "test": {name: mean for name, (mean, _) in report["macro"].items()},
             "left_out": report["left_out"],
         }
         origin = {name: value for name, value in identity.items() if name != "dtype"}
-        save_dense_probe(self.output_dir, kind, task, engine.best.layer((kind, task)), {**card, **origin})
-        write_table(self.output_dir / f"{kind}_{task}.csv", class_rows(report))
+        name = f"{kind}_{task}"
+        save_probe(self.output_dir, engine.best.layer((kind, task)), {**card, **origin}, name)
+        write_table(self.output_dir / f"{name}.csv", class_rows(report))
         title = f"{identity['encoder']}, {KIND_NAMES[kind]}, {task}: lr {rate:g}, step {chosen['step']}"
-        draw_classes(self.output_dir / f"{kind}_{task}.png", report, title)
+        draw_classes(self.output_dir / f"{name}.png", report, title)
 
 
 def class_rows(report: DenseResults) -> list[dict[str, Any]]:
-    """Return one row per class: its metrics, how often it occurs, and whether it counts in the means.
-
-    Args:
-        report: results of ``report_on_test``.
-    """
+    """Return one row per class: its metrics, how often it occurs, and whether it counts in the means."""
     return [
         {"class": name}
         | {metric: f"{value:.6f}" for metric, value in values.items() if metric != "positives"}
@@ -119,13 +95,7 @@ def class_rows(report: DenseResults) -> list[dict[str, Any]]:
 
 
 def draw_classes(path: Path, report: DenseResults, title: str) -> None:
-    """Draw AUROC and AUPRC of each averaged class as points, with its prevalence, in order of AUPRC.
-
-    Args:
-        path: PNG to write.
-        report: results of ``report_on_test``.
-        title: first line of the picture.
-    """
+    """Draw AUROC and AUPRC of each averaged class as points, with its prevalence, in order of AUPRC."""
     averaged = {
         name: values for name, values in report["per_class"].items() if name not in report["left_out"]
     }
@@ -133,14 +103,14 @@ def draw_classes(path: Path, report: DenseResults, title: str) -> None:
     places = np.arange(len(names))
     figure = Figure(figsize=(8, 1.8 + 0.2 * len(names)), layout="constrained")
     axes = figure.subplots()
-    auprc = [averaged[name]["auprc"] for name in names]
-    auroc = [averaged[name]["auroc"] for name in names]
-    prevalence = [averaged[name]["prevalence"] for name in names]
-    axes.hlines(places, prevalence, auprc, color="#ee6677", linewidth=2.5, alpha=0.35)
-    axes.scatter(auprc, places, color="#ee6677", s=28, label="AUPRC", zorder=3)
+    auroc, auprc, prevalence = (
+        [averaged[name][metric] for name in names] for metric in ("auroc", "auprc", "prevalence")
+    )
+    axes.hlines(places, prevalence, auprc, color=RED, linewidth=2.5, alpha=0.35)
+    axes.scatter(auprc, places, color=RED, s=28, label="AUPRC", zorder=3)
     axes.scatter(prevalence, places, color="black", marker="|", s=60, label="prevalence: AUPRC of chance")
-    axes.scatter(auroc, places, color="#4477aa", s=28, marker="D", label="AUROC", zorder=3)
-    axes.axvline(0.5, color="#4477aa", linewidth=0.8, linestyle=":", zorder=0)
+    axes.scatter(auroc, places, color=BLUE, s=28, marker="D", label="AUROC", zorder=3)
+    axes.axvline(0.5, color=BLUE, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yticks(places, names, fontsize=8)
     axes.set_ylim(-0.7, max(len(names), 1) - 0.3)
     axes.set_xlim(-0.02, 1.02)
@@ -151,11 +121,6 @@ def draw_classes(path: Path, report: DenseResults, title: str) -> None:
         f"{metric.upper()} {mean:.4f} ({low:.4f}-{high:.4f})"
         for metric, (mean, (low, high)) in report["macro"].items()
     )
-    out = f"{len(averaged)} classes averaged, {len(report['left_out'])} left out"
-    axes.set_title(f"{title}\nmacro {means}\n{out}", fontsize=9)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def _json_number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+    counts = f"{len(averaged)} classes averaged, {len(report['left_out'])} left out"
+    axes.set_title(f"{title}\nmacro {means}\n{counts}", fontsize=9)
+    write_figure(path, figure)

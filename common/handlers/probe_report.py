@@ -1,8 +1,9 @@
-"""What an evaluation leaves behind: the chosen probe, its predictions, tables and pictures."""
+"""What an evaluation leaves behind: the chosen probe, its predictions, result rows, tables and pictures."""
 
-import math
+# S slices, H side of a slice in pixels
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict
@@ -24,51 +25,54 @@ from common.reports.probe_pictures import (
     seed_rows,
     threshold_rows,
 )
-from common.reports.results import Predictions, add_rows, result_rows, write_predictions
+from common.reports.results import Predictions, ResultRow, add_rows, result_rows, write_predictions
 
-# S slices, H W pixels
+MAX_SHOWN = 8
+"""Volumes whose slices' weights are shown, at most; our choice."""
 
-
-def volumes_to_show(predictions: Predictions, most: int = 8) -> dict[str, str]:
-    """Choose volumes to look at: of each class the true positive that the probe is surest of.
-
-    Classes that it never finds are passed over, and a volume is chosen once, for its first class.
-
-    Args:
-        predictions: of the test set.
-        most: volumes to choose at most.
-
-    Returns:
-        Volume to the class it was chosen for.
-    """
-    chosen: dict[str, str] = {}
-    for index, name in enumerate(predictions.class_names):
-        scores, targets = predictions.probabilities[:, index], predictions.labels[:, index]
-        found = np.flatnonzero((targets == 1) & (scores >= predictions.thresholds[index]))
-        if len(found) and len(chosen) < most:
-            chosen.setdefault(predictions.volumes[found[scores[found].argmax()]], name)
-    return chosen
+Numbers = dict[str, tuple[float, float, float]]
+"""Metric to value and the ends of its interval."""
 
 
-def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read CT volumes as axial slices, feet to head, shown the radiological way.
+class EvaluationReport(ABC):
+    """Writes the files and result rows of an evaluation when its engine has completed.
+
+    A run that was asked to stop leaves nothing.
 
     Args:
-        ct_dir: what embeddings were made of: whatever ``ct_sources`` reads.
-        volumes: volumes to read.
-
-    Returns:
-        Volume to its slices ``(S, H, H)`` in HU.
-
-    Raises:
-        FileNotFoundError: if a volume is not there.
-        RejectedError: if one cannot be read.
+        output_dir: folder of the files.
+        results_csv: CSV of all evaluations; made when missing.
+        seed: seed of the run.
+        settings: what the numbers depend on, JSON values; their hash goes into the rows.
     """
-    found = {source.volume: source for source in ct_sources(ct_dir)[0]}
-    missing = [volume for volume in volumes if volume not in found]
-    if missing:
-        raise FileNotFoundError(f"No CT of '{missing[0]}' in '{ct_dir}'.")
-    return {volume: found[volume].read().hu for volume in volumes}
+
+    def __init__(
+        self, *, output_dir: str | Path, results_csv: str | Path, seed: int, settings: dict[str, Any]
+    ) -> None:
+        self.output_dir, self.results_csv = Path(output_dir), results_csv
+        self.seed, self.settings = seed, settings
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the engine of the evaluation."""
+        engine.add_event_handler(Events.COMPLETED, self._report)
+
+    def _report(self, engine: Engine) -> None:
+        if not getattr(engine.state, "exit_status", None):
+            add_rows(self.results_csv, self.results(engine))
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.write(engine)
+
+    @abstractmethod
+    def results(self, engine: Any) -> list[ResultRow]:  # noqa: ANN401 (each report's)
+        """Return the result rows."""
+
+    @abstractmethod
+    def write(self, engine: Any) -> None:  # noqa: ANN401 (each report's)
+        """Write the files."""
+
+    def rows(self, numbers: Numbers, **facts: Any) -> list[ResultRow]:  # noqa: ANN401 (of result_rows)
+        """Make result rows of this run; facts are further arguments of ``result_rows``."""
+        return result_rows(numbers, config=self.settings, **{"seeds": str(self.seed), **facts})
 
 
 class ProbeCard(TypedDict):
@@ -81,65 +85,70 @@ class ProbeCard(TypedDict):
     validation_macro_auprc: float  # what it was chosen for
     class_names: list[str]  # in the order of the probe's outputs
     thresholds: list[float]  # probability from which each class is called positive
-    test: dict[str, float | None]  # macro metrics; None where undefined
-    test_intervals: dict[str, list[float | None]]  # their 95 % intervals
+    test: dict[str, float]  # macro metrics; null where undefined
+    test_intervals: dict[str, tuple[float, float]]  # their 95 % intervals
     undefined_classes: dict[str, list[str]]  # metric to the classes left out of its mean
 
 
-class ProbeReport:
+class ProbeReport(EvaluationReport):
     """Write the chosen probe and its test results when a ``ProbeGridTrainer`` has completed.
 
     Files: ``probe.safetensors`` and ``probe.json`` (see :func:`common.networks.mil_probe.load_probe`);
-    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.cohort.cohort`);
+    ``test_predictions.csv`` and ``validation_predictions.csv`` (see :mod:`common.reports.results`);
     ``per_class.csv``, ``thresholds.csv`` and ``seeds.csv``; ``per_class.png``, ``roc.png``,
     ``precision_recall.png`` and ``reliability.png``; ``attention.csv`` and ``attention.png``, the weight of
-    each slice, or token of another kind, in some volumes.
+    each slice, or token of another kind, in the volumes of :func:`volumes_to_show`.
+
+    Rows in the results CSV: four for the encoder and four for "prevalence", the floor on the same volumes,
+    with 95 % intervals. Where the chosen probe was trained with several seeds, four more of protocol
+    ``<protocol>_seeds``: their mean, with the lowest and the highest as low and high.
 
     Args:
-        output_dir: folder of the files.
-        seed: seed of the run, kept in ``probe.json``.
-        attention_volumes: test volumes whose slices' weights are shown; if none is named, the true positive
-            of each class that the probe is surest of, eight at most.
-        ct_dir: folder with the CTs of the test volumes, as embedded, to show the slices of most weight where
-            tokens are slices; None for the weights alone.
+        protocol: name of the evaluation.
+        dataset_name: name of the data.
+        ct_dir: CTs of the test volumes, a file, zip or folder as embedded, to show the slices of most weight
+            where tokens are slices; None for the weights alone.
+        others: as :class:`EvaluationReport`.
 
     Raises:
-        ValueError: if a volume of ``attention_volumes`` is not in the test set, or its CT does not have
-            as many slices as its embedding.
-        FileNotFoundError: if ``ct_dir`` is not a folder, or has no CT of a volume to show.
+        FileNotFoundError: when it writes, if ``ct_dir`` has no CT of a volume to show.
+        ValueError: when it writes, if a CT does not have as many slices as its embedding.
     """
 
     def __init__(
         self,
-        output_dir: str | Path,
-        seed: int,
-        attention_volumes: Sequence[str] = (),
-        ct_dir: str | Path | None = None,
+        *,
+        protocol: str,
+        dataset_name: str,
+        ct_dir: str | Path | None,
+        **others: Any,  # noqa: ANN401 (EvaluationReport's)
     ) -> None:
-        self.output_dir = Path(output_dir)
-        self.seed = seed
-        self.attention_volumes = list(attention_volumes)
-        self.ct_dir = ct_dir
+        super().__init__(**others)
+        self.protocol, self.dataset_name, self.ct_dir = protocol, dataset_name, ct_dir
 
-    def attach(self, engine: ProbeGridTrainer) -> None:
-        """Register with a ``ProbeGridTrainer``.
+    def results(self, engine: ProbeGridTrainer) -> list[ResultRow]:
+        """Return the result rows."""
+        state, encoder = engine.state, engine.test_bags.identity["encoder"]
+        facts = {"dataset": self.dataset_name, "n": len(engine.test_bags)}
+        rows = []
+        for subject, name, seeds in (("probe", encoder, str(self.seed)), ("prevalence", "prevalence", "")):
+            ends = state.intervals[subject]["macro"]
+            macro = state.reports[subject]["macro"]
+            numbers = {f"macro_{metric}": (value, *ends[metric]) for metric, value in macro.items()}
+            rows += self.rows(numbers, encoder=name, protocol=self.protocol, seeds=seeds, **facts)
+        if engine.further_seeds:
+            spread = {}
+            for metric in state.reports["probe"]["macro"]:
+                values = [report["macro"][metric] for report in state.seed_reports]
+                spread[f"macro_{metric}"] = (fmean(values), min(values), max(values))
+            seeds = " ".join(map(str, [self.seed, *engine.further_seeds]))
+            protocol = f"{self.protocol}_seeds"
+            rows += self.rows(spread, encoder=encoder, protocol=protocol, seeds=seeds, **facts)
+        return rows
 
-        Raises:
-            ValueError: if a volume of ``attention_volumes`` is not in the test set.
-            FileNotFoundError: if ``ct_dir`` is not a folder.
-        """
-        if self.ct_dir is not None and not Path(self.ct_dir).is_dir():
-            raise FileNotFoundError(f"No folder '{self.ct_dir}' (ct_dir).")
-        unknown = [volume for volume in self.attention_volumes if volume not in engine.test_bags.volumes]
-        if unknown:
-            raise ValueError(f"attention_volumes must be in the test set, got '{unknown[0]}'.")
-        engine.add_event_handler(Events.COMPLETED, self._write)
-
-    def _write(self, engine: ProbeGridTrainer) -> None:
-        if getattr(engine.state, "exit_status", 0):
-            return
+    def write(self, engine: ProbeGridTrainer) -> None:
+        """Write the files."""
         state, bags = engine.state, engine.test_bags
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         origin = {name: value for name, value in bags.identity.items() if name != "dtype"}
         save_probe(self.output_dir, engine.chosen_probe(), {**self._card(engine), **origin})
         write_predictions(self.output_dir / "test_predictions.csv", state.predictions)
@@ -161,113 +170,80 @@ class ProbeReport:
         self._show_attention(engine)
 
     def _card(self, engine: ProbeGridTrainer) -> ProbeCard:
-        best, bags, report = engine.best, engine.test_bags, engine.state.reports["probe"]
+        best, report = engine.best, engine.state.reports["probe"]
         pooler, learning_rate = engine.grid.names[best.index]
-        intervals = engine.state.intervals["probe"]["macro"]
         return {
             "pooler": pooler,
             "learning_rate": learning_rate,
             "step": best.step,
             "seed": self.seed,
             "validation_macro_auprc": best.auprc,
-            "class_names": bags.class_names,
+            "class_names": engine.test_bags.class_names,
             "thresholds": best.thresholds.tolist(),
-            "test": {name: _json_number(value) for name, value in report["macro"].items()},
-            "test_intervals": {name: [*map(_json_number, ends)] for name, ends in intervals.items()},
+            "test": report["macro"],
+            "test_intervals": engine.state.intervals["probe"]["macro"],
             "undefined_classes": report["undefined"],
         }
 
     def _show_attention(self, engine: ProbeGridTrainer) -> None:
-        predictions = engine.state.predictions
-        chosen = dict.fromkeys(self.attention_volumes, "") or volumes_to_show(predictions)
-        probe: Any = engine.chosen_probe().cpu()
+        predictions, bags = engine.state.predictions, engine.test_bags
+        pooler: Any = engine.chosen_probe().cpu().pooler
+        chosen = volumes_to_show(predictions)
         if not chosen:
             return
         weights, captions = {}, {}
-        pooler: Any = probe.pooler
         for volume, name in chosen.items():
             index = predictions.volumes.index(volume)
             with torch.no_grad():
-                bag = engine.test_bags[index]["tokens"].float()
+                bag = bags[index]["tokens"].float()
                 weights[volume] = np.asarray(pooler.slice_weights(bag), dtype=np.float64)
-            present = [
-                known
-                for known, label in zip(predictions.class_names, predictions.labels[index], strict=True)
-                if label
-            ]
-            found = f", shown for {name}" if name else ""
-            captions[volume] = f"{volume}{found} (labels: {', '.join(present) or 'none'})"
-        identity = engine.test_bags.identity
-        items = str(identity["preprocessing"]).endswith("_items")  # several tokens a slice
-        unit = "slice" if identity["token_kind"] == "slice" and not items else "token"
-        ct_dir = self.ct_dir if unit == "slice" else None
-        slices = {} if ct_dir is None else read_slices(ct_dir, list(chosen))
-        for volume, of_ct in slices.items():
-            if len(of_ct) != len(weights[volume]):
-                raise ValueError(
-                    f"The CT of '{volume}' in '{ct_dir}' has {len(of_ct)} slices, its embedding "
-                    f"{len(weights[volume])}. Point ct_dir to the CTs that were embedded."
-                )
+            classes = zip(predictions.class_names, predictions.labels[index], strict=True)
+            present = ", ".join(known for known, label in classes if label)
+            captions[volume] = f"{volume}, shown for {name} (labels: {present})"
+        items = str(bags.identity["preprocessing"]).endswith("_items")  # several tokens per slice
+        unit = "slice" if bags.identity["token_kind"] == "slice" and not items else "token"
         rows = [
             {"volume": volume, unit: place, "weight": f"{weight:.8f}"}
             for volume, of_volume in weights.items()
             for place, weight in enumerate(of_volume)
         ]
         write_table(self.output_dir / "attention.csv", rows)
+        slices = read_slices(self.ct_dir, list(chosen)) if self.ct_dir and unit == "slice" else {}
+        for volume, of_ct in slices.items():
+            if len(of_ct) != len(weights[volume]):
+                raise ValueError(
+                    f"The CT of '{volume}' in '{self.ct_dir}' has {len(of_ct)} slices, its embedding "
+                    f"{len(weights[volume])}. Point ct_dir to the CTs that were embedded."
+                )
         draw_attention(self.output_dir / "attention.png", weights, captions, slices, unit)
 
 
-def _json_number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def volumes_to_show(predictions: Predictions, most: int = MAX_SHOWN) -> dict[str, str]:
+    """Choose volumes to look at: for each class the true positive that the probe is surest of.
 
-
-class ResultsTable:
-    """Add the test results of a :class:`ProbeGridTrainer` to a results CSV when it has completed.
-
-    Four rows for the encoder and four for "prevalence", the floor on the same volumes, with the bootstrap's
-    95 % intervals as low and high. Where the chosen probe was trained with several seeds, four more of
-    protocol ``<protocol>_seeds``: their mean, with the lowest and the highest as low and high.
-
-    Args:
-        path: CSV of all evaluations; made when missing.
-        protocol: name of the evaluation.
-        dataset: name of the data.
-        seed: seed of the run.
-        config: settings that the numbers depend on, JSON values; their hash goes into the rows.
+    A class that it never finds is passed over, and a volume is chosen once, for its first class. Returns
+    volume to the class it was chosen for.
     """
+    chosen: dict[str, str] = {}
+    for index, name in enumerate(predictions.class_names):
+        scores, targets = predictions.probabilities[:, index], predictions.labels[:, index]
+        found = np.flatnonzero((targets == 1) & (scores >= predictions.thresholds[index]))
+        if len(found) and len(chosen) < most:
+            chosen.setdefault(predictions.volumes[found[scores[found].argmax()]], name)
+    return chosen
 
-    def __init__(
-        self, *, path: str | Path, protocol: str, dataset: str, seed: int, config: dict[str, Any]
-    ) -> None:
-        self.path = path
-        self.protocol = protocol
-        self.dataset = dataset
-        self.seed = seed
-        self.config = config
 
-    def attach(self, engine: Engine) -> None:
-        """Register with a ``ProbeGridTrainer``."""
-        engine.add_event_handler(Events.COMPLETED, self._write)
+def read_slices(ct_dir: str | Path, volumes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read CT volumes as axial slices ``(S, H, H)`` in HU, feet to head, shown the radiological way.
 
-    def _write(self, engine: ProbeGridTrainer) -> None:
-        if getattr(engine.state, "exit_status", 0):
-            return
-        state, encoder = engine.state, engine.test_bags.identity["encoder"]
-        make = partial(result_rows, dataset=self.dataset, n=len(engine.test_bags), config=self.config)
-        rows = []
-        for subject, name, seeds in (("probe", encoder, str(self.seed)), ("prevalence", "prevalence", "")):
-            ends = state.intervals[subject]["macro"]
-            numbers = {
-                f"macro_{metric}": (value, *ends[metric])
-                for metric, value in state.reports[subject]["macro"].items()
-            }
-            rows += make(numbers, encoder=name, protocol=self.protocol, seeds=seeds)
-        if engine.further_seeds:
-            of_seeds = {
-                f"macro_{metric}": [report["macro"][metric] for report in state.seed_reports]
-                for metric in state.reports["probe"]["macro"]
-            }
-            spread = {metric: (fmean(of), min(of), max(of)) for metric, of in of_seeds.items()}
-            seeds = " ".join(map(str, [self.seed, *engine.further_seeds]))
-            rows += make(spread, encoder=encoder, protocol=f"{self.protocol}_seeds", seeds=seeds)
-        add_rows(self.path, rows)
+    ``ct_dir`` is the file, zip or folder that was embedded; see :func:`common.embeddings.work.ct_sources`.
+
+    Raises:
+        FileNotFoundError: if a volume is not there.
+        RejectedError: if one cannot be read.
+    """
+    found = {source.volume: source for source in ct_sources(ct_dir)[0]}
+    missing = [volume for volume in volumes if volume not in found]
+    if missing:
+        raise FileNotFoundError(f"No CT of '{missing[0]}' in '{ct_dir}'.")
+    return {volume: found[volume].read().hu for volume in volumes}

@@ -63,7 +63,7 @@ def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: 
     known = ~np.isnan(array)
     if not known.any():
         return Mean(np.nan, np.nan, np.nan, np.nan, 0)
-    array, patients = array[known], [patient_of(volumes[place]) for place in np.flatnonzero(known)]
+    array, patients = array[known], [patient_of(volumes[place]) for place in np.flatnonzero(known).tolist()]
     sums = _by_patient(array - array.mean(), patients)
     groups = len(sums)
     error = np.sqrt(groups / (groups - 1) * (sums**2).sum()) / len(array) if groups > 1 else np.nan
@@ -95,7 +95,7 @@ def compare_pairs(
     known = ~np.isnan(difference)
     if not known.any():
         return Comparison(mean, np.nan, np.nan, 0)
-    patients = [patient_of(volumes[place]) for place in np.flatnonzero(known)]
+    patients = [patient_of(volumes[place]) for place in np.flatnonzero(known).tolist()]
     pairs = _by_patient(difference[known], patients) / _by_patient(np.ones(len(patients)), patients)
     p_wilcoxon = float(wilcoxon(pairs).pvalue) if pairs.any() else 1.0
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (NUM_FLIPS, len(pairs)))

@@ -2,23 +2,21 @@
 
 # L learning rates, K = 2 kinds of tokens (CLS, patch), B rows of a batch, D embedding, C classes of all tasks
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 
-from common.run.process import atomic_file
+from common.networks.mil_probe import read_probe
 
 
 class DenseProbes(nn.Module):
     """One linear layer for each kind of token, task and learning rate, trained side by side.
 
-    They share no parameter: the gradient of the sum of their losses is each one's own, and each follows the
-    course it would take alone. What they share is the reading of the features, and one product with them.
+    They share no parameter: each takes the course it would take alone. What they share is the reading of the
+    features, and one product with them.
 
     The initial weights of a probe depend on the seed alone, so that learning rates compare.
 
@@ -65,12 +63,8 @@ class DenseProbes(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one optimizer group for each learning rate."""
-        return [
-            {"params": [weight, bias], "lr": learning_rate}
-            for weight, bias, learning_rate in zip(
-                self.weights, self.biases, self.learning_rates, strict=True
-            )
-        ]
+        of_rates = zip(self.weights, self.biases, self.learning_rates, strict=True)
+        return [{"params": [weight, bias], "lr": rate} for weight, bias, rate in of_rates]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Classify with every probe; see the class."""
@@ -81,62 +75,23 @@ class DenseProbes(nn.Module):
     def layer(self, kind: int, rate: int, columns: slice) -> nn.Linear:
         """Return a copy of one probe that works alone.
 
-        Args:
-            kind: 0 for CLS tokens, 1 for patch tokens.
-            rate: place in ``learning_rates``.
-            columns: of ``self.columns``.
+        ``kind`` is 0 for CLS and 1 for patch tokens, ``rate`` a place in ``learning_rates``, and ``columns``
+        one of ``self.columns``.
         """
         weight, bias = self.weights[rate][kind, columns], self.biases[rate][kind, columns]
         layer = nn.Linear(self.dim, len(bias)).to(weight)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+        layer.load_state_dict({"weight": weight, "bias": bias})
         return layer
 
 
-def save_dense_probe(
-    folder: str | Path, kind: str, task: str, layer: nn.Linear, card: dict[str, Any]
-) -> None:
-    """Write a probe as ``<kind>_<task>.safetensors`` and ``.json``, each appearing only when whole.
-
-    Args:
-        folder: where to write.
-        kind: "cls" or "patch".
-        task: name of the task.
-        layer: trained probe.
-        card: what the weights only make sense with, JSON values; ``class_names`` and ``encoder`` are needed.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
-    with atomic_file(folder / f"{kind}_{task}.safetensors") as file:
-        file.write(save(tensors))
-    with atomic_file(folder / f"{kind}_{task}.json", "w", encoding="utf-8") as file:
-        file.write(json.dumps(card, indent=2, allow_nan=False) + "\n")
-
-
 def load_dense_probe(folder: str | Path, kind: str, task: str) -> tuple[nn.Linear, dict[str, Any]]:
-    """Read a probe of :func:`save_dense_probe`.
-
-    Args:
-        folder: folder of the probes.
-        kind: "cls" or "patch".
-        task: name of the task.
-
-    Returns:
-        The probe, and its card.
+    """Load a probe that was saved as ``<kind>_<task>``, such as "patch_rexgroundingct", and its card.
 
     Raises:
         FileNotFoundError: if one of the two files does not exist.
     """
-    path = Path(folder) / f"{kind}_{task}"
-    for suffix in (".safetensors", ".json"):
-        if not path.with_name(path.name + suffix).is_file():
-            raise FileNotFoundError(
-                f"probes must be a folder with '{path.name}{suffix}', got '{folder}'. Run eval_dense_2d."
-            )
-    tensors = load_file(path.with_name(path.name + ".safetensors"))
-    num_classes, dim = tensors["weight"].shape
+    weights, card = read_probe(folder, f"{kind}_{task}")
+    num_classes, dim = weights["weight"].shape
     layer = nn.Linear(dim, num_classes)
-    layer.load_state_dict(tensors)
-    return layer, json.loads(path.with_name(path.name + ".json").read_text())
+    layer.load_state_dict(weights)
+    return layer, card

@@ -5,7 +5,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,6 @@ class MILProbe(nn.Module):
     """Pool the slices of each volume and read the classes linearly from the result.
 
     Source: DALE-CT IV-B.
-
-    Args:
-        pooler: module from bags and mask to ``(B, D)``.
-        dim: D, width of the embeddings.
-        num_classes: C.
 
     Shape:
         ``bags (B, S, D)`` of any floating type, ``mask (B, S)`` bool. Output: logits ``(B, C)``.
@@ -49,7 +44,7 @@ class MILProbe(nn.Module):
 class ProbeGrid(nn.Module):
     """One MIL probe for each pair of a learning rate and a pooler, trained side by side on the same batches.
 
-    The probes share no parameter: the gradient of the sum of their losses is each one's own, and each follows
+    The probes share no parameter: from the sum of their losses each gets the gradient of its loss, and takes
     the course it would take alone. What they share is the reading of the data. Poolers without parameters are
     applied once per volume (:meth:`fixed_features`); learned queries of all learning rates meet the packed
     slices in one product, without padding; any other pooler with weights has a copy per learning rate.
@@ -77,7 +72,13 @@ class ProbeGrid(nn.Module):
     query_counts: torch.Tensor
 
     def __init__(
-        self, poolers: Sequence[str], learning_rates: Sequence[float], dim: int, num_classes: int, seed: int
+        self,
+        *,
+        poolers: Sequence[str],
+        learning_rates: Sequence[float],
+        dim: int,
+        num_classes: int,
+        seed: int,
     ) -> None:
         super().__init__()
         for name, values in (("poolers", poolers), ("learning_rates", learning_rates)):
@@ -111,20 +112,13 @@ class ProbeGrid(nn.Module):
         num_trained, groups = self.kinds.count("trained"), []
         for i, learning_rate in enumerate(self.learning_rates):
             poolers = self.trained_poolers[i * num_trained : (i + 1) * num_trained]
-            parameters = [*(own[i] for own in lists), *poolers.parameters()]
+            parameters = [*(of_rates[i] for of_rates in lists), *poolers.parameters()]
             groups.append({"params": parameters, "lr": learning_rate})
         return groups
 
     @torch.no_grad()
     def fixed_features(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Apply the poolers that have no parameters.
-
-        Args:
-            bags: tensors ``(S, D)``.
-
-        Shape:
-            Output: ``(len(bags), F, D)``.
-        """
+        """Apply the poolers that have no parameters to bags ``(S, D)``; returns ``(B, F, D)``."""
         weight = self.weights[0]
         features = weight.new_empty(len(bags), len(self.fixed_poolers), self.dim)
         first = 0
@@ -151,11 +145,7 @@ class ProbeGrid(nn.Module):
         return (pooled @ weight.mT + bias[:, :, None]).flatten(0, 1)
 
     def probe(self, index: int) -> MILProbe:
-        """Return a copy of one probe that works alone, in evaluation mode.
-
-        Args:
-            index: place in ``names``.
-        """
+        """Return a copy of one of ``names`` that works alone, in evaluation mode."""
         rate, place = divmod(index, len(self.kinds))
         kind, nth = self.kinds[place], self.kinds[:place].count(self.kinds[place])
         pooler: Any
@@ -204,72 +194,69 @@ class ProbeGrid(nn.Module):
             return (summed @ slices)[:, None]
         places = torch.arange(len(bags))
         owner = torch.repeat_interleave(places, torch.tensor(lengths), output_size=sum(lengths))
-        is_own = (owner == places[:, None]).to(slices.device, non_blocking=True)
+        belongs = (owner == places[:, None]).to(slices.device, non_blocking=True)
         # one block for each bag: what another bag's slices would add is an exact 0
-        blocks = torch.where(is_own, summed[:, None], 0)
+        blocks = torch.where(belongs, summed[:, None], 0)
         return (blocks.flatten(0, 1) @ slices).unflatten(0, (-1, len(bags)))
 
 
 def _read_together(bags: Sequence[torch.Tensor], device: torch.device) -> list[list[torch.Tensor]]:
     """Group bags for one product each, as suits the device."""
     # a CPU keeps one bag in its cache between two products (1.4 times as fast as all at once, measured);
-    # a GPU waits least with few large ones
+    # a GPU is fastest with one large product
     return [list(bags)] if device.type == "cuda" else [[bag] for bag in bags]
 
 
 def probe_name(pooler: str, learning_rate: float) -> str:
-    """Name a probe of the grid, as metrics and tables do.
-
-    Args:
-        pooler: name of the pooler.
-        learning_rate: peak learning rate.
-
-    Example:
-        >>> probe_name("max", 0.1)
-        'max/lr_0.1'
-    """
+    """Name a probe of the grid, as metrics and tables do: "max/lr_0.1"."""
     return f"{pooler}/lr_{learning_rate:g}"
 
 
-def save_probe(folder: str | Path, probe: MILProbe, card: dict[str, Any]) -> None:
-    """Write a probe as ``probe.safetensors`` and ``probe.json``, each appearing only when whole.
+def save_probe(folder: str | Path, probe: nn.Module, card: Mapping[str, Any], name: str = "probe") -> None:
+    """Write a probe as ``<name>.safetensors`` and ``<name>.json``, each appearing only when whole.
 
-    Args:
-        folder: where to write.
-        probe: trained probe.
-        card: what the weights only make sense with, JSON values; ``pooler``, ``dim`` and ``class_names`` are
-            needed to load it.
+    The card is what the weights only make sense with, JSON values; NaN becomes null. :func:`load_probe` needs
+    ``pooler``, ``dim`` and ``class_names``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
-    with atomic_file(folder / "probe.safetensors") as file:
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in probe.state_dict().items()}
+    with atomic_file(folder / f"{name}.safetensors") as file:
         file.write(save(tensors))
-    with atomic_file(folder / "probe.json", "w", encoding="utf-8") as file:
-        file.write(json.dumps(card, indent=2, allow_nan=False) + "\n")
+    with atomic_file(folder / f"{name}.json", "w", encoding="utf-8") as file:
+        file.write(json.dumps(_without_nan(card), indent=2, allow_nan=False) + "\n")
 
 
-def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
-    """Read a probe of :func:`save_probe`.
+def _without_nan(value: Any) -> Any:  # noqa: ANN401 (any of JSON's)
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
-    Args:
-        folder: folder of ``probe.safetensors`` and ``probe.json``.
 
-    Returns:
-        The probe in evaluation mode, and its card: class names, thresholds, encoder.
+def read_probe(folder: str | Path, name: str = "probe") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read the weights and the card that :func:`save_probe` wrote.
 
     Raises:
         FileNotFoundError: if one of the two files does not exist.
     """
-    folder = Path(folder)
-    for name in ("probe.safetensors", "probe.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"probe must be a folder with '{name}', got '{folder}'. Run an evaluation bundle first."
-            )
-    card = json.loads((folder / "probe.json").read_text())
+    weights, card = (Path(folder) / f"{name}{suffix}" for suffix in (".safetensors", ".json"))
+    for path in (weights, card):
+        if not path.is_file():
+            raise FileNotFoundError(f"No '{path.name}' in '{folder}'. Run an evaluation bundle first.")
+    return load_file(weights), json.loads(card.read_text())
+
+
+def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
+    """Load a probe of :func:`save_probe` in evaluation mode, and its card: class names, thresholds, encoder.
+
+    Raises:
+        FileNotFoundError: if one of the two files does not exist.
+    """
+    weights, card = read_probe(folder)
     probe = MILProbe(build_pooler(card["pooler"], card["dim"]), card["dim"], len(card["class_names"]))
-    probe.load_state_dict(load_file(folder / "probe.safetensors"))
+    probe.load_state_dict(weights)
     return probe.eval(), card
 
 

@@ -1,4 +1,10 @@
-"""Poolings of the MIL probe, from slices to one embedding: the paper's five, and two beside them."""
+"""Poolers of the MIL probe, from slices to one embedding per volume: the paper's five, and two more.
+
+Each is called with ``bags (B, S, D)`` and ``mask (B, S)`` bool, True where there is a slice, and returns
+``(B, D)``; what stands in the padding never matters. It raises ``ValueError`` if the mask has another shape
+than the bags, or a bag is empty. ``slice_weights`` returns the share ``(S,)`` of each slice of one bag
+``(S, D)`` in the result; reports show it.
+"""
 
 # B bags (volumes), S slices (padded), D embedding, Q queries, W width of the transformer
 
@@ -14,24 +20,17 @@ class MeanPool(nn.Module):
 
     Source: DALE-CT IV-B, "average".
 
-    Shape:
-        ``bags (B, S, D)``, ``mask (B, S)`` bool, True where there is a slice. Output: ``(B, D)``.
-        What stands in the padding never matters.
-
-    Raises:
-        ValueError: if the mask has another shape than the bags, or a bag is empty.
-
     Example:
         >>> MeanPool()(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]]))
         tensor([[2.]])
     """
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool; see the class."""
+        """Pool; see the module."""
         return _masked(bags, mask).sum(1) / mask.sum(1, keepdim=True)
 
     def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
-        """Return the share of each slice ``(S,)`` of a bag ``(S, D)``: all the same."""
+        """Return shares that are all the same."""
         return bag.new_full((len(bag),), 1 / len(bag))
 
 
@@ -40,23 +39,17 @@ class MaxPool(nn.Module):
 
     Source: DALE-CT IV-B, "max".
 
-    Shape:
-        As :class:`MeanPool`.
-
-    Raises:
-        ValueError: if the mask has another shape than the bags, or a bag is empty.
-
     Example:
         >>> MaxPool()(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]]))
         tensor([[3.]])
     """
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool; see the class."""
+        """Pool; see the module."""
         return _masked(bags, mask, fill=-math.inf).amax(1)
 
     def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
-        """Return the share ``(S,)`` of the dimensions whose largest value each slice of ``(S, D)`` has."""
+        """Return the share of the dimensions that take their value from each slice."""
         return torch.bincount(bag.argmax(0), minlength=len(bag)).to(bag.dtype) / bag.shape[1]
 
 
@@ -71,11 +64,8 @@ class LearnedQueryAttentionPool(nn.Module):
         dim: D, width of the embeddings.
         num_queries: Q, learned queries; drawn from N(0, 1/D) as in the authors' probe.
 
-    Shape:
-        As :class:`MeanPool`.
-
     Raises:
-        ValueError: if there is no query, the mask has another shape than the bags, or a bag is empty.
+        ValueError: if there is no query.
 
     Example:
         >>> pool = LearnedQueryAttentionPool(dim=2, num_queries=4)
@@ -90,11 +80,11 @@ class LearnedQueryAttentionPool(nn.Module):
         self.queries = nn.Parameter(torch.randn(num_queries, dim) / math.sqrt(dim))
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool; see the class."""
+        """Pool; see the module."""
         return _attend(self.queries.expand(len(bags), -1, -1), bags, mask).mean(1)
 
     def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
-        """Return the attention ``(S,)`` on each slice of a bag ``(S, D)``, the mean over the queries."""
+        """Return the attention, the mean over the queries."""
         return _attention(self.queries[None], bag[None]).mean(1)[0]
 
 
@@ -102,21 +92,15 @@ class MeanQueryAttentionPool(nn.Module):
     """Average the slices with weights softmax(q x / sqrt(D)), where q is the mean slice of the bag.
 
     Source: DALE-CT IV-B, "average attention".
-
-    Shape:
-        As :class:`MeanPool`.
-
-    Raises:
-        ValueError: if the mask has another shape than the bags, or a bag is empty.
     """
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool; see the class."""
+        """Pool; see the module."""
         mean = _masked(bags, mask).sum(1) / mask.sum(1, keepdim=True)
         return _attend(mean[:, None], bags, mask)[:, 0]
 
     def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
-        """Return the attention ``(S,)`` on each slice of a bag ``(S, D)``."""
+        """Return the attention."""
         return _attention(bag.mean(0)[None, None], bag[None])[0, 0]
 
 
@@ -125,16 +109,6 @@ class GatedAttentionPool(nn.Module):
 
     Source: Attention-based deep multiple instance learning (arXiv:1802.04712), equation 9 (gated ABMIL), with
     its 128 hidden units.
-
-    Args:
-        dim: D, width of the embeddings.
-        hidden_dim: units of the attention.
-
-    Shape:
-        As :class:`MeanPool`.
-
-    Raises:
-        ValueError: if the mask has another shape than the bags, or a bag is empty.
     """
 
     def __init__(self, dim: int, hidden_dim: int = 128) -> None:
@@ -144,13 +118,13 @@ class GatedAttentionPool(nn.Module):
         self.score = nn.Linear(hidden_dim, 1)
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool; see the class."""
+        """Pool; see the module."""
         slices = _masked(bags, mask)
         attention = self._scores(slices).masked_fill(~mask, -math.inf).softmax(1)
         return torch.einsum("bs,bsd->bd", attention, slices)
 
     def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
-        """Return the attention ``(S,)`` on each slice of a bag ``(S, D)``."""
+        """Return the attention."""
         return self._scores(bag).softmax(0)
 
     def _scores(self, slices: torch.Tensor) -> torch.Tensor:
@@ -158,9 +132,9 @@ class GatedAttentionPool(nn.Module):
 
 
 class TransformerPool(nn.Module):
-    """Let the slices attend to each other, each knowing its place between feet and head, then average them.
+    """Let the slices attend to each other, each with its place between feet and head, then average them.
 
-    The place of slice s is (s + 1/2) / S, so that volumes compare whatever their spacing; bags must be in
+    The place of slice s is (s + 1/2) / S, so that volumes compare whatever their spacing; slices must be in
     order, as those of an encoder bundle are.
 
     Source: our choice: 2 pre-norm layers of width 256 with 4 heads; sines and cosines of the place, whose
@@ -171,12 +145,6 @@ class TransformerPool(nn.Module):
         width: W, a multiple of twice the number of heads.
         num_layers: transformer layers.
         num_heads: attention heads.
-
-    Shape:
-        As :class:`MeanPool`.
-
-    Raises:
-        ValueError: if the mask has another shape than the bags, or a bag is empty.
     """
 
     wave_numbers: torch.Tensor
@@ -196,7 +164,7 @@ class TransformerPool(nn.Module):
         self.register_buffer("wave_numbers", wave_numbers, persistent=False)
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool; see the class."""
+        """Pool; see the module."""
         slices, count = self.entry(_masked(bags, mask)), mask.sum(1, keepdim=True)
         place = (torch.arange(bags.shape[1], device=bags.device) + 0.5) / count
         angles = place.to(slices.dtype)[..., None] * self.wave_numbers
@@ -206,7 +174,7 @@ class TransformerPool(nn.Module):
         return self.exit(_masked(self.norm(slices), mask).sum(1) / count)
 
     def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
-        """Return the share of each slice ``(S,)`` in the last average: all the same."""
+        """Return shares in the last average, which are all the same."""
         return bag.new_full((len(bag),), 1 / len(bag))
 
 
@@ -224,14 +192,10 @@ PAPER_POOLERS = tuple(POOLERS)[:5]
 
 
 def build_pooler(name: str, dim: int) -> nn.Module:
-    """Make a pooler by its name, for the paper's five the paper's.
-
-    Args:
-        name: key of ``POOLERS``.
-        dim: width of the embeddings.
+    """Make one of ``POOLERS`` for embeddings of width D.
 
     Raises:
-        ValueError: if there is no such pooler, or it cannot tell the weights of slices.
+        ValueError: if there is no such pooler, or it has no ``slice_weights``.
 
     Example:
         >>> build_pooler("average", dim=1024)
@@ -240,22 +204,16 @@ def build_pooler(name: str, dim: int) -> nn.Module:
     if name not in POOLERS:
         raise ValueError(f"pooler must be one of {list(POOLERS)}, got {name!r}.")
     pooler = POOLERS[name](dim)
-    if not hasattr(pooler, "slice_weights"):  # told before training: reports need it after
+    if not hasattr(pooler, "slice_weights"):  # said before training: reports need it afterwards
         raise ValueError(
             f"pooler '{name}' must have a method slice_weights(bag), got a {type(pooler).__name__} without "
-            "it. Add one that returns the share (S,) of each slice, as MeanPool has."
+            "it. Let it return the share (S,) of each slice, as that of MeanPool does."
         )
     return pooler
 
 
 def pad_bags(bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join bags of different lengths into one tensor and a mask of where the slices are.
-
-    Args:
-        bags: tensors ``(S, D)``.
-
-    Shape:
-        Output: ``(B, S, D)`` zero-padded at the end, and bool ``(B, S)``.
+    """Join bags ``(S, D)`` into one tensor ``(B, S, D)``, zero-padded at the end, and a mask ``(B, S)``.
 
     Raises:
         ValueError: if a bag is empty.
@@ -274,14 +232,7 @@ def pad_bags(bags: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def segment_softmax(scores: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Take the softmax within each bag of packed slices.
-
-    Args:
-        scores: of the slices of all bags, one bag after the other.
-        lengths: slices of each bag.
-
-    Shape:
-        scores ``(Q, T)`` with T the sum of the lengths. Output: the same.
+    """Take the softmax within each bag of packed slices; scores ``(Q, T)``, T being the sum of the lengths.
 
     Example:
         >>> segment_softmax(torch.zeros(1, 3), [1, 2])

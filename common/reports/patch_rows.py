@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from common.embeddings.dense_cohort import TASKS
+from common.embeddings.dense_labels import TASKS
 from common.networks.dense_probe import load_dense_probe
 from common.reports.ct_tokens import CTImages, above_even
 from common.reports.slice_grid import Row, class_colours, slice_grid

@@ -78,8 +78,11 @@ def result_rows(
     ``numbers`` maps a metric to its value, low and high, the latter two nan without an interval; the hash of
     ``config``, JSON values that the numbers depend on, goes into the rows.
     """
-    origin = (n, seeds, code_version(), config_hash(config))
-    return [ResultRow(encoder, protocol, dataset, name, *ends, *origin) for name, ends in numbers.items()]
+    commit, settings = code_version(), config_hash(config)
+    return [
+        ResultRow(encoder, protocol, dataset, name, *ends, n, seeds, commit, settings)
+        for name, ends in numbers.items()
+    ]
 
 
 def add_rows(path: str | Path, rows: Sequence[ResultRow]) -> None:

@@ -65,7 +65,7 @@ class Slab(NamedTuple):
     """
 
     entry: VolumeEntry
-    index: ShardIndex
+    index: ShardIndex  # type: ignore[assignment]  # tuple has a method of that name
     z0: int
     n: int
     data: bytes

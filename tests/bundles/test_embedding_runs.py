@@ -240,7 +240,7 @@ def test_a_folder_of_hostile_files_ends_with_their_list_alone(run, tmp_path, wri
     assert not list((tmp_path / "temporary").glob("*dale-ct*"))
 
 
-def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(run, tmp_path, write_series):
+def test_a_zipped_series_is_embedded(run, tmp_path, write_series):
     hu = np.random.default_rng(0).integers(-1000, 1000, (5, 17, 19)).astype(np.int16)
     with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
         for path in write_series(tmp_path / "series", hu):
@@ -248,16 +248,6 @@ def test_a_zipped_series_is_embedded_and_a_bomb_alone_fails(run, tmp_path, write
     result = run(tmp_path / "scan.zip", tmp_path / "out")
     assert result.returncode == 0, result.stderr[-3000:]
     assert EmbeddingStore(tmp_path / "out").read("1_2_840_99_7").tokens.shape == (5, 24)
-    zip_with(tmp_path / "bomb.zip", "scan.nii", bytes(2**24))
-    result = run(tmp_path / "bomb.zip", tmp_path / "none")
-    assert result.returncode != 0
-    assert "packed more than 200 times" in result.stderr.strip().splitlines()[-1]
-
-
-def test_a_missing_weights_file_says_what_to_do(run, embedded, tmp_path):
-    result = run(embedded / "ct", tmp_path / "out", encoder_weights=str(tmp_path / "none.safetensors"))
-    assert result.returncode != 0
-    assert "Train the bundle first, or download it" in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture
@@ -310,7 +300,7 @@ def test_an_embedding_run_stopped_by_ctrl_c_keeps_what_it_has_and_resumes(stop_a
     resumed = stop_and_resume(
         command(many, tmp_path / "out"), re.compile(r" [1-9]\d?/100").search, tmp_path / "out"
     )
-    assert int(re.search(r"(\d+) of 100 volumes in .* are to be embedded", resumed).group(1)) < 100
+    assert int(re.search(r"(\d+) of 100 volumes are to be embedded", resumed).group(1)) < 100
     store = EmbeddingStore(tmp_path / "out")
     assert len(store) == 100
     assert all(store.read(volume).tokens.shape == (11, 24) for volume in store.volumes)

@@ -264,6 +264,68 @@ def write_dense(tmp_path: Path) -> DenseCohortDirs:
     return write
 
 
+@pytest.fixture
+def dense_cohorts(write_dense: DenseCohortDirs) -> dict[str, Any]:
+    """Cohorts of 12, 5 and 7 volumes of ``write_dense``."""
+    from common.embeddings.dense_cohort import DenseCohort
+
+    dirs = write_dense(num_volumes=24)
+    sides = {"train": range(1, 13), "validation": range(13, 18), "test": range(18, 25)}
+    return {side: DenseCohort(*dirs, [f"valid_{n}_a_1" for n in numbers]) for side, numbers in sides.items()}
+
+
+@pytest.fixture
+def build_dense() -> Callable[..., Any]:
+    """Return ``build(cohorts, ...)``, which builds a ``DenseProbeTrainer`` anew, as a new process does."""
+    # these take seconds, which other tests do not wait for
+    from monai.optimizers import WarmupCosineSchedule
+    from torch.utils.data import DataLoader
+
+    from common.embeddings.dense_cohort import DrawnRows, RemainingSteps, tasks
+    from common.engines.dense_probe import BestLayers, DenseProbeTrainer
+    from common.handlers.checkpoint import Checkpoint
+    from common.networks.dense_probe import DenseProbes
+
+    def build(
+        cohorts: dict[str, Any],
+        max_steps: int = 20,
+        *,
+        rates: Sequence[float] = (0.3, 0.1),
+        dtype: torch.dtype = torch.float32,
+        checkpoints: Path | None = None,
+        handlers: Sequence[Any] = (),
+        val_interval: int = 10,
+    ) -> DenseProbeTrainer:
+        network = DenseProbes(tasks(), rates, dim=9, seed=42).to(dtype)
+        optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
+        scheduler = WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=max_steps)
+        best = BestLayers()
+        others = {"lr_scheduler": scheduler, "best": best}
+        keeping = {"network": network, "optimizer": optimizer, "others": others, "knobs": {}}
+        keeping |= {"interval_steps": 7, "keep": 2, "only_finite": False}
+        folders = [checkpoints] if checkpoints else []
+        drawn = DrawnRows(cohorts["train"], max_steps, batch_size=16, seed=7)
+        return DenseProbeTrainer(
+            device=torch.device("cpu"),
+            max_epochs=1,
+            max_steps=max_steps,
+            train_data_loader=DataLoader(drawn, batch_size=None, sampler=RemainingSteps(max_steps)),
+            val_cohort=cohorts["validation"],
+            test_cohort=cohorts["test"],
+            network=network,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            loss_function=nn.BCEWithLogitsLoss(reduction="none"),
+            best=best,
+            val_interval=val_interval,
+            min_positives=5,
+            num_resamples=20,
+            train_handlers=[*(Checkpoint(**keeping, folder=folder) for folder in folders), *handlers],
+        )
+
+    return build
+
+
 WritePaths = Callable[..., Path]
 
 # heart and liver of the slices of write_paths: id, and where they begin and end as shares of the scan

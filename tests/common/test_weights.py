@@ -162,7 +162,7 @@ def test_sources_that_are_not_there_or_not_whole_are_named(bundle: Path, tmp_pat
     for name in ("half.safetensors", "half.pt"):
         with pytest.raises(ValueError, match="source must be whole weights, got"):
             read_weights(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match=r"bundle must have configs/inference.json, got none in"):
+    with pytest.raises(FileNotFoundError, match="configs/inference.json"):
         import_weights("x", tmp_path)
     with pytest.raises(ValueError, match="slice_axes must be 'yx' or 'xy', got 'zy'"):
         import_weights(released(bundle, tmp_path), bundle, slice_axes="zy", window="ct_rate")

@@ -97,7 +97,7 @@ def test_batches_are_the_drawn_rows(dirs: Any) -> None:
             item = drawn[step]
             torch.testing.assert_close(item["tokens"][number], tokens[rows[step]].half())
             np.testing.assert_array_equal(item["targets"][number], cohort.soft_targets(kind, rows[step]))
-        assert drawn.drawn()[kind] == len(np.unique(rows)) < cohort.num_rows[kind]
+        assert len(drawn.tokens[number]) == len(np.unique(rows)) < cohort.num_rows[kind]
     assert item["tokens"].dtype == torch.float16
 
 
@@ -116,11 +116,9 @@ def test_volumes_are_those_with_labels(dirs: Any, tmp_path: Path) -> None:
     assert labelled_and_embedded(*dirs) == [f"valid_{n}_a_1" for n in (1, 2, 4, 5)]
     labels = read_dense_labels(dirs[1] / "valid_1_a_1.safetensors")
     write_dense_labels(dirs[1], labels._replace(volume="valid_9_a_1"))
-    with pytest.raises(FileNotFoundError, match="got 1 of 5 without, first 'valid_9_a_1'"):
+    with pytest.raises(FileNotFoundError, match="1 of 5 .*'valid_9_a_1'"):
         labelled_and_embedded(*dirs)
-    with pytest.raises(
-        FileNotFoundError, match=r"labels_dir must hold <volume>.safetensors of python -m data"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"No dense labels in '{tmp_path}'"):
         labelled_and_embedded(dirs[0], tmp_path)
 
 
@@ -128,7 +126,7 @@ def test_tokens_without_patches_are_refused(dirs: Any, tmp_path: Path) -> None:
     store = EmbeddingStore(dirs[0])
     with EmbeddingStoreWriter(tmp_path / "bare", store.identity, "float32") as writer:
         writer.add("valid_1_a_1", torch.randn(5, 3), (1, 1, 1), z_mm=torch.arange(5.0))
-    with pytest.raises(ValueError, match="embeddings_dir must hold patch tokens, got only CLS tokens in"):
+    with pytest.raises(ValueError, match="No patch tokens in"):
         labelled_and_embedded(tmp_path / "bare", dirs[1])
 
 
@@ -139,9 +137,7 @@ def test_labels_of_another_grid_or_crop_are_refused(dirs: Any, tmp_path: Path) -
         dirs[1],
         labels._replace(findings=labels.findings[:-1], shares=labels.shares[: -labels.findings.shape[1]]),
     )
-    with pytest.raises(
-        ValueError, match=r"labels must be of \(slices, patches\) = .* for volume 'valid_2_a_1'"
-    ):
+    with pytest.raises(ValueError, match=r"'valid_2_a_1' has \(slices, patches\)"):
         DenseCohort(*dirs, VOLUMES)
     store = EmbeddingStore(dirs[0])
     patches = store.read_patches("valid_4_a_1")
@@ -151,7 +147,7 @@ def test_labels_of_another_grid_or_crop_are_refused(dirs: Any, tmp_path: Path) -
                 *("valid_4_a_1", store.read("valid_4_a_1").tokens, (1, 1, 1)),
                 **{"patches": patches, "patch_grid": (2, 2)} | crop,
             )
-        message = rf"box of the image, \({shown}\), got \(0, 0, 8\) for volume 'valid_4"
+        message = rf"'valid_4_a_1' .*\({shown}\) .*\(0, 0, 8\)"
         with pytest.raises(ValueError, match=message):
             DenseCohort(tmp_path / name, dirs[1], ["valid_4_a_1"])
 

@@ -46,10 +46,10 @@ def test_shares_of_other_patches_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"dense labels must be a file, got '.*none.safetensors'"):
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
         read_dense_labels(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ValueError, match=r"must be a whole file of python -m data_prep dense-la"):
+    with pytest.raises(ValueError, match="bad.safetensors"):
         read_dense_labels(tmp_path / "bad.safetensors")
 
 
@@ -59,5 +59,5 @@ def test_one_changed_byte_anywhere_is_noticed(tmp_path: Path) -> None:
     data = path.read_bytes()
     for place in range(8, len(data), 7):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        with pytest.raises(ValueError, match=r"must be a whole file of .* Delete it and make it again\."):
+        with pytest.raises(ValueError, match="Cannot read"):
             read_dense_labels(path)

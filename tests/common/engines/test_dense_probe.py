@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,70 +7,31 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
-from torch.utils.data import DataLoader
 
-from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, DrawnRows, RemainingSteps, tasks
-from common.engines.best_layers import BestLayers
-from common.engines.dense_probe import DenseProbeTrainer
-from common.handlers.checkpoint import Checkpoint
+from common.cohort.cohort import load_labels
+from common.embeddings.dense_cohort import TOKEN_KINDS, DenseCohort, tasks
+from common.engines import dense_probe
+from common.engines.dense_probe import (
+    BestLayers,
+    DenseProbeTrainer,
+    each_column,
+    validation_auprc,
+)
+from common.metrics.bootstrap import RESAMPLING_SEED, resample_weights
 from common.networks.dense_probe import DenseProbes
-from common.optimizers.adamw import warmup_cosine
 
-RATES = [0.3, 0.1]
+RATES = (0.3, 0.1)
 KEYS = [(kind, task) for kind in TOKEN_KINDS for task in tasks()]
 
 
-@pytest.fixture
-def cohorts(write_dense: Any) -> dict[str, DenseCohort]:
-    dirs = write_dense(num_volumes=24)
-    return {
-        side: DenseCohort(*dirs, [f"valid_{number}_a_1" for number in numbers])
-        for side, numbers in (("train", range(1, 13)), ("validation", range(13, 18)), ("test", range(18, 25)))
-    }
+Cohorts = dict[str, DenseCohort]
+Build = Callable[..., DenseProbeTrainer]
 
 
-def build(
-    cohorts: dict[str, DenseCohort],
-    max_steps: int = 20,
-    val_interval: int = 10,
-    rates: list[float] = RATES,
-    dtype: torch.dtype = torch.float32,
-    checkpoints: Path | None = None,
-) -> DenseProbeTrainer:
-    """Build everything anew, as a new process does."""
-    network = DenseProbes(tasks(), rates, dim=9, seed=42).to(dtype)
-    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    scheduler = warmup_cosine(optimizer, warmup_steps=0, max_steps=max_steps, final_lr=0.0)
-    best = BestLayers()
-    others = {"lr_scheduler": scheduler, "best": best}
-    checkpoint = [
-        Checkpoint(folder, network, optimizer, others, interval_steps=7, keep=2, knobs={}, only_finite=False)
-        for folder in ([checkpoints] if checkpoints else [])
-    ]
-    drawn = DrawnRows(cohorts["train"], max_steps, batch_size=16, seed=7)
-    return DenseProbeTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        epoch_length=max_steps,
-        train_data_loader=DataLoader(drawn, batch_size=None, sampler=RemainingSteps(max_steps)),
-        val_cohort=cohorts["validation"],
-        test_cohort=cohorts["test"],
-        network=network,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        loss_function=nn.BCEWithLogitsLoss(reduction="none"),
-        best=best,
-        val_interval=val_interval,
-        min_positives=5,
-        num_resamples=20,
-        train_handlers=checkpoint,
-    )
-
-
-def test_every_probe_ends_where_it_would_alone(cohorts: dict[str, DenseCohort]) -> None:
-    trainer = build(cohorts, max_steps=17, dtype=torch.float64)
+def test_every_probe_ends_where_it_would_alone(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer = build_dense(dense_cohorts, max_steps=17, dtype=torch.float64)
     start = DenseProbes(tasks(), RATES, dim=9, seed=42).double()
     trainer.run()
     for kind in range(2):
@@ -92,8 +54,8 @@ def test_every_probe_ends_where_it_would_alone(cohorts: dict[str, DenseCohort]) 
                 assert float((together - alone.weight).detach().norm()) < 1e-10 * update
 
 
-def test_planted_signals_are_found_where_they_are(cohorts: dict[str, DenseCohort]) -> None:
-    trainer = build(cohorts, max_steps=300, val_interval=100, rates=[30.0, 3.0])
+def test_planted_signals_are_found_where_they_are(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer = build_dense(dense_cohorts, max_steps=300, val_interval=100, rates=[30.0, 3.0])
     trainer.run()
     assert set(trainer.state.reports) == set(KEYS)
     for key in KEYS[:1] + KEYS[2:]:
@@ -104,8 +66,8 @@ def test_planted_signals_are_found_where_they_are(cohorts: dict[str, DenseCohort
     assert len(left_out) == 115
 
 
-def test_the_choice_is_that_of_validation(cohorts: dict[str, DenseCohort]) -> None:
-    trainer, cohort, seen = build(cohorts, max_steps=25), cohorts["validation"], {}
+def test_the_choice_is_that_of_validation(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer, cohort, found = build_dense(dense_cohorts, max_steps=25), dense_cohorts["validation"], {}
 
     def measure_again() -> None:
         if trainer.state.iteration not in (10, 20, 25):
@@ -118,7 +80,7 @@ def test_the_choice_is_that_of_validation(cohorts: dict[str, DenseCohort]) -> No
                 value = np.mean(
                     [average_precision_score(cohort.targets(kind, k), scores[:, k]) for k in (0, 1)]
                 )
-                seen[kind, rate, trainer.state.iteration] = value
+                found[kind, rate, trainer.state.iteration] = value
                 name = f"val_macro_auprc/{kind}/rexgroundingct/lr_{learning_rate:g}"
                 assert trainer.state.metrics[name] == pytest.approx(value, abs=1e-6)
 
@@ -126,18 +88,18 @@ def test_the_choice_is_that_of_validation(cohorts: dict[str, DenseCohort]) -> No
     trainer.run()
     for kind in TOKEN_KINDS:
         chosen = trainer.best.chosen[kind, "rexgroundingct"]
-        best = max(value for (of, _, _), value in seen.items() if of == kind)
+        best = max(value for (of, _, _), value in found.items() if of == kind)
         assert chosen["auprc"] == pytest.approx(best, abs=1e-6)
-        assert seen[kind, chosen["rate"], chosen["step"]] == pytest.approx(best, abs=1e-6)
+        assert found[kind, chosen["rate"], chosen["step"]] == pytest.approx(best, abs=1e-6)
 
 
 @pytest.mark.parametrize("killed_after", [1, 8, 19])
 def test_killed_run_resumes_to_the_same_bits(
-    cohorts: dict[str, DenseCohort], tmp_path: Path, killed_after: int
+    build_dense: Build, dense_cohorts: Cohorts, tmp_path: Path, killed_after: int
 ) -> None:
-    straight = build(cohorts)
+    straight = build_dense(dense_cohorts)
     straight.run()
-    killed = build(cohorts, checkpoints=tmp_path / "checkpoints")
+    killed = build_dense(dense_cohorts, checkpoints=tmp_path / "checkpoints")
 
     def kill() -> None:
         raise KeyboardInterrupt
@@ -145,31 +107,98 @@ def test_killed_run_resumes_to_the_same_bits(
     killed.add_event_handler(Events.ITERATION_COMPLETED(once=killed_after), kill)
     with pytest.raises(KeyboardInterrupt):
         killed.run()
-    resumed = build(cohorts, checkpoints=tmp_path / "checkpoints")
+    resumed = build_dense(dense_cohorts, checkpoints=tmp_path / "checkpoints")
     resumed.run()
     pairs = zip(resumed.probes.parameters(), straight.probes.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     np.testing.assert_equal(resumed.state.reports, straight.state.reports)  # NaN is equal to NaN
 
 
-def test_diverged_probes_are_not_chosen(cohorts: dict[str, DenseCohort]) -> None:
-    trainer = build(cohorts, rates=[3e38, 0.1], max_steps=10)
+def test_diverged_probes_are_not_chosen(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    trainer = build_dense(dense_cohorts, rates=[3e38, 0.1], max_steps=10)
     trainer.run()
     assert {chosen["rate"] for chosen in trainer.best.chosen.values()} == {1}
     assert math.isfinite(float(trainer.state.output[0]["loss"]))
-    with pytest.raises(
-        FloatingPointError, match="got NaN from every (cls|patch) probe of rexgroundingct at step 10"
-    ):
-        build(cohorts, rates=[3e38], max_steps=10).run()
 
 
-def test_validation_without_any_positive_is_refused(cohorts: dict[str, DenseCohort]) -> None:
-    cohorts["validation"]._findings["patch"][:] = 0
-    message = "validation must have a positive of some class of rexgroundingct, got none in 5 volumes"
-    with pytest.raises(ValueError, match=message):
-        build(cohorts).run()
+def test_what_cannot_be_trained_is_refused(build_dense: Build, dense_cohorts: Cohorts) -> None:
+    with pytest.raises(ValueError, match="patients, got 'valid_1' in train and test"):
+        build_dense(dense_cohorts | {"test": dense_cohorts["train"]})
+    with pytest.raises(FloatingPointError, match="(cls|patch) probe of rexgroundingct .* step 10"):
+        build_dense(dense_cohorts, rates=[3e38], max_steps=10).run()
+    dense_cohorts["validation"]._findings["patch"][:] = 0
+    with pytest.raises(ValueError, match="5 validation volumes .* rexgroundingct"):
+        build_dense(dense_cohorts).run()
 
 
-def test_cohorts_that_share_a_patient_are_refused(cohorts: dict[str, DenseCohort]) -> None:
-    with pytest.raises(ValueError, match="must not share a patient, got 'valid_1' in train and test"):
-        build(cohorts | {"test": cohorts["train"]})
+def test_the_best_learning_rate_and_step_are_kept_and_restored() -> None:
+    probes, best = DenseProbes({"rex": 3, "ts": 4}, [0.1, 0.01], dim=5, seed=0), BestLayers()
+    with torch.no_grad():
+        probes.weights[1].add_(1)
+    best.offer(("patch", "ts"), np.array([np.nan, 0.4]), 10, probes)
+    expected = probes.layer(1, 1, probes.columns["ts"])
+    with torch.no_grad():
+        probes.weights[1].add_(1)
+    best.offer(("patch", "ts"), np.array([0.4, 0.1]), 20, probes)
+    best.offer(("cls", "rex"), np.array([0.1, 0.1]), 20, probes)
+    assert (best.chosen["patch", "ts"]["rate"], best.chosen["patch", "ts"]["step"]) == (1, 10)
+    assert best.chosen["cls", "rex"]["rate"] == 0
+    restored = BestLayers()
+    restored.load_state_dict(best.state_dict())
+    for choice in (best, restored):
+        assert torch.equal(choice.layer(("patch", "ts")).weight, expected.weight)
+    assert restored.chosen["patch", "ts"]["auprc"] == 0.4
+
+
+NAMES = [label.name for label in load_labels("totalsegmentator")]
+
+
+@pytest.fixture
+def five(write_dense: Any) -> DenseCohort:
+    return DenseCohort(*write_dense(num_volumes=9), [f"valid_{n}_a_1" for n in (1, 9, 4, 5, 7)])
+
+
+def test_columns_are_those_of_the_linear_layer(five: DenseCohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(9, 7)
+    monkeypatch.setattr(dense_probe, "SCORE_BYTES", 3 * 4 * five.num_rows["patch"])
+    scores = np.stack(list(each_column(five, "patch", layer.weight.detach(), layer.bias.detach())))
+    expected = layer(torch.cat(list(five.tokens("patch")))).detach().T
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_validation_is_sklearns_for_every_probe_and_class(five: DenseCohort) -> None:
+    weight, bias = torch.randn(3, 132, 9), torch.randn(3, 132)
+    bias[1, 15] = float("nan")
+    values = validation_auprc(five, "cls", weight, bias)
+    tokens = torch.cat(list(five.tokens("cls")))
+    for rate, column in ((0, 0), (2, 1), (1, 16), (0, 17)):
+        scores = tokens @ weight[rate, column] + bias[rate, column]
+        expected = average_precision_score(five.targets("cls", column), scores)
+        assert values[rate, column] == pytest.approx(expected, abs=1e-6)
+    assert np.isnan(values[:, 100]).all()  # no positive
+    assert np.isnan(values[:, 15]).tolist() == [False, True, False]
+
+
+def test_report_is_sklearns_and_its_interval_that_of_resampled_patients(
+    build_dense: Build,
+    dense_cohorts: Cohorts,
+) -> None:
+    trainer, cohort = build_dense(dense_cohorts, max_steps=3), dense_cohorts["test"]
+    trainer.run()
+    report = trainer.state.reports["patch", "totalsegmentator"]
+    layer = trainer.best.layer(("patch", "totalsegmentator"))
+    scores = layer(torch.cat(list(cohort.tokens("patch")))).detach().numpy()
+    targets = np.stack([cohort.targets("patch", 14 + organ) for organ in (1, 2, 3)], axis=1)
+    for organ, name in enumerate(NAMES[1:4]):
+        values = report["per_class"][name]
+        assert values["auroc"] == pytest.approx(roc_auc_score(targets[:, organ], scores[:, organ + 1]))
+        assert values["positives"] == targets[:, organ].sum()
+    assert sorted(report["left_out"]) == sorted({*NAMES} - {*NAMES[1:4]})
+    mean, (low, high) = report["macro"]["auprc"]
+    assert mean == pytest.approx(average_precision_score(targets, scores[:, 1:4], average="macro"))
+    patients, drawn = cohort.patient_of_row("patch"), []
+    for weights in resample_weights(cohort.patients, 20, RESAMPLING_SEED):
+        rows = np.repeat(np.arange(len(patients)), weights[patients].astype(int))
+        drawn.append(average_precision_score(targets[rows], scores[rows, 1:4], average="macro"))
+    assert report["resampled"]["auprc"] == pytest.approx(np.array(drawn), abs=1e-9)
+    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=1e-9)

@@ -1,4 +1,3 @@
-import re
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,8 @@ def evaluate(tmp_path: Path, labels_csv: Path, **changes: Any) -> dict[str, Any]
     arguments = {
         "labels_csv": labels_csv,
         "label_set": "rad_chestct",
-        "prefix": "valid",
-        "dataset": "rad_chestct",
+        "test_prefix": "valid",
+        "dataset_name": "rad_chestct",
         "results_csv": tmp_path / "results.csv",
         "num_resamples": 50,
         "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
@@ -138,8 +137,7 @@ def test_rows_hold_frozen_retrained_other_views_and_paired_differences(test_set,
 
 def test_embeddings_of_another_encoder_are_refused(test_set, bags, tmp_path):
     write_probe(tmp_path / "probe", bags, CT_RATE, encoder="dale_ct_0")
-    message = r"encoder .*'dale_ct_0'.*probe.*'dale_ct_2s'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="encoder.*dale_ct_"):
         predict(tmp_path / "probe", bags)
 
 
@@ -149,15 +147,12 @@ def test_what_cannot_be_evaluated_is_refused(test_set, bags, tmp_path):
         evaluate(tmp_path, labels_csv, probes={"frozen": None}, embeddings={"right": str(folder)})
     with pytest.raises(ValueError, match="probes and embeddings must name at least one each"):
         evaluate(tmp_path, labels_csv, probes={"frozen": "x"}, embeddings={"right": None})
-    message = re.escape(f"prefix must be that of some embedded volume, got 'tst' in '{folder}'.")
-    with pytest.raises(ValueError, match=message):
-        evaluate(
-            tmp_path, labels_csv, probes={"frozen": "x"}, embeddings={"right": str(folder)}, prefix="tst"
-        )
+    given = {"probes": {"frozen": "x"}, "embeddings": {"right": str(folder)}, "test_prefix": "tst"}
+    with pytest.raises(ValueError, match="test_prefix 'tst'"):
+        evaluate(tmp_path, labels_csv, **given)
     write_probe(tmp_path / "probe", bags, CT_RATE)
     views = {"right": str(folder), "flipped": str(write_another_view(bags, tmp_path / "fewer", 30))}
-    message = "embeddings must be of the same volumes, got 33 in 'right' and 30 in 'flipped', or others"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="33 in 'right' and 30 in 'flipped'"):
         evaluate(tmp_path, labels_csv, probes={"frozen": str(tmp_path / "probe")}, embeddings=views)
-    with pytest.raises(FileNotFoundError, match="probe must be a folder with 'probe.safetensors'"):
+    with pytest.raises(FileNotFoundError, match="No 'probe.safetensors'"):
         evaluate(tmp_path, labels_csv, probes={"frozen": str(tmp_path)}, embeddings={"right": str(folder)})

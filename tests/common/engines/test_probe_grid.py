@@ -1,4 +1,3 @@
-import io
 import logging
 import math
 import os
@@ -13,60 +12,69 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.optimizers import WarmupCosineSchedule
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
 
 from common.embeddings.bags import EmbeddingBags, ShuffledBatches, collate_bags
 from common.embeddings.store import IDENTITY_KEYS, EmbeddingStoreWriter
-from common.engines.probe_grid import BestProbe, ProbeGridTrainer, prevalence_report
+from common.engines.probe_grid import BestProbe, ProbeGridTrainer
 from common.handlers.checkpoint import Checkpoint
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import f1_thresholds
 from common.networks.mil_probe import MILProbe, ProbeGrid
 from common.networks.poolers import PAPER_POOLERS, build_pooler, pad_bags
-from common.optimizers.adamw import warmup_cosine
 
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 RATES = [0.1, 0.03, 0.01, 0.003]
 SEED = 42
 
+Cohorts = dict[str, EmbeddingBags]
 
-@pytest.fixture
-def cohorts(write_cohort: Any) -> dict[str, EmbeddingBags]:
+
+def cohorts_of(write_cohort: Any, signal: float, sizes: tuple[int, int, int]) -> Cohorts:
+    splits = zip(("train", "validation", "test"), sizes, strict=True)
     return {
-        split: EmbeddingBags(*write_cohort(split, volumes, signal=2.0, seed=seed), CLASSES)
-        for seed, (split, volumes) in enumerate((("train", 37), ("validation", 17), ("test", 23)))
+        split: EmbeddingBags(*write_cohort(split, volumes, signal=signal, seed=seed), CLASSES)
+        for seed, (split, volumes) in enumerate(splits)
     }
 
 
+@pytest.fixture
+def cohorts(write_cohort: Any) -> Cohorts:
+    return cohorts_of(write_cohort, 2.0, (37, 17, 23))
+
+
 def build(
-    cohorts: dict[str, EmbeddingBags],
+    cohorts: Cohorts,
     max_steps: int = 30,
-    val_interval: int = 10,
-    learning_rates: list[float] = RATES,
-    poolers: tuple[str, ...] = tuple(PAPER_POOLERS),
+    *,
+    learning_rates: Sequence[float] = RATES,
+    poolers: Sequence[str] = PAPER_POOLERS,
     dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    weight_decay: float = 0.0,
     checkpoints: Path | None = None,
-    further_seeds: Sequence[int] = (),
+    **changes: Any,
 ) -> ProbeGridTrainer:
     """Build everything anew, as a new process does."""
-    network = ProbeGrid(poolers, learning_rates, cohorts["train"].identity["dim"], len(CLASSES), SEED).to(
-        dtype
-    )
-    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    scheduler = warmup_cosine(optimizer, warmup_steps=0, max_steps=max_steps, final_lr=0.0)
-    best = BestProbe()
-    loader = DataLoader(
-        cohorts["train"],
-        batch_sampler=ShuffledBatches(len(cohorts["train"]), batch_size=16, seed=SEED),
-        collate_fn=collate_bags,
-    )
+    train = cohorts["train"]
+    shape = {"dim": train.identity["dim"], "num_classes": len(CLASSES)}
+    network = ProbeGrid(poolers=poolers, learning_rates=learning_rates, **shape, seed=SEED).to(dtype)
+    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95, weight_decay=weight_decay)
+    scheduler = WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=max_steps)
+    best, batches = BestProbe(), ShuffledBatches(len(train), batch_size=batch_size, seed=SEED)
+    others = {"lr_scheduler": scheduler, "best": best}
+    keeping = {"network": network, "optimizer": optimizer, "others": others, "knobs": {}}
+    keeping |= {"interval_steps": 7, "keep": 2, "only_finite": False}
+    folders = [checkpoints] if checkpoints else []
+    arguments = {"val_interval": 10, "further_seeds": (), "num_resamples": 2000, "resampling": "patients"}
     return ProbeGridTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
-        epoch_length=max_steps,
-        train_data_loader=loader,
+        max_steps=max_steps,
+        train_data_loader=DataLoader(train, batch_sampler=batches, collate_fn=collate_bags),
         val_bags=cohorts["validation"],
         test_bags=cohorts["test"],
         network=network,
@@ -74,87 +82,83 @@ def build(
         lr_scheduler=scheduler,
         loss_function=nn.BCEWithLogitsLoss(reduction="none"),
         best=best,
-        val_interval=val_interval,
-        further_seeds=further_seeds,
-        train_handlers=[
-            Checkpoint(
-                checkpoints,
-                network,
-                optimizer,
-                {"lr_scheduler": scheduler, "best": best},
-                interval_steps=7,
-                keep=2,
-                knobs={},
-                only_finite=False,
-            )
-        ]
-        if checkpoints
-        else [],
+        inferer=None,
+        train_handlers=[Checkpoint(**keeping, folder=path) for path in folders],
+        **arguments | changes,
     )
 
 
 def train_alone(
-    bags: EmbeddingBags, pooler: str, learning_rate: float, steps: int
-) -> tuple[MILProbe, MILProbe]:
-    """The plain way: one probe, padded batches, torch's own SGD and cosine. Returns it before and after."""
-    probes = []
-    for _ in range(2):
-        torch.manual_seed(SEED)
-        probes.append(
-            MILProbe(build_pooler(pooler, bags.identity["dim"]), bags.identity["dim"], len(CLASSES)).double()
-        )
-    before, probe = probes
-    optimizer = torch.optim.SGD(probe.parameters(), lr=learning_rate, momentum=0.95)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    step = epoch = 0
-    while step < steps:
-        order = np.random.default_rng([SEED, epoch]).permutation(len(bags))
-        for first in range(0, len(order), 16):
-            chosen = order[first : first + 16]
-            logits = probe(*pad_bags([bags[index]["tokens"].double() for index in chosen]))
-            optimizer.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(logits, bags.labels[chosen].double()).backward()
-            optimizer.step()
-            scheduler.step()
-            step += 1
-            if step == steps:
-                break
-        epoch += 1
-    return before, probe
+    bags: EmbeddingBags,
+    pooler: str,
+    learning_rate: float,
+    *,
+    steps: int,
+    total: int,
+    batch_size: int = 16,
+    weight_decay: float = 0.0,
+    seed: int = SEED,
+) -> MILProbe:
+    """The plain way: one probe, padded batches, torch's SGD and cosine."""
+    torch.manual_seed(seed)
+    dim = bags.identity["dim"]
+    probe = MILProbe(build_pooler(pooler, dim), dim, len(CLASSES)).double()
+    optimizer = torch.optim.SGD(
+        probe.parameters(), lr=learning_rate, momentum=0.95, weight_decay=weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+    per_epoch = -(-len(bags) // batch_size)
+    for step in range(steps):
+        order = np.random.default_rng([seed, step // per_epoch]).permutation(len(bags))
+        chosen = order[step % per_epoch * batch_size :][:batch_size]
+        logits = probe(*pad_bags([bags[index]["tokens"].double() for index in chosen]))
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(logits, bags.labels[chosen].double()).backward()
+        optimizer.step()
+        scheduler.step()
+    return probe
 
 
-def test_every_probe_of_the_grid_ends_where_it_would_alone(cohorts: dict[str, EmbeddingBags]) -> None:
+def test_every_probe_of_the_grid_ends_where_it_would_alone(cohorts: Cohorts) -> None:
     trainer = build(cohorts, max_steps=31, dtype=torch.float64)
+    before = [trainer.grid.probe(index).state_dict() for index in range(len(trainer.grid.names))]
     trainer.run()
     for index, (pooler, learning_rate) in enumerate(trainer.grid.names):
-        before, alone = train_alone(cohorts["train"], pooler, learning_rate, steps=31)
+        alone = train_alone(cohorts["train"], pooler, learning_rate, steps=31, total=31)
         together = trainer.grid.probe(index).state_dict()
         assert set(together) == set(alone.state_dict())
         for name, expected in alone.state_dict().items():
-            update = float((expected - before.state_dict()[name]).norm())
+            update = float((expected - before[index][name]).norm())
             assert update > 0
             assert float((together[name] - expected).norm()) < 1e-10 * update, (pooler, learning_rate, name)
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_every_further_seed_ends_where_it_would_alone(write_cohort: Any, index: int) -> None:
+    cohorts = cohorts_of(write_cohort, 1.0, (13, 4, 4))
+    settings = {"batch_size": 4, "weight_decay": 0.01}
+    trainer = build(cohorts, 17, learning_rates=[0.1, 0.02], dtype=torch.float64, **settings)
+    trainer.prepare()
+    trainer.best.index, trainer.best.step = index, 11
+    for seed, together in zip((5, 9, 6), trainer.train_seeds((5, 9, 6)), strict=True):
+        name = trainer.grid.names[index]
+        alone = train_alone(cohorts["train"], *name, steps=11, total=17, seed=seed, **settings)
+        torch.testing.assert_close(together.state_dict(), alone.state_dict(), rtol=1e-10, atol=1e-12)
+    assert trainer.train_seeds([]) == []
 
 
 @pytest.mark.parametrize(("signal", "low", "high"), [(4.0, 0.95, 1.0), (0.0, 0.4, 0.6)])
 def test_grid_learns_a_planted_signal_and_finds_none_in_noise(
     write_cohort: Any, signal: float, low: float, high: float
 ) -> None:
-    trainer = build(
-        {
-            split: EmbeddingBags(*write_cohort(split, volumes, signal=signal, seed=seed), CLASSES)
-            for seed, (split, volumes) in enumerate((("train", 149), ("validation", 53), ("test", 101)))
-        },
-        max_steps=150,
-        val_interval=50,
-    )
+    trainer = build(cohorts_of(write_cohort, signal, (149, 53, 101)), max_steps=150, val_interval=50)
     trainer.run()
     assert low <= trainer.state.reports["probe"]["macro"]["auroc"] <= high
 
 
-def test_validation_measures_every_probe_and_keeps_the_best(cohorts: dict[str, EmbeddingBags]) -> None:
+def test_validation_measures_every_probe_and_keeps_the_best(cohorts: Cohorts) -> None:
     trainer = build(cohorts, max_steps=25, val_interval=10)
-    seen: dict[tuple[str, int], float] = {}
+    found: dict[tuple[str, float, int], float] = {}
     bags = cohorts["validation"]
 
     def measure_again(engine: Engine) -> None:
@@ -166,20 +170,20 @@ def test_validation_measures_every_probe_and_keeps_the_best(cohorts: dict[str, E
                     *pad_bags([item["tokens"] for item in map(bags.__getitem__, range(17))])
                 )
             value = average_precision_score(bags.labels.numpy(), logits.numpy(), average="macro")
-            seen[pooler, rate, engine.state.iteration] = value
+            found[pooler, rate, engine.state.iteration] = value
             assert engine.state.metrics[f"val_macro_auprc/{pooler}/lr_{rate:g}"] == pytest.approx(
                 value, abs=1e-6
             )
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, measure_again)
     trainer.run()
-    assert len(seen) == 60
+    assert len(found) == 60
     chosen = (*trainer.grid.names[trainer.best.index], trainer.best.step)
-    assert seen[chosen] == pytest.approx(max(seen.values()), abs=1e-6)
-    assert trainer.state.metrics["val_macro_auprc_best"] == pytest.approx(max(seen.values()), abs=1e-6)
+    assert found[chosen] == pytest.approx(max(found.values()), abs=1e-6)
+    assert trainer.state.metrics["val_macro_auprc_best"] == pytest.approx(max(found.values()), abs=1e-6)
 
 
-def test_chosen_probe_is_tested_with_the_thresholds_of_validation(cohorts: dict[str, EmbeddingBags]) -> None:
+def test_chosen_probe_is_tested_with_the_thresholds_of_validation_beside_the_floor(cohorts: Cohorts) -> None:
     trainer = build(cohorts, max_steps=25)
     trainer.run()
     bags, probe = cohorts["test"], trainer.chosen_probe()
@@ -194,23 +198,13 @@ def test_chosen_probe_is_tested_with_the_thresholds_of_validation(cohorts: dict[
     positive = scores >= trainer.best.thresholds.numpy()
     assert report["f1"] == pytest.approx(f1_score(targets, positive, average="macro"), abs=1e-9)
     assert trainer.state.metrics["test_macro_auroc"] == report["auroc"]
-
-
-def test_prevalence_floor_has_its_closed_form() -> None:
-    targets = np.zeros((20, 3))
-    targets[:7, 0], targets[:1, 1], targets[:19, 2] = 1, 1, 1
-    report = prevalence_report(targets, CLASSES)
-    for name, share in zip(CLASSES, (7 / 20, 1 / 20, 19 / 20), strict=True):
-        expected = {"auroc": 0.5, "auprc": share, "f1": 2 * share / (1 + share), "balanced_accuracy": 0.5}
-        assert report["per_class"][name] == pytest.approx(expected)
-
-
-def test_report_holds_the_floor_of_the_same_test_set(cohorts: dict[str, EmbeddingBags]) -> None:
-    trainer = build(cohorts, max_steps=3)
-    trainer.run()
-    share = cohorts["test"].labels.mean(0).tolist()
+    validation = trainer.state.validation
+    value = average_precision_score(validation.labels, validation.probabilities, average="macro")
+    assert value == pytest.approx(trainer.best.auprc, abs=1e-6)
     floor = trainer.state.reports["prevalence"]["per_class"]
-    assert [floor[name]["auprc"] for name in CLASSES] == pytest.approx(share)
+    for name, p in zip(CLASSES, targets.mean(0).tolist(), strict=True):
+        expected = {"auroc": 0.5, "auprc": p, "f1": 2 * p / (1 + p), "balanced_accuracy": 0.5}
+        assert floor[name] == pytest.approx(expected)
 
 
 def weights_of(trainer: ProbeGridTrainer) -> list[torch.Tensor]:
@@ -219,9 +213,7 @@ def weights_of(trainer: ProbeGridTrainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("killed_after", [1, 8, 21, 29])
-def test_killed_run_resumes_to_the_same_bits(
-    cohorts: dict[str, EmbeddingBags], tmp_path: Path, killed_after: int
-) -> None:
+def test_killed_run_resumes_to_the_same_bits(cohorts: Cohorts, tmp_path: Path, killed_after: int) -> None:
     straight = build(cohorts)
     straight.run()
 
@@ -245,9 +237,7 @@ def test_killed_run_resumes_to_the_same_bits(
     assert resumed.state.reports == straight.state.reports
 
 
-def test_run_killed_before_its_report_tests_when_resumed(
-    cohorts: dict[str, EmbeddingBags], tmp_path: Path
-) -> None:
+def test_run_killed_before_its_report_tests_when_resumed(cohorts: Cohorts, tmp_path: Path) -> None:
     finished = build(cohorts, checkpoints=tmp_path)
     finished.run()
     again = build(cohorts, checkpoints=tmp_path)
@@ -256,7 +246,7 @@ def test_run_killed_before_its_report_tests_when_resumed(
     assert again.state.reports == finished.state.reports
 
 
-def test_run_that_is_asked_to_stop_does_not_test(cohorts: dict[str, EmbeddingBags]) -> None:
+def test_run_that_is_asked_to_stop_does_not_test(cohorts: Cohorts) -> None:
     trainer = build(cohorts)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=12), lambda engine: engine.terminate())
     trainer.run()
@@ -286,17 +276,7 @@ def test_class_absent_from_a_split_is_named_and_left_out(
     assert math.isfinite(trainer.best.auprc)
 
 
-def test_validation_without_any_positive_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
-    cohorts["validation"].labels.zero_()
-    with pytest.raises(
-        ValueError, match="validation must have a positive of some class, got none in 17 volumes"
-    ):
-        build(cohorts, max_steps=5).run()
-
-
-def test_diverged_probes_are_named_and_not_chosen(
-    cohorts: dict[str, EmbeddingBags], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_diverged_probes_are_named_and_not_chosen(cohorts: Cohorts, caplog: pytest.LogCaptureFixture) -> None:
     trainer = build(cohorts, max_steps=12, learning_rates=[3e38, 0.01])
     with caplog.at_level(logging.WARNING):
         trainer.run()
@@ -309,25 +289,19 @@ def test_diverged_probes_are_named_and_not_chosen(
     assert math.isfinite(float(trainer.state.output[0]["loss"]))
 
 
-def test_grid_in_which_every_probe_diverged_is_refused(cohorts: dict[str, EmbeddingBags]) -> None:
-    message = "scores must be finite, got NaN from every probe at step 30. Lower learning_rates"
-    with pytest.raises(FloatingPointError, match=message):
-        build(cohorts, val_interval=30, learning_rates=[3e38]).run()
-
-
-def test_grid_refuses_cohorts_that_do_not_belong_together(
-    cohorts: dict[str, EmbeddingBags], write_cohort: Any
-) -> None:
+def test_what_cannot_be_trained_is_refused(cohorts: Cohorts, write_cohort: Any) -> None:
     other = EmbeddingBags(*write_cohort("other", 5, encoder="dale_ct_0"), CLASSES)
-    message = "encoder must be the same in every cohort, got 'dale_ct_2s' in train and 'dale_ct_0' in test"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"encoder.*dale_ct_"):
         build(cohorts | {"test": other})
+    with pytest.raises(FloatingPointError, match=r"step 30.*learning_rates"):
+        build(cohorts, val_interval=30, learning_rates=[3e38]).run()
+    cohorts["validation"].labels.zero_()
+    with pytest.raises(ValueError, match="17 validation volumes"):
+        build(cohorts, max_steps=5).run()
 
 
 @pytest.mark.parametrize("cohort", ["train", "validation", "test"])
-def test_embedding_with_nan_is_named_before_training(
-    cohorts: dict[str, EmbeddingBags], tmp_path: Path, cohort: str
-) -> None:
+def test_embedding_with_nan_is_named_before_training(cohorts: Cohorts, tmp_path: Path, cohort: str) -> None:
     arrays = {}
     for name, bags in cohorts.items():
         (tmp_path / name).mkdir()
@@ -343,7 +317,7 @@ def test_embedding_with_nan_is_named_before_training(
     assert trainer.state.iteration == 0
 
 
-def test_intervals_are_the_bootstrap_of_the_predictions_by_patient(cohorts: dict[str, EmbeddingBags]) -> None:
+def test_intervals_are_the_bootstrap_of_the_predictions_by_patient(cohorts: Cohorts) -> None:
     trainer = build(cohorts, max_steps=25)
     trainer.run()
     predictions = trainer.state.predictions
@@ -360,15 +334,7 @@ def test_intervals_are_the_bootstrap_of_the_predictions_by_patient(cohorts: dict
     assert trainer.state.intervals["prevalence"]["macro"]["auroc"] == (0.5, 0.5)
 
 
-def test_validation_predictions_have_the_chosen_score(cohorts: dict[str, EmbeddingBags]) -> None:
-    trainer = build(cohorts, max_steps=25)
-    trainer.run()
-    validation = trainer.state.validation
-    value = average_precision_score(validation.labels, validation.probabilities, average="macro")
-    assert value == pytest.approx(trainer.best.auprc, abs=1e-6)
-
-
-def test_further_seeds_are_tested_with_thresholds_of_their_own(cohorts: dict[str, EmbeddingBags]) -> None:
+def test_further_seeds_are_tested_with_thresholds_of_their_own(cohorts: Cohorts) -> None:
     trainer = build(cohorts, max_steps=25, further_seeds=[SEED, SEED + 1])
     trainer.run()
     own, same, other = (report["macro"] for report in trainer.state.seed_reports)
@@ -376,6 +342,54 @@ def test_further_seeds_are_tested_with_thresholds_of_their_own(cohorts: dict[str
     # the run's own seed again: trained apart from the grid, on the same batches
     assert same == pytest.approx(own, abs=1e-6)
     assert other["auprc"] != pytest.approx(own["auprc"], abs=1e-6)
+
+
+RNG = np.random.default_rng(0)
+TARGETS = (RNG.random((11, 3)) < 0.4).astype(float)
+SCORES = RNG.random((4, 11, 3))
+
+
+def grid() -> ProbeGrid:
+    poolers, rates = ["average", "learned_attention"], [0.1, 0.01]
+    return ProbeGrid(poolers=poolers, learning_rates=rates, dim=5, num_classes=3, seed=0)
+
+
+def offer(best: BestProbe, auprc: list[float], step: int, network: Any = None) -> None:
+    given = {"network": network or grid(), "scores": SCORES, "targets": TARGETS}
+    best.offer(auprc=np.array(auprc), step=step, **given)
+
+
+def test_highest_of_all_probes_and_steps_is_kept() -> None:
+    best = BestProbe()
+    for step, auprc in ((10, [0.2, 0.5, 0.3, 0.4]), (20, [0.2, 0.3, 0.6, 0.4]), (30, [0.59, 0.1, 0.1, 0.1])):
+        offer(best, auprc, step)
+    assert (best.auprc, best.index, best.step) == (0.6, 2, 20)
+    np.testing.assert_array_equal(best.thresholds.numpy(), f1_thresholds(SCORES[2], TARGETS))
+
+
+def test_ties_keep_the_earlier_step_and_the_first_probe() -> None:
+    best = BestProbe()
+    offer(best, [0.2, 0.5, 0.5, 0.4], 10)
+    offer(best, [0.5, 0.5, 0.5, 0.5], 20)
+    assert (best.index, best.step) == (1, 10)
+
+
+def test_a_probe_that_diverged_is_not_chosen() -> None:
+    best = BestProbe()
+    offer(best, [np.nan, 0.1, np.nan, 0.2], 10)
+    assert best.index == 3
+
+
+def test_weights_are_those_of_the_moment_of_choice() -> None:
+    best, network = BestProbe(), grid()
+    offer(best, [0.1, 0.4, 0.2, 0.3], 10, network)
+    before = {name: tensor.clone() for name, tensor in network.probe(1).state_dict().items()}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    offer(best, [0.1, 0.3, 0.2, 0.3], 20, network)
+    assert sorted(best.parameters) == ["classifier.bias", "classifier.weight", "pooler.queries"]
+    assert all(torch.equal(best.parameters[name], tensor) for name, tensor in before.items())
 
 
 LARGE = {"train": 208, "validation": 24, "test": 24}
@@ -456,71 +470,3 @@ def test_bags_of_four_gigabytes_train_in_one_as_they_do_in_memory(tmp_path: Path
 
 if __name__ == "__main__":
     train_with_a_gigabyte(Path(sys.argv[1]))
-
-
-RNG = np.random.default_rng(0)
-TARGETS = (RNG.random((11, 3)) < 0.4).astype(float)
-SCORES = RNG.random((4, 11, 3))
-
-
-def grid() -> ProbeGrid:
-    return ProbeGrid(["average", "learned_attention"], [0.1, 0.01], dim=5, num_classes=3, seed=0)
-
-
-def offer(best: BestProbe, auprc: list[float], step: int, network: Any = None) -> None:
-    best.offer(np.array(auprc), step, network or grid(), SCORES, TARGETS)
-
-
-def test_highest_of_all_probes_and_steps_is_kept() -> None:
-    best = BestProbe()
-    for step, auprc in ((10, [0.2, 0.5, 0.3, 0.4]), (20, [0.2, 0.3, 0.6, 0.4]), (30, [0.59, 0.1, 0.1, 0.1])):
-        offer(best, auprc, step)
-    assert (best.auprc, best.index, best.step) == (0.6, 2, 20)
-
-
-def test_ties_keep_the_earlier_step_and_the_first_probe() -> None:
-    best = BestProbe()
-    offer(best, [0.2, 0.5, 0.5, 0.4], 10)
-    offer(best, [0.5, 0.5, 0.5, 0.5], 20)
-    assert (best.index, best.step) == (1, 10)
-
-
-def test_a_probe_that_diverged_is_not_chosen() -> None:
-    best = BestProbe()
-    offer(best, [np.nan, 0.1, np.nan, 0.2], 10)
-    assert best.index == 3
-
-
-def test_weights_are_those_of_the_moment_of_choice() -> None:
-    best, network = BestProbe(), grid()
-    offer(best, [0.1, 0.4, 0.2, 0.3], 10, network)
-    before = {name: tensor.clone() for name, tensor in network.probe(1).state_dict().items()}
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(1.0)
-    offer(best, [0.1, 0.3, 0.2, 0.3], 20, network)
-    assert sorted(best.parameters) == ["classifier.bias", "classifier.weight", "pooler.queries"]
-    assert all(torch.equal(best.parameters[name], tensor) for name, tensor in before.items())
-
-
-def test_thresholds_are_the_chosen_probes_f1_optimum() -> None:
-    best = BestProbe()
-    offer(best, [0.1, 0.2, 0.9, 0.3], 10)
-    np.testing.assert_array_equal(best.thresholds.numpy(), f1_thresholds(SCORES[2], TARGETS))
-
-
-@pytest.mark.parametrize("offered", [False, True])
-def test_choice_survives_a_checkpoint_of_tensors_and_numbers(offered: bool) -> None:
-    best, buffer = BestProbe(), io.BytesIO()
-    if offered:
-        offer(best, [0.1, 0.2, 0.9, 0.3], 10)
-    torch.save(best.state_dict(), buffer)
-    buffer.seek(0)
-    restored = BestProbe()
-    restored.load_state_dict(torch.load(buffer, weights_only=True))
-    np.testing.assert_equal(
-        (restored.auprc, restored.index, restored.step), (best.auprc, best.index, best.step)
-    )
-    assert torch.equal(restored.thresholds, best.thresholds)
-    assert restored.parameters.keys() == best.parameters.keys()
-    assert all(torch.equal(restored.parameters[name], tensor) for name, tensor in best.parameters.items())

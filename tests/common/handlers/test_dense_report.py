@@ -5,46 +5,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader
 
-from common.embeddings.dense_cohort import DenseCohort, DrawnRows, RemainingSteps, tasks
-from common.engines.best_layers import BestLayers
 from common.engines.dense_probe import DenseProbeTrainer
 from common.handlers.dense_report import DenseReport, draw_classes
-from common.networks.dense_probe import DenseProbes, load_dense_probe
-from common.optimizers.adamw import warmup_cosine
+from common.networks.dense_probe import load_dense_probe
 from common.reports.paired_differences import dense_differences
 from common.reports.results import read_rows
 
 
 @pytest.fixture
-def trainer(write_dense: Any, tmp_path: Path) -> DenseProbeTrainer:
-    dirs = write_dense(num_volumes=20)
-    sides = [
-        DenseCohort(*dirs, [f"valid_{n}_a_1" for n in range(*ends)]) for ends in ((1, 11), (11, 15), (15, 21))
-    ]
-    network = DenseProbes(tasks(), [1.0, 0.1], dim=9, seed=0)
-    optimizer = torch.optim.SGD(network.parameter_groups(), momentum=0.95)
-    return DenseProbeTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        epoch_length=6,
-        train_data_loader=DataLoader(
-            DrawnRows(sides[0], 6, 16, seed=0), batch_size=None, sampler=RemainingSteps(6)
-        ),
-        val_cohort=sides[1],
-        test_cohort=sides[2],
-        network=network,
-        optimizer=optimizer,
-        lr_scheduler=warmup_cosine(optimizer, warmup_steps=0, max_steps=6, final_lr=0.0),
-        loss_function=nn.BCEWithLogitsLoss(reduction="none"),
-        best=BestLayers(),
-        val_interval=3,
-        min_positives=5,
-        num_resamples=30,
-        train_handlers=[DenseReport(tmp_path / "out", tmp_path / "results.csv", 7, {"seed": 7})],
-    )
+def trainer(build_dense: Any, dense_cohorts: Any, tmp_path: Path) -> DenseProbeTrainer:
+    paths = {"output_dir": tmp_path / "out", "results_csv": tmp_path / "results.csv"}
+    return build_dense(dense_cohorts, 6, handlers=[DenseReport(**paths, seed=7, settings={"seed": 7})])
 
 
 def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_path: Path) -> None:
@@ -60,7 +32,7 @@ def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_pat
         row = rows[f"dense_{kind}", task, "macro_auprc"]
         mean, (low, high) = report["macro"]["auprc"]
         assert row.numbers == pytest.approx((mean, low, high), abs=1e-6)
-        assert row.n == 6
+        assert row.n == 7
         with (tmp_path / "out" / f"{kind}_{task}.csv").open(newline="") as file:
             classes = {line["class"]: line for line in csv.DictReader(file)}
         assert list(classes) == card["class_names"]

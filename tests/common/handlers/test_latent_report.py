@@ -14,12 +14,13 @@ def run(write_paths: Callable[..., Path], out: Path, classification: Path | None
     stores = open_pair(write_paths("circle"), write_paths("tangle"))
     report = LatentReport(
         **{"output_dir": out, "results_csv": out / "results.csv", "classification_csv": classification},
-        **{"dataset": "ct_rate", "figure_volumes": None, "seed": 1, "config": {"seed": 1}},
+        **{"dataset_name": "ct_rate", "figure_volumes": None, "seed": 1, "settings": {"seed": 1}},
     )
     engine = LatentGeometryEvaluator(
         **{"stores": stores, "volumes": shared_volumes(stores, 16)},
         **{"sample_mm": 8.0, "gaps_mm": [10], "split_percent": [60, 10, 30], "split_seed": 42},
-        **{"num_resamples": 50, "seed": 1, "handlers": [report]},
+        **{"num_resamples": 50, "seed": 1, "handlers": [report], "strides": [1]},
+        **{"dense_labels_dir": None, "probe_dirs": None, "labels_csv": None},
     )
     engine.measure_all()
     return engine

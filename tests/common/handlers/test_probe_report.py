@@ -1,6 +1,6 @@
 import csv
 import json
-from collections.abc import Sequence
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from ignite.engine import Engine
 from PIL import Image
 
 from common.embeddings.bags import EmbeddingBags
-from common.engines.probe_grid import BestProbe, prevalence_report
-from common.handlers.probe_report import ProbeReport, ResultsTable, read_slices, volumes_to_show
+from common.engines.probe_grid import BestProbe
+from common.handlers.probe_report import ProbeReport, read_slices, volumes_to_show
 from common.metrics.bootstrap import bootstrap, interval_report, resample_weights
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
@@ -32,14 +32,17 @@ def engine(write_cohort: Any) -> Engine:
     labels[:, 2] = 0
     engine = Engine(lambda engine, batch: None)
     engine.test_bags = EmbeddingBags(*write_cohort("test", 13, labels=labels), CLASSES)
-    engine.grid = ProbeGrid(["max", "learned_attention"], [0.1, 0.01], dim=7, num_classes=3, seed=0)
+    poolers, rates = ["max", "learned_attention"], [0.1, 0.01]
+    engine.grid = ProbeGrid(poolers=poolers, learning_rates=rates, dim=7, num_classes=3, seed=0)
     engine.best = BestProbe()
     scores, targets = np.random.default_rng(1).random((4, 13, 3)), engine.test_bags.labels.numpy()
-    engine.best.offer(np.array([0.1, 0.2, 0.3, 0.4]), 20, engine.grid, scores, targets)
+    auprc = np.array([0.1, 0.2, 0.3, 0.4])
+    engine.best.offer(auprc=auprc, step=20, network=engine.grid, scores=scores, targets=targets)
     engine.chosen_probe = lambda: engine.grid.probe(3)
     thresholds = engine.best.thresholds.numpy()
     report = multilabel_report(scores[3], targets, thresholds, CLASSES)
-    engine.state.reports = {"probe": report, "prevalence": prevalence_report(targets, CLASSES)}
+    floor = (np.zeros(targets.shape), targets, np.zeros(3))
+    engine.state.reports = {"probe": report, "prevalence": multilabel_report(*floor, CLASSES)}
     engine.state.predictions = Predictions(
         "dale_ct_2s", engine.test_bags.volumes, CLASSES, scores[3], thresholds, targets.astype(float)
     )
@@ -47,15 +50,28 @@ def engine(write_cohort: Any) -> Engine:
     engine.state.seed_reports, engine.further_seeds = [report, report], [43]
     weights = resample_weights(engine.test_bags.volumes, 40, seed=0)
     engine.state.intervals = {
-        "probe": interval_report(bootstrap(scores[3], targets, thresholds, weights), CLASSES)
+        "probe": interval_report(bootstrap(scores[3], targets, thresholds, weights), CLASSES),
+        "prevalence": interval_report(bootstrap(*floor, weights), CLASSES),
     }
     return engine
 
 
-def test_chosen_probe_is_saved_with_what_a_user_needs(engine: Engine, tmp_path: Path) -> None:
-    ProbeReport(tmp_path / "out", seed=42).attach(engine)
+def run(engine: Engine, tmp_path: Path, ct_dir: Path | None = None) -> Path:
+    """Write the report and return its folder."""
+    facts = {"protocol": "mil_probe", "dataset_name": "ct_rate", "seed": 42, "settings": {"lr": 0.1}}
+    paths = {"output_dir": tmp_path / "out", "results_csv": tmp_path / "results" / "all.csv"}
+    ProbeReport(**paths, **facts, ct_dir=ct_dir).attach(engine)
     engine.run([0], max_epochs=1)
-    probe, card = load_probe(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_chosen_probe_is_saved_with_what_a_user_needs(engine: Engine, tmp_path: Path) -> None:
+    probe, card = load_probe(run(engine, tmp_path))
     bags = [engine.test_bags[index]["tokens"] for index in range(13)]
     assert torch.equal(probe(*pad_bags(bags)), engine.grid.probe(3)(*pad_bags(bags)))
     expected = {
@@ -78,188 +94,99 @@ def test_chosen_probe_is_saved_with_what_a_user_needs(engine: Engine, tmp_path: 
 
 def test_card_is_strict_json_even_without_any_defined_class(engine: Engine, tmp_path: Path) -> None:
     engine.state.reports["probe"]["macro"]["auroc"] = float("nan")
-    ProbeReport(tmp_path, seed=42).attach(engine)
-    engine.run([0], max_epochs=1)
-    assert (
-        json.loads((tmp_path / "probe.json").read_text(), parse_constant=pytest.fail)["test"]["auroc"] is None
-    )
+    text = (run(engine, tmp_path) / "probe.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["test"]["auroc"] is None
 
 
-def test_per_class_table_names_an_undefined_metric(engine: Engine, tmp_path: Path) -> None:
-    ProbeReport(tmp_path, seed=42).attach(engine)
-    engine.run([0], max_epochs=1)
-    with (tmp_path / "per_class.csv").open(newline="") as file:
-        rows = {row["class"]: row for row in csv.DictReader(file)}
+def test_tables_predictions_and_pictures_are_written(engine: Engine, tmp_path: Path) -> None:
+    out, labels = run(engine, tmp_path), engine.test_bags.labels
+    rows = {row["class"]: row for row in table(out / "per_class.csv")}
     assert list(rows) == CLASSES
-    labels = engine.test_bags.labels
     for index, name in enumerate(CLASSES[:2]):
         per_class = engine.state.reports["probe"]["per_class"][name]
         assert float(rows[name]["auroc"]) == pytest.approx(per_class["auroc"], abs=1e-6)
-        assert float(rows[name]["auprc_of_prevalence"]) == pytest.approx(
-            float(labels[:, index].mean()), abs=1e-6
-        )
+        prevalence = float(labels[:, index].mean())
+        assert float(rows[name]["auprc_of_prevalence"]) == pytest.approx(prevalence, abs=1e-6)
         assert int(rows[name]["positives"]) == int(labels[:, index].sum())
         assert rows[name]["volumes"] == "13"
     assert rows["Pleural effusion"]["auroc"] == rows["Pleural effusion"]["f1"] == "nan"
     assert rows["Pleural effusion"]["threshold"] == "0.500000"
-
-
-def test_predictions_come_back_and_every_seed_has_a_row(engine: Engine, tmp_path: Path) -> None:
-    ProbeReport(tmp_path, seed=42).attach(engine)
-    engine.run([0], max_epochs=1)
     for name in ("test_predictions", "validation_predictions"):
-        back = read_predictions(tmp_path / f"{name}.csv")
+        back = read_predictions(out / f"{name}.csv")
         np.testing.assert_array_equal(back.probabilities, engine.state.predictions.probabilities)
         assert back.volumes == engine.test_bags.volumes
-    with (tmp_path / "seeds.csv").open(newline="") as file:
-        assert [row["seed"] for row in csv.DictReader(file)] == ["42", "43"]
-    with (tmp_path / "thresholds.csv").open(newline="") as file:
-        assert [row["class"] for row in csv.DictReader(file)] == CLASSES
+    assert [row["seed"] for row in table(out / "seeds.csv")] == ["42", "43"]
+    assert [row["class"] for row in table(out / "thresholds.csv")] == CLASSES
+    for name in ("roc", "precision_recall", "reliability", "attention"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+    with Image.open(out / "per_class.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
+    assert {(0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)} <= colours
 
 
 def test_weights_of_slices_are_the_chosen_probes_attention(engine: Engine, tmp_path: Path) -> None:
-    volume = engine.test_bags.volumes[5]
-    ProbeReport(tmp_path, seed=42, attention_volumes=[volume]).attach(engine)
-    engine.run([0], max_epochs=1)
-    with (tmp_path / "attention.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["volume"] for row in rows} == {volume}
-    bag, query = engine.test_bags[5]["tokens"], engine.grid.probe(3).pooler.queries[0]
-    expected = (bag @ query / 7**0.5).softmax(0)
-    assert [float(row["weight"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert [int(row["slice"]) for row in rows] == list(range(len(bag)))
+    rows = table(run(engine, tmp_path) / "attention.csv")
+    shown = volumes_to_show(engine.state.predictions)
+    assert list(dict.fromkeys(row["volume"] for row in rows)) == list(shown)
+    query = engine.grid.probe(3).pooler.queries[0]
+    for volume in shown:
+        bag = engine.test_bags[engine.test_bags.volumes.index(volume)]["tokens"]
+        of_volume = [row for row in rows if row["volume"] == volume]
+        expected = (bag @ query / 7**0.5).softmax(0)
+        assert [float(row["weight"]) for row in of_volume] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert [int(row["slice"]) for row in of_volume] == list(range(len(bag)))
 
 
 @pytest.mark.parametrize("other", [{"token_kind": "grid"}, {"preprocessing": "tiled_5cut_items"}])
 def test_tokens_that_are_no_slices_are_not_called_so(engine: Engine, tmp_path: Path, other: dict) -> None:
     engine.test_bags.identity = engine.test_bags.identity | other
-    volume = engine.test_bags.volumes[5]
-    ProbeReport(tmp_path, seed=42, attention_volumes=[volume], ct_dir=tmp_path).attach(engine)
-    engine.run([0], max_epochs=1)
-    with (tmp_path / "attention.csv").open(newline="") as file:
-        assert next(csv.reader(file)) == ["volume", "token", "weight"]
-
-
-def test_volume_to_show_that_is_not_tested_is_refused(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="attention_volumes must be in the test set, got 'train_1_a_1'"):
-        ProbeReport(tmp_path, seed=42, attention_volumes=["train_1_a_1"]).attach(engine)
-
-
-def test_folder_of_ct_that_does_not_exist_is_refused(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"No folder '.*none'"):
-        ProbeReport(tmp_path, seed=42, ct_dir=tmp_path / "none").attach(engine)
+    rows = table(run(engine, tmp_path, ct_dir=tmp_path) / "attention.csv")
+    assert list(rows[0]) == ["volume", "token", "weight"]
 
 
 def test_ct_of_another_length_than_its_embedding_is_refused(engine: Engine, tmp_path: Path) -> None:
-    volume, length = engine.test_bags.volumes[5], len(engine.test_bags[5]["tokens"])
-    air = np.full((4, 4, length + 1), -1000, dtype=np.int16)
-    image = nibabel.Nifti1Image(air, np.diag([-0.7, -0.7, 1.5, 1]))
-    nibabel.save(image, tmp_path / f"{volume}.nii.gz")
-    ProbeReport(tmp_path / "out", seed=42, attention_volumes=[volume], ct_dir=tmp_path).attach(engine)
-    message = f"'{volume}' in .* has {length + 1} slices, its embedding {length}"
-    with pytest.raises(ValueError, match=message):
-        engine.run([0], max_epochs=1)
-
-
-def test_pictures_are_drawn(engine: Engine, tmp_path: Path) -> None:
-    ProbeReport(tmp_path, seed=42).attach(engine)
-    engine.run([0], max_epochs=1)
-    for name in ("roc", "precision_recall", "reliability", "attention"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 1000
-    with Image.open(tmp_path / "per_class.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
-    assert {(0x44, 0x77, 0xAA), (0xEE, 0x66, 0x77)} <= colours
+    (tmp_path / "cts").mkdir()
+    for volume in volumes_to_show(engine.state.predictions):
+        length = len(engine.test_bags[engine.test_bags.volumes.index(volume)]["tokens"])
+        air = np.full((4, 4, length + 1), -1000, dtype=np.int16)
+        image = nibabel.Nifti1Image(air, np.diag([-0.7, -0.7, 1.5, 1]))
+        nibabel.save(image, tmp_path / "cts" / f"{volume}.nii.gz")
+    with pytest.raises(ValueError, match=r"\d+ slices, its embedding \d+"):
+        run(engine, tmp_path, ct_dir=tmp_path / "cts")
 
 
 def test_run_that_was_asked_to_stop_leaves_nothing(engine: Engine, tmp_path: Path) -> None:
     engine.state.exit_status = 143
-    ProbeReport(tmp_path / "out", seed=42).attach(engine)
-    engine.run([0], max_epochs=1)
-    assert not (tmp_path / "out").exists()
+    before = {*tmp_path.iterdir()}
+    run(engine, tmp_path)
+    assert {*tmp_path.iterdir()} == before
 
 
-class Bags:
-    """Three test volumes, of which only the origin matters here."""
-
-    def __init__(self, encoder: str) -> None:
-        self.identity = {"encoder": encoder}
-
-    def __len__(self) -> int:
-        return 3
-
-
-def evaluation(encoder: str = "dale_ct_2s", further_seeds: Sequence[int] = ()) -> Engine:
-    """An engine that has trained and tested a probe."""
-    engine = Engine(lambda engine, batch: None)
-    report = multilabel_report(
-        [[0.1, 0.2], [0.8, 0.3], [0.3, 0.1]], [[0, 0], [1, 0], [1, 0]], [0.5, 0.5], ["A", "B"]
-    )
-    floor = multilabel_report([[0.0, 0.0]] * 3, [[0, 0], [1, 0], [1, 0]], [0.0, 0.0], ["A", "B"])
-    engine.state.reports = {"probe": report, "prevalence": floor}
-    engine.state.intervals = {
-        subject: {"macro": dict.fromkeys(report["macro"], (0.25, 0.75))}
-        for subject in ("probe", "prevalence")
-    }
-    engine.state.seed_reports = [report, floor, floor] if further_seeds else [report]
-    engine.further_seeds = list(further_seeds)
-    engine.test_bags = Bags(encoder)
-    return engine
-
-
-def run(engine: Engine, path: Path) -> None:
-    ResultsTable(path=path, protocol="mil_probe", dataset="ct_rate", seed=42, config={"lr": 0.1}).attach(
-        engine
-    )
-    engine.run([0], max_epochs=1)
-
-
-def test_evaluation_adds_four_rows_for_the_encoder_and_four_for_the_floor(tmp_path: Path) -> None:
-    run(evaluation(), tmp_path / "results" / "eval_ct_rate.csv")
-    rows = read_rows(tmp_path / "results" / "eval_ct_rate.csv")
-    values = {(row.encoder, row.metric): row.value for row in rows}
-    assert values == pytest.approx(
-        {
-            ("dale_ct_2s", "macro_auroc"): 1.0,
-            ("dale_ct_2s", "macro_auprc"): 1.0,
-            ("dale_ct_2s", "macro_f1"): 2 / 3,
-            ("dale_ct_2s", "macro_balanced_accuracy"): 0.75,
-            ("prevalence", "macro_auroc"): 0.5,
-            ("prevalence", "macro_auprc"): 2 / 3,
-            ("prevalence", "macro_f1"): 0.8,
-            ("prevalence", "macro_balanced_accuracy"): 0.5,
-        },
-        abs=1e-6,
-    )
-    assert {row.n for row in rows} == {3}
-    assert {(row.low, row.high) for row in rows} == {(0.25, 0.75)}
-    assert {(row.encoder, row.seeds) for row in rows} == {("dale_ct_2s", "42"), ("prevalence", "")}
-    assert len({row.config_hash for row in rows}) == 1
-
-
-def test_further_seeds_add_four_rows_of_their_mean_and_range(tmp_path: Path) -> None:
-    run(evaluation(further_seeds=(43, 44)), tmp_path / "r.csv")
-    rows = {row.metric: row for row in read_rows(tmp_path / "r.csv") if row.protocol == "mil_probe_seeds"}
-    assert len(rows) == 4
-    auroc = rows["macro_auroc"]  # 1 with one seed and .5 with two
-    assert auroc.numbers == pytest.approx((2 / 3, 0.5, 1.0), abs=1e-6)
-    assert (auroc.encoder, auroc.seeds, auroc.n) == ("dale_ct_2s", "42 43 44", 3)
-
-
-def test_second_encoder_joins_and_a_second_run_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "r.csv"
-    run(evaluation(), path)
-    run(evaluation("random"), path)
+def test_results_are_rows_of_the_encoder_the_floor_and_the_seeds(engine: Engine, tmp_path: Path) -> None:
+    auroc = engine.state.reports["probe"]["macro"]["auroc"]
+    floor = engine.state.reports["prevalence"]
+    engine.state.seed_reports, engine.further_seeds = [engine.state.reports["probe"], floor, floor], [43, 44]
+    run(engine, tmp_path)
+    path = tmp_path / "results" / "all.csv"
+    rows = {(row.encoder, row.protocol, row.metric): row for row in read_rows(path)}
+    assert len(rows) == 12
+    row = rows["dale_ct_2s", "mil_probe", "macro_auroc"]
+    ends = engine.state.intervals["probe"]["macro"]["auroc"]
+    assert row.numbers == pytest.approx((auroc, *ends), abs=1e-6)
+    assert (row.dataset, row.n, row.seeds) == ("ct_rate", 13, "42")
+    row = rows["prevalence", "mil_probe", "macro_auroc"]
+    assert (row.numbers, row.seeds) == ((0.5, 0.5, 0.5), "")
+    row = rows["dale_ct_2s", "mil_probe_seeds", "macro_auroc"]  # the mean, the lowest and the highest
+    values = sorted([auroc, 0.5, 0.5])
+    assert row.numbers == pytest.approx((sum(values) / 3, values[0], values[2]), abs=1e-6)
+    assert row.seeds == "42 43 44"
+    assert len({row.config_hash for row in rows.values()}) == 1
     first = read_rows(path)
-    assert len(first) == 12
-    run(evaluation("random"), path)
+    run(engine, tmp_path)
     assert read_rows(path) == first
-
-
-def test_run_that_was_asked_to_stop_adds_nothing(tmp_path: Path) -> None:
-    engine = evaluation()
-    engine.state.exit_status = 143
-    run(engine, tmp_path / "r.csv")
-    assert not (tmp_path / "r.csv").exists()
+    engine.test_bags.identity = engine.test_bags.identity | {"encoder": "random"}
+    run(engine, tmp_path)
+    assert len(read_rows(path)) == 20
 
 
 N = 40
@@ -287,20 +214,18 @@ def test_volumes_to_show_are_the_surest_true_positives() -> None:
     assert volumes_to_show(p._replace(thresholds=np.full(3, 2.0))) == {}
 
 
-def test_slices_are_read_feet_to_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["file", "folder", "zip"])
+def test_slices_are_read_feet_to_head_from_whatever_inference_reads(tmp_path: Path, given: str) -> None:
     # stored head to feet: the affine's z runs downwards
     hu = np.arange(5, dtype=np.int16)[None, None].repeat(3, 0).repeat(4, 1) - 1000
-    affine = np.diag([1.0, 1.0, -2.0, 1.0])
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    nibabel.save(nibabel.Nifti1Image(hu, affine), tmp_path / "deep" / "er" / "valid_1_a_1.NII")
-    read = read_slices(tmp_path, ["valid_1_a_1"])["valid_1_a_1"]
+    path = tmp_path / "deep" / "er" / "valid_1_a_1.NII"
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([1.0, 1.0, -2.0, 1.0])), path)
+    places = {"file": path, "folder": tmp_path / "deep", "zip": tmp_path / "export.zip"}
+    with zipfile.ZipFile(places["zip"], "w") as file:
+        file.write(path, "export/valid_1_a_1.nii")
+    read = read_slices(places[given], ["valid_1_a_1"])["valid_1_a_1"]
     assert read.shape == (5, 4, 4)
     assert read[:, 0, 1].tolist() == [-996, -997, -998, -999, -1000]
-
-
-def test_missing_ct_is_refused(tmp_path: Path) -> None:
-    nibabel.save(
-        nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.diag([2, 2, 2, 1])), tmp_path / "a.nii"
-    )
-    with pytest.raises(FileNotFoundError, match="No CT of 'valid_1_a_1' in"):
-        read_slices(tmp_path, ["valid_1_a_1"])
+    with pytest.raises(FileNotFoundError, match="No CT of 'valid_9_a_1' in"):
+        read_slices(places[given], ["valid_9_a_1"])

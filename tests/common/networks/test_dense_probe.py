@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.networks.dense_probe import DenseProbes, load_dense_probe, save_dense_probe
+from common.networks.dense_probe import DenseProbes, load_dense_probe
+from common.networks.mil_probe import save_probe
 
 TASKS = {"rex": 3, "ts": 4}
 
@@ -35,12 +36,12 @@ def test_learning_rates_start_alike_and_have_a_group_each() -> None:
 
 def test_a_saved_probe_is_loaded(tmp_path: Path) -> None:
     layer = torch.nn.Linear(5, 3)
-    save_dense_probe(tmp_path / "out", "patch", "rex", layer, {"class_names": ["a", "b", "c"]})
+    save_probe(tmp_path / "out", layer, {"class_names": ["a", "b", "c"]}, "patch_rex")
     loaded, card = load_dense_probe(tmp_path / "out", "patch", "rex")
     assert torch.equal(loaded.weight, layer.weight)
     assert torch.equal(loaded.bias, layer.bias)
     assert card == {"class_names": ["a", "b", "c"]}
-    with pytest.raises(FileNotFoundError, match="probes must be a folder with 'cls_rex.safetensors', got"):
+    with pytest.raises(FileNotFoundError, match="No 'cls_rex.safetensors'"):
         load_dense_probe(tmp_path / "out", "cls", "rex")
 
 

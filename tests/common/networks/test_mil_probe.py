@@ -66,8 +66,15 @@ def _poolers_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(POOLERS, "frozen", FrozenProjection)
 
 
+def read_together(monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    """Read the bags of a batch as a GPU does, or one by one as a CPU does."""
+    monkeypatch.setattr(
+        mil_probe, "_read_together", lambda bags, device: [bags] if together else [[bag] for bag in bags]
+    )
+
+
 def scramble(network: nn.Module) -> None:
-    """Give every probe weights of its own, as after training."""
+    """Give every probe other weights, as after training."""
     generator = torch.Generator().manual_seed(2)
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -76,24 +83,14 @@ def scramble(network: nn.Module) -> None:
 def test_grid_names_every_pair_once_rates_first() -> None:
     names = grid().names
     assert len(set(names)) == 20
-    assert names[0] == ("average", 0.1)
+    assert probe_name(*names[0]) == "average/lr_0.1"
     assert names[7] == ("learned_attention", 0.03)
-
-
-def test_every_probe_of_the_grid_equals_the_probe_alone() -> None:
-    network = grid().double()
-    scramble(network)
-    logits = network(network.fixed_features(bags()), bags())
-    assert logits.shape == (20, 5, CLASSES)
-    for index in range(20):
-        torch.testing.assert_close(
-            network.probe(index)(*pad_bags(bags())), logits[index], rtol=1e-12, atol=1e-12
-        )
 
 
 @pytest.mark.parametrize(
     "poolers",
     [
+        list(PAPER_POOLERS),
         ["average", "max"],
         ["learned_attention"],
         ["multi_learned_attention", "max"],
@@ -167,9 +164,7 @@ def test_poolers_with_weights_learn_as_they_would_alone_at_each_rate(monkeypatch
     targets = (torch.arange(15).reshape(5, CLASSES) % 2).double()
     loss = nn.functional.binary_cross_entropy_with_logits
     for at_once in (False, True):
-        monkeypatch.setattr(
-            mil_probe, "_read_together", lambda bags, device, t=at_once: [bags] if t else [[b] for b in bags]
-        )
+        read_together(monkeypatch, at_once)
         network = grid(poolers=names, learning_rates=rates).double()
         alone = [network.probe(index).train() for index in range(10)]
         fixed = network.fixed_features(bags())
@@ -199,11 +194,14 @@ def test_a_step_on_a_gpu_reads_no_value_of_the_device() -> None:
         on_gpu = [torch.empty(length, DIM, device="cuda", dtype=torch.float16) for length in (4, 1, 6)]
         features = network.fixed_features(on_gpu)
         logits = network(features, on_gpu)
-    assert features.device.type == logits.device.type == "cuda"
+        padded, mask = pad_bags(on_gpu)
+    assert {each.device.type for each in (features, logits, padded, mask)} == {"cuda"}
     assert logits.shape == (4 * len(POOLERS), 3, CLASSES)
 
 
-def test_a_diverged_probe_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_diverged_probe_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    read_together(monkeypatch, together)
     network = grid(learning_rates=[0.1, 0.2]).double()
     broken = grid(learning_rates=[0.1, 0.2]).double()
     with torch.no_grad():
@@ -214,6 +212,7 @@ def test_a_diverged_probe_leaves_the_others_alone() -> None:
     assert torch.isnan(broken.weights[1].grad[4]).all()
     assert torch.equal(broken.weights[1].grad[:4], network.weights[1].grad[:4])
     assert torch.equal(broken.queries[0].grad, network.queries[0].grad)
+    assert torch.equal(broken.queries[1].grad[0], network.queries[1].grad[0])
 
 
 def test_half_precision_bags_are_read_in_the_probes_precision() -> None:
@@ -222,36 +221,6 @@ def test_half_precision_bags_are_read_in_the_probes_precision() -> None:
     logits = network(network.fixed_features(halves), halves)
     singles = [bag.float() for bag in halves]
     assert torch.equal(logits, network(network.fixed_features(singles), singles))
-
-
-def test_bags_read_together_or_one_by_one_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = grid().double()
-    scramble(network)
-    results = []
-    for together in (False, True):
-        monkeypatch.setattr(
-            mil_probe, "_read_together", lambda bags, device, t=together: [bags] if t else [[b] for b in bags]
-        )
-        network.zero_grad()
-        logits = network(network.fixed_features(bags()), bags())
-        logits.sin().sum().backward()
-        results.append([logits.detach(), *(query.grad.clone() for query in network.queries)])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-11, atol=1e-12)
-
-
-def test_a_diverged_probe_leaves_the_others_alone_when_bags_are_read_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mil_probe, "_read_together", lambda bags, device: [bags])
-    network = grid(learning_rates=[0.1, 0.2]).double()
-    with torch.no_grad():
-        network.queries[1][0] = math.nan
-    logits = network(network.fixed_features(bags()), bags())
-    assert torch.isnan(logits[7]).all()
-    assert torch.isfinite(logits[[index for index in range(10) if index != 7]]).all()
-    logits[[index for index in range(10) if index != 7]].sum().backward()
-    assert torch.isfinite(network.queries[0].grad).all()
-    assert torch.isfinite(network.queries[1].grad[1:]).all()
 
 
 @pytest.mark.parametrize("poolers", [["learned_attention"], ["max"], ["gated_abmil"], list(PAPER_POOLERS)])
@@ -265,10 +234,10 @@ def test_empty_bag_is_refused(poolers: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"poolers": []}, r"poolers must be given, each once, got \[\]"),
-        ({"poolers": ["max", "max"]}, r"poolers must be given, each once, got \['max', 'max'\]"),
-        ({"learning_rates": [0.1, 0.1]}, r"learning_rates must be given, each once, got \[0.1, 0.1\]"),
-        ({"poolers": ["median"]}, "pooler must be one of .*, got 'median'"),
+        ({"poolers": []}, r"poolers .* \[\]"),
+        ({"poolers": ["max", "max"]}, r"poolers .*\['max', 'max'\]"),
+        ({"learning_rates": [0.1, 0.1]}, r"learning_rates .*\[0.1, 0.1\]"),
+        ({"poolers": ["median"]}, "pooler .*'median'"),
     ],
 )
 def test_impossible_grid_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -289,21 +258,5 @@ def test_saved_probe_comes_back_with_its_card(tmp_path: Path, name: str) -> None
 
 
 def test_missing_probe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="probe must be a folder with 'probe.safetensors', got"):
+    with pytest.raises(FileNotFoundError, match="No 'probe.safetensors'"):
         load_probe(tmp_path)
-
-
-def test_probe_names_are_short() -> None:
-    assert probe_name("average", 0.003) == "average/lr_0.003"
-
-
-def test_a_gpu_is_asked_for_no_value_when_the_grid_scores(fake_gpu: Any) -> None:
-    network = grid()
-    fake_gpu.take(network)
-    (fixed,) = fake_gpu.holds(torch.zeros(5, 3, DIM))
-    with fake_gpu.mode:
-        on_gpu = fake_gpu.holds(*bags())
-        logits = network(fixed, on_gpu)
-        padded, mask = pad_bags(on_gpu)
-    assert (logits.shape, logits.device.type) == ((20, 5, CLASSES), "cuda")
-    assert (padded.device.type, mask.device.type) == ("cuda", "cuda")

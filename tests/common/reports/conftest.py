@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from common.cohort.cohort import load_labels
 from common.embeddings.encoder_bundle import EncoderBundle
-from common.networks.dense_probe import save_dense_probe
+from common.networks.mil_probe import save_probe
 from common.reports.__main__ import app
 from common.reports.ct_tokens import open_slice_encoder
 
@@ -40,7 +40,7 @@ def probes(tmp_path: Path) -> Path:
     for task in ("rexgroundingct", "totalsegmentator"):
         names = [label.name for label in load_labels(task)]
         card = {"class_names": names, "encoder": "dale_ct_2s"}
-        save_dense_probe(tmp_path / "probes", "patch", task, torch.nn.Linear(24, len(names)), card)
+        save_probe(tmp_path / "probes", torch.nn.Linear(24, len(names)), card, f"patch_{task}")
     return tmp_path / "probes"
 
 
