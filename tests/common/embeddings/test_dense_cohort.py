@@ -73,8 +73,10 @@ def test_other_volumes_labels_or_tokens_have_another_checksum(dirs: Any, tmp_pat
     cohort._findings["patch"][5] ^= 2
     others.append(cohort.checksum())
     cohort = DenseCohort(*dirs, VOLUMES)
-    cohort.store._place(VOLUMES[1]).record["crc32"]["tokens"] += 1
+    checksums = cohort.store._place(VOLUMES[1]).record["crc32"]
+    checksums["tokens"] += 1
     others.append(cohort.checksum())
+    checksums["tokens"] -= 1  # stores of one file share what they know of it
     assert len({DenseCohort(*dirs, VOLUMES).checksum(), *others}) == 5
 
 
