@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -211,9 +211,9 @@ def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, n
     sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
     if 348 not in sizes and 540 not in sizes:
         raise ImageFileError(f"it begins with {start!r}")
-    kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
+    kind: Any = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
-    if kind.may_contain_header(block):  # type: ignore[no-untyped-call]
+    if kind.may_contain_header(block):
         return kind(block), kind(block, check=False)["pixdim"][1:4].astype(float)
     if 348 in sizes and not block[344:].strip(b"\0"):
         detail = f"'{path.name}' is in Analyze format, which does not say left from right. Convert it."

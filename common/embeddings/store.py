@@ -59,14 +59,15 @@ def check_identity(found: Facts, expected: Facts, *, of: str, source: str, remed
     """Refuse embeddings or weights of another origin than those they are to be used with.
 
     Args:
-        found: facts such as ``IDENTITY_KEYS`` and ``dim``; those that one side alone states do not count.
+        found: facts such as ``IDENTITY_KEYS`` and ``dim``; those that one side alone states do not count, nor
+            does where weights were found: their digest is part of ``encoder_id``.
         expected: what they must be, or a ValueError is raised.
         of: what ``found`` describes, for the message.
         source: where ``expected`` comes from, as in "as <source>".
         remedy: sentence that says what to do.
     """
     for name, value in expected.items():
-        if name in found and found[name] != value:
+        if name != "weights" and name in found and found[name] != value:
             raise ValueError(f"{name} of {of} must be {value!r} as {source}, got {found[name]!r}. {remedy}")
 
 
@@ -89,7 +90,8 @@ class EmbeddingStore:
     Attributes:
         volumes: names, sorted.
         lengths: int64 ``(N,)``, tokens of each volume.
-        identity: ``IDENTITY_KEYS``, dim and dtype ("float16" or "float32"), the same for all volumes.
+        identity: ``IDENTITY_KEYS``, dim and dtype ("float16" or "float32"), the same for all volumes; and
+            ``weights``, where those of the encoder were found, for stores that know it.
         fields: which of "z_mm" and "patches" every volume has.
 
     Args:
@@ -210,7 +212,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
 
     Args:
         folder: folder of the store.
-        identity: values for ``IDENTITY_KEYS``; must be what the folder has already, if it has any.
+        identity: values for ``IDENTITY_KEYS``; must be what the folder has already, if it has any. With
+            ``weights`` for where those of the encoder were found.
         dtype: "float16" or "float32", type of the stored tokens and patches.
 
     Raises:
@@ -221,7 +224,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
         missing = [key for key in IDENTITY_KEYS if key not in identity]
         if missing:
             raise ValueError(f"identity must have the keys {IDENTITY_KEYS}, got none of {missing}.")
-        self._facts: dict[str, Any] = {key: identity[key] for key in IDENTITY_KEYS} | {"dtype": dtype}
+        kept = [name for name in (*IDENTITY_KEYS, "weights") if name in identity]
+        self._facts: dict[str, Any] = {name: identity[name] for name in kept} | {"dtype": dtype}
         for name, known in (("token_kind", TOKEN_KINDS), ("dtype", tuple(DTYPES))):
             if self._facts[name] not in known:
                 raise ValueError(f"{name} must be one of {known}, got '{self._facts[name]}'.")
@@ -303,7 +307,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
             }
             for one in waiting
         ]
-        identity = {name: self._facts[name] for name in (*IDENTITY_KEYS, "dim", "dtype")}
+        stated = [name for name in (*IDENTITY_KEYS, "weights", "dim", "dtype") if name in self._facts]
+        identity = {name: self._facts[name] for name in stated}
         header = {"identity": json.dumps(identity), "fields": json.dumps(self._facts["fields"])}
         header |= {"volumes": json.dumps(records, allow_nan=False), "format": FORMAT}
         header["crc32"] = _header_crc32(header)
