@@ -7,8 +7,9 @@
 - ``huggingface/<name>/``: the same as a folder, its card as the front page: one repository of the hub each;
 
 and ``SHA256SUMS`` and ``model_info.json`` over all of them. The latter is what ``python -m monai.bundle
-download --source github`` looks for as ``models/model_info.json`` in the tree of the release's tag. The same
-files give the same bytes: entries are sorted and have no time.
+download --source github`` looks for as ``models/model_info.json`` in the tree of the release's tag; a bundle
+with ``_v`` in its name is not in it and downloads with ``--version``. The same files give the same bytes:
+entries are sorted and have no time.
 """
 
 import argparse
@@ -84,7 +85,11 @@ def pack(bundles: list[Path], out: Path, url: str) -> Iterator[Path]:
         write_hub_folder(out / "huggingface" / bundle.name, files)
         yield out / f"{name}.zip"
     base = url.rstrip("/") + "/" if url else ""
-    info = {name: {"checksum": digest, "source": f"{base}{name}.zip"} for name, digest in digests.items()}
+    info = {
+        name: {"checksum": digest, "source": f"{base}{name}.zip"}
+        for name, digest in digests.items()
+        if name.count("_v") == 1  # MONAI would offer dale_ct_1s_v2 as a version of dale_ct_1s
+    }
     (out / "model_info.json").write_text(json.dumps(info, indent=4) + "\n")
     (out / "SHA256SUMS").write_text("".join(f"{digest}  {name}.zip\n" for name, digest in digests.items()))
 

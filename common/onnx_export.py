@@ -9,10 +9,9 @@ import torch
 import typer
 from torch import nn
 
-from common.networks.encoder import load_encoder
+from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.run.config import short_errors
 from common.run.process import atomic_file
-from common.weights import bundle_encoder, image_side_px
 
 
 def export_onnx(encoder: nn.Module, out: str | Path, size_px: int, facts: Mapping[str, Any]) -> Path:
@@ -64,12 +63,11 @@ def main(
     Example: python -m common.onnx_export --bundle bundles/dale_ct_2s --out dale_ct_2s.onnx
     """
     short_errors()
-    path = None if weights == "random" else weights or str(bundle / "models" / "model.safetensors")
-    encoder, identity, config = bundle_encoder(bundle, encoder_weights=path)
-    load_encoder(encoder, path, identity)
+    knobs = {"encoder_weights": None if weights == "random" else weights} if weights else {}
+    opened = open_encoder_bundle(bundle, knobs=knobs)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    facts = identity | {"version": metadata["version"]}
-    typer.echo(export_onnx(encoder, out, size_px or image_side_px(config), facts))
+    facts = opened["identity"] | {"version": metadata["version"]}
+    typer.echo(export_onnx(opened.network.cpu(), out, size_px or opened.side_px, facts))
 
 
 if __name__ == "__main__":

@@ -2,89 +2,39 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from monai.bundle import ConfigParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
-from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
+from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
+from common.networks.encoder import agreed_input, load_encoder, save_encoder
 from common.networks.timm_keys import to_timm_keys
+from common.networks.weights_file import HUB, download, stated_identity
 from common.reports.results import MACRO_COLUMNS, read_rows
 from common.run.config import short_errors
 from common.run.process import atomic_file
 from common.transforms.hounsfield import hu_window
-from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 
 app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")
 HUB_FILE, HUB_CONFIG = "model.safetensors", "config.json"
 
 Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
 
-HUB_OWNER = "Kentucky-Open-Science"
-HUB_WINDOWS = {
-    "DALE-CT-0-L": "dale_ct_0_l",
-    **dict.fromkeys(("DALE-CT-0", "DALE-CT-1S", "DALE-CT-1S-v2", "DALE-CT-2S"), "ct_rate"),
-    "Finetuned-DINOv2-Chest-CT": "ct_rate",
-}
-"""HU window of each encoder that the paper's authors released; all saw transposed slices.
 
-Source: their configurations; the files do not state it.
-"""
-
-
-def bundle_encoder(
-    bundle: str | Path, **knobs: str | None
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Build the encoder of a bundle, without loading its weights.
-
-    Args:
-        bundle: its folder.
-        knobs: of its ``inference.json``, to be changed.
-
-    Returns:
-        The encoder; the facts that its weights depend on, for ``save_encoder`` and ``load_encoder``, of which
-        the weights file states HU window and slice axes; the config's own values.
-
-    Raises:
-        FileNotFoundError: if there is no such bundle, it embeds nothing, or its weights are not there.
-        ValueError: if the weights do not state what slices they expect.
-    """
-    path = Path(bundle) / "configs" / "inference.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"bundle must have configs/inference.json, got none in '{bundle}'.")
-    parser = ConfigParser()
-    parser.read_config(str(path))
-    parser["bundle_root"] = str(bundle)
-    for name, value in knobs.items():
-        parser[name] = value
-    encoder, identity = parser.get_parsed_content("network_def"), parser.get_parsed_content("identity")
-    return encoder, identity, parser.get()
-
-
-def image_side_px(config: dict[str, Any]) -> int:
-    """Side of the images that an encoder bundle embeds; for whole sides, of slices of 512 px.
-
-    Args:
-        config: of ``configs/inference.json``.
-    """
-    strategy = SliceStrategy(config["strategies"][0], config["patch_size_px"])
-    return strategy.side_px(FULL_PX)
-
-
-def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_weights(
+    source: str, releases: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read encoder weights under timm's names, and what is known of them.
 
     Args:
         source: a ``.safetensors`` file, a checkpoint ``step_*.pt`` of pretraining, whose teacher counts if it
             has one, or ``hub:<owner>/<name>[@revision]`` for ``model.safetensors`` of a repository there.
+        releases: what is known of repositories whose files do not state it.
 
     Returns:
         The weights; and as far as the source states them ``slice_axes``, ``hu_window`` and other facts, from
@@ -94,7 +44,7 @@ def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         FileNotFoundError: if there is no such file, or the hub does not give it.
         ValueError: if the file is damaged or holds something else.
     """
-    path, stated = _located(source)
+    path, stated = _located(source, releases or {})
     try:
         if path.suffix == ".pt":
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -109,17 +59,15 @@ def read_weights(source: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return weights, stated | _sizes(weights)
 
 
-def _located(source: str) -> tuple[Path, dict[str, Any]]:
+def _located(source: str, releases: Mapping[str, Mapping[str, Any]]) -> tuple[Path, dict[str, Any]]:
     """Find the file of a source, and what stands beside it about the slices."""
     stated: dict[str, Any] = {}
-    if source.startswith("hub:"):
-        repository, _, revision = source.removeprefix("hub:").partition("@")
-        path = _from_hub(repository, HUB_FILE, revision)
-        owner, _, name = repository.partition("/")
-        if owner == HUB_OWNER and name in HUB_WINDOWS:
-            stated = {"slice_axes": "xy", "hu_window": [*hu_window(HUB_WINDOWS[name])]}
+    if source.startswith(HUB):
+        repository, _, revision = source.removeprefix(HUB).partition("@")
+        path = download(repository, HUB_FILE, revision or "main")
+        stated = dict(releases.get(repository, {}))
         try:
-            config = _from_hub(repository, HUB_CONFIG, revision)
+            config = download(repository, HUB_CONFIG, revision or "main")
         except FileNotFoundError:
             return path, stated
     else:
@@ -141,17 +89,6 @@ def _sizes(weights: dict[str, torch.Tensor]) -> dict[str, int]:
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     side = math.isqrt(positions) * patch
     return {"patch_size_px": patch, "img_size_px": side, "embed_dim": embed_dim, "depth": len(blocks)}
-
-
-def _from_hub(repository: str, name: str, revision: str) -> Path:
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise FileNotFoundError(
-            f"'{name}' of '{repository}' must be on the hub or in its cache "
-            f"({str(error).splitlines()[0]}). Accept its terms on https://huggingface.co/{repository}, "
-            "log in with `hf auth login`, or download the file and give its path."
-        ) from error
 
 
 def import_weights(
@@ -176,15 +113,18 @@ def import_weights(
         ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape, or what
             slices they expect is stated nowhere or otherwise.
     """
-    encoder, own, _ = bundle_encoder(bundle, encoder_weights=None)
-    weights, stated = read_weights(source)
+    opened = open_encoder_bundle(bundle, knobs={"encoder_weights": None})
+    facts = opened["identity"]
+    window_of_release = [*hu_window(opened["weights_hu_window"])]
+    released = {"slice_axes": opened["weights_slice_axes"], "hu_window": window_of_release}
+    weights, stated = read_weights(source, {opened["weights_repo"]: released})
     expected = agreed_input(stated, source, slice_axes, window)
     shown = {"slice_axes": expected.slice_axes, "hu_window": [*expected.window]}
     path = Path(bundle) / "models" / "model.safetensors"
     aside = path.with_name("imported.safetensors")
     try:
-        save_encoder(weights, aside, own | stated | shown | {"name": own["name"]})
-        load_encoder(encoder, aside, own | shown)  # checks sizes, keys and shapes
+        save_encoder(weights, aside, facts | stated | shown | {"name": facts["name"]})
+        load_encoder(opened["network_def"], aside, facts | shown)  # checks sizes, keys and shapes
         aside.replace(path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(aside), source)) from error
@@ -208,13 +148,17 @@ def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> 
         ValueError: if the weights are not the bundle's.
     """
     bundle, out = Path(bundle), Path(out)
-    encoder, identity, config = bundle_encoder(bundle)
-    load_encoder(encoder, bundle / "models" / "model.safetensors", identity)
+    path = bundle / "models" / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"No weights '{path}' to export. Train the bundle, or import weights, first.")
+    opened = open_encoder_bundle(bundle)
+    identity = opened["identity"]
+    encoder = load_encoder(opened["network_def"], path, identity)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     save_encoder(encoder.state_dict(), out / HUB_FILE, identity)
     with atomic_file(out / HUB_CONFIG, "w", encoding="utf-8") as file:
-        json.dump(timm_config(config, identity), file, indent=2)
+        json.dump(timm_config(opened), file, indent=2)
     card = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
     header = "---\nlibrary_name: timm\ntags: [image-feature-extraction, medical, ct, chest]\n---\n\n"
     with atomic_file(out / "README.md", "w", encoding="utf-8") as file:
@@ -222,27 +166,23 @@ def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> 
     return out
 
 
-def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """Describe an encoder as timm's hub format does.
+def timm_config(bundle: EncoderBundle) -> dict[str, Any]:
+    """Describe the encoder of a bundle as timm's hub format does.
 
     Mean and standard deviation are those of slices clipped to the window and scaled to 0..1; the whole image
     is resized as ours, without timm's usual cut.
-
-    Args:
-        config: of ``configs/inference.json``.
-        identity: its identity, with ``hu_window`` as four numbers.
     """
-    low, high, mean, std = identity["hu_window"]
-    built = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
-    values = {name: config[value[1:]] if str(value)[:1] == "@" else value for name, value in built.items()}
+    low, high, mean, std = bundle.window
+    written = bundle.parser["network_def"]
+    values = {name: bundle[f"network_def::{name}"] for name in written if not name.startswith("_")}
     architecture = values.pop("model_name")
     return {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": config["embed_dim"],
+        "num_features": bundle["embed_dim"],
         "model_args": {name: value for name, value in values.items() if name != "pretrained"},
         "pretrained_cfg": {
-            "input_size": [1, *[image_side_px(config)] * 2],
+            "input_size": [1, *[bundle.side_px] * 2],
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
@@ -252,7 +192,7 @@ def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, A
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        "identity": identity,
+        "identity": bundle["identity"],
     }
 
 

@@ -23,7 +23,7 @@ NO_IMAGE = "no DICOM image"
 DAMAGED = "damaged"
 
 # CT Image Storage, Enhanced CT Image Storage, Legacy Converted Enhanced CT Image Storage.
-CT_CLASSES = {f"1.2.840.10008.5.1.4.1.1.2{suffix}" for suffix in ("", ".1", ".2")}
+CT_CLASSES = {"1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
 DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 PLANE_TAGS = ("ImageOrientationPatient", "ImagePositionPatient")
 TAGS = (

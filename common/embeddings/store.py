@@ -32,6 +32,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SUFFIX = ".embeddings.safetensors"
 FORMAT = "dale_ct_embeddings_2"
 HEADER = ("identity", "fields", "volumes")
+AGAIN = "Delete the file and embed its volumes again."
 REMEDY = "Keep the embeddings of each encoder in a folder of their own."
 PART_BYTES = 64 * 2**20  # a part has no more: some 100 volumes of 300 slices, 1024 wide, in 16 bits
 PART_SECONDS = 60.0  # no volume waits longer for its part: what a kill may cost; our choice
@@ -58,14 +59,15 @@ def check_identity(found: Facts, expected: Facts, *, of: str, source: str, remed
     """Refuse embeddings or weights of another origin than those they are to be used with.
 
     Args:
-        found: facts such as ``IDENTITY_KEYS`` and ``dim``; those that one side alone states do not count.
+        found: facts such as ``IDENTITY_KEYS`` and ``dim``; those that one side alone states do not count, nor
+            does where weights were found: their digest is part of ``encoder_id``.
         expected: what they must be, or a ValueError is raised.
         of: what ``found`` describes, for the message.
         source: where ``expected`` comes from, as in "as <source>".
         remedy: sentence that says what to do.
     """
     for name, value in expected.items():
-        if name in found and found[name] != value:
+        if name != "weights" and name in found and found[name] != value:
             raise ValueError(f"{name} of {of} must be {value!r} as {source}, got {found[name]!r}. {remedy}")
 
 
@@ -88,7 +90,8 @@ class EmbeddingStore:
     Attributes:
         volumes: names, sorted.
         lengths: int64 ``(N,)``, tokens of each volume.
-        identity: ``IDENTITY_KEYS``, dim and dtype ("float16" or "float32"), the same for all volumes.
+        identity: ``IDENTITY_KEYS``, dim and dtype ("float16" or "float32"), the same for all volumes; and
+            ``weights``, where those of the encoder were found, for stores that know it.
         fields: which of "z_mm" and "patches" every volume has.
 
     Args:
@@ -116,10 +119,8 @@ class EmbeddingStore:
             for place in places:
                 volume = place.record["metadata"]["volume"]
                 if volume in self._places:
-                    raise ValueError(
-                        f"Volume '{volume}' is in two files of '{self.folder}': "
-                        f"'{self._places[volume].part.name}' and '{part.name}'. Delete one of them."
-                    )
+                    first = self._places[volume].part
+                    raise ValueError(f"'{volume}' is in '{first}' and in '{part.name}'. Delete one of them.")
                 self._places[volume] = place
         self.fields: tuple[str, ...] = facts.pop("fields")
         self.identity = facts
@@ -211,7 +212,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
 
     Args:
         folder: folder of the store.
-        identity: values for ``IDENTITY_KEYS``; must be what the folder has already, if it has any.
+        identity: values for ``IDENTITY_KEYS``; must be what the folder has already, if it has any. With
+            ``weights`` for where those of the encoder were found.
         dtype: "float16" or "float32", type of the stored tokens and patches.
 
     Raises:
@@ -222,7 +224,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
         missing = [key for key in IDENTITY_KEYS if key not in identity]
         if missing:
             raise ValueError(f"identity must have the keys {IDENTITY_KEYS}, got none of {missing}.")
-        self._facts: dict[str, Any] = {key: identity[key] for key in IDENTITY_KEYS} | {"dtype": dtype}
+        kept = [name for name in (*IDENTITY_KEYS, "weights") if name in identity]
+        self._facts: dict[str, Any] = {name: identity[name] for name in kept} | {"dtype": dtype}
         for name, known in (("token_kind", TOKEN_KINDS), ("dtype", tuple(DTYPES))):
             if self._facts[name] not in known:
                 raise ValueError(f"{name} must be one of {known}, got '{self._facts[name]}'.")
@@ -304,7 +307,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
             }
             for one in waiting
         ]
-        identity = {name: self._facts[name] for name in (*IDENTITY_KEYS, "dim", "dtype")}
+        stated = [name for name in (*IDENTITY_KEYS, "weights", "dim", "dtype") if name in self._facts]
+        identity = {name: self._facts[name] for name in stated}
         header = {"identity": json.dumps(identity), "fields": json.dumps(self._facts["fields"])}
         header |= {"volumes": json.dumps(records, allow_nan=False), "format": FORMAT}
         header["crc32"] = _header_crc32(header)
@@ -385,17 +389,12 @@ def _open_part(part: Path, inode: int, modified_ns: int) -> tuple[dict[str, Any]
         if any(len(tensors[name]) != sizes[name] for name in ("tokens", *fields)):
             raise ValueError(f"it must hold {sizes} rows, as its volumes state")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Cannot read embeddings '{part}': {error}. Delete the file and embed its volumes again."
-        ) from error
+        raise ValueError(f"Cannot read embeddings '{part}': {error}. {AGAIN}") from error
     return identity | {"fields": fields}, places
 
 
 def _check_read(tensor: torch.Tensor, name: str, place: _Place, expected_crc32: int) -> None:
     volume = place.record["metadata"]["volume"]
     if crc32(tensor) != expected_crc32:
-        raise ValueError(
-            f"The {name} of volume '{volume}' in '{place.part}' are not what was written: they have another "
-            "checksum. Delete the file and embed its volumes again."
-        )
+        raise ValueError(f"The {name} of '{volume}' in '{place.part}' have another checksum now. {AGAIN}")
     check_finite(tensor, name, volume)

@@ -2,7 +2,7 @@
 
 # B slabs, V views (Vg global, Vl local), D embedding
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class DINOv2Trainer(PretrainingTrainer):
     whole student (DINOv2: encoder and heads each).
 
     Args:
-        teacher: of ``new_teacher``, spread over the ranks as the student is.
+        teacher: teacher of ``new_teacher``, spread over the ranks as the student is.
         schedule: schedule of the optimizer and the teacher.
         ibot_loss: iBOT's loss.
         ibot_weight: its weight. DINOv2: 1.
@@ -57,7 +57,6 @@ class DINOv2Trainer(PretrainingTrainer):
         super().__init__(**shared)
         self.teacher = teacher
         self.schedule = schedule
-        self.loss_function = cast(nn.Module, self.loss_function).to(self.state.device)
         self.ibot_loss = ibot_loss.to(self.state.device)
         self.ibot_weight = ibot_weight
         self.koleo_weight = koleo_weight

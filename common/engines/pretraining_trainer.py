@@ -50,7 +50,8 @@ class PretrainingTrainer(SupervisedTrainer):
 
     Args:
         device: device of network and batch.
-        max_steps: optimizer steps of the run.
+        max_epochs: number of epochs, 1 in our recipes: MONAI asks for it.
+        max_steps: optimizer steps of an epoch.
         train_data_loader: endless batches of ``SlabViews``.
         network: network to train, wrapped for distribution or not.
         optimizer: optimizer over all its parameters.
@@ -73,6 +74,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self,
         *,
         device: torch.device,
+        max_epochs: int,
         max_steps: int,
         train_data_loader: Iterable[Batch],
         network: nn.Module,
@@ -90,11 +92,11 @@ class PretrainingTrainer(SupervisedTrainer):
             raise ValueError(f"amp_dtype must be 'bfloat16' or 'float32', got {amp_dtype!r}.")
         super().__init__(
             device=device,
-            max_epochs=1,
+            max_epochs=max_epochs,
             train_data_loader=train_data_loader,
             network=network,
             optimizer=optimizer,
-            loss_function=loss_function,
+            loss_function=loss_function.to(device),
             epoch_length=max_steps,
             inferer=inferer,
             decollate=False,

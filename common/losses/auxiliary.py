@@ -78,7 +78,7 @@ class AuxiliaryBCELoss(nn.Module):
 
         Args:
             logits: by group of views ("global", "local") and term.
-            targets: share or presence of each class, in the same structure. Terms not asked for are ignored.
+            targets: share or presence of each class, in the same structure; other terms are ignored.
             has_ts: whether the sample's volume has an organ map.
             has_rex: whether the sample's volume was annotated for findings, even if it shows none.
             part: samples of the batch that logits and targets are of; the flags are always those of the whole

@@ -29,12 +29,6 @@ class LeJEPALoss(nn.Module):
 
     Raises:
         ValueError: if ``sigreg_weight`` lies outside [0, 1]; else as the regularizer and ``invariance_loss``.
-
-    Example:
-        >>> loss = LeJEPALoss(SIGReg(num_directions=1024, num_knots=17, t_max=3.0, compiled=False), 0.02)
-        >>> terms = loss(torch.zeros(10, 7, 124), num_global=2, step=0)
-        >>> {name: round(float(value), 3) for name, value in terms.items()}
-        {'loss': 0.056, 'invariance': 0.0, 'sigreg': 2.81}
     """
 
     def __init__(self, regularizer: nn.Module, sigreg_weight: float) -> None:
@@ -111,13 +105,6 @@ class SIGReg(nn.Module):
     Raises:
         ValueError: if there is no direction, fewer than two knots or a t_max that is not positive; in a call,
             if the projections are not a batch of vectors, or the step is negative.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> normal = torch.randn(1, 512, 16)
-        >>> sigreg = SIGReg(num_directions=1024, num_knots=17, t_max=3.0, compiled=False)
-        >>> bool(sigreg(normal, step=0) < sigreg(3 * normal, step=0))
-        True
     """
 
     def __init__(self, num_directions: int, num_knots: int, t_max: float, compiled: bool) -> None:
@@ -233,18 +220,10 @@ def _sums_over_multiples(angles: torch.Tensor, coefficients: torch.Tensor) -> to
 def unit_directions(
     num_features: int, num_directions: int, step: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Draw random unit vectors that depend on the step alone: equal on every rank and device.
+    """Draw random unit vectors ``(K, M)`` that depend on the step alone: equal on every rank and device.
 
-    Drawn on the CPU from a generator of their own; the global random state is neither read nor changed.
-
-    Args:
-        num_features: length of a direction, K.
-        num_directions: M.
-        step: seed of the draw.
-        dtype: type they are normalized in; float64 is for checks of exactness.
-
-    Returns:
-        ``(K, M)`` on the CPU.
+    Drawn on the CPU from a generator of their own; the global random state is neither read nor changed. They
+    are normalized in ``dtype``; float64 is for checks of exactness.
 
     Raises:
         ValueError: if the step is negative.

@@ -10,6 +10,9 @@ from torch import nn
 from common.losses.lejepa import unit_directions
 from common.run.distributed import gather_over_ranks
 
+EPSILON = 1e-12
+"""Keeps the gradient of the standard deviation finite where a dimension has collapsed. Our choice."""
+
 
 class VISReg(nn.Module):
     """Pull a batch of projections towards N(0, I) by its mean, its standard deviation and its quantiles.
@@ -74,7 +77,3 @@ class VISReg(nn.Module):
                 + shape_weight * (ordered - quantiles[:, None]).square().mean()
                 + centre_weight * mean.square().mean()
             )
-
-
-EPSILON = 1e-12
-"""Keeps the gradient of the standard deviation finite where a dimension has collapsed. Our choice."""

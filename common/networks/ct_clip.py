@@ -13,9 +13,9 @@ ROWS_PER_LOOKUP = 2048  # tokens compared with the codebook at once; bounds memo
 class CTViT(nn.Module):
     """Encoder of CT-CLIP: patches, attention within each slab, attention across slabs, nearest codes.
 
-    Written from the description of the network (CT-CLIP's CTViT follows Phenaki's C-ViViT, arXiv:2210.02399)
-    and from the names and shapes of its released weights, which it loads strictly. What makes it differ from
-    a plain transformer, and is kept because the weights were trained with it:
+    Written from the description of the network (it follows Phenaki's C-ViViT, arXiv:2210.02399) and from the
+    names and shapes of its released weights, which it loads strictly. What makes it differ from a plain
+    transformer, and is kept because the weights were trained with it:
 
     - Keys and values come from the tokens before the norm, queries from those after it; both are normalised
       to unit length.
@@ -34,8 +34,7 @@ class CTViT(nn.Module):
         num_heads: attention heads.
         dim_head: width of a head.
         codebook_size: number of codes.
-        tokens: "codes" for each token's nearest code, as CT-CLIP does, or "before_codes" for the
-            token itself.
+        tokens: "codes" for each token's nearest code, as CT-CLIP does, or "before_codes" for the token.
 
     Shape:
         Input ``(B, 1, slices, rows, columns)``. Output ``(B, D, T, H, W)``.
@@ -46,6 +45,7 @@ class CTViT(nn.Module):
 
     def __init__(
         self,
+        *,
         dim: int,
         patch_size: int,
         temporal_patch_size: int,

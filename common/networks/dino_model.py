@@ -70,10 +70,9 @@ class DINOModel(nn.Module):
 
     Args:
         encoder: timm VisionTransformer with one input channel.
-        dino_head: on CLS tokens.
-        ibot_head: on masked patches.
-        checkpoint_activations: whether blocks keep their input only and compute the rest again in the
-            backward pass.
+        dino_head: head on CLS tokens.
+        ibot_head: head on masked patches.
+        checkpoint_activations: see ``PretrainingModel``.
 
     Shape:
         ``global_views (B, Vg, 1, S, S)``; ``local_views (B, Vl, 1, s, s)`` or None; ``masks (B, Vg, P)``
@@ -142,19 +141,19 @@ def new_teacher(student: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move the teacher's parameters towards the student's: momentum times their own, the rest the student's.
+    """Move the teacher's parameters towards the student's, which get the share 1 - momentum.
 
     Each rank moves what it holds, in a few fused kernels; nothing waits for the device.
 
     Source: DINO, arXiv:2104.14294, section 3.1.
 
     Args:
-        teacher: of ``new_teacher``, spread over the ranks as the student is.
-        student: of ``distribute``.
+        teacher: teacher of ``new_teacher``, spread over the ranks as the student is.
+        student: network of ``distribute``.
         momentum: share that stays.
     """
-    own, target = ([_held(parameter) for parameter in network.parameters()] for network in (teacher, student))
-    torch._foreach_lerp_(own, target, 1 - momentum)
+    moved, target = ([_held(p) for p in network.parameters()] for network in (teacher, student))
+    torch._foreach_lerp_(moved, target, 1 - momentum)
 
 
 def _held(parameter: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 # N images, B images of a batch, P patches of one, D embedding
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,13 @@ import timm
 import torch
 from ignite.engine import Engine, Events
 from monai.inferers import Inferer
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.embeddings.store import check_identity
+from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
+from common.networks.weights_file import Weights, stated_identity
 from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
@@ -142,52 +142,31 @@ class SaveEncoder:
             save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
 
 
-def stated_identity(path: str | Path) -> dict[str, Any]:
-    """Read what a weights file states of itself; nothing for a file that :func:`save_encoder` did not write.
-
-    Args:
-        path: safetensors file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"No encoder weights '{path}'. Train the bundle first, or download it, or pass --encoder_weights."
-        )
-    with safe_open(path, framework="pt") as file:
-        identity: dict[str, Any] = json.loads((file.metadata() or {}).get("identity", "{}"))
-    return identity
-
-
 def slice_input(
-    path: str | Path | None,
-    slice_axes: str | None = None,
-    window: str | Sequence[float] | None = None,
+    weights: Weights, slice_axes: str | None = None, window: str | Sequence[float] | None = None
 ) -> SliceInput:
-    """Find out which slices an encoder must be shown: what its weights file states decides.
+    """Find out which slices an encoder must be shown: what is known of its weights decides.
 
     Args:
-        path: safetensors file; None for random initial weights, which get the paper's input.
-        slice_axes: "yx" or "xy" for weights that do not state it; None for what they state.
+        weights: where they come from and what is known of them; random ones get the paper's input.
+        slice_axes: "yx" or "xy" for weights of which it is not known; None for what is known.
         window: likewise, see :func:`common.transforms.hounsfield.hu_window`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file states something else than the arguments, or neither states it.
+        ValueError: if something else is known than the arguments say, or neither says it.
     """
-    if path is None:
+    if weights.path is None:
         return SliceInput(slice_axes or PAPER_INPUT.slice_axes, hu_window(window or PAPER_INPUT.window))
-    return agreed_input(stated_identity(path), str(path), slice_axes, window)
+    return agreed_input(weights.facts, weights.name, slice_axes, window)
 
 
 def agreed_input(
     stated: Mapping[str, Any], source: str, slice_axes: str | None, window: str | Sequence[float] | None
 ) -> SliceInput:
-    """Combine what weights state of their slices with the arguments of :func:`slice_input`.
+    """Combine what is known of weights' slices with the arguments of :func:`slice_input`.
 
     Args:
-        stated: identity of the weights, as far as known.
+        stated: identity of the weights, as far as known; its window is a name or four numbers.
         source: where the weights come from, for messages.
         slice_axes: as of :func:`slice_input`.
         window: as of :func:`slice_input`.
@@ -196,13 +175,16 @@ def agreed_input(
         ValueError: if the two differ, or neither states it.
     """
     asked = {"slice_axes": slice_axes, "hu_window": None if window is None else list(hu_window(window))}
+    if "hu_window" in stated:
+        stated = {**stated, "hu_window": list(hu_window(stated["hu_window"]))}
     for name, value in asked.items():
         if value is None and name not in stated:
             raise ValueError(
-                f"'{source}' does not state its {name}. Pass --{name}: a wrong one gives wrong embeddings."
+                f"'{source}' does not state its {name}. Pass --{name}: a wrong one gives wrong embeddings. "
+                "The release that a bundle names needs none, from the hub or in the bundle's models folder."
             )
         if value is not None:
-            about = {"of": "the command line", "source": f"'{source}' states", "remedy": f"Drop --{name}."}
+            about = {"of": "the command line", "source": f"'{source}' expects", "remedy": f"Drop --{name}."}
             check_identity({name: value}, stated, **about)
     agreed = {name: value for name, value in asked.items() if value is not None} | dict(stated)
     if agreed["slice_axes"] not in ("yx", "xy"):
@@ -215,8 +197,8 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: Mapping[
 
     Args:
         encoder: timm VisionTransformer built from the bundle's ``network_def``.
-        path: safetensors file of :func:`save_encoder` or of the Hub (plain timm keys); None keeps the random
-            initial weights, with a warning.
+        path: safetensors file, in timm's keys or those of transformers' Dinov2; None keeps the random initial
+            weights, with a warning.
         identity: facts of the bundle. Each one that the file also states must agree.
 
     Returns:
@@ -232,7 +214,10 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: Mapping[
     remedy = "Use the bundle of these weights, or pass the value that they state."
     about = {"of": f"'{path}'", "source": "this bundle states", "remedy": remedy}
     check_identity(stated_identity(path), identity, **about)
-    load_strictly(encoder, load_file(path), path)
+    tensors = load_file(path)
+    if TRANSFORMERS in tensors and TRANSFORMERS not in encoder.state_dict():
+        tensors = to_timm_keys(tensors)
+    load_strictly(encoder, tensors, path)
     return encoder
 
 
@@ -270,7 +255,7 @@ def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -
         The same encoder, for use in a config.
 
     Raises:
-        FileNotFoundError: if there is no such file, or the hub can't be reached and its cache lacks it.
+        FileNotFoundError: if there is no such file, or neither hub nor cache gives it.
         ValueError: if the encoder is not of that architecture.
     """
     if initial_weights is None:
@@ -309,7 +294,7 @@ def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -
 
 
 def encoder_id(
-    path: str | Path | None,
+    sha256: str | None,
     seed: int,
     slice_axes: str = PAPER_INPUT.slice_axes,
     window: HUWindow = PAPER_INPUT.window,
@@ -321,7 +306,7 @@ def encoder_id(
     another kind are another encoder.
 
     Args:
-        path: weights file; None for random initial weights.
+        sha256: digest of the weights file; None for random initial weights.
         seed: seed of the random initial weights.
         slice_axes: how slices are shown to it, "yx" or "xy".
         window: how their HU are normalized.
@@ -331,14 +316,10 @@ def encoder_id(
         ``sha256:`` and the first 16 hexadecimal digits of the file's digest, or ``random:<seed>``, with
         ``:layer_scale=<value>`` where given; then ``:xy`` where slices are transposed, and the window's
         numbers where it is not CT-RATE's.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
     """
     shown = "" if slice_axes == PAPER_INPUT.slice_axes else f":{slice_axes}"
     shown += "" if window == PAPER_INPUT.window else ":" + ",".join(map(str, window))
-    if path is None:
+    if sha256 is None:
         scale = "" if layer_scale_init is None else f":layer_scale={layer_scale_init:g}"
         return f"random:{seed}{scale}{shown}"
-    with open(path, "rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:16] + shown
+    return f"sha256:{sha256[:16]}{shown}"

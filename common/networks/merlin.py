@@ -22,8 +22,7 @@ def merlin_resnet(layers: Sequence[int], block_planes: Sequence[int]) -> nn.Sequ
         block_planes: width of each stage, a fourth of its output; Merlin's are 64, 128, 256, 512.
 
     Shape:
-        Input ``(B, 1, slices, X, Y)``. Output ``(B, 4 * last plane, slices / 16, X / 32, Y / 32)``, rounded
-        up.
+        ``(B, 1, slices, X, Y)`` to ``(B, 4 * last plane, slices / 16, X / 32, Y / 32)``, rounded up.
     """
     network = ResNet(
         block="bottleneck",

@@ -160,7 +160,7 @@ def distribute(
         sharding: ``ddp`` keeps the whole network on every rank; ``fsdp2`` shards parameters, gradients and
             optimizer state block by block, for networks that do not fit. Both compute the same.
         compiled: whether to use ``torch.compile``; it needs a C++ compiler on a CPU, Triton on a GPU.
-        device: of this rank.
+        device: device of this rank.
 
     Returns:
         The network itself on one rank, with ``fsdp2`` and if it does not learn, else wrapped in

@@ -29,17 +29,13 @@ class Primus(nn.Module):
 
     Raises:
         ValueError: if the width does not split into heads of three axes, or the patch does not divide a side.
-
-    Example:
-        >>> net = Primus(embed_dim=36, depth=1, num_heads=2, patch_size=4, layer_scale_init=0.1)
-        >>> net(torch.zeros(1, 1, 8, 12, 4)).shape
-        torch.Size([1, 36, 2, 3, 1])
     """
 
     mask_token: torch.Tensor
 
     def __init__(
         self,
+        *,
         embed_dim: int,
         depth: int,
         num_heads: int,
@@ -125,7 +121,7 @@ class COLIPRIImageEncoder(nn.Module):
     """
 
     def __init__(
-        self, backbone: Primus, embed_dim: int, latent_dim: int, num_pool_heads: int, tokens: str
+        self, backbone: Primus, *, embed_dim: int, latent_dim: int, num_pool_heads: int, tokens: str
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -143,7 +139,7 @@ class COLIPRIImageEncoder(nn.Module):
         return self.projector(grid) if self.project else grid
 
     def pool(self, grid: torch.Tensor) -> torch.Tensor:
-        """Gather the tokens of :meth:`forward` into one vector a volume, ``(B, E)``."""
+        """Gather the tokens of :meth:`forward` into one vector per volume, ``(B, E)``."""
         tokens = (grid if self.project else self.projector(grid)).flatten(2).transpose(1, 2)
         pooled, _ = self.pooler["attn"](tokens.mean(1, keepdim=True), tokens, tokens, need_weights=False)
         return pooled[:, 0]

@@ -1,9 +1,7 @@
-"""Weights that others publish: found on disk or on the Hugging Face hub, and loaded strictly by name."""
+"""Weights that others publish: the part of them that a network is, loaded strictly by name."""
 
 import fnmatch
-import hashlib
 import logging
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,58 +14,6 @@ from torch import nn
 from common.networks.encoder import load_strictly
 
 logger = logging.getLogger(__name__)
-
-
-def weights_file(
-    path: str | Path | None, repo_id: str | None, filename: str, revision: str, repo_type: str = "model"
-) -> Path | None:
-    """Find published weights: at ``path`` if there is a file, else in the hub's cache, else on the hub.
-
-    The file's SHA-256 is logged; the embeddings record its beginning. A gated repository asks for a token:
-    ``hf auth login``.
-
-    Args:
-        path: where a file placed by hand lies; None for no weights.
-        repo_id: owner and name of the repository; None for weights that are on disk only.
-        filename: path of the file in the repository.
-        revision: branch, tag or commit; a commit is the same file for ever.
-        repo_type: "model" or "dataset".
-
-    Returns:
-        The file, or None if no weights are asked for.
-
-    Raises:
-        FileNotFoundError: if the file is neither on disk nor to be had from the hub.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        if repo_id is None:
-            raise FileNotFoundError(
-                f"encoder_weights must be a file, got '{path}', which does not exist. Pass --encoder_weights."
-            )
-        path = _from_hub(Path(path), repo_id, filename, revision, repo_type)
-    with open(path, "rb") as file:
-        logger.info("weights '%s', sha256 %s", path, hashlib.file_digest(file, "sha256").hexdigest())
-    return Path(path)
-
-
-def _from_hub(path: Path, repo_id: str, filename: str, revision: str, repo_type: str) -> Path:
-    # which packages are installed is nothing the hub need know; read at import
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
-
-    try:
-        return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type))
-    except (OSError, HTTPError, EntryNotFoundError) as error:
-        page = f"huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
-        reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(
-            f"encoder_weights must be a file, got '{path}', which does not exist, and the hub did not give "
-            f"it ({type(error).__name__}: {reason}). Accept the terms on {page} if there are any, get "
-            f"'{filename}' at revision '{revision}' and place it at '{path}', or pass --encoder_weights."
-        ) from None  # the first cause is what the user sees, and the hub's does not know what to do
 
 
 def load_published(

@@ -1,4 +1,4 @@
-"""Weights files: found on disk or by name on the Hugging Face hub, with what is known of them."""
+"""Weights files: found on disk or by name on the Hugging Face hub, and what is known of them."""
 
 import hashlib
 import json
@@ -77,9 +77,9 @@ def find_weights(
     elif Path(asked).is_file():
         return _known(Path(asked), asked, weights_repo if is_own else None, weights_licence, facts)
     elif not is_own:
-        raise FileNotFoundError(f"encoder_weights must be a file or {HUB}<owner>/<name>, got '{asked}'.")
+        raise FileNotFoundError(f"No encoder weights '{asked}': they are a file or {HUB}<owner>/<name>.")
     elif weights_repo is None:
-        raise FileNotFoundError(f"No weights at '{place}'. Train the bundle, or pass --encoder_weights.")
+        raise FileNotFoundError(f"No encoder weights '{place}'. Train the bundle, or pass --encoder_weights.")
     else:
         repository, revision, kind, is_release = weights_repo, weights_revision, weights_repo_type, True
     path = download(repository, weights_name, revision, kind, place if is_release else None)
@@ -107,6 +107,7 @@ def download(
     from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # which packages run here is nothing the hub need know
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every address
     try:
         url = hf_hub_url(repository, filename, repo_type=repo_type, revision=revision)
         return Path(hf_hub_download(repository, filename, repo_type=repo_type, revision=revision))
@@ -114,7 +115,7 @@ def download(
         raise ValueError(f"A repository is written {HUB}<owner>/<name>, got '{repository}'.") from error
     except (OSError, errors.HTTPError, errors.EntryNotFoundError) as error:
         page = url.partition("/resolve/")[0]
-        by_hand = f"save it as '{place}'" if place else "pass its path as --encoder_weights"
+        by_hand = f"save it as '{place}'" if place else "pass the path of the file"
         raise FileNotFoundError(f"{_reason(error, page)} Or get {url} and {by_hand}.") from error
 
 
@@ -162,7 +163,7 @@ def stated_identity(path: str | Path) -> dict[str, Any]:
         ValueError: if it is damaged.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No weights at '{path}'.")
+        raise FileNotFoundError(f"No encoder weights '{path}'.")
     try:
         with safe_open(path, framework="pt") as file:
             identity: dict[str, Any] = json.loads((file.metadata() or {}).get("identity", "{}"))
@@ -180,7 +181,8 @@ def _known(
     if stated:
         whose = f"of {stated.get('name', 'an encoder')}, trained or imported with this code"
     elif release:
-        whose = f"released by {release.partition('/')[0]} as {release}, licence {licence}"
+        kind = f"released by {release.partition('/')[0]}" if name.startswith(HUB) else f"taken for {release}"
+        whose = f"{kind}, licence {licence}"
     else:
         whose = "which state nothing of themselves"
     logger.info("Weights %s, %s, SHA-256 %s", name, whose, digest)

@@ -37,10 +37,10 @@ class DINOSchedule:
 
     Source: DINOv2, arXiv:2304.07193, appendix C, and its ViT-L/14 configuration. Where that counts in epochs
     (500 of 1,250 steps), the same share of our run: 30 epochs of rising temperature are 6 % and one of a
-    frozen last layer is 0.2 %; DALE-CT's own 3,300 of 20,000 steps of warm-up are its 80 epochs, 16 %.
+    frozen last layer is 0.2 %; DALE-CT's 3,300 of 20,000 steps of warm-up are its 80 epochs, 16 %.
 
     Args:
-        optimizer: of ``layerwise_adamw``.
+        optimizer: optimizer of ``layerwise_adamw``.
         max_steps: steps of the run.
         warmup_steps: steps of the learning rate's rise. DALE-CT III-B: 3,300.
         lr: peak learning rate.

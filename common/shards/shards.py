@@ -57,7 +57,7 @@ class Slab(NamedTuple):
 
     Args:
         entry: the volume.
-        index: index of its shard.
+        shard_index: index of its shard.
         z0: first slice, from the feet.
         n: number of slices.
         data: bytes of all its members.
@@ -65,7 +65,7 @@ class Slab(NamedTuple):
     """
 
     entry: VolumeEntry
-    index: ShardIndex  # type: ignore[assignment]  # tuple has a method of that name
+    shard_index: ShardIndex
     z0: int
     n: int
     data: bytes
@@ -81,11 +81,13 @@ class Slab(NamedTuple):
 
     def read_ts(self) -> np.ndarray | None:
         """Decode TotalSegmentator ids, uint8 ``(N, 128, 128)``; None without a label map."""
-        return self._planes("ts.png", self.index.slice_has_ts, np.uint8) if self.entry.has_ts else None
+        return self._planes("ts.png", self.shard_index.slice_has_ts, np.uint8) if self.entry.has_ts else None
 
     def read_rex(self) -> np.ndarray | None:
         """Decode findings, uint16 ``(N, 128, 128)``, bit k for ``REX_CODES[k]``; None if not annotated."""
-        return self._planes("rex.png", self.index.slice_has_rex, np.uint16) if self.entry.has_rex else None
+        return (
+            self._planes("rex.png", self.shard_index.slice_has_rex, np.uint16) if self.entry.has_rex else None
+        )
 
     def _planes(self, field: str, present: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
         """Masks of all slices; empty ones are known from the index and not decoded."""
@@ -97,10 +99,10 @@ class Slab(NamedTuple):
 
     def _decoded(self, z: int, field: str) -> np.ndarray:
         member = self.entry.first_sample + self.z0 + z, FIELDS.index(field)
-        first = int(self.index.member_offset[member]) - self.start
-        data = self.data[first : first + int(self.index.member_size[member])]
+        first = int(self.shard_index.member_offset[member]) - self.start
+        data = self.data[first : first + int(self.shard_index.member_size[member])]
         try:
-            if isal_zlib.crc32(data) != self.index.member_crc32[member]:
+            if isal_zlib.crc32(data) != self.shard_index.member_crc32[member]:
                 raise ValueError(f"its {len(data)} bytes are not those that were written.")
             return decode_ct(data) if field == "ct.blosc2" else decode_mask(data)
         except ValueError as error:

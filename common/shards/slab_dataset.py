@@ -22,6 +22,12 @@ from common.transforms.multi_crop import RandSlabMultiCrop, ViewPlan, cut_crops
 from common.transforms.patch_masks import PatchMasks, masked_places
 from common.transforms.view_batch import Batch, Sample, collate_views
 
+logger = logging.getLogger(__name__)
+
+# Second word of every random stream, after the seed.
+OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
+SHARED_MEMORY = Path("/dev/shm")
+SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
 HEADER_TOLERANCE = 1e-6
 """Headers store spacings as float32: 4.8 mm reads 4.80000019 and must count as 4.8. Our choice, relative."""
 
@@ -75,12 +81,6 @@ def slab_starts(num_slices: int, length: int) -> np.ndarray:
     return np.minimum(starts, max(num_slices - length, 0))
 
 
-logger = logging.getLogger(__name__)
-
-# Second word of every random stream, after the seed.
-OTHER_POOL, REX_POOL, VIEWS = 0, 1, 2
-
-
 class SlabViews(Dataset[Sample]):
     """Views of slabs, addressed by the place of the slab in the run.
 
@@ -91,19 +91,18 @@ class SlabViews(Dataset[Sample]):
     Slabs come from two pools, those of scans with ReX annotation and all others. Slab i is drawn from the
     first iff floor((i + 1) f) > floor(i f), f the fraction, so that any stretch of slabs has its exact share.
     The k-th draw of a pool of n slabs is element k mod n of its permutation number k // n: every slab comes
-    once a pass, and a batch is spread over the cohort. If a pool is empty, all draws are from the other.
+    once per pass, and a batch is spread over the cohort. If a pool is empty, all draws are from the other.
 
-    Of a slab only the slices that its views use are decoded, and only their crops leave: resize, augmentation
-    and normalisation are for the device (``render_views``), as is counting labels (``coverage_fractions``).
+    Of a slab only the slices that its views use are decoded, and only their crops leave: rendering and
+    counting labels are for the device.
 
     Source: DALE-CT III-A and III-C. Random access to slabs is our choice: SIGReg assumes independent samples,
     and a shuffle buffer behind a stream of volumes fills a batch from a handful of scans.
 
     Args:
         shards: the scans to train on.
-        slab_mm: thickness of a slab in mm; 0 for single slices. Paper: 12.
-        rex_fraction: share of slabs drawn from the ReX-annotated ones; None for one pool of all slabs, their
-            natural share. Paper: 0.2.
+        slab_mm: thickness of a slab; 0 for single slices. Paper: 12.
+        rex_fraction: share of slabs from the ReX-annotated scans; None for their natural share. Paper: 0.2.
         seed: seed of everything random.
         multi_crop: draws the views.
         with_masks: whether samples hold masks. Guidance reads the slab's masks either way.
@@ -273,17 +272,13 @@ class StepBatches(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-SHARED_MEMORY = Path("/dev/shm")
-SLABS_TRIED = 8  # whose crops are measured before the workers start; our choice
-
-
 class StepLoader(DataLoader[Any]):
     """A DataLoader of ``SlabViews`` whose workers outlive the signals that stop a trainer at its next step.
 
     Args:
         dataset: what to load.
         batch_sampler: which slabs at which step; its ``start_step`` counts when an iteration starts.
-        options: of ``DataLoader``, such as ``num_workers``, ``pin_memory`` and ``prefetch_factor``.
+        options: options of ``DataLoader``, such as ``num_workers``, ``pin_memory`` and ``prefetch_factor``.
 
     Raises:
         ValueError: if what the workers read ahead does not fit into the shared memory.
@@ -322,6 +317,6 @@ class StepLoader(DataLoader[Any]):
 def _leave_the_group(worker: int) -> None:
     """Clusters signal the process group of a job; the trainer needs its workers up to the last step.
 
-    A worker ends when the trainer tells it to or is gone.
+    A worker ends with its trainer.
     """
     os.setpgid(0, 0)

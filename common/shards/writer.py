@@ -44,21 +44,14 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
 
 
 class VolumeSlices(NamedTuple):
-    """One volume on its way into a shard.
+    """One volume on its way into a shard; fields that are not explained here are those of ``ShardIndex``.
 
     Args:
         volume: name; letters, digits, ``_`` and ``-``, at most 80.
         ct: ``(Z, H, W)`` int16 HU.
         ts: ``(Z, 128, 128)`` uint8 TotalSegmentator ids, or None without a label map.
         rex: ``(Z, 128, 128)`` uint16 bit planes, or None where the scan is not annotated.
-        spacing_mm: as (x, y, z).
-        original_shape: shape of the array in the source.
-        original_axcodes: orientation of the array in the source, such as ``LPS``.
         labels: class name to 0 or 1, or None.
-        split: such as ``train``.
-        source: path of the CT (of a DICOM series its folder), relative to the input folder.
-        source_sha256: checksum of the CT's bytes; of several files, of their digests in order.
-        doubts: what makes it unlike a chest CT, as text; empty where nothing does.
     """
 
     volume: str
@@ -96,17 +89,7 @@ def write_shard(
 def write_tar(
     tar_path: Path, name: ShardName, volumes: Iterable[VolumeSlices | RejectedVolume], plan: str
 ) -> ShardIndex:
-    """Do as ``write_shard`` under any file name, for a part of a shard.
-
-    Args:
-        tar_path: file to write; its index goes beside it.
-        name: name of the shard.
-        volumes: see ``write_shard``.
-        plan: see ``write_shard``.
-
-    Raises:
-        ValueError: if a volume does not follow the schema, or comes twice.
-    """
+    """Do as ``write_shard`` under any file name, for a part of a shard of the given name."""
     index_path(tar_path).unlink(missing_ok=True)
     content = _Content(name)
     with (

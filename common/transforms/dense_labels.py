@@ -34,12 +34,6 @@ def patch_shares(ids: np.ndarray, box: tuple[int, int, int], grid: int, num_clas
 
     Raises:
         ValueError: if the shape or the box does not fit, or an id is not a class.
-
-    Example:
-        >>> ids = np.zeros((1, 4, 4), np.uint8)
-        >>> ids[0, 1:3, 2:] = 5
-        >>> patch_shares(ids, (1, 1, 3), grid=1, num_classes=6).toarray().round(3).tolist()
-        [[0.556, 0.0, 0.0, 0.0, 0.0, 0.444]]
     """
     _check(ids, box, grid)
     if int(ids.max()) >= num_classes or int(ids.min()) < 0:

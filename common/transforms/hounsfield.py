@@ -36,12 +36,6 @@ def hu_window(hu_window: str | Sequence[float]) -> HUWindow:
     Raises:
         KeyError: if no window has that name.
         ValueError: if there are not four finite numbers, the range is empty or the deviation not positive.
-
-    Example:
-        >>> hu_window("ct_rate").max_hu
-        888.0
-        >>> hu_window([-1000, 1000, 0, 500])
-        HUWindow(min_hu=-1000.0, max_hu=1000.0, mean_hu=0.0, std_hu=500.0)
     """
     if isinstance(hu_window, str):
         if hu_window not in HU_WINDOWS:

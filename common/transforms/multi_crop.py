@@ -9,6 +9,11 @@ import torch
 
 # S slices, M side of the mask grid, N V views (Vg global first, then Vl local), P view size, H W pixels
 
+UNGUIDED, GUIDED_BY_TS, GUIDED_BY_REX = 0, 1, 2
+"""Values of ``guide``: what a view was centred on."""
+
+GUIDANCE_MODES = ("paper", "released")
+
 
 class PositiveCells:
     """Positive cells of a slab's mask ``(S, M, M)``, in the order of slice, row and column.
@@ -51,20 +56,10 @@ def nearest_cells(
 
     Shape:
         ``(N,)`` each. Output: int64 ``(N, P)``.
-
-    Example:
-        >>> nearest_cells(torch.tensor([4]), torch.tensor([8]), 4, torch.tensor([16]), grid=8)
-        tensor([[2, 3, 4, 5]])
     """
     centres = 2 * torch.arange(size_px, device=starts_px.device) + 1
     pixels = starts_px.long()[:, None] + centres * sides_px.long()[:, None] // (2 * size_px)
     return (2 * pixels + 1) * grid // (2 * lengths_px.long()[:, None])
-
-
-UNGUIDED, GUIDED_BY_TS, GUIDED_BY_REX = 0, 1, 2
-"""Values of ``guide``: what a view was centred on."""
-
-GUIDANCE_MODES = ("paper", "released")
 
 
 class ViewPlan(NamedTuple):
@@ -242,7 +237,7 @@ def cut_crops(boxes: np.ndarray, read_slice: Callable[[int], np.ndarray]) -> np.
     """Cut the crops of views out of their slices.
 
     Args:
-        boxes: of ``ViewPlan``, (V, 4).
+        boxes: boxes of ``ViewPlan``, (V, 4).
         read_slice: returns a slice of the slab, int16 HU (H, W); called once per slice used.
 
     Returns:

@@ -72,12 +72,12 @@ class PatchMasks:
 
     def draw(self, place: int) -> np.ndarray:
         """Return the masks of a slab, bool (Vg, P), from its place in the run."""
-        together, own = divmod(place, SAMPLES_TOGETHER)
-        shared = np.random.default_rng([self.seed, MASKS, together, 0])
+        group, member = divmod(place, SAMPLES_TOGETHER)
+        shared = np.random.default_rng([self.seed, MASKS, group, 0])
         parts = shared.permutation(SAMPLES_TOGETHER * self.num_global)
         rng = np.random.default_rng([self.seed, MASKS, place, 0, 1])
         masks = np.zeros((self.num_global, self.grid, self.grid), bool)
-        for view, part in enumerate(parts[own * self.num_global : (own + 1) * self.num_global]):
+        for view, part in enumerate(parts[member * self.num_global : (member + 1) * self.num_global]):
             if part < self.num_masked:
                 share = rng.uniform(self.ratios[part], self.ratios[part + 1])
                 masks[view] = block_mask(rng, self.grid, int(self.grid**2 * share))

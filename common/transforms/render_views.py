@@ -1,4 +1,4 @@
-"""From the crops that the loader cut to what the encoder sees, and to what it should tell of each patch."""
+"""Renders the crops that the loader cut into what the encoder sees, and counts the labels of its patches."""
 
 # B slabs, V views of a group (Vg global, Vl local), S their size, N crops, K side of the largest crop
 
@@ -148,13 +148,13 @@ def photometric(
     Source: DALE-CT III-A; order and 3 x 3 kernel from the released configurations.
 
     Args:
-        views: HU, any real type.
-        gamma: exponent of each view's 0..1 intensity.
-        blur_sigma: standard deviation of each view's blur in view pixels; 0 for none. Borders are reflected.
+        views: ``(B, V, S, S)`` HU, any real type.
+        gamma: ``(B, V)``, exponent of each view's 0..1 intensity.
+        blur_sigma: ``(B, V)``, standard deviation of its blur in view pixels; 0 for none. Borders reflect.
         window: clip range and statistics in HU.
 
-    Shape:
-        ``views (B, V, S, S)``, ``gamma (B, V)``, ``blur_sigma (B, V)``. Output: float32 ``(B, V, 1, S, S)``.
+    Returns:
+        float32 ``(B, V, 1, S, S)``.
 
     Raises:
         ValueError: if the shapes do not agree.
@@ -235,13 +235,13 @@ def resize_squares(
     sparse ones, and still a millisecond for a batch on a GPU, where it saves hundreds of launches.
 
     Args:
-        pixels: the crops, rows first, one after the other; any real type whose values float32 holds.
-        sides_px: side of each crop.
+        pixels: ``(sum of sides_px squared,)``, the crops, rows first, one after the other.
+        sides_px: ``(N,)``, side of each crop.
         largest_px: at least the largest of them, K; stated because the device is not asked.
         size_px: S.
 
-    Shape:
-        ``pixels (sum of sides_px squared,)``, ``sides_px (N,)``. Output: float32 ``(N, S, S)``.
+    Returns:
+        float32 ``(N, S, S)``.
     """
     sides = sides_px.long()[:, None]
     firsts = (sides.square().cumsum(0) - sides.square())[..., None]
@@ -254,19 +254,16 @@ def resize_squares(
 
 
 def triangle_filters(sides_px: torch.Tensor, largest_px: int, size_px: int) -> torch.Tensor:
-    """Weights that resize samples to ``size_px``: one triangle per row, summing to 1.
+    """Weights ``(N, S, K)`` that resize samples to ``size_px``: one triangle per row, summing to 1.
 
     The triangle of output sample i is centred on (i + 1/2) side / size in units where input sample j covers
     [j, j + 1), and reaches max(side / size, 1) to both sides. Weights are ratios of whole numbers that
-    float32 holds, so that they are the same on every device.
+    float32 holds, so that they are the same on every device; they are 0 beyond a filter's input.
 
     Args:
-        sides_px: number of input samples of each filter.
+        sides_px: ``(N,)``, number of input samples of each filter.
         largest_px: at least the largest of them, K.
         size_px: number of output samples, S.
-
-    Shape:
-        ``sides_px (N,)``. Output: float32 ``(N, S, K)``, 0 beyond a filter's input.
 
     Example:
         >>> triangle_filters(torch.tensor([2]), 3, 4)[0]

@@ -57,7 +57,7 @@ def patch_cells(
     """Find the mask cells under the patches of views.
 
     Args:
-        boxes: of ``ViewPlan``: slice, top, left, side.
+        boxes: boxes of ``ViewPlan``: slice, top, left, side.
         flips: whether a view is mirrored, columns reversed.
         shapes: height and width of each view's slice.
         size_px: see ``most_cells_per_patch``.
@@ -98,28 +98,21 @@ def coverage_fractions(
     Source: DALE-CT III-C2.
 
     Args:
-        planes: class of every cell, background included.
-        plane: which of them lies under each view.
-        cells: of the views.
+        planes: ``(L, M, M)`` of integers, class of every cell, background included.
+        plane: ``(N,)``, which of them lies under each view.
+        cells: cells of the views.
         num_classes: C. TotalSegmentator's task "total" with the background: 118. What shards hold is below.
 
-    Shape:
-        ``planes`` (L, M, M) of integers, ``plane (N,)``. Output: ``cls (N, C)`` and ``patches (N, P, C)``,
-        float32.
+    Returns:
+        ``cls (N, C)`` and ``patches (N, P, C)``, float32.
 
     Example:
         >>> planes = torch.tensor([[[0, 1], [0, 2]]], dtype=torch.uint8)
         >>> box, shape = torch.tensor([[0, 0, 0, 4]]), torch.tensor([[4, 4]])
         >>> sizes = {"size_px": 4, "patch_size_px": 2, "grid": 2, "most_cells": 2}
         >>> cells = patch_cells(box, torch.tensor([False]), shape, **sizes)
-        >>> cls, patches = coverage_fractions(planes, torch.tensor([0]), cells, num_classes=3)
-        >>> cls
+        >>> coverage_fractions(planes, torch.tensor([0]), cells, num_classes=3)[0]
         tensor([[0.5000, 0.2500, 0.2500]])
-        >>> patches
-        tensor([[[1., 0., 0.],
-                 [0., 1., 0.],
-                 [1., 0., 0.],
-                 [0., 0., 1.]]])
     """
     classes, pixels = _cells_of_patches(planes, plane, cells)
     counts = pixels.new_zeros(*pixels.shape[:2], num_classes).scatter_add_(2, classes, pixels)
@@ -131,16 +124,10 @@ def finding_presence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return 1 for each finding that at least one pixel shows, in the whole view and in each patch.
 
+    As ``coverage_fractions``, of ``planes`` with bit k for the k-th finding of
+    ``common/labels/rexgroundingct.csv``.
+
     Source: DALE-CT III-C2.
-
-    Args:
-        planes: findings of every cell, bit k for the k-th of ``common/labels/rexgroundingct.csv``.
-        plane: see ``coverage_fractions``.
-        cells: see ``coverage_fractions``.
-        num_classes: C. ReXGroundingCT: 14.
-
-    Shape:
-        As ``coverage_fractions``.
     """
     counts = _finding_counts(planes, plane, cells, num_classes)
     return counts.any(1).float(), (counts > 0).float()
@@ -149,11 +136,9 @@ def finding_presence(
 def finding_fractions(
     planes: torch.Tensor, plane: torch.Tensor, cells: PatchCells, num_classes: int = 14
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which share of the pixels shows each finding, in the whole view and in each patch.
+    """Return which share of the pixels shows each finding; arguments as in ``finding_presence``.
 
-    Source: released DALE-CT code; the paper's text says presence, for which see ``finding_presence``.
-
-    Arguments and shapes are those of ``finding_presence``.
+    Source: released DALE-CT code; the paper's text says presence.
     """
     return _shares(_finding_counts(planes, plane, cells, num_classes), cells.patch_size_px)
 

@@ -95,14 +95,7 @@ class Batch(Views[torch.Tensor]):
 def collate_views(
     samples: Sequence[Sample], num_global: int, sizes_px: Sequence[int], patch_size_px: int
 ) -> Batch:
-    """Put samples together, all with masks or all without.
-
-    Args:
-        samples: B samples.
-        num_global: global views per sample.
-        sizes_px: sides of a global and of a local view.
-        patch_size_px: side of the encoder's patches.
-    """
+    """Put samples together, all with masks or all without; sides are those of a global and a local view."""
     batch: dict[str, Any] = {"num_global": num_global, "sizes_px": list(sizes_px)}
     batch["patch_size_px"] = patch_size_px
     for name in samples[0]:

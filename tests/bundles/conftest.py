@@ -19,6 +19,7 @@ import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
+from safetensors.torch import load_file
 
 from common.cohort.class_map import class_map
 from common.cohort.cohort import load_labels
@@ -26,6 +27,20 @@ from common.embeddings.store import EmbeddingStoreWriter
 from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+TINY = {
+    **{"global_size_px": 32, "local_size_px": 16, "num_local": 3, "img_size_px": 32, "patch_size_px": 8},
+    **{"embed_dim": 24, "depth": 1, "num_heads": 2, "layer_scale_init": 0.1, "projector_hidden_dim": 16},
+    **{"projection_dim": 11, "num_directions": 32, "batch_size": 4, "max_steps": 9, "warmup_steps": 2},
+    **{"amp_dtype": "float32", "num_workers": 0, "log_every": 1, "checkpoint_every": 2},
+}
+"""Knobs of LeJEPA's bundles that take seconds."""
+
+
+def assert_same_weights(found: Path, expected: Path, rtol: float = 0, atol: float = 0) -> None:
+    """Compare the encoders that two runs left in their folders, by default bit by bit."""
+    weights = load_file(found / "model.safetensors")
+    for name, tensor in load_file(expected / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.fixture

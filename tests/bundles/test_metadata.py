@@ -11,7 +11,7 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
-from common.networks.encoder import PAPER_INPUT
+from common.networks.encoder import PAPER_INPUT, SliceInput
 from common.transforms.hounsfield import HU_WINDOWS, hu_window
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,8 +87,6 @@ def test_version_is_in_the_changelogs(bundle: Path) -> None:
 @each_bundle
 def test_names_agree(bundle: Path) -> None:
     assert re.sub(r"[^a-z0-9]+", "_", metadata_of(bundle)["name"].lower()) == bundle.name
-    # monai.bundle takes what follows "_v" for a version
-    assert "_v" not in bundle.name
 
 
 @each_bundle
@@ -208,9 +206,16 @@ def test_metadata_and_inference_config_agree(bundle: Path) -> None:
     metadata = metadata_of(bundle)
     config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
     assert config["name"] == bundle.name
-    assert config["hu_window"] is config["slice_axes"] is None  # as the weights state, else the paper's
-    assert PAPER_INPUT.slice_axes == metadata["slice_axes"]
-    assert PAPER_INPUT.window == hu_window(metadata["hu_window"]["name"])
+    assert config["hu_window"] is config["slice_axes"] is None  # as is known of the weights
+    weights = metadata["weights"]
+    assert config["weights_repo"] == weights["repository"]
+    assert config["weights_name"] == weights["file"]
+    assert config["weights_licence"] == weights["licence"] == "CC-BY-NC-SA-4.0"
+    assert config["weights_slice_axes"] == weights["slice_axes"] == "xy"
+    assert config["weights_hu_window"] == weights["hu_window"]
+    is_trained_here = (bundle / "configs" / "train.json").is_file()
+    own = PAPER_INPUT if is_trained_here else SliceInput("xy", hu_window(weights["hu_window"]))
+    assert own == (metadata["slice_axes"], hu_window(metadata["hu_window"]["name"]))
     assert config["patch_size_px"] == metadata["patch_size_px"]
     assert config["strategies"] == [f"cropped_{metadata['image_size_px']}"]
     assert config["embed_dim"] == metadata["network_data_format"]["outputs"]["pred"]["num_channels"]
@@ -233,6 +238,20 @@ def test_volume_encoder_and_its_inference_config_agree(bundle: Path) -> None:
         "datasets/" * (config["weights_repo_type"] == "dataset") + config["weights_repo"]
     )
     assert metadata["weights"]["file"] == config["weights_name"]
+    assert metadata["weights"]["licence"] == config["weights_licence"]
+
+
+@each_slice_encoder
+def test_card_says_whose_weights_are_downloaded_and_where_they_can_be_placed(bundle: Path) -> None:
+    card = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
+    weights = metadata_of(bundle)["weights"]
+    url = f"https://huggingface.co/{weights['repository']}"
+    for words in (url, f"{url}/resolve/main/{weights['file']}", weights["licence"], "not run here"):
+        assert words in card
+    assert f"bundles/{bundle.name}/models/{weights['file']}" in card
+    terms = (bundle / "docs" / "data_license.txt").read_text(encoding="utf-8")
+    assert weights["repository"] in terms
+    assert weights["licence"] in terms
 
 
 @each_volume_encoder

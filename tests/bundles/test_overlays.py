@@ -16,7 +16,7 @@ from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 OVERLAYS = sorted(path.stem for path in (BUNDLES / "_overlays").glob("*.json"))
-BUNDLE_OF = {"released": "dale_ct_2s", "natural_rex": "dale_ct_2s", "dale_ct_1s_v2": "dale_ct_1s"}
+BUNDLE_OF = {"released": "dale_ct_2s", "natural_rex": "dale_ct_2s"}
 SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 2, "layer_scale_init": 0.1}
 SMALL |= {"projector_hidden_dim": 16, "projection_dim": 11, "num_directions": 32, "num_workers": 0}
 SMALL |= {"batch_size": 3, "max_steps": 2, "warmup_steps": 0, "log_every": 1, "amp_dtype": "float32"}
@@ -46,10 +46,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(name: str, shards: Path, out: Path, **changes: object) -> ConfigWorkflow:
-    """Train two steps of the bundle with the overlay, the network small but for what the overlay sets."""
-    bundle = BUNDLES / BUNDLE_OF.get(name, "dale_ct_0")
+    """Train two steps of a bundle, the network small but for what the overlay, if it is one, sets."""
+    overlays = [str(BUNDLES / "_overlays" / f"{name}.json")] if name in OVERLAYS else []
+    bundle = BUNDLES / (BUNDLE_OF.get(name, "dale_ct_0") if overlays else name)
     workflow = ConfigWorkflow(
-        [str(bundle / "configs" / "train.json"), str(BUNDLES / "_overlays" / f"{name}.json")],
+        [str(bundle / "configs" / "train.json"), *overlays],
         workflow_type="train",
         logging_file=False,
         bundle_root=str(bundle),
@@ -77,6 +78,13 @@ def test_it_trains(name: str, shards: Path, tmp_path: Path) -> None:
     overlay = json.loads((BUNDLES / "_overlays" / f"{name}.json").read_text())
     kept = {key: value for key, value in overlay.items() if key not in SMALL and key != "_desc_"}
     assert {key: workflow.parser.config[key] for key in kept} == kept
+
+
+def test_the_second_version_of_1s_trains_without_an_overlay(shards: Path, tmp_path: Path) -> None:
+    trainer = trained("dale_ct_1s_v2", shards, tmp_path).parser.get_parsed_content("train::trainer")
+    assert torch.isfinite(trainer.state.output[0]["loss"])
+    assert {"ts_cls", "ts_patch"} <= trainer.state.output[0].keys()
+    assert "rex_cls" not in trainer.state.output[0]
 
 
 def test_an_overlay_names_only_what_the_recipe_has_and_says_what_it_is() -> None:

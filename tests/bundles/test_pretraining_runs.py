@@ -13,21 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.bundles.conftest import TINY, assert_same_weights
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLE = REPOSITORY / "bundles" / "dale_ct_2s"
-TINY = {
-    **{
-        "global_size_px": 32,
-        "local_size_px": 16,
-        "img_size_px": 32,
-        "patch_size_px": 8,
-        "embed_dim": 24,
-        "depth": 1,
-    },
-    **{"num_heads": 2, "layer_scale_init": 0.1, "projector_hidden_dim": 16, "projection_dim": 11},
-    **{"num_directions": 32, "batch_size": 4, "max_steps": 9, "warmup_steps": 2, "amp_dtype": "float32"},
-    **{"num_workers": 0, "log_every": 1, "checkpoint_every": 2, "num_local": 3},
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +67,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(runs, unbroken, 
     said = runs.run(out)
     assert "Resumed at step" in said
     assert "Done: encoder in" in said
-    resumed, expected = load_file(out / "model.safetensors"), load_file(unbroken / "model.safetensors")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0, msg=name)
+    assert_same_weights(out, unbroken)
     assert runs.record(out)[1].info.status == "FINISHED"
 
 
@@ -131,9 +118,7 @@ def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, unbroken, tm
 
 def assert_same_course(runs, out: Path, unbroken: Path) -> None:
     """Weights and curves equal those of one process; another seed's differ by 1e-3, see the control."""
-    found, expected = load_file(out / "model.safetensors"), load_file(unbroken / "model.safetensors")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    assert_same_weights(out, unbroken, rtol=1e-3, atol=2e-5)
     for term in ("loss", "sigreg", "aux_rex_patch", "grad_norm"):
         curve = runs.curve(out, term)
         assert curve == pytest.approx(runs.curve(unbroken, term), rel=1e-3)

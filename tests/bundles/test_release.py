@@ -91,7 +91,7 @@ def test_the_same_files_make_the_same_bytes(dist: Path, tmp_path: Path) -> None:
 def test_every_bundle_is_listed_with_its_checksum(dist: Path) -> None:
     info = json.loads((dist / "model_info.json").read_text())
     sums = dict(line.split("  ")[::-1] for line in (dist / "SHA256SUMS").read_text().splitlines())
-    assert sorted(name.partition("_v")[0] for name in info) == BUNDLES
+    assert sorted(name.partition("_v")[0] for name in info) == [name for name in BUNDLES if "_v" not in name]
     for name, entry in info.items():
         digest = hashlib.sha256((dist / f"{name}.zip").read_bytes()).hexdigest()
         assert entry == {"checksum": digest, "source": f"https://example.org/v0/{name}.zip"}
@@ -130,8 +130,11 @@ def test_an_unknown_bundle_is_named(tmp_path: Path) -> None:
     assert "names must be bundles, got 'dale_ct_3'. Known: " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "version"), [("dale_ct_0", None), ("dale_ct_1s", None), ("dale_ct_1s_v2", "0.1.0")]
+)
 def test_a_release_by_name_is_found_as_monai_looks_for_it(
-    dist: Path, url: str, tmp_path, monkeypatch
+    name: str, version: str | None, dist: Path, url: str, tmp_path, monkeypatch
 ) -> None:
     """GitHub's two addresses lead to this machine; everything else is MONAI's own."""
     seen = []
@@ -148,9 +151,10 @@ def test_a_release_by_name_is_found_as_monai_looks_for_it(
 
     monkeypatch.setattr(scripts, "_get_git_release_url", release_url)
     monkeypatch.setattr(requests, "get", local_get)
-    scripts.download(name="dale_ct_0", source="github", repo="owner/repo/v0.1.0", bundle_dir=str(tmp_path))
-    assert seen == [("owner", "repo", "v0.1.0", next(dist.glob("dale_ct_0_v*.zip")).name)]
-    assert (tmp_path / "dale_ct_0" / "configs" / "train.json").is_file()
+    where = {"source": "github", "repo": "owner/repo/v0.1.0", "bundle_dir": str(tmp_path)}
+    scripts.download(name=name, version=version, **where)
+    assert seen == [("owner", "repo", "v0.1.0", next(dist.glob(f"{name}_v0*.zip")).name)]
+    assert (tmp_path / name / "configs" / "train.json").is_file()
 
 
 def test_the_checksums_beside_a_release_are_those_of_its_archives(dist: Path) -> None:

@@ -47,6 +47,7 @@ def test_both_configs_of_an_encoder_build_the_same_network():
 AUXILIARY = {"aux_weight", "auxiliary_terms", "auxiliary_head", "auxiliary_loss"}
 SIZES = {"global_size_px", "local_size_px"}
 PATCH_14 = {"patch_size_px", "img_size_px"}
+SCHEDULE = {"rex_fraction", "batch_size", "max_steps", "warmup_steps", "checkpoint_every"}
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,12 @@ PATCH_14 = {"patch_size_px", "img_size_px"}
             "dale_ct_2s",
             {"name"} | SIZES | (AUXILIARY - {"aux_weight"}) | PATCH_14,
         ),
-        ("inference", "dale_ct_0", "dale_ct_2s", {"name"}),
-        ("inference", "dale_ct_0", "dale_ct_1s", {"name", "strategies"} | PATCH_14),
+        ("train", "dale_ct_1s", "dale_ct_1s_v2", {"name", "auxiliary_terms"} | SIZES | PATCH_14 | SCHEDULE),
+        ("inference", "dale_ct_0", "dale_ct_2s", {"name", "weights_repo"}),
+        ("inference", "dale_ct_0", "dale_ct_1s", {"name", "weights_repo", "strategies"} | PATCH_14),
+        ("inference", "dale_ct_0", "dale_ct_1s_v2", {"name", "weights_repo"}),
+        ("inference", "dale_ct_0", "dale_ct_0_l", {"name", "weights_repo", "weights_hu_window"}),
+        ("inference", "dale_ct_1s", "dinov2_ct", {"name", "weights_repo", "vit"}),
     ],
 )
 def test_variants_differ_in_exactly_what_the_paper_says_of_them(config, one, other, expected):

@@ -2,19 +2,14 @@
 
 import importlib.util
 import socket
+from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+
+from tests.bundles.conftest import TINY, assert_same_weights
 
 pytestmark = pytest.mark.two_ranks
 
-TINY = {
-    **{"global_size_px": 32, "local_size_px": 16, "img_size_px": 32, "patch_size_px": 8, "embed_dim": 24},
-    **{"depth": 1, "num_heads": 2, "layer_scale_init": 0.1, "projector_hidden_dim": 16, "projection_dim": 11},
-    **{"num_directions": 32, "max_steps": 4, "warmup_steps": 1, "amp_dtype": "float32", "num_local": 3},
-    **{"num_workers": 0, "log_every": 1, "checkpoint_every": 2},
-}
 # what sbatch sets for its script, which runs on the first machine
 BATCH = {
     "SLURM_NTASKS": "2",
@@ -51,11 +46,11 @@ def free_port(first: int, last: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def weights_of(training_runs, python_m, tmp_path_factory):
-    """Return the weights of a tiny run that words before its command and variables start."""
-    runs = training_runs("dale_ct_2s", TINY)
+def folder_of(training_runs, python_m, tmp_path_factory):
+    """Return the folder of a tiny run that words before its command and variables start."""
+    runs = training_runs("dale_ct_2s", TINY | {"max_steps": 4, "warmup_steps": 1})
 
-    def run(*launcher: str, batch_size: int, job: str = "70000") -> dict[str, torch.Tensor]:
+    def run(*launcher: str, batch_size: int, job: str = "70000") -> Path:
         folder = tmp_path_factory.mktemp("run")
         (folder / "srun.py").write_text(SRUN)
         module, *words = runs.command(folder / "out", batch_size=batch_size)
@@ -64,29 +59,28 @@ def weights_of(training_runs, python_m, tmp_path_factory):
             module = importlib.util.find_spec(f"{module}.__main__").origin
         result = python_m([*launcher, module, *words], folder, **BATCH, SLURM_JOB_ID=job)
         assert result.returncode == 0, result.stderr[-3000:]
-        return load_file(folder / "out" / "model.safetensors")
+        return folder / "out"
 
     return run
 
 
 @pytest.fixture(scope="module")
-def alone(weights_of) -> dict[str, torch.Tensor]:
+def alone(folder_of) -> Path:
     """One process in a batch script, which waits for no other."""
-    return weights_of(batch_size=4)
+    return folder_of(batch_size=4)
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
-
-
-def test_srun_starts_a_torchrun_on_each_machine(weights_of, alone):
+def test_srun_starts_a_torchrun_on_each_machine(folder_of, alone):
     port = free_port(29500, 30000)
     where = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--local_addr", "localhost")
     nodes = ("--nnodes", "2", "--nproc_per_node", "2", *where)
-    assert_same(weights_of("srun", "torch.distributed.run", *nodes, batch_size=1), alone)
+    assert_same_weights(
+        folder_of("srun", "torch.distributed.run", *nodes, batch_size=1), alone, rtol=1e-3, atol=2e-5
+    )
 
 
-def test_srun_starts_the_ranks_themselves(weights_of, alone):
+def test_srun_starts_the_ranks_themselves(folder_of, alone):
     port = free_port(15001, 25000)  # Ignite makes it of the job's number
-    assert_same(weights_of("srun", batch_size=2, job=f"7{port - 15000:04d}"), alone)
+    assert_same_weights(
+        folder_of("srun", batch_size=2, job=f"7{port - 15000:04d}"), alone, rtol=1e-3, atol=2e-5
+    )

@@ -213,12 +213,13 @@ def retrieve_and_transfer(embedding: Workflow, workflow: Workflow, labels_dir: P
 def test_without_weights_the_first_cause_says_which_file_to_place_where(bundle, embedding, tmp_path):
     """The first cause is the one line that users see; tests run with HF_HUB_OFFLINE."""
     where = str(tmp_path / "weights.pt")
-    run = embedding(bundle, random_ct(tmp_path / "a.nii.gz", 0), tmp_path / "out", encoder_weights=where)
+    knobs = {"bundle_weights": where, "encoder_weights": "@bundle_weights"}
+    run = embedding(bundle, random_ct(tmp_path / "a.nii.gz", 0), tmp_path / "out", **knobs)
     with pytest.raises(RuntimeError) as caught:
         run.run()
     cause = first_cause(caught.value)
     assert isinstance(cause, FileNotFoundError)
-    assert f"get '{run.parser['weights_name']}' at revision 'main' and place it at '{where}'" in str(cause)
+    assert str(cause).endswith(f"/resolve/main/{run.parser['weights_name']} and save it as '{where}'.")
 
 
 @each_bundle

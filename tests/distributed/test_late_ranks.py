@@ -1,9 +1,6 @@
 """A rank that comes late to a meeting of the run is waited for, longer than within a step."""
 
 import csv
-import os
-import socket
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -16,10 +13,10 @@ from torch import distributed as dist
 from common.ct.rejection import RejectedVolume
 from common.embeddings.work import report_rejected
 from common.run import process
+from tests.distributed.conftest import run_two_ranks
 
 pytestmark = pytest.mark.two_ranks
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LATE_SECONDS = 4.0
 
 
@@ -39,28 +36,11 @@ def run_rank(folder: Path) -> None:
 
 
 def test_a_late_rank_is_waited_for_but_not_within_a_step(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment = os.environ | address | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=100)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    statuses, said = run_two_ranks(__file__, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("met_*")) == ["met_0", "met_1"], "\n".join(said)
     with (tmp_path / "rejected.csv").open() as file:
         assert [row["volume"] for row in csv.DictReader(file)] == ["volume_0", "volume_1"]
-    assert ranks[0].returncode != 0
+    assert statuses[0] != 0
     assert "Timed out waiting 2000ms" in said[0]
 
 

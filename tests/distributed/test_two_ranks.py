@@ -4,8 +4,6 @@ Everything runs in float64, so that only a wrong formula can make a difference. 
 once; they work through all cases and leave their values and gradients in a file each.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +18,10 @@ from common.losses.dino import BALANCES, DINOLoss, IBOTLoss, koleo_loss
 from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, ProjectionHead
 from common.run.distributed import gather_over_ranks, global_mean_weights, sum_over_ranks
+from tests.distributed.conftest import run_two_ranks
 
 pytestmark = pytest.mark.two_ranks
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 VIEWS = {"global": (2, 5), "local": (3, 3)}  # views, patches
 WIDTH, NUM_TS, NUM_REX = 7, 4, 2
 STEP = 11
@@ -140,10 +138,11 @@ def dino_and_koleo(samples: slice) -> dict[str, torch.Tensor]:
     return found | {"same koleo": loss.detach(), "own koleo": cls.grad}
 
 
-def run_rank(rank: int, folder: Path) -> None:
+def run_rank(folder: Path) -> None:
     """Work through all cases as one of two ranks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     results: dict[str, Any] = {}
     for name, case in CASES.items():
         first = rank * case.split[0]
@@ -170,25 +169,8 @@ def run_rank(rank: int, folder: Path) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Start the two processes and return what each of them found."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            cwd=REPOSITORY,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    statuses, said = run_two_ranks(__file__, folder)
+    assert statuses == [0, 0], "\n".join(said)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
 
 
@@ -260,4 +242,4 @@ def test_weights_of_samples_count_the_samples_of_both_ranks(ranks: list[dict[str
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(Path(sys.argv[1]))

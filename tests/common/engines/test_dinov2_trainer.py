@@ -32,6 +32,7 @@ def trainer(steps: int, **changes) -> DINOv2Trainer:
     }
     arguments = {
         "device": torch.device("cpu"),
+        "max_epochs": 1,
         "max_steps": steps,
         "train_data_loader": step_loader(),
         "network": student,

@@ -38,6 +38,7 @@ def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> 
     supervision = AuxiliaryBCELoss(**weights, auxiliary_terms=TERMS, rex_targets="presence")
     arguments = {
         "device": torch.device("cpu"),
+        "max_epochs": 1,
         "max_steps": steps,
         "train_data_loader": step_loader(),
         "network": network,

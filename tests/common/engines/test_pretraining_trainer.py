@@ -20,6 +20,7 @@ class GivenLosses(PretrainingTrainer):
         network = nn.Linear(2, 1)
         arguments = {
             "device": torch.device("cpu"),
+            "max_epochs": 1,
             "max_steps": len(losses),
             "train_data_loader": step_loader(),
             "network": network,

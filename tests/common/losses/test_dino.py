@@ -1,7 +1,5 @@
 """DINO's and iBOT's losses against loops over pairs, samples and prototypes in float64."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -93,10 +91,14 @@ def test_ibot_is_0_where_no_patch_of_the_batch_is_masked(balance: str) -> None:
 
 
 @pytest.mark.parametrize("balance", ["sinkhorn_knopp", "centring"])
-def test_dino_is_the_mean_over_pairs_of_different_views(balance: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rel"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)]
+)
+def test_dino_is_the_mean_over_pairs_of_different_views(balance: str, dtype: torch.dtype, rel: float) -> None:
+    """Whatever the logits' type: the losses' buffers are float32."""
     student, teacher = logits(V, B, K), logits(VG, B, K, seed=1)
-    loss = DINOLoss(K, balance).double()
-    terms = loss(student.clone(), teacher.clone(), TEMP)
+    terms = DINOLoss(K, balance)(student.to(dtype), teacher.to(dtype), TEMP)
+    assert {value.dtype for value in terms.values()} >= {torch.promote_types(dtype, torch.float32)}
     rows = teacher.reshape(VG * B, K).numpy()
     if balance == "sinkhorn_knopp":
         targets = sinkhorn_by_hand(rows.copy(), TEMP).reshape(VG, B, K)
@@ -110,11 +112,12 @@ def test_dino_is_the_mean_over_pairs_of_different_views(balance: str) -> None:
         if seen != told
     ]
     assert len(pairs) == (2 * 1 + 2 * 3) * B
-    assert float(terms["loss"]) == pytest.approx(np.mean(pairs), rel=1e-12)
+    assert float(terms["loss"]) == pytest.approx(np.mean(pairs), rel=rel)
     entropy = -np.mean([(t * np.log(t)).sum() for t in targets.reshape(-1, K)])
-    assert float(terms["teacher_entropy"]) == pytest.approx(entropy, rel=1e-10)
-    assert float(terms["kl"]) == pytest.approx(np.mean(pairs) - entropy, rel=1e-9)
-    assert float(terms["centre_norm"]) == pytest.approx(np.linalg.norm(0.1 * rows.mean(0)), rel=1e-10)
+    assert float(terms["teacher_entropy"]) == pytest.approx(entropy, rel=3 * rel)
+    assert float(terms["kl"]) == pytest.approx(np.mean(pairs) - entropy, rel=rel)
+    norm = np.linalg.norm(0.1 * rows.mean(0))
+    assert float(terms["centre_norm"]) == pytest.approx(norm, rel=max(rel, 1e-6))
 
 
 def test_a_student_that_tells_the_teachers_choice_has_no_kl() -> None:
@@ -126,18 +129,23 @@ def test_a_student_that_tells_the_teachers_choice_has_no_kl() -> None:
     assert float(terms["loss"]) > 0.1
 
 
-def test_ibot_is_the_mean_over_masked_patches_of_a_view_and_then_over_views() -> None:
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_ibot_is_the_mean_over_masked_patches_of_a_view_and_then_over_views(
+    dtype: torch.dtype, rel: float
+) -> None:
     by_view = [[0, 1, 2], [], [3], []]  # places in the list of masked patches
     student, teacher = logits(6, K), logits(6, K, seed=1)  # the last two are padding
     weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1, 0, 0], dtype=torch.float64)
-    terms = IBOTLoss(K, "sinkhorn_knopp").double()(student, teacher.clone(), weights, 4, TEMP)
+    given = [tensor.to(dtype) for tensor in (student, teacher, weights)]
+    terms = IBOTLoss(K, "sinkhorn_knopp")(*given, num_views=4, teacher_temp=TEMP)
     targets = sinkhorn_by_hand(teacher[:4].numpy().copy(), TEMP)
     means = [
         np.mean([cross_entropy(targets[place], student[place].numpy()) for place in places]) if places else 0
         for places in by_view
     ]
-    assert float(terms["loss"]) == pytest.approx(np.mean(means), rel=1e-12)
-    assert float(terms["centre_norm"]) == pytest.approx(float(0.1 * teacher[:4].mean(0).norm()), rel=1e-10)
+    assert float(terms["loss"]) == pytest.approx(np.mean(means), rel=rel)
+    norm = float(0.1 * teacher[:4].mean(0).norm())
+    assert float(terms["centre_norm"]) == pytest.approx(norm, rel=max(rel, 1e-6))
 
 
 def test_the_gradient_goes_to_the_student_alone_and_is_that_of_softmax() -> None:
@@ -151,12 +159,6 @@ def test_the_gradient_goes_to_the_student_alone_and_is_that_of_softmax() -> None
     torch.testing.assert_close(student.grad[1:], expected)
 
 
-def test_half_precision_is_raised_to_float32() -> None:
-    terms = DINOLoss(K, "sinkhorn_knopp")(logits(V, B, K).bfloat16(), logits(VG, B, K).bfloat16(), TEMP)
-    assert {value.dtype for value in terms.values()} == {torch.float32}
-    assert math.isfinite(terms["loss"])
-
-
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match=r"balance must be one of \('sinkhorn_knopp', 'centring'\), got 'x'"):
         DINOLoss(K, "x")
@@ -164,39 +166,6 @@ def test_what_makes_no_sense_is_refused() -> None:
         DINOLoss(K, "centring")(logits(V, B, K), logits(VG, B + 1, K), TEMP)
     with pytest.raises(ValueError, match=r"must be \(M, K\), \(M, K\), \(M,\), got .* and \(5,\)"):
         IBOTLoss(K, "centring")(logits(6, K), logits(6, K), torch.ones(5), 1, TEMP)
-
-
-@pytest.mark.parametrize("balance", ["centring", "sinkhorn_knopp"])
-@pytest.mark.parametrize(("student_dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_losses_as_they_are_built_take_either_precision(
-    balance: str, student_dtype: torch.dtype, atol: float
-) -> None:
-    """Their buffers are float32, and the centre is 0 before the first step."""
-    student, teacher = logits(V, B, K), logits(VG, B, K, seed=1)
-    rows = teacher.flatten(0, 1).numpy()
-    by_hand = (
-        sinkhorn_by_hand(rows.copy(), TEMP)
-        if balance == "sinkhorn_knopp"
-        else np.stack([softmax(row / TEMP) for row in rows])
-    ).reshape(VG, B, K)
-    pairs = [(g, v) for g in range(VG) for v in range(V) if g != v]
-    expected = np.mean(
-        [cross_entropy(by_hand[g, b], student[v, b].numpy()) for g, v in pairs for b in range(B)]
-    )
-    loss = DINOLoss(K, balance)
-    found = loss(student.to(student_dtype), teacher.to(student_dtype), TEMP)
-    assert found["loss"].dtype == student_dtype
-    assert float(found["loss"]) == pytest.approx(expected, abs=atol)
-    torch.testing.assert_close(loss.targets.centre, torch.from_numpy(0.1 * rows.mean(0)).float())
-    weights = torch.full((VG * B,), 0.25, dtype=student_dtype)
-    masked = [tensor[:VG].flatten(0, 1).to(student_dtype) for tensor in (student, teacher)]
-    patches = IBOTLoss(K, balance)(*masked, weights, VG, TEMP)["loss"]
-    by_patch = [
-        cross_entropy(row, other.numpy())
-        for row, other in zip(by_hand.reshape(-1, K), student[:VG].flatten(0, 1), strict=True)
-    ]
-    assert patches.dtype == student_dtype
-    assert float(patches) == pytest.approx(0.25 * sum(by_patch) / VG, abs=atol)
 
 
 def test_koleo_is_minus_the_mean_log_distance_to_the_nearest_other_sample_of_the_view() -> None:

@@ -1,6 +1,8 @@
 """Encoder weights travel with the facts they depend on."""
 
 import copy
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from common.networks.encoder import (
     slice_input,
     start_from_timm,
 )
+from common.networks.weights_file import Weights
 from common.transforms.hounsfield import hu_window
 
 IDENTITY = {"patch_size_px": 8, "slice_axes": "yx"}
@@ -37,6 +40,11 @@ def tiny_vit(embed_dim: int = 12, registers: str = "vit_large_patch14_dinov2") -
         depth=1,
         num_heads=2,
     )
+
+
+def weights(**facts: Any) -> Weights:
+    """Weights of which this is known."""
+    return Weights(Path("model.safetensors"), "theirs", "0" * 64, facts)
 
 
 def test_cls_and_patches_are_the_tokens_after_the_final_norm_in_row_major_order():
@@ -77,29 +85,32 @@ def test_weights_for_another_input_are_refused(tmp_path):
         load_encoder(tiny_vit(embed_dim=14), path, IDENTITY)
 
 
-def test_what_the_file_states_decides_which_slices_it_is_shown(tmp_path):
-    stated, plain = tmp_path / "stated.safetensors", tmp_path / "plain.safetensors"
-    window = [-940.8, 923.1, -25.03, 246.87]
-    save_encoder({}, stated, {"slice_axes": "xy", "hu_window": window})
-    save_file({}, plain)
+WINDOW = [-940.8, 923.1, -25.03, 246.87]
+
+
+@pytest.mark.parametrize("window", [WINDOW, "dale_ct_0_l"])
+def test_what_is_known_of_weights_decides_which_slices_they_are_shown(window):
+    known = weights(slice_axes="xy", hu_window=window)
     expected = ("xy", (-940.8, 923.1, -25.03, 246.87))
-    assert slice_input(stated) == slice_input(stated, "xy", "dale_ct_0_l") == expected
-    with pytest.raises(ValueError, match="slice_axes .*'xy' as .*stated.*'yx'. Drop --slice_axes"):
-        slice_input(stated, slice_axes="yx")
+    assert slice_input(known) == slice_input(known, "xy", "dale_ct_0_l") == expected
+    with pytest.raises(ValueError, match="slice_axes .*'xy' as 'theirs'.*'yx'. Drop --slice_axes"):
+        slice_input(known, slice_axes="yx")
     with pytest.raises(ValueError, match=r"hu_window .*-940.8.*\[-997.*Drop --hu_window"):
-        slice_input(stated, window="ct_rate")
-    assert slice_input(plain, "xy", window) == expected
-    with pytest.raises(ValueError, match="plain.* does not state its slice_axes. Pass --slice_axes"):
-        slice_input(plain, window=window)
-    with pytest.raises(ValueError, match="plain.* does not state its hu_window. Pass --hu_window"):
-        slice_input(plain, "xy")
-    with pytest.raises(FileNotFoundError, match="none.safetensors"):
-        slice_input(tmp_path / "none.safetensors")
+        slice_input(known, window="ct_rate")
+
+
+def test_what_nobody_knows_must_be_given():
+    assert slice_input(weights(), "xy", WINDOW) == ("xy", tuple(WINDOW))
+    with pytest.raises(ValueError, match="'theirs' does not state its slice_axes. Pass --slice_axes"):
+        slice_input(weights(), window=WINDOW)
+    with pytest.raises(ValueError, match="'theirs' does not state its hu_window. Pass --hu_window"):
+        slice_input(weights(), "xy")
 
 
 def test_random_weights_are_shown_the_papers_slices_unless_told():
-    assert slice_input(None) == ("yx", (-997.0, 888.0, -142.39, 360.97))
-    assert slice_input(None, "xy", [-1000, 1000, 0, 500]) == ("xy", (-1000, 1000, 0, 500))
+    random = Weights(None, "random", None, {})
+    assert slice_input(random) == ("yx", (-997.0, 888.0, -142.39, 360.97))
+    assert slice_input(random, "xy", [-1000, 1000, 0, 500]) == ("xy", (-1000, 1000, 0, 500))
 
 
 def test_missing_and_extra_keys_are_named(tmp_path):
@@ -111,8 +122,8 @@ def test_missing_and_extra_keys_are_named(tmp_path):
         load_encoder(tiny_vit(), path, {})
 
 
-def test_a_missing_file_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*Train the bundle first, or download"):
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         load_encoder(tiny_vit(), tmp_path / "none.safetensors", {})
 
 
@@ -122,19 +133,12 @@ def test_null_keeps_random_weights_and_says_so(caplog):
     assert "random initial weights" in caplog.text
 
 
-def test_encoder_id_follows_the_bytes(tmp_path):
-    path = tmp_path / "a"
-    path.write_bytes(b"abc")
-    assert encoder_id(path, seed=0) == "sha256:ba7816bf8f01cfea"  # FIPS 180-2's own example
-    assert encoder_id(None, seed=7) == "random:7"
-
-
-def test_the_same_weights_on_slices_of_another_kind_are_another_encoder(tmp_path):
-    path = tmp_path / "a"
-    path.write_bytes(b"abc")
-    assert encoder_id(path, seed=0, slice_axes="xy", layer_scale_init=1) == "sha256:ba7816bf8f01cfea:xy"
+def test_encoder_id_follows_the_bytes_and_the_kind_of_slices():
+    digest = hashlib.sha256(b"abc").hexdigest()
+    assert encoder_id(digest, seed=0) == "sha256:ba7816bf8f01cfea"  # FIPS 180-2's own example
+    assert encoder_id(digest, seed=0, slice_axes="xy", layer_scale_init=1) == "sha256:ba7816bf8f01cfea:xy"
+    assert encoder_id(None, seed=7) == encoder_id(None, seed=7, window=hu_window("ct_rate")) == "random:7"
     assert encoder_id(None, seed=7, layer_scale_init=0.5) == "random:7:layer_scale=0.5"
-    assert encoder_id(None, seed=7, window=hu_window("ct_rate")) == "random:7"
     wide = hu_window([-1000, 1000, 0, 500.5])
     assert encoder_id(None, seed=7, slice_axes="xy", window=wide) == "random:7:xy:-1000.0,1000.0,0.0,500.5"
 

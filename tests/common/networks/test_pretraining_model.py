@@ -1,5 +1,7 @@
 """One forward gives what Eq. 1 to 3 need, for every view."""
 
+import inspect
+
 import pytest
 import timm
 import torch
@@ -103,25 +105,17 @@ def test_auxiliary_head_without_findings_has_no_parameter_for_them() -> None:
     assert sum(parameter.numel() for parameter in head.parameters()) == 5 * 7 + 7
 
 
-@pytest.mark.parametrize("name", ["embed_dim", "projector_hidden_dim", "projection_dim"])
-def test_projection_heads_without_width_are_refused(name: str) -> None:
-    sizes = {"embed_dim": 5, "projector_hidden_dim": 11, "projection_dim": 3, name: 0}
-    with pytest.raises(ValueError, match=rf"{name} must be positive, got 0\."):
-        ProjectionHead(**sizes)
-
-
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("head", "name"),
     [
-        ("embed_dim", r"embed_dim must be positive, got -1\."),
-        ("num_ts_classes", r"num_ts_classes must be positive, got -1\."),
-        ("num_rex_classes", r"num_rex_classes must not be negative, got -1\."),
+        *((ProjectionHead, name) for name in ("embed_dim", "projector_hidden_dim", "projection_dim")),
+        *((auxiliary_head, name) for name in ("embed_dim", "num_ts_classes", "num_rex_classes")),
     ],
 )
-def test_auxiliary_heads_without_width_are_refused(name: str, message: str) -> None:
-    sizes = {"embed_dim": 5, "num_ts_classes": 7, "num_rex_classes": 3, name: -1}
-    with pytest.raises(ValueError, match=message):
-        auxiliary_head(**sizes)
+def test_heads_without_width_are_refused(head, name: str) -> None:
+    sizes = dict.fromkeys(inspect.signature(head).parameters, 3) | {name: -1}
+    with pytest.raises(ValueError, match=rf"{name} must .*got -1\."):
+        head(**sizes)
 
 
 def network(checkpoint_activations: bool = False) -> PretrainingModel:

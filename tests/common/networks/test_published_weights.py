@@ -1,18 +1,13 @@
-"""Published weights: where they are found, what of them is read, and what is refused."""
+"""Published weights: what of them is read, and what is refused."""
 
-import hashlib
-import logging
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.networks.published_weights import load_published, weights_file
-
-HUB = {"repo_id": "someone/encoder", "filename": "sub/model.pt", "revision": "abc123", "repo_type": "dataset"}
+from common.networks.published_weights import load_published
 
 
 def network() -> nn.Sequential:
@@ -49,9 +44,9 @@ def test_a_networks_part_is_loaded_strictly_under_its_own_names(suffix, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.image.1.bias": None}, r"missing \['1.bias'\], extra \[\]"),
-        ({"model.image.extra": torch.ones(1)}, r"missing \[\], extra \['extra'\]"),
-        ({"model.image.1.bias": torch.ones(3)}, r"1.bias must have shape \(4,\), got \(3,\)"),
+        ({"model.image.1.bias": None}, r'Missing.*"1\.bias"'),
+        ({"model.image.extra": torch.ones(1)}, r'Unexpected.*"extra"'),
+        ({"model.image.1.bias": torch.ones(3)}, r"1\.bias.*\[3\].*\[4\]"),
     ],
 )
 def test_weights_of_another_network_are_refused(change, message, tmp_path):
@@ -80,36 +75,3 @@ def test_null_keeps_random_weights_and_says_so(caplog):
     assert load_published(net, None, **OPTIONS) is net
     assert not net.training
     assert "random initial weights" in caplog.text
-    assert weights_file(None, **HUB) is None
-
-
-def test_a_file_placed_by_hand_comes_first_and_its_checksum_is_logged(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    (tmp_path / "model.pt").write_bytes(b"weights")
-    assert weights_file(tmp_path / "model.pt", **HUB) == tmp_path / "model.pt"
-    assert hashlib.sha256(b"weights").hexdigest() in caplog.text
-
-
-def test_a_missing_file_is_asked_of_the_hub_by_id_and_revision(tmp_path, monkeypatch):
-    asked = []
-
-    def download(repo_id, filename, revision, repo_type):
-        asked.append((repo_id, filename, revision, repo_type))
-        (tmp_path / "cached").write_bytes(b"weights")
-        return str(tmp_path / "cached")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert weights_file(tmp_path / "model.pt", **HUB) == tmp_path / "cached"
-    assert asked == [("someone/encoder", "sub/model.pt", "abc123", "dataset")]
-
-
-def test_offline_the_error_says_which_file_to_place_where(tmp_path):
-    where = tmp_path / "models" / "model.pt"  # tests run with HF_HUB_OFFLINE
-    with pytest.raises(FileNotFoundError, match="got '.*models/model.pt', which does not exist") as caught:
-        weights_file(where, **HUB)
-    message = str(caught.value)
-    assert "huggingface.co/datasets/someone/encoder" in message
-    assert f"get 'sub/model.pt' at revision 'abc123' and place it at '{where}'" in message
-    assert "\n" not in message
-    with pytest.raises(FileNotFoundError, match="got '.*model.pt', which does not exist. Pass --encoder_w"):
-        weights_file(where, **(HUB | {"repo_id": None}))

@@ -107,7 +107,7 @@ def test_what_the_hub_refuses_is_said_in_one_line_with_the_way_out(status, code,
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
-    with pytest.raises(FileNotFoundError, match=r"resolve/main/model\S+ and pass .*--encoder_weights"):
+    with pytest.raises(FileNotFoundError, match=r"resolve/main/model\S+ and pass the path"):
         found(place, "hub:no/body")
 
 
@@ -121,7 +121,8 @@ def test_offline_the_line_says_which_file_to_place_where(released, place, monkey
     assert released.asked == []
 
 
-def test_a_hub_out_of_reach_is_no_traceback(released, place):
+def test_a_hub_out_of_reach_is_no_traceback(released, place, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     released.close()
     with pytest.raises(FileNotFoundError, match=f"can be reached.*resolve.*'{place}'") as caught:
         found(place)
@@ -159,14 +160,14 @@ def test_files_that_are_no_weights_are_named(content, released, place):
 
 
 def test_what_can_be_nowhere_is_refused_before_the_hub_is_asked(released, place, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must be a file or hub:<owner>/<name>, got '.*mistyped"):
+    with pytest.raises(FileNotFoundError, match=r"'.*mistyped.*a file or hub:<owner>/<name>"):
         found(place, tmp_path / "mistyped.safetensors")
     with pytest.raises(ValueError, match="hub:<owner>/<name>, got 'no name'"):
         found(place, "hub:no name")
     with pytest.raises(FileNotFoundError, match=f"'{place}'.*Train the bundle, or .*--encoder_weights"):
         found(place, weights_repo=None)
     assert released.asked == []
-    with pytest.raises(FileNotFoundError, match="No weights at"):
+    with pytest.raises(FileNotFoundError, match="No encoder weights"):
         stated_identity(place)
 
 

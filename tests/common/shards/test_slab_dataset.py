@@ -38,34 +38,19 @@ class Volume(NamedTuple):
 
 
 class Shards:
-    """Stands in for a ShardSet: slice z of volume v is filled with 100 v + z."""
+    """Stands in for a ShardSet."""
 
     def __init__(self, volumes: list[Volume]) -> None:
         self.volumes = volumes
         self.slices_read: list[tuple[int, int]] = []
 
     def read_slab(self, volume_id: int, z0: int, n: int) -> "Slab":
+        assert 0 <= z0 < z0 + n <= self.volumes[volume_id].num_slices
         return Slab(self, volume_id, z0, n)
-
-    def read_ct(self, volume_id: int, z: int) -> np.ndarray:
-        assert 0 <= z < self.volumes[volume_id].num_slices
-        self.slices_read.append((volume_id, z))
-        return np.full(self.volumes[volume_id].shape, 100 * volume_id + z, np.int16)
-
-    def read_ts(self, volume_id: int, z0: int, n: int) -> np.ndarray | None:
-        mask = np.zeros((n, 128, 128), np.uint8)
-        mask[:, 32:96, 32:96] = 51
-        mask[np.arange(z0, z0 + n) % 4 == 3] = 0
-        return mask if self.volumes[volume_id].has_ts else None
-
-    def read_rex(self, volume_id: int, z0: int, n: int) -> np.ndarray | None:
-        mask = np.zeros((n, 128, 128), np.uint16)
-        mask[:, 56:64, 72:80] = 1 << 13
-        return mask if self.volumes[volume_id].has_rex else None
 
 
 class Slab(NamedTuple):
-    """Stands in for a slab of a shard."""
+    """Slice z of volume v is filled with 100 v + z; every fourth shows no organ, all the same finding."""
 
     shards: Shards
     volume_id: int
@@ -74,13 +59,20 @@ class Slab(NamedTuple):
 
     def read_ct(self, z: int) -> np.ndarray:
         assert 0 <= z < self.n
-        return self.shards.read_ct(self.volume_id, self.z0 + z)
+        self.shards.slices_read.append((self.volume_id, self.z0 + z))
+        shape = self.shards.volumes[self.volume_id].shape
+        return np.full(shape, 100 * self.volume_id + self.z0 + z, np.int16)
 
     def read_ts(self) -> np.ndarray | None:
-        return self.shards.read_ts(self.volume_id, self.z0, self.n)
+        mask = np.zeros((self.n, 128, 128), np.uint8)
+        mask[:, 32:96, 32:96] = 51
+        mask[np.arange(self.z0, self.z0 + self.n) % 4 == 3] = 0
+        return mask if self.shards.volumes[self.volume_id].has_ts else None
 
     def read_rex(self) -> np.ndarray | None:
-        return self.shards.read_rex(self.volume_id, self.z0, self.n)
+        mask = np.zeros((self.n, 128, 128), np.uint16)
+        mask[:, 56:64, 72:80] = 1 << 13
+        return mask if self.shards.volumes[self.volume_id].has_rex else None
 
 
 def cohort(number: int, num_slices: int = 17, every_rex: int = 5) -> list[Volume]:
@@ -250,8 +242,8 @@ def test_planes_are_those_under_the_views_and_empty_ones_are_left_out():
     empty = 0
     for place in range(8):
         sample = views[place]
-        for name, read in (("ts", views.shards.read_ts), ("rex", views.shards.read_rex)):
-            stored = read(0, sample["first_slice"], 12)
+        slab = views.shards.read_slab(0, sample["first_slice"], 12)
+        for name, stored in (("ts", slab.read_ts()), ("rex", slab.read_rex())):
             for z, plane in zip(sample["boxes"][:, 0], sample[f"{name}_plane"], strict=True):
                 shown = sample[f"{name}_planes"][plane] if plane >= 0 else np.zeros((128, 128))
                 np.testing.assert_array_equal(shown, stored[z])

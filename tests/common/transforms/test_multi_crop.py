@@ -250,16 +250,10 @@ def test_each_used_slice_is_read_once_and_no_other():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"global_size_px": 256, "patch_size_px": 14},
-            "global_size_px must be a multiple of patch_size_px, got 256 and 14. Use 252, or",
-        ),
+        ({"global_size_px": 256, "patch_size_px": 14}, "global_size_px must be .*got 256 and 14. Use 252"),
         ({"local_size_px": 3}, "local_size_px must be a multiple of patch_size_px, got 3 and 8. Use 8"),
         ({"patch_size_px": 0}, "global_size_px must be a multiple of patch_size_px, got 32 and 0"),
-        (
-            {"num_global": 0, "blur_probs": ()},
-            "num_global and num_local must be positive, got 0 and 8",
-        ),
+        ({"num_global": 0, "blur_probs": ()}, "num_global and num_local must be positive, got 0 and 8"),
         ({"num_local": 0}, "num_global and num_local must be positive, got 2 and 0"),
         ({"blur_probs": (0.5,)}, "blur_probs must have one entry per global view, got 1 for 2"),
         ({"blur_probs": (0.5, 1.5)}, "blur_probs must be between 0 and 1, got 1.5"),
@@ -270,10 +264,7 @@ def test_each_used_slice_is_read_once_and_no_other():
         ({"global_scale": (0.6, 1.1)}, r"global_scale must be .* of at most 1.0, got \[0.6, 1.1\]"),
         ({"local_scale": (0.6, 0.3)}, r"local_scale must be two increasing positive numbers"),
         ({"gamma_range": (0.9,)}, r"gamma_range must be two increasing positive numbers, got \[0.9\]"),
-        (
-            {"blur_sigma_range": (0, 2)},
-            r"blur_sigma_range must be two increasing positive numbers, got \[0, 2\]",
-        ),
+        ({"blur_sigma_range": (0, 2)}, r"blur_sigma_range must be two increasing .*got \[0, 2\]"),
     ],
 )
 def test_arguments_out_of_range_are_refused(changes, message):
@@ -282,9 +273,7 @@ def test_arguments_out_of_range_are_refused(changes, message):
 
 
 def test_masks_of_another_slab_are_refused():
-    with pytest.raises(
-        ValueError, match=r"rex must have shape \(slab_len, M, M\), got \(7, 16, 16\) for 6 slices"
-    ):
+    with pytest.raises(ValueError, match=r"rex must have shape .*got \(7, 16, 16\) for 6 slices"):
         multi_crop().draw(np.random.default_rng(0), SLAB_LEN - 1, SHAPE, None, finding_mask(1))
     with pytest.raises(ValueError, match="slab_len must be positive, got 0"):
         multi_crop().draw(np.random.default_rng(0), 0, SHAPE, None, None)
@@ -295,9 +284,7 @@ def test_each_view_can_have_its_own_chance_of_guidance() -> None:
     plan = draws(multi_crop(guided_prob=probs), 300, ts=organ_mask())
     assert (plan.guide[:, [0, *range(2, 7)]] == UNGUIDED).all()
     assert (plan.guide[:, [1, 7, 8, 9]] == GUIDED_BY_TS).all()
-    with pytest.raises(
-        ValueError, match="guided_prob must be one number or one per view, got 2 for 10 views"
-    ):
+    with pytest.raises(ValueError, match="guided_prob must be one .*got 2 for 10 views"):
         multi_crop(guided_prob=[0.5, 0.5])
     with pytest.raises(ValueError, match=r"guided_prob must be between 0 and 1, got 1.5"):
         multi_crop(guided_prob=[*[0.5] * 9, 1.5])
