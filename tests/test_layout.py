@@ -97,11 +97,17 @@ def test_every_mirrored_test_has_its_module() -> None:
 
 
 MAX_MODULES_OF_A_FOLDER = 18
+MAX_LINES = 400
 
 
 def test_a_folder_is_small_enough_to_be_read_as_a_list() -> None:
     folders = Counter(relative(file.parent) for file in source_files() if file.name != "__init__.py")
     assert not {folder: number for folder, number in folders.items() if number > MAX_MODULES_OF_A_FOLDER}
+
+
+def test_a_file_is_short_enough_to_be_read_at_once() -> None:
+    lengths = {relative(file): file.read_text(encoding="utf-8").count("\n") for file in source_files()}
+    assert not {file: lines for file, lines in lengths.items() if lines > MAX_LINES}
 
 
 def test_test_folders_are_no_packages() -> None:

@@ -257,7 +257,7 @@ def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -
         The same encoder, for use in a config.
 
     Raises:
-        FileNotFoundError: if there is no such file, or the hub can't be reached and its cache lacks it.
+        FileNotFoundError: if there is no such file, or neither hub nor cache gives it.
         ValueError: if the encoder is not of that architecture.
     """
     if initial_weights is None:
