@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from typer.testing import CliRunner
 
 from common.metrics.bootstrap import resample_weights, two_sided_p
-from common.reports.__main__ import app
+from common.reports.commands import app
 from common.reports.paired_differences import (
     MEASURES,
     compare,
