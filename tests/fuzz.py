@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
+import monai.bundle  # noqa: F401 (its seconds of imports belong to no case)
 import numpy as np
 import typer
 

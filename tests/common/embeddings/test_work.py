@@ -64,11 +64,7 @@ def test_ranks_share_what_is_left(tmp_path: Path) -> None:
     embed(tmp_path, "raw_32", "b")
     shares = []
     for rank in range(3):
-        with mock.patch.multiple(
-            "common.embeddings.work.idist",
-            get_rank=lambda rank=rank: rank,
-            get_world_size=lambda: 3,
-        ):
+        with mock.patch("common.embeddings.work.rank_and_ranks", return_value=(rank, 3)):
             work = embedding_work(SOURCES, folders)
         shares.append("".join(source.volume for source in work))
     assert shares == ["ae", "cf", "dg"]
