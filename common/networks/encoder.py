@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from common.embeddings.store import check_identity
 from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
-from common.networks.weights_file import Weights, stated_identity
+from common.networks.weights_file import Weights, be_quiet, stated_identity
 from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
@@ -266,6 +266,7 @@ def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -
         )
     patch_embed: Any = encoder.patch_embed
     blocks: Any = encoder.blocks
+    be_quiet()
     try:
         published = timm.create_model(
             vit,

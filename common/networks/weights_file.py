@@ -104,10 +104,9 @@ def download(
         FileNotFoundError: if the hub cannot be reached, does not give the file, or the download breaks off.
         ValueError: if ``repository`` is no name of one.
     """
-    from huggingface_hub import constants, errors, hf_hub_download, hf_hub_url
+    from huggingface_hub import errors, hf_hub_download, hf_hub_url
 
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # which packages run here is nothing the hub need know
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every address
+    be_quiet()
     try:
         url = hf_hub_url(repository, filename, repo_type=repo_type, revision=revision)
         return Path(hf_hub_download(repository, filename, repo_type=repo_type, revision=revision))
@@ -117,6 +116,14 @@ def download(
         page = url.partition("/resolve/")[0]
         by_hand = f"save it as '{place}'" if place else "pass the path of the file"
         raise FileNotFoundError(f"{_reason(error, page)} Or get {url} and {by_hand}.") from error
+
+
+def be_quiet() -> None:
+    """Tell the hub nothing of this machine, and the log nothing of each request."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # its environment variable is read at import
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
 def _reason(error: Exception, page: str) -> str:
