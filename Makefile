@@ -19,12 +19,13 @@ help: ## list the targets
 install: $(INSTALLED) ## create .venv and install the pinned packages
 
 # Reinstalls when a requirement changes. The stamp comes last: an install that broke off is taken up again.
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python must be 3.11 or newer, got $$($(PYTHON) --version). Call make with PYTHON=/path/to/python3.11."; exit 1; }
 	@echo "Installing into $(VENV): 3 to 6 minutes and 8 GB the first time (CUDA build of PyTorch; runs on a CPU too)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip check
 	@touch $@
 

@@ -10,9 +10,8 @@ import torch
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
-from common.embeddings.encoder_bundle import open_encoder_bundle
+from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
 from common.networks.encoder import agreed_input, load_encoder, save_encoder
 from common.networks.timm_keys import to_timm_keys
 from common.networks.weights_file import HUB, download, stated_identity
@@ -20,43 +19,11 @@ from common.reports.results import MACRO_COLUMNS, read_rows
 from common.run.config import short_errors
 from common.run.process import atomic_file
 from common.transforms.hounsfield import hu_window
-from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 
 app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")
 HUB_FILE, HUB_CONFIG = "model.safetensors", "config.json"
 
 Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
-
-
-def bundle_encoder(
-    bundle: str | Path, **knobs: str | None
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Build the encoder of a bundle, without loading its weights.
-
-    Args:
-        bundle: its folder.
-        knobs: of its ``inference.json``, to be changed.
-
-    Returns:
-        The encoder; the facts that its weights depend on, for ``save_encoder`` and ``load_encoder``, of which
-        the weights file states HU window and slice axes; the config's own values.
-
-    Raises:
-        FileNotFoundError: if there is no such bundle, it embeds nothing, or its weights are not there.
-        ValueError: if the weights do not state what slices they expect.
-    """
-    opened = open_encoder_bundle(bundle, knobs=knobs)
-    return opened["network_def"], opened["identity"], opened.parser.get()
-
-
-def image_side_px(config: dict[str, Any]) -> int:
-    """Side of the images that an encoder bundle embeds; for whole sides, of slices of 512 px.
-
-    Args:
-        config: of ``configs/inference.json``.
-    """
-    strategy = SliceStrategy(config["strategies"][0], config["patch_size_px"])
-    return strategy.side_px(FULL_PX)
 
 
 def read_weights(
@@ -146,17 +113,18 @@ def import_weights(
         ValueError: if the weights are not of the bundle's encoder, key by key and shape by shape, or what
             slices they expect is stated nowhere or otherwise.
     """
-    encoder, own, config = bundle_encoder(bundle, encoder_weights=None)
-    window_of_release = [*hu_window(config["weights_hu_window"])]
-    released = {"slice_axes": config["weights_slice_axes"], "hu_window": window_of_release}
-    weights, stated = read_weights(source, {config["weights_repo"]: released})
+    opened = open_encoder_bundle(bundle, knobs={"encoder_weights": None})
+    facts = opened["identity"]
+    window_of_release = [*hu_window(opened["weights_hu_window"])]
+    released = {"slice_axes": opened["weights_slice_axes"], "hu_window": window_of_release}
+    weights, stated = read_weights(source, {opened["weights_repo"]: released})
     expected = agreed_input(stated, source, slice_axes, window)
     shown = {"slice_axes": expected.slice_axes, "hu_window": [*expected.window]}
     path = Path(bundle) / "models" / "model.safetensors"
     aside = path.with_name("imported.safetensors")
     try:
-        save_encoder(weights, aside, own | stated | shown | {"name": own["name"]})
-        load_encoder(encoder, aside, own | shown)  # checks sizes, keys and shapes
+        save_encoder(weights, aside, facts | stated | shown | {"name": facts["name"]})
+        load_encoder(opened["network_def"], aside, facts | shown)  # checks sizes, keys and shapes
         aside.replace(path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(aside), source)) from error
@@ -183,13 +151,14 @@ def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> 
     path = bundle / "models" / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"No weights '{path}' to export. Train the bundle, or import weights, first.")
-    encoder, identity, config = bundle_encoder(bundle)
-    load_encoder(encoder, path, identity)
+    opened = open_encoder_bundle(bundle)
+    identity = opened["identity"]
+    encoder = load_encoder(opened["network_def"], path, identity)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     save_encoder(encoder.state_dict(), out / HUB_FILE, identity)
     with atomic_file(out / HUB_CONFIG, "w", encoding="utf-8") as file:
-        json.dump(timm_config(config, identity), file, indent=2)
+        json.dump(timm_config(opened), file, indent=2)
     card = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
     header = "---\nlibrary_name: timm\ntags: [image-feature-extraction, medical, ct, chest]\n---\n\n"
     with atomic_file(out / "README.md", "w", encoding="utf-8") as file:
@@ -197,27 +166,23 @@ def export_weights(bundle: str | Path, out: str | Path, results: list[Path]) -> 
     return out
 
 
-def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
-    """Describe an encoder as timm's hub format does.
+def timm_config(bundle: EncoderBundle) -> dict[str, Any]:
+    """Describe the encoder of a bundle as timm's hub format does.
 
     Mean and standard deviation are those of slices clipped to the window and scaled to 0..1; the whole image
     is resized as ours, without timm's usual cut.
-
-    Args:
-        config: of ``configs/inference.json``.
-        identity: its identity, with ``hu_window`` as four numbers.
     """
-    low, high, mean, std = identity["hu_window"]
-    built = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
-    values = {name: config[value[1:]] if str(value)[:1] == "@" else value for name, value in built.items()}
+    low, high, mean, std = bundle.window
+    written = bundle.parser["network_def"]
+    values = {name: bundle[f"network_def::{name}"] for name in written if not name.startswith("_")}
     architecture = values.pop("model_name")
     return {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": config["embed_dim"],
+        "num_features": bundle["embed_dim"],
         "model_args": {name: value for name, value in values.items() if name != "pretrained"},
         "pretrained_cfg": {
-            "input_size": [1, *[image_side_px(config)] * 2],
+            "input_size": [1, *[bundle.side_px] * 2],
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": 1.0,
@@ -227,7 +192,7 @@ def timm_config(config: dict[str, Any], identity: dict[str, Any]) -> dict[str, A
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        "identity": identity,
+        "identity": bundle["identity"],
     }
 
 

@@ -1,4 +1,4 @@
-"""Many independent tasks on Dask: workers of this machine, or a scheduler that others have joined."""
+"""Many independent tasks on Dask: workers on this machine, or a scheduler that others have joined."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ if TYPE_CHECKING:  # distributed takes 0.7 s to import; --help must not wait for
 
 logger = logging.getLogger(__name__)
 
+ShowProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WORKER_MEMORY_BYTES = 4 * 2**30
-"""Memory to have for each local worker: three times 512 x 512 x 1,500 voxels of 16 bits, and masks."""
+"""Memory needed per local worker: three times 512 x 512 x 1,500 voxels of 16 bits, and masks."""
 
 ALLOWED_DEATHS = 1
-"""A task that more workers die of is run once more alone, to tell it from one that was only near."""
+"""A task that kills more workers runs once more alone, to tell it from one that ran beside the cause."""
 
 TASKS_AHEAD = 1000
-"""Tasks that wait at the scheduler: enough for as many workers, and few enough to submit in a second."""
+"""Tasks queued at the scheduler: enough for as many workers, and few enough to submit in a second."""
 
 _SCHEDULER_LACKS_IT = "deserialization of the task graph"
 
@@ -35,7 +38,7 @@ _IGNORE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
 def default_workers() -> int:
-    """Return how many workers this machine, or this container, has cores and memory for, at least one."""
+    """Return the number of workers that this machine or container has cores and memory for, at least one."""
     from dask.system import CPU_COUNT
     from distributed.system import MEMORY_LIMIT
 
@@ -47,31 +50,30 @@ def default_workers() -> int:
 def dask_client(scheduler: str | None = None, workers: int | None = None) -> Iterator[Client]:
     """Connect to a running scheduler, or start workers on this machine and stop them at the end.
 
-    Local workers share the machine's memory equally; one that passes its share is killed and started anew.
+    Local workers share the machine's memory equally; one that exceeds its share is killed and restarted.
     Nothing of a local cluster listens beyond 127.0.0.1.
 
     Args:
         scheduler: address such as ``tcp://10.0.0.1:8786``; None starts a cluster here.
-        workers: of the cluster that is started; by default what the machine has cores and memory for.
+        workers: number of local workers; by default what the machine has cores and memory for.
 
     Raises:
         ConnectionError: if no scheduler answers at the address.
     """
     from distributed import Client, LocalCluster
 
-    for name in ("distributed", "distributed.client"):  # what concerns the user, tasks say
+    for name in ("distributed", "distributed.client"):  # tasks report what concerns the user
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=20)  # s; one that has just been started takes some
         except (OSError, TimeoutError, ValueError) as error:
             raise ConnectionError(
-                f"scheduler must be the address of a running Dask scheduler, got '{scheduler}' ({error}). "
-                "Start one with: dask scheduler"
+                f"No Dask scheduler answers at '{scheduler}' ({error}). Start one with: dask scheduler"
             ) from error
         with client:
             if not client.scheduler_info()["workers"]:
-                logger.warning("No worker has joined '%s' yet: the work begins when one does.", scheduler)
+                logger.warning("No worker has joined '%s' yet: work starts as soon as one does.", scheduler)
             yield client
         return
     cluster = LocalCluster(
@@ -89,13 +91,13 @@ def dask_client(scheduler: str | None = None, workers: int | None = None) -> Ite
 
 
 class Tasks:
-    """Tasks on a cluster; more may be started while results come, and none is left when the block ends.
+    """Tasks on a cluster; more may be started while results arrive, and none is left when the block ends.
 
-    A task that several workers died of is held back until no other runs and then run alone: only if workers
-    die again is it the cause. A lost worker's other tasks run again elsewhere.
+    A task that killed several workers is held back until no other runs and then runs alone: only if workers
+    die again is it the cause. Other tasks of a lost worker run again elsewhere.
 
     Args:
-        client: of the cluster.
+        client: Dask cluster.
 
     Example:
         >>> from distributed import Client
@@ -122,17 +124,11 @@ class Tasks:
         self._client.cancel([future for future, _, _ in self._started.values()])
 
     def start(self, function: Callable[[Item], Any], item: Item, priority: int = 0) -> None:
-        """Start a task.
-
-        Args:
-            function: importable by the workers.
-            item: its argument.
-            priority: tasks of a higher one go first, else those started earlier.
-        """
+        """Start a task; higher priorities go first, equal ones in the order of their start."""
         self._submit(function, item, priority)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        """Yield an item and its result as it comes; what the task raised is yielded in place of a result.
+        """Yield each item with its result, or with what its task raised, as it arrives.
 
         Raises:
             ConnectionError: if the scheduler is lost, or it or a worker cannot import the function.
@@ -143,10 +139,7 @@ class Tasks:
             for future in self._futures:
                 _, function, item = self._started.pop(future.key)
                 if future.cancelled():
-                    raise ConnectionError(
-                        "the Dask scheduler must live as long as its tasks, got cancelled ones. "
-                        "Run the same command again."
-                    )
+                    raise ConnectionError("Lost the Dask scheduler. Run the same command again: it resumes.")
                 error = future.exception()
                 if isinstance(error, KilledWorker) and future.key != self._alone:
                     self._suspects.append((function, item))
@@ -154,8 +147,8 @@ class Tasks:
                 if isinstance(error, ImportError) or _SCHEDULER_LACKS_IT in str(error):
                     said = " ".join(str(error).split())
                     raise ConnectionError(
-                        f"scheduler and workers must be able to import data_prep, got '{said}'. "
-                        "Start them in this environment, with PYTHONPATH set to the folder of data_prep."
+                        f"The Dask scheduler or a worker cannot import data_prep: {said}. Start them in this "
+                        "environment, with PYTHONPATH set to the repository's folder."
                     ) from error
                 yield item, future.result() if error is None else error
             if not self._suspects:
@@ -172,18 +165,15 @@ class Tasks:
 def run_tasks(
     client: Client, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result | BaseException]]:
-    """Run a function on every item, one task each, and yield results as they come.
+    """Run a function on every item, one task each, and yield results as they arrive.
 
     Tasks start in the order of the items. What a task raises is yielded in place of its result, and so is
-    ``distributed.KilledWorker`` for a task that workers die of; a lost worker's tasks run again.
+    ``distributed.KilledWorker`` for a task that kills workers; a lost worker's tasks run again.
 
     Args:
-        client: of the cluster.
-        function: importable by the workers.
-        items: arguments.
-
-    Yields:
-        An item and its result or its exception.
+        client: Dask cluster.
+        function: function that workers can import.
+        items: its arguments.
 
     Raises:
         ConnectionError: if the scheduler is lost, or it or a worker cannot import the function.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from common.ct.rejection import RejectedError, RejectedVolume
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 from data_prep.sources.rexgroundingct import read_full_findings
 from data_prep.sources.source_volume import SourceVolume, read_ct
 from data_prep.sources.totalsegmentator import read_full_label_map
@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """A volume whose labels are to be written.
-
-    Args:
-        source: CT and masks.
-        grid: patches along a side of the cropped image.
-        out: folder of the label files.
-    """
+    """A volume to label: its CT and masks, patches along a side, folder of the label files."""
 
     source: SourceVolume
     grid: int
@@ -38,11 +32,11 @@ def dense_labels_of(source: SourceVolume, grid: int) -> DenseLabels:
     """Count what the patches of a volume show, through the body crop that its image takes.
 
     Args:
-        source: CT and masks; a volume without annotated findings has none.
+        source: CT and masks; a volume without an annotation has no findings.
         grid: patches along a side of the cropped image.
 
     Raises:
-        RejectedError: if anything about the CT or a mask is not what it must be.
+        RejectedError: if anything is wrong with the CT or a mask.
     """
     import torch  # takes seconds to import; --help must not wait for it
 
@@ -72,7 +66,7 @@ def write_labels_of(task: Task) -> None:
 
 
 def _is_labelled(out: Path, volume: str, grid: int) -> bool:
-    """Tell whether a volume has labels of a grid; those of another are refused: an encoder may need them."""
+    """Tell whether a volume has labels of a grid; labels of another grid are refused."""
     from common.embeddings.dense_labels import read_dense_labels
 
     path = out / f"{volume}.safetensors"
@@ -81,8 +75,8 @@ def _is_labelled(out: Path, volume: str, grid: int) -> bool:
     patches = read_dense_labels(path).findings.shape[1]
     if patches != grid**2:
         raise ValueError(
-            f"grid must be that of the labels in '{out}', got {grid} and {patches} patches a slice for "
-            f"volume '{volume}'. Choose another --out."
+            f"Labels of '{volume}' in '{out}' have {patches} patches per slice, but --grid {grid} makes "
+            f"{grid**2}. Choose another --out, or the old grid."
         )
     return True
 
@@ -91,23 +85,24 @@ def write_all(
     client: Client,
     sources: Sequence[SourceVolume],
     out: Path,
+    *,
     grid: int,
-    progress: Callable[[str, int, int], None],
+    progress: ShowProgress,
 ) -> list[RejectedVolume]:
     """Write the labels of volumes that have none yet of this grid, on a cluster.
 
     Args:
-        client: of the cluster.
+        client: Dask cluster.
         sources: volumes with masks.
         out: folder of the label files.
         grid: patches along a side of the cropped image.
-        progress: told of every volume.
+        progress: called after every volume.
 
     Returns:
         Volumes that were left out, with the reason.
 
     Raises:
-        ValueError: if labels that are there are damaged or of another grid.
+        ValueError: if existing labels are damaged or of another grid.
     """
     todo = [
         Task(source.absolute(), grid, out) for source in sources if not _is_labelled(out, source.volume, grid)

@@ -1,4 +1,4 @@
-"""Statistics of foreground voxels: the clip range and the z-score of an encoder, found again from shards.
+"""Statistics of foreground voxels: the clip range and the z-score of an encoder, reproduced from shards.
 
 Shards hold whole HU in 4,096 steps, so a histogram of that many bins loses nothing: volumes are counted one
 at a time, in any order, and everything follows exactly from the sum of their histograms.
@@ -6,7 +6,7 @@ at a time, in any order, and everything follows exactly from the sum of their hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from common.ct.geometry import STORED_HU_RANGE
 from common.shards.index import load_index
 from common.shards.shards import ShardSet
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 from data_prep.shards.slices import read_slices
 
 if TYPE_CHECKING:
@@ -28,13 +28,7 @@ PERCENTILES = (0.05, 0.5, 50.0, 99.5)
 
 
 class VolumeTask(NamedTuple):
-    """What a worker counts.
-
-    Args:
-        shard: path of the tar.
-        volume: name.
-        slice_stride: every so many slices, from the feet.
-    """
+    """A volume to count: path of its shard's tar, name, and the step between the slices to read."""
 
     shard: str
     volume: str
@@ -42,12 +36,12 @@ class VolumeTask(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Voxels of one volume or of several.
+    """Voxels of one or several volumes.
 
     Args:
         histogram: ``(NUM_BINS,)`` int64, foreground voxels of each HU from ``LOWEST_HU`` on.
-        num_slices: that were read.
-        num_voxels: in them, foreground or not.
+        num_slices: slices that were read.
+        num_voxels: voxels in them, foreground or not.
     """
 
     histogram: np.ndarray
@@ -59,13 +53,13 @@ class HUStatistics(NamedTuple):
     """Statistics of the foreground.
 
     Args:
-        mean_hu: exact for the stored HU.
-        std_hu: of the population, likewise.
+        mean_hu: mean, exact for the stored HU.
+        std_hu: standard deviation of the population, likewise.
         percentiles_hu: percentage to HU, interpolated linearly between voxels, as ``numpy.percentile`` does.
-        num_foreground: voxels.
-        foreground_share: of all voxels.
-        lowest_share: of the foreground, at the lowest HU that shards store; lower ones are stored as that.
-        highest_share: at the highest, likewise.
+        num_foreground: foreground voxels.
+        foreground_share: their share of all voxels.
+        lowest_share: share of the foreground at the lowest HU that shards store, which stands for all below.
+        highest_share: share of the foreground at the highest, likewise.
     """
 
     mean_hu: float
@@ -78,11 +72,11 @@ class HUStatistics(NamedTuple):
 
 
 def foreground(hu: np.ndarray) -> np.ndarray:
-    """Find the body in a slice, air inside of it included.
+    """Find the body in a slice, including air inside it.
 
     Above -500 HU, opened (4-connected, 2 iterations), holes filled.
 
-    Source: DALE-CT's released statistics script. The image border counts as outside of the body.
+    Source: DALE-CT's released statistics script. The image border counts as outside the body.
 
     Args:
         hu: one slice.
@@ -97,7 +91,7 @@ def foreground(hu: np.ndarray) -> np.ndarray:
         >>> int(foreground(hu).sum())  # the hole is filled, each corner loses 3 pixels
         388
     """
-    from scipy import ndimage  # here, for the command line's help must not wait for it
+    from scipy import ndimage  # slow to import, and --help does not need it
 
     body = ndimage.binary_opening(hu > FOREGROUND_HU, iterations=2)
     filled: np.ndarray = ndimage.binary_fill_holes(body)
@@ -107,12 +101,9 @@ def foreground(hu: np.ndarray) -> np.ndarray:
 def count_volume(task: VolumeTask) -> Counts:
     """Count the foreground voxels of one volume.
 
-    Args:
-        task: which.
-
     Raises:
         OSError: if the shard cannot be read.
-        ValueError: if it is damaged, or holds HU that shards do not store.
+        ValueError: if it is damaged, or holds HU outside the stored range.
     """
     shard = Path(task.shard)
     index = load_index(shard)
@@ -134,15 +125,15 @@ def count_volume(task: VolumeTask) -> Counts:
 
 
 def sample_volumes(shards: ShardSet, num_volumes: int, seed: int, slice_stride: int) -> list[VolumeTask]:
-    """Draw volumes, all of them where there are no more.
+    """Draw volumes, or take all if there are no more.
 
-    The draw is among names in alphabetical order: how volumes are dealt to shards does not matter.
+    The draw is among names in alphabetical order: how volumes are distributed over shards does not matter.
 
     Args:
-        shards: to draw from.
-        num_volumes: to draw.
-        seed: of the draw.
-        slice_stride: of the tasks.
+        shards: shards to draw from.
+        num_volumes: number to draw.
+        seed: seed of the draw.
+        slice_stride: step between the slices to read.
 
     Raises:
         ValueError: if ``num_volumes`` or ``slice_stride`` is not positive.
@@ -158,18 +149,9 @@ def sample_volumes(shards: ShardSet, num_volumes: int, seed: int, slice_stride: 
 
 
 def count_volumes(
-    client: Client, tasks: Sequence[VolumeTask], progress: Callable[[str, int, int], None]
+    client: Client, tasks: Sequence[VolumeTask], progress: ShowProgress
 ) -> tuple[Counts, dict[str, str]]:
-    """Count the foreground voxels of volumes on a cluster.
-
-    Args:
-        client: of the cluster.
-        tasks: volumes.
-        progress: told of every volume.
-
-    Returns:
-        The counts of all volumes together, and of each volume that could not be read what is wrong with it.
-    """
+    """Count the foreground voxels of volumes on a cluster; return the sum, and each failed volume's error."""
     histogram = np.zeros(NUM_BINS, np.int64)
     num_slices = num_voxels = 0
     failed: dict[str, str] = {}
@@ -187,9 +169,6 @@ def count_volumes(
 def hu_statistics(counts: Counts) -> HUStatistics:
     """Reduce counts to statistics.
 
-    Args:
-        counts: of all volumes.
-
     Raises:
         ValueError: if there is no foreground.
 
@@ -202,11 +181,9 @@ def hu_statistics(counts: Counts) -> HUStatistics:
     """
     number = int(counts.histogram.sum())
     if number == 0:
-        raise ValueError(
-            f"volumes must have foreground above {FOREGROUND_HU} HU, got none in {counts.num_slices} slices."
-        )
+        raise ValueError(f"No foreground above {FOREGROUND_HU} HU in {counts.num_slices} slices.")
     values = np.arange(LOWEST_HU, HIGHEST_HU + 1)
-    # Python's integers, for sums over a whole cohort's voxels are beyond 2**53
+    # Python's integers: sums over a whole cohort's voxels exceed 2**53
     mean = sum(n * hu for n, hu in zip(counts.histogram.tolist(), values.tolist(), strict=True)) / number
     variance = float((counts.histogram * (values - mean) ** 2).sum()) / number
     return HUStatistics(
@@ -221,7 +198,7 @@ def hu_statistics(counts: Counts) -> HUStatistics:
 
 
 def _percentile(histogram: np.ndarray, percent: float) -> float:
-    """Interpolate between the two voxels that the rank lies between, in the order of their HU."""
+    """Interpolate between the two voxels around the rank, in the order of their HU."""
     voxels_up_to = np.cumsum(histogram)
     rank = percent / 100 * (int(voxels_up_to[-1]) - 1)
     below = int(rank)

@@ -7,7 +7,7 @@ is lost: shares of small ones come out larger (at 512 x 512 up to 16 times), and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from common.cohort.cohort import Label, load_labels
 from common.shards.codec import MASK_SIZE_PX, NUM_TS_CLASSES, REX_CODES
 from common.shards.index import ShardIndex, load_index
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 from data_prep.shards.slices import read_slices
 from data_prep.tables import write_table
 
@@ -26,26 +26,20 @@ if TYPE_CHECKING:
 LABEL_LISTS = ("totalsegmentator", "rexgroundingct")
 MAX_WEIGHT = 1000.0
 COLUMNS = (
-    "index",
-    "name",
-    "code",
-    "pos_weight",
-    "frequency",
-    "cells",
-    "weight_by_frequency",
-    "weight_in_use",
+    *("index", "name", "code", "pos_weight"),
+    *("frequency", "cells", "weight_by_frequency", "weight_in_use"),
 )
 CELLS_PER_SLICE = MASK_SIZE_PX**2
 
 
 class MaskCounts(NamedTuple):
-    """Cells by class, of one shard or of several.
+    """Cells by class, of one or several shards.
 
     Args:
         cells: ``(C,)`` int64, cells of each class.
-        num_cells: of all slices of the volumes that have the masks, empty slices included.
-        num_volumes: that have them.
-        num_without: volumes that have not, and count for nothing.
+        num_cells: cells of all slices of the volumes that have masks, empty slices included.
+        num_volumes: volumes that have masks.
+        num_without: volumes that have none, and count for nothing.
     """
 
     cells: np.ndarray
@@ -53,14 +47,23 @@ class MaskCounts(NamedTuple):
     num_volumes: int
     num_without: int
 
+    def plus(self, other: MaskCounts) -> MaskCounts:
+        """Return the sum of two counts."""
+        return MaskCounts(
+            self.cells + other.cells,
+            self.num_cells + other.num_cells,
+            self.num_volumes + other.num_volumes,
+            self.num_without + other.num_without,
+        )
+
 
 class ClassWeight(NamedTuple):
-    """One class.
+    """Weights of one class.
 
     Args:
-        label: with the weight that training uses.
-        cells: of the class.
-        frequency: share of all cells.
+        label: the class, with the weight in use.
+        cells: its cells.
+        frequency: their share of all cells.
         weight_by_frequency: ``min(1 / frequency, 1000)``.
         pos_weight: the same, but 1 where the weight in use is 1: those were set by hand.
     """
@@ -110,18 +113,17 @@ def _of(index: ShardIndex, has_mask: np.ndarray, cells: np.ndarray) -> MaskCount
 
 
 def count_shards(
-    client: Client, shards: Sequence[str], progress: Callable[[str, int, int], None]
+    client: Client, shards: Sequence[str], progress: ShowProgress
 ) -> tuple[dict[str, MaskCounts], dict[str, str]]:
     """Count the cells of every class in shards on a cluster.
 
     Args:
-        client: of the cluster.
+        client: Dask cluster.
         shards: paths of the tars.
-        progress: told of every shard.
+        progress: called after every shard.
 
     Returns:
-        Name of the label list to the counts of all shards together, and of each shard that could not be read
-        what is wrong with it.
+        Name of the label list to the counts of all shards together, and the error of each failed shard.
     """
     totals = {name: MaskCounts(np.zeros(len(load_labels(name)), np.int64), 0, 0, 0) for name in LABEL_LISTS}
     failed: dict[str, str] = {}
@@ -129,30 +131,21 @@ def count_shards(
         if isinstance(counts, BaseException):
             failed[shard] = str(counts)
         else:
-            totals = {name: _sum(total, counts[name]) for name, total in totals.items()}
+            totals = {name: total.plus(counts[name]) for name, total in totals.items()}
         progress("Counting shards", done, len(shards))
     return totals, failed
-
-
-def _sum(one: MaskCounts, other: MaskCounts) -> MaskCounts:
-    return MaskCounts(
-        one.cells + other.cells,
-        one.num_cells + other.num_cells,
-        one.num_volumes + other.num_volumes,
-        one.num_without + other.num_without,
-    )
 
 
 def class_weights(name: str, counts: MaskCounts) -> list[ClassWeight]:
     """Return the weight of every class of a label list.
 
     Source: DALE-CT's released mask audit, min(1 / frequency, 1000). Its authors then set weights by hand: 1
-    for the background and for anatomy outside of the chest, which we repeat, and 800 for every finding, which
+    for the background and for anatomy outside the chest, which we repeat, and 800 for every finding, which
     stays the weight in use beside ours.
 
     Args:
-        name: of the label list.
-        counts: of all shards.
+        name: name of the label list.
+        counts: counts of all shards.
 
     Raises:
         ValueError: if no volume has masks of that kind.
@@ -163,7 +156,7 @@ def class_weights(name: str, counts: MaskCounts) -> list[ClassWeight]:
         409.6
     """
     if counts.num_volumes == 0:
-        raise ValueError(f"a volume must have masks of {name}, got none among {counts.num_without} volumes.")
+        raise ValueError(f"None of {counts.num_without} volumes has masks of {name}.")
     weights = []
     for label, cells in zip(load_labels(name), counts.cells.tolist(), strict=True):
         weight = min(counts.num_cells / cells, MAX_WEIGHT) if cells else MAX_WEIGHT
@@ -172,18 +165,8 @@ def class_weights(name: str, counts: MaskCounts) -> list[ClassWeight]:
     return weights
 
 
-def never_seen(weights: Sequence[ClassWeight]) -> list[str]:
-    """Return the names of the classes without a cell."""
-    return [weight.label.name for weight in weights if weight.cells == 0]
-
-
 def write_weights(path: Path, weights: Sequence[ClassWeight]) -> None:
-    """Write a label list that may take the place of ``common/labels/<name>.csv``, with what led to it.
-
-    Args:
-        path: CSV to write.
-        weights: of all classes.
-    """
+    """Write a label list that can replace ``common/labels/<name>.csv``, with the figures behind it."""
     rows = (
         (
             *(weight.label.index, weight.label.name, weight.label.code, f"{weight.pos_weight:g}"),

@@ -1,4 +1,4 @@
-"""Split lists: which side of a split every volume is on, written once and proven afterwards."""
+"""Split lists: which side of a split every volume is on, written once and checked afterwards."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -11,19 +11,14 @@ COLUMNS = ("volume", "patient", "split")
 
 
 def write_split(path: Path, sides: Mapping[str, Sequence[str]]) -> None:
-    """Write a split list: one row a volume, in natural order.
-
-    Args:
-        path: CSV to write.
-        sides: name of each side to its volumes.
-    """
+    """Write a split list (name of each side to its volumes): one row per volume, in natural order."""
     rows = [(volume, patient_of(volume), side) for side, volumes in sides.items() for volume in volumes]
     rows.sort(key=lambda row: natural_order(row[0]))
     write_table(path, COLUMNS, rows)
 
 
 def read_split(path: Path) -> list[tuple[str, str]]:
-    """Read a split list as it is, with whatever is wrong with it.
+    """Read a split list as it is, with any mistakes in it.
 
     Args:
         path: CSV with the columns ``volume`` and ``split``.
@@ -33,11 +28,11 @@ def read_split(path: Path) -> list[tuple[str, str]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no CSV in UTF-8, a column is missing or there is no row.
+        ValueError: if the file is not a CSV in UTF-8, lacks a column or has no row.
     """
     rows = [(row["volume"], row["split"]) for row in table_rows(path, "split list", ("volume", "split"))]
     if not rows:
-        raise ValueError(f"split list must have a row a volume, got none in '{path}'.")
+        raise ValueError(f"No rows in the split list '{path}'.")
     return rows
 
 
@@ -49,7 +44,7 @@ def read_patients(path: Path) -> set[str]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no CSV in UTF-8, or the column is missing.
+        ValueError: if the file is not a CSV in UTF-8, or lacks the column.
     """
     return {row["patient"] for row in table_rows(path, "list", ("patient",))}
 
@@ -59,11 +54,11 @@ def split_errors(rows: Sequence[tuple[str, str]], cohort: Collection[str] | None
 
     Args:
         rows: volume and side of each row.
-        cohort: volumes that the split must have, these and no others; None if that is not known.
+        cohort: volumes that the split must have, and no others; None if not known.
 
     Returns:
-        One line for every kind of error, with the first offenders; empty if each volume is there once, no
-        patient is on two sides, and the volumes are those of the cohort.
+        One line per kind of error, with the first offenders; empty if each volume is there once, no patient
+        is on two sides, and the volumes are those of the cohort.
 
     Raises:
         ValueError: if a volume's name does not tell its patient.
@@ -80,8 +75,8 @@ def split_errors(rows: Sequence[tuple[str, str]], cohort: Collection[str] | None
     found = {
         "a patient must be on one side, got {} on several": [p for p, s in sides_of.items() if len(s) > 1],
         "a volume must have one row, got {} with several": [v for v, count in times.items() if count > 1],
-        "every volume of the cohort must be in the split, got {} that are not": listed - times.keys(),
-        "a volume of the split must be of the cohort, got {} that are not": times.keys() - listed,
+        "every volume of the cohort must be in the split, but {} are not": listed - times.keys(),
+        "every volume of the split must be in the cohort, but {} are not": times.keys() - listed,
     }
     return [f"{rule.format(len(names))}: {_first(names)}" for rule, names in found.items() if names]
 
@@ -91,16 +86,16 @@ def differing_patients(rows: Sequence[tuple[str, str]], side: str, expected: Col
 
     Args:
         rows: volume and side of each row.
-        side: whose patients to compare.
+        side: side whose patients to compare.
         expected: patients it must have.
 
     Returns:
-        One line for those that lack and one for those that are too many; empty if they agree.
+        One line for missing patients and one for additional ones; empty if they agree.
     """
     got = {patient_of(volume) for volume, its_side in rows if its_side == side}
     found = {
-        f"'{side}' must have the patients of the list, got none of {{}} of them": set(expected) - got,
-        f"'{side}' must have no patients but those of the list, got {{}} more": got - set(expected),
+        f"'{side}' must have the patients of the list, but {{}} are missing": set(expected) - got,
+        f"'{side}' must have only the patients of the list, but has {{}} more": got - set(expected),
     }
     return [f"{rule.format(len(names))}: {_first(names)}" for rule, names in found.items() if names]
 

@@ -1,4 +1,4 @@
-"""A smaller cohort with the label prevalence of the whole one: Table VI's subset.
+"""A smaller cohort with the label prevalence of the whole: Table VI's subset.
 
 Shapes: P patients, C classes.
 """
@@ -14,17 +14,17 @@ from common.run.process import atomic_file
 from data_prep.tables import write_table
 
 TRIES = 2000
-"""Patients that are offered an exchange; for 5,000 of 20,000 synthetic patients, more changed nothing."""
+"""Exchanges that are tried; for 5,000 of 20,000 synthetic patients, more changed nothing."""
 
 
 class Subset(NamedTuple):
-    """Volumes chosen, and how well they stand for all.
+    """Chosen volumes, and how well they represent all.
 
     Args:
         volumes: all volumes of the chosen patients, in natural order.
-        num_patients: chosen patients.
+        num_patients: number of chosen patients.
         prevalence: ``(C,)`` share of positive volumes in the subset.
-        prevalence_of_random: ``(C,)`` in as many patients drawn at random, from which the search started.
+        prevalence_of_random: ``(C,)`` in as many patients drawn at random, where the search started.
         prevalence_of_all: ``(C,)`` in the whole cohort.
     """
 
@@ -38,24 +38,24 @@ class Subset(NamedTuple):
 def choose_subset(labels: Mapping[str, np.ndarray], num_patients: int, seed: int) -> Subset:
     """Choose patients so that the prevalence of every label, over volumes, is that of the whole cohort.
 
-    From a random draw, patients are exchanged for others of as many volumes, each time for the one that
-    brings the class that is then furthest off nearest to the cohort's prevalence; an exchange that does not
-    is not made. So the subset is never further off than the random draw, and has as many volumes. All is
-    reckoned in whole numbers: the same table gives the same subset on any machine, whatever its order.
+    Starting from a random draw, patients are exchanged for others with as many volumes, each time for the one
+    that brings the class that is then furthest off nearest to the cohort's prevalence; exchanges that do not
+    help are not made. So the subset is never further off than the random draw, and has as many volumes. All
+    arithmetic is in whole numbers: the same table gives the same subset on any machine, whatever its order.
 
     Source: DALE-CT V-E, "label-balanced subset of 5,000 patients from the CT-RATE training split"; the
-    authors' released code aims at the prevalence of the whole set, and so do we. It takes one scan a patient;
-    we keep all volumes of a patient, as the other tables do. The patients whom ``split_by_patient`` draws for
-    validation are not left out: the paper speaks of the whole training split, and the probe draws its own
-    validation patients among the 5,000.
+    authors' released code aims at the prevalence of the whole set, and so do we. It takes one scan per
+    patient; we keep all volumes of a patient, as the other tables do. The patients whom ``split_by_patient``
+    draws for validation are not left out: the paper speaks of the whole training split, and the probe draws
+    its own validation patients among the 5,000.
 
     Args:
         labels: volume to its labels, ``(C,)`` of 0 and 1.
-        num_patients: to choose.
-        seed: of the random draw and of who is offered an exchange.
+        num_patients: number to choose.
+        seed: seed of the random draw and of the order of exchanges.
 
     Raises:
-        ValueError: if there are not more patients than asked for, or none is asked for.
+        ValueError: if ``num_patients`` is not positive, or there are not more patients than that.
     """
     names = sorted({patient_of(volume) for volume in labels}, key=natural_order)
     if not 0 < num_patients < len(names):
@@ -85,8 +85,8 @@ def _matched(
     positives: np.ndarray, num_volumes: np.ndarray, num_patients: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose patients by positives ``(P, C)`` and volumes ``(P,)``; return the random draw and the choice."""
-    # Positives of a patient beyond those that the cohort's prevalence expects, times the cohort's volumes:
-    # their sum over the chosen patients is how far the prevalence is off, times the volumes of both.
+    # Positives of a patient beyond what the cohort's prevalence predicts, times the cohort's volumes: summed
+    # over the chosen patients, the prevalence's error times the volumes of both.
     excess = positives * num_volumes.sum() - positives.sum(0) * num_volumes[:, None]
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(num_volumes))
@@ -109,26 +109,13 @@ def _matched(
 def write_subset(
     path: Path, subset: Subset, labels: Mapping[str, np.ndarray], class_names: Sequence[str]
 ) -> None:
-    """Write the subset as a label table of its own, which takes the place of the whole one.
-
-    Args:
-        path: CSV to write.
-        subset: whose volumes to list.
-        labels: volume to its labels, ``(C,)``.
-        class_names: of the labels.
-    """
+    """Write the subset as a label table that can replace the whole one."""
     rows = ([volume, *labels[volume].astype(int)] for volume in subset.volumes)
     write_table(path, ["VolumeName", *class_names], rows)
 
 
 def write_skip_list(path: Path, subset: Subset, labels: Mapping[str, np.ndarray]) -> None:
-    """Write the volumes that are not in the subset, one a line, for an encoder bundle's ``skip_list``.
-
-    Args:
-        path: text file to write.
-        subset: whose volumes to leave off the list.
-        labels: all volumes.
-    """
+    """Write the volumes outside the subset, one per line, for an encoder bundle's ``skip_list``."""
     skipped = sorted(labels.keys() - set(subset.volumes), key=natural_order)
     with atomic_file(path, "w", encoding="utf-8") as file:
         file.writelines(f"{volume}\n" for volume in skipped)

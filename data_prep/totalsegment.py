@@ -1,4 +1,4 @@
-"""Runs TotalSegmentator over a folder of CTs: one label map a volume, on the volume's own grid.
+"""Runs TotalSegmentator over a folder of CTs: one label map per volume, on the volume's own grid.
 
 Shapes: X Y Z voxel axes as stored.
 """
@@ -6,10 +6,14 @@ Shapes: X Y Z voxel axes as stored.
 import contextlib
 import gzip
 import io
+import json
+import os
 import re
-from collections.abc import Sequence
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -19,31 +23,17 @@ from common.ct.geometry import CT, Grid, axial_slices
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.run.process import atomic_file
 from common.shards.codec import NUM_TS_CLASSES
+from data_prep.cluster import ShowProgress
 from data_prep.sources.folders import find_volumes
 from data_prep.sources.rad_chestct import PREFIX, find_rad_chestct, npz_files
 from data_prep.sources.source_volume import SourceVolume, planned_slices, read_ct, read_grid
-
-if TYPE_CHECKING:
-    from data_prep.commands.console import ShowProgress
-
-import json
-import os
-import tempfile
-import zipfile
-from collections.abc import Iterator
 
 AFFINE_TOLERANCE_MM = 1e-3
 """NIfTI headers hold an affine in single precision."""
 
 
 class Outcome(NamedTuple):
-    """What a run did.
-
-    Args:
-        num_segmented: label maps that were written.
-        num_kept: label maps that were there.
-        rejected: volumes without one, and why.
-    """
+    """The outcome of a run: label maps written, label maps that existed, volumes without one and why."""
 
     num_segmented: int
     num_kept: int
@@ -51,10 +41,7 @@ class Outcome(NamedTuple):
 
 
 def find_cts(folder: Path) -> tuple[list[SourceVolume], list[RejectedVolume]]:
-    """List the CTs of a folder and its sub-folders that are a file each: in HU, or of RAD-ChestCT.
-
-    Args:
-        folder: to search.
+    """List the CTs of a folder and its sub-folders, one file each: in HU, or of RAD-ChestCT.
 
     Returns:
         The volumes by name, and those that names alone are enough to reject.
@@ -85,24 +72,24 @@ def part_of(sources: Sequence[SourceVolume], part: str) -> list[SourceVolume]:
     """
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"part must be a part of a whole such as 1/4, got '{part}'.")
+        raise ValueError(f"part must be a part such as 1/4, got '{part}'.")
     return list(sources[int(match[1]) - 1 :: int(match[2])])
 
 
 def segment_all(
-    sources: Sequence[SourceVolume], out: Path, device: str, fast: bool, progress: "ShowProgress"
+    sources: Sequence[SourceVolume], out: Path, *, device: str, fast: bool, progress: ShowProgress
 ) -> Outcome:
-    """Write the label maps of volumes that have none; inside of ``totalsegmentator_ready``.
+    """Write the label maps of volumes that have none; call it inside ``totalsegmentator_ready``.
 
     Args:
         sources: volumes.
-        out: folder of the label maps; those that are there and lie on their CT's grid are kept.
+        out: folder of the label maps; those that exist and lie on their CT's grid are kept.
         device: ``gpu``, ``gpu:1`` or ``cpu``.
-        fast: whether to take the model of 3 mm.
+        fast: whether to use the 3 mm model.
         progress: called after each volume.
 
     Returns:
-        What was done. A volume that fails does not stop the others.
+        The outcome. A volume that fails does not stop the others.
 
     Raises:
         OSError: if a label map cannot be written.
@@ -131,11 +118,7 @@ def label_map_path(source: SourceVolume, out: Path) -> Path:
 
 
 def has_label_map(source: SourceVolume, out: Path) -> bool:
-    """Tell whether a volume has a label map, by its header: the file takes its name only when it is whole.
-
-    Args:
-        source: the volume.
-        out: folder of the label maps.
+    """Tell by its header whether a volume has a label map: an existing file is complete.
 
     Raises:
         RejectedError: if the CT cannot be read.
@@ -157,7 +140,7 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
     Args:
         source: the volume.
         device: ``gpu``, ``gpu:1`` or ``cpu``.
-        fast: whether to take the model of 3 mm.
+        fast: whether to use the 3 mm model.
 
     Returns:
         Gzipped NIfTI file of the label map: uint8 ids ``(X, Y, Z)`` on the CT's grid, with the names of the
@@ -186,14 +169,7 @@ def segment(source: SourceVolume, device: str, fast: bool) -> bytes:
 
 
 def stored_order(ct: CT) -> np.ndarray:
-    """Return the HU of a CT as they are stored.
-
-    Args:
-        ct: the volume.
-
-    Returns:
-        int16 ``(X, Y, Z)``.
-    """
+    """Return the HU of a CT in the order of the file: int16 ``(X, Y, Z)``."""
     stored = np.empty(ct.grid.shape, np.int16, order="F")
     slices, _ = axial_slices(stored, ct.grid.affine)  # another view of the same memory
     slices[...] = ct.hu
@@ -201,28 +177,25 @@ def stored_order(ct: CT) -> np.ndarray:
 
 
 def checked_ids(ids: np.ndarray, affine: np.ndarray, ct: Grid) -> np.ndarray:
-    """Return the ids of a label map as uint8 if it can be that of a CT.
+    """Return the ids of a label map as uint8 if they can belong to a CT.
 
     Args:
-        ids: of TotalSegmentator.
+        ids: ids from TotalSegmentator, ``(X, Y, Z)``.
         affine: ``(4, 4)`` of the label map.
         ct: grid of the CT.
-
-    Shape:
-        Input and output ``(X, Y, Z)``.
 
     Raises:
         RejectedError: if the grid is not the CT's, an id is unknown, or no organ was found.
     """
     if not _is_on(ids.shape, affine, ct):
         raise RejectedError(
-            "mask", f"label map must lie on the CT's grid of shape {ct.shape}, got one of {ids.shape}"
+            "mask", f"label map must lie on the CT's grid of shape {ct.shape}, got {ids.shape}"
         )
     low, high = ids.min(), ids.max()
     if not (low >= 0 and high < NUM_TS_CLASSES):
         raise RejectedError("mask", f"ids must lie in 0..{NUM_TS_CLASSES - 1}, got {low:g} to {high:g}")
     if high == 0:
-        raise RejectedError("mask", "label map must hold an organ, got none: is this a CT of a chest in HU?")
+        raise RejectedError("mask", "No organ in the label map: is this a chest CT in HU?")
     return ids.astype(np.uint8)
 
 
@@ -235,12 +208,12 @@ def totalsegmentator_ready(device: str, fast: bool) -> Iterator[None]:
     """Prepare TotalSegmentator and keep it from reporting its use.
 
     It reports each run unless its configuration says otherwise, and counts runs in that file. This process
-    gets a configuration of its own, which also keeps parallel ones from writing to one file. Weights that are
-    missing are downloaded, into the place where TotalSegmentator looks for them.
+    gets a configuration of its own, so parallel ones do not write to one file. Missing weights are downloaded
+    to the place where TotalSegmentator looks for them.
 
     Args:
         device: ``gpu``, ``gpu:1`` or ``cpu``.
-        fast: whether the model of 3 mm is wanted.
+        fast: whether the 3 mm model is wanted.
 
     Raises:
         ValueError: if there is no such device.
@@ -252,7 +225,7 @@ def totalsegmentator_ready(device: str, fast: bool) -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()):
         selected = python_api.select_device(device)
     if device.startswith("gpu") and str(selected) == "cpu":
-        raise ValueError(f"device must be one that CUDA finds, got '{device}'. Try cpu.")
+        raise ValueError(f"CUDA finds no device '{device}'. Try --device cpu.")
     weights = config.get_weights_dir()
     settings = {"totalseg_id": "", "send_usage_stats": False, "prediction_counter": 0}
     with tempfile.TemporaryDirectory(prefix="totalsegmentator_") as home:
@@ -272,9 +245,9 @@ def _ensure_weights(fast: bool, weights: Path) -> None:
     except (OSError, zipfile.BadZipFile) as error:
         option = "total_fast" if fast else "total"
         raise ConnectionError(
-            f"TotalSegmentator's weights must be in '{weights}', got none, and the download failed: "
+            f"No weights of TotalSegmentator in '{weights}', and their download failed: "
             f"{' '.join(str(error).split())}. With network, run: totalseg_download_weights -t {option}; "
-            "elsewhere set TOTALSEG_WEIGHTS_PATH to a copy of that folder."
+            "otherwise set TOTALSEG_WEIGHTS_PATH to a copy of that folder."
         ) from error
 
 

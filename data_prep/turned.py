@@ -1,4 +1,4 @@
-"""Volumes turned on purpose, to measure what it costs an encoder to see slices as it was not trained to.
+"""Volumes turned on purpose, to measure what it costs an encoder to see slices unlike those of its training.
 
 Shapes: Z H W canonical axes (slices from the feet, rows to the back, columns to the left).
 """
@@ -24,11 +24,11 @@ def turned_slices(hu: np.ndarray, spacing_mm: Spacing, turn: str) -> tuple[np.nd
 
     Args:
         hu: canonical slices.
-        spacing_mm: as (x, y, z).
+        spacing_mm: spacing as (x, y, z).
         turn: "right": as they are. "transposed": rows for columns, as DALE-CT's authors showed CT-RATE to
-            their encoders. "flipped": mirrored, the patient's left for the right. "sagittal": what comes of
-            RAD-ChestCT's arrays, stored (inferior, posterior, left), when they are taken for (x, y, z), as
-            the authors' reader did: slices from right to left, whose columns run from head to feet.
+            their encoders. "flipped": mirrored, the patient's left for the right. "sagittal": RAD-ChestCT's
+            arrays, stored (inferior, posterior, left), taken for (x, y, z), as the authors' reader did:
+            slices from right to left, whose columns run from head to feet.
 
     Shape:
         Input ``(Z, H, W)``. Output a view: the same, ``(Z, W, H)`` transposed, ``(W, H, Z)`` sagittal.
@@ -57,11 +57,7 @@ def turned_slices(hu: np.ndarray, spacing_mm: Spacing, turn: str) -> tuple[np.nd
 
 
 def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
-    """List the volumes under a folder.
-
-    Args:
-        root: folder of volumes, a file each, searched with its sub-folders.
-        prefix: how their names start; "" for all.
+    """List the volumes under a folder whose names start with a prefix.
 
     Returns:
         Volume to file, in the order of their names.
@@ -76,17 +72,17 @@ def find_volumes(root: Path, prefix: str) -> dict[str, Path]:
         if volume.startswith(prefix)
     }
     if not found:
-        raise FileNotFoundError(f"root must hold volumes {prefix}*, got none in '{root}'.")
+        raise FileNotFoundError(f"No volumes {prefix}* in '{root}'.")
     return found
 
 
 def write_turned(path: Path, turn: str, out: Path, spacing_mm: float = SPACING_MM) -> None:
-    """Write a volume as NIfTI whose header claims that it is the right way; it appears when it is whole.
+    """Write a volume as NIfTI whose header claims the standard orientation.
 
     Args:
-        path: of a volume in HU.
+        path: volume in HU.
         turn: one of ``TURNS``.
-        out: ``.nii.gz`` to write.
+        out: ``.nii.gz`` to write; it appears only when complete.
         spacing_mm: edge of an npz file's voxels.
 
     Raises:

@@ -1,5 +1,6 @@
 """Settings and fixtures that all tests share."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Before anything is imported that reads them: tests download nothing, report nothing, open no window and
 # compute in one thread.
@@ -56,6 +58,20 @@ def real_ct_dir() -> Path:
             raise FileNotFoundError(f"DALE_CT_TEST_DATA must be a folder, got '{stated}'.")
         pytest.skip(f"no real CT in '{folder}'; set DALE_CT_TEST_DATA to a folder that has some")
     return folder
+
+
+@pytest.fixture(scope="session")
+def wrong_inputs(real_ct_dir: Path) -> ModuleType:
+    """The program that writes wrong inputs made of a real chest, see ``cases/make.py`` beside the data."""
+    path = real_ct_dir.parent / "cases" / "make.py"
+    if not path.is_file():
+        pytest.skip(f"no wrong inputs: '{path}' is not there")
+    spec = importlib.util.spec_from_file_location("make_cases", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -29,20 +29,7 @@ from tests.fuzz_wrong import WRONG
 
 SECONDS, MEMORY_BYTES = 30, 4 * 2**30
 ODD_CELLS = (
-    "",
-    " ",
-    "nan",
-    "-1",
-    "2",
-    "1e999",
-    "0x1",
-    "None",
-    '"',
-    "a,b",
-    "\x00",
-    "ü" * 300,
-    "../../etc",
-    "1\r2",
+    *("", " ", "nan", "-1", "2", "1e999", "0x1", "None", '"', "a,b", "\x00", "ü" * 300, "../../etc", "1\r2"),
 )
 
 

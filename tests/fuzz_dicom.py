@@ -1,13 +1,13 @@
 """DICOM files that say something wrong: the kinds of ``tests/fuzz.py`` that are no damage to random bytes."""
 
 import io
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.dataelem import RawDataElement
-from pydicom.sequence import Sequence
 from pydicom.uid import (
     EnhancedCTImageStorage,
     ExplicitVRBigEndian,
@@ -109,38 +109,59 @@ def wrong_elements(folder: Path, rng: np.random.Generator) -> None:
         save(dataset, path)
 
 
+SEQUENCES = {
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness"),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    "FrameContentSequence": ("StackID", "TemporalPositionIndex"),
+}
+
+
+def groups_of(source: pydicom.Dataset, sequences: Sequence[str]) -> pydicom.Dataset:
+    group = pydicom.Dataset()
+    for name in sequences:
+        item = pydicom.Dataset()
+        for tag in SEQUENCES[name]:
+            if tag in source:
+                item[tag] = source[tag]
+        setattr(group, name, [item])
+    return group
+
+
+def frames_of(
+    path: Path,
+    files: Sequence[Path],
+    shared: Sequence[str] = (),
+    sop_class: str = EnhancedCTImageStorage,
+    compress: bool = False,
+) -> Path:
+    """Join files of one slice each into one of a frame each; the groups not shared are the frames' own."""
+    slices = [pydicom.dcmread(file) for file in files]
+    joined = pydicom.dcmread(files[0])
+    for tags in SEQUENCES.values():
+        for tag in tags:
+            if tag in joined:
+                delattr(joined, tag)
+    joined.SOPClassUID = joined.file_meta.MediaStorageSOPClassUID = sop_class
+    joined.NumberOfFrames = len(slices)
+    joined.PixelData = b"".join(one.PixelData for one in slices)
+    own = [name for name in SEQUENCES if name not in shared]
+    joined.SharedFunctionalGroupsSequence = [groups_of(slices[0], shared)]
+    joined.PerFrameFunctionalGroupsSequence = [groups_of(one, own) for one in slices]
+    if compress:
+        joined.compress(RLELossless, encapsulate_ext=len(files) > 3)
+    joined.save_as(path)
+    return path
+
+
 def enhanced(folder: Path) -> None:
     """Write the slices of a series as frames of one file."""
-
-    def item(**values: object) -> Sequence:
-        dataset = pydicom.Dataset()
-        for name, value in values.items():
-            setattr(dataset, name, value)
-        return Sequence([dataset])
-
     paths = series_of(folder, HU.transpose(2, 1, 0)[:4])
-    slices = [pydicom.dcmread(path) for path in paths]
-    whole = slices[0]
-    whole.SOPClassUID, whole.NumberOfFrames = EnhancedCTImageStorage, len(slices)
-    rescale = item(RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
-    whole.SharedFunctionalGroupsSequence = item(
-        PixelMeasuresSequence=item(PixelSpacing=whole.PixelSpacing),
-        PlaneOrientationSequence=item(ImageOrientationPatient=whole.ImageOrientationPatient),
-        PixelValueTransformationSequence=rescale,
-    )
-    whole.PerFrameFunctionalGroupsSequence = Sequence(
-        item(
-            PlanePositionSequence=item(ImagePositionPatient=one.ImagePositionPatient),
-            FrameContentSequence=item(StackID="1"),
-        )[0]
-        for one in slices
-    )
-    whole.PixelData = b"".join(one.PixelData for one in slices)
-    for name in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope"):
-        del whole[name]
+    shared = ("PixelMeasuresSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence")
+    frames_of(folder / "a.dcm", paths, shared)
     for path in paths:
         path.unlink()
-    save(whole, folder / "a.dcm")
 
 
 def _spoil_groups(whole: pydicom.Dataset, rng: np.random.Generator) -> None:

@@ -6,7 +6,6 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,14 @@ def check(error: Exception) -> None:
         raise AssertionError(f"an error must be one line, got {error!r}.") from error
 
 
+def attempt(read: Callable[..., object], *args: object) -> None:
+    """Read; what is wrong must be told in words for users."""
+    try:
+        read(*args)
+    except (ValueError, FileNotFoundError) as error:
+        check(error)
+
+
 def nifti(folder: Path) -> None:
     nib.save(nib.Nifti1Image(HU, AFFINE), folder / "a.nii.gz")
     nib.save(nib.Nifti2Image(HU, AFFINE), folder / "b.nii")
@@ -71,10 +78,7 @@ def zipped(folder: Path) -> None:
 def read_cts(folder: Path) -> None:
     sources, _ = ct_sources(folder)
     for source in sources:
-        try:
-            source.read()
-        except ValueError as error:
-            check(error)
+        attempt(source.read)
 
 
 def label_map(folder: Path) -> None:
@@ -86,10 +90,7 @@ def label_map(folder: Path) -> None:
 def read_label_maps(folder: Path) -> None:
     grid = read_grid(ct_file(folder / "ct.nii.gz"))
     for name in ("same", "other"):
-        try:
-            read_label_map(folder / f"{name}.nii.gz", grid)
-        except ValueError as error:
-            check(error)
+        attempt(read_label_map, folder / f"{name}.nii.gz", grid)
 
 
 def shards(folder: Path) -> None:
@@ -115,12 +116,10 @@ def read_shards(folder: Path) -> None:
     read = ShardSet(folder, "train")
     for number, entry in enumerate(read.volumes):
         slab = read.read_slab(number, 0, entry.num_slices)
-        reads = [partial(slab.read_ct, z) for z in range(entry.num_slices)] + [slab.read_ts, slab.read_rex]
-        for decode in reads:
-            try:
-                decode()
-            except ValueError as error:
-                check(error)
+        for z in range(entry.num_slices):
+            attempt(slab.read_ct, z)
+        attempt(slab.read_ts)
+        attempt(slab.read_rex)
     for path in sorted(folder.glob("*.tar")):
         with suppress(Exception):  # the audit reports whatever a task of it raises
             audit_shard(ShardTask(path))
@@ -154,11 +153,8 @@ def tables(folder: Path) -> None:
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     table("labels.csv", ["VolumeName", "Emphysema"], [[name, n % 2] for n, name in enumerate(names)])
-    table(
-        "metadata.csv",
-        list(METADATA_COLUMNS),
-        [[name, *["1"] * (len(METADATA_COLUMNS) - 1)] for name in names],
-    )
+    ones = ["1"] * (len(METADATA_COLUMNS) - 1)
+    table("metadata.csv", list(METADATA_COLUMNS), [[name, *ones] for name in names])
     table("split.csv", ["volume", "patient", "split"], [[name[:11], name[:7], "train"] for name in names])
     table("results.csv", list(FIELDS), [["1"] * len(FIELDS) for _ in names])
     rows = [["a", name, label, 0.5, 0.4, 1] for name in names for label in ("Emphysema", "Atelectasis")]
@@ -167,18 +163,12 @@ def tables(folder: Path) -> None:
 
 
 def read_tables(folder: Path) -> None:
-    for read in (
-        lambda: read_labels(folder / "labels.csv", ["Emphysema"]),
-        lambda: read_metadata(folder / "metadata.csv"),
-        lambda: read_split(folder / "split.csv"),
-        lambda: read_rows(folder / "results.csv"),
-        lambda: read_predictions(folder / "predictions.csv"),
-        lambda: listed_volumes(folder / "no_chest.txt"),
-    ):
-        try:
-            read()
-        except (ValueError, FileNotFoundError) as error:
-            check(error)
+    attempt(read_labels, folder / "labels.csv", ["Emphysema"])
+    attempt(read_metadata, folder / "metadata.csv")
+    attempt(read_split, folder / "split.csv")
+    attempt(read_rows, folder / "results.csv")
+    attempt(read_predictions, folder / "predictions.csv")
+    attempt(listed_volumes, folder / "no_chest.txt")
 
 
 def annotations(folder: Path) -> None:
@@ -188,12 +178,10 @@ def annotations(folder: Path) -> None:
 
 
 def overlay(folder: Path) -> None:
-    (folder / "overlay.json").write_text(
-        json.dumps({"slab_mm": 6.0, "network_def": {"depth": 2}, "poolers": []})
-    )
-    (folder / "words.txt").write_text(
-        "--seed\n3\n--slab_mm\n6.0\n--loss#sigreg#num_knots\n9\n--amp_dtype=float32\n"
-    )
+    words = "--seed", "3", "--slab_mm", "6.0", "--loss#sigreg#num_knots", "9", "--amp_dtype=float32", ""
+    (folder / "words.txt").write_text("\n".join(words))
+    overlay = {"slab_mm": 6.0, "network_def": {"depth": 2}, "poolers": []}
+    (folder / "overlay.json").write_text(json.dumps(overlay))
 
 
 def read_overlay(folder: Path) -> None:
@@ -203,10 +191,8 @@ def read_overlay(folder: Path) -> None:
             if path.name == "metadata.json":
                 continue
             for files in ([str(path)], [str(path), str(folder / "overlay.json")]):
-                try:
-                    executed_config(str(bundle), path.name, ["run", *words, "--config_file", str(files)])
-                except (ValueError, FileNotFoundError) as error:
-                    check(error)
+                arguments = ["run", *words, "--config_file", str(files)]
+                attempt(executed_config, str(bundle), path.name, arguments)
 
 
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from common.cohort.cohort import listed_volumes
 from common.ct.files import VOLUME_NAME
 from common.embeddings.work import ct_sources
-from tests.fuzz_kinds import AFFINE, HU, check, read_cts
+from tests.fuzz_kinds import AFFINE, HU, attempt, read_cts
 
 NUMBERS = (0, 1, -1, 0.5, 7, 15, 16, 17, 255, 32767, 32768, 63536, 65535, -2000, -32768, -32769, 2**31, 1e30)
 REALS = (*NUMBERS, 1e-30, -1e-30, 3e38, float("nan"), float("inf"), -float("inf"))
@@ -31,6 +31,12 @@ ENDS = (
     *("", ".nii", ".nii.gz", ".NII.Gz", ".hdr", ".img", ".mha", ".NRRD", ".npz", ".zip", ".dcm", "."),
     ".nii ",
 )
+
+FIELDS = (
+    *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units", "dim", "quatern_b"),
+    *("quatern_c", "quatern_d", "qoffset_x", "vox_offset", "magic", "bitpix", "datatype"),
+)
+"""Fields of a NIfTI header."""
 
 Kind = tuple[Callable[[Path], None], Callable[[Path], Any], Callable[[Path, np.random.Generator], None]]
 
@@ -78,33 +84,16 @@ def wrong_geometry(folder: Path, rng: np.random.Generator) -> None:
     nib.save(image, path)
     header = image.header.copy()
     for _ in range(rng.integers(1, 6)):
-        field = any_of(
-            rng,
-            (
-                *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units", "dim"),
-                *(
-                    "quatern_b",
-                    "quatern_c",
-                    "quatern_d",
-                    "qoffset_x",
-                    "vox_offset",
-                    "magic",
-                    "bitpix",
-                    "datatype",
-                ),
-            ),
-        )
+        field = any_of(rng, FIELDS)
         of = header.structarr[field]
         if of.dtype.kind == "S":
             header.structarr[field] = any_of(rng, (b"n+1", b"ni1", b"n+2", b"", b"xxx"))
         elif of.ndim:
-            header.structarr[field][int(rng.integers(of.size))] = np.array(any_of(rng, NUMBERS)).astype(
-                of.dtype
-            )
+            odd = np.array(any_of(rng, NUMBERS)).astype(of.dtype)
+            header.structarr[field][int(rng.integers(of.size))] = odd
         else:
-            header.structarr[field] = np.array(
-                any_of(rng, REALS if of.dtype.kind == "f" else NUMBERS)
-            ).astype(of.dtype)
+            numbers = REALS if of.dtype.kind == "f" else NUMBERS
+            header.structarr[field] = np.array(any_of(rng, numbers)).astype(of.dtype)
     block = header.structarr.tobytes()
     path.write_bytes(block + path.read_bytes()[len(block) :])
     if ending == "hdr" and rng.random() < 0.4:
@@ -122,18 +111,8 @@ def images(folder: Path) -> None:
 
 def wrong_images(folder: Path, rng: np.random.Generator) -> None:
     """Change, leave out, or write twice the lines of the headers of MetaImage and NRRD."""
-    odd = (
-        *TEXTS,
-        *map(str, REALS),
-        "LOCAL",
-        "LIST",
-        "b.raw",
-        "../b.raw",
-        "gzip",
-        "MET_DOUBLE",
-        "(1,0,0) none",
-        "%d 1 9 1",
-    )
+    names = "LOCAL", "LIST", "b.raw", "../b.raw", "gzip", "MET_DOUBLE", "(1,0,0) none", "%d 1 9 1"
+    odd = (*TEXTS, *map(str, REALS), *names)
     for path in sorted(path for path in folder.iterdir() if path.suffix != ".raw"):
         head, mark, voxels = path.read_bytes().partition(b"LOCAL\n" if path.suffix == ".mha" else b"\n\n")
         lines = head.decode("latin-1").split("\n")
@@ -142,13 +121,8 @@ def wrong_images(folder: Path, rng: np.random.Generator) -> None:
             key, between, value = lines[at].partition(" = " if "=" in lines[at] else ": ")
             cells = value.split(" ")
             cells[int(rng.integers(len(cells)))] = any_of(rng, odd)
-            changed = (
-                key + between + " ".join(cells),
-                key + between + any_of(rng, odd),
-                "",
-                lines[at] + "\n" + lines[at],
-            )
-            lines[at] = any_of(rng, changed)
+            start, twice = key + between, lines[at] + "\n" + lines[at]
+            lines[at] = any_of(rng, (start + " ".join(cells), start + any_of(rng, odd), "", twice))
         path.write_bytes("\n".join(lines).encode("utf-8") + mark + voxels)
 
 
@@ -181,27 +155,12 @@ def wrong_names(folder: Path, rng: np.random.Generator) -> None:
 
 def wrong_zip(folder: Path, rng: np.random.Generator) -> None:
     """Write a zip of odd names: with backslashes, absolute, of folders above, twice, folder and file."""
-    odd = (
-        "..\\",
-        "../",
-        "/",
-        "C:\\",
-        "a\\",
-        "a/",
-        "./",
-        "//",
-        "\\\\host\\",
-        "a/../",
-        "A/",
-        ".hidden/",
-        "a/a.nii/",
-    )
+    odd = "..\\ ../ / C:\\ a\\ a/ ./ // \\\\host\\ a/../ A/ .hidden/ a/a.nii/".split()
     with zipfile.ZipFile(folder / "a.zip", "w", any_of(rng, (0, 8, 12, 14))) as archive:
         for _ in range(rng.integers(0, 5)):
             info = zipfile.ZipInfo("a")
-            info.filename = any_of(rng, (*odd, "", "", "")) + any_of(
-                rng, (name_of(rng), "a.nii", "a.nii/", "")
-            )
+            place, name = any_of(rng, (*odd, "", "", "")), any_of(rng, (name_of(rng), "a.nii", "a.nii/", ""))
+            info.filename = place + name
             info.external_attr = any_of(rng, (0o644, 0o120777, 0o040755, 0o000)) << 16
             archive.writestr(info, any_of(rng, (nib.Nifti1Image(HU, AFFINE).to_bytes(), b"", b"x")))
 
@@ -214,24 +173,11 @@ def volumes(folder: Path) -> None:
 
 def wrong_lists(folder: Path, rng: np.random.Generator) -> None:
     """Write a list of names with odd headings, cells, quotes, ends of lines and encodings."""
-    cells = (
-        *WORDS,
-        *TEXTS,
-        "VolumeName",
-        "id",
-        "File Name",
-        "s1/ct.nii",
-        "s2\\ct.nii.gz",
-        "a_b",
-        "/",
-        "//",
-        "ct",
-        "a.b",
-    )
+    names = "VolumeName", "id", "File Name", "s1/ct.nii", "s2\\ct.nii.gz", "a_b", "/", "//", "ct", "a.b"
+    cells = (*WORDS, *TEXTS, *names)
     between = any_of(rng, (",", ";", "\t", ",,", '","', " "))
-    rows = [
-        between.join(any_of(rng, cells) for _ in range(rng.integers(0, 4))) for _ in range(rng.integers(0, 6))
-    ]
+    counts = rng.integers(0, 4, rng.integers(0, 6))
+    rows = [between.join(any_of(rng, cells) for _ in range(count)) for count in counts]
     text = any_of(rng, ("\n", "\r\n", "\r", "\n\n", "\u2028")).join(rows)
     encoding = any_of(rng, ("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"))
     data = text.encode(encoding, "replace")
@@ -241,15 +187,9 @@ def wrong_lists(folder: Path, rng: np.random.Generator) -> None:
 
 def read_lists(folder: Path) -> None:
     (listing,) = folder.glob("list*")
-    for read in (
-        lambda: ct_sources(folder, subset_csv=listing),
-        lambda: ct_sources(folder, skip_list=listing),
-        lambda: listed_volumes(listing),
-    ):
-        try:
-            read()
-        except (ValueError, FileNotFoundError) as error:
-            check(error)
+    attempt(lambda: ct_sources(folder, subset_csv=listing))
+    attempt(lambda: ct_sources(folder, skip_list=listing))
+    attempt(listed_volumes, listing)
 
 
 def read_named(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The wrong inputs of a collection beside the repository, end to end: as they say, or refused."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,29 +14,13 @@ from data_prep.sources.ct_rate import find_ct_rate
 from data_prep.sources.folders import find_volumes
 from data_prep.sources.source_volume import SourceVolume, planned_slices, read_volume
 
-REPOSITORY = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def cases() -> Any:
-    """The module that writes them."""
-    path = REPOSITORY.parent / "shared" / "cases" / "make.py"
-    if not path.is_file():
-        pytest.skip(f"no cases: '{path}' is not there")
-    spec = importlib.util.spec_from_file_location("make_cases", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
-def case(cases: Any, tmp_path: Path) -> Callable[[str], Path]:
+def case(wrong_inputs: ModuleType, tmp_path: Path) -> Callable[[str], Path]:
     """Write a case; return its folder."""
 
     def write(name: str) -> Path:
-        make, _ = cases.CASES[name]
+        make, _ = wrong_inputs.CASES[name]
         (tmp_path / name).mkdir()
         make(tmp_path / name)
         return tmp_path / name
@@ -85,12 +69,14 @@ def _outcomes(
         ("18_other_formats", "", ["a_1", "b_1", "c_1", "d_1"]),
     ],
 )
-def test_good_inputs_are_read(name: str, folder: str, volumes: list[str], case: Callable, cases: Any) -> None:
+def test_good_inputs_are_read(
+    name: str, folder: str, volumes: list[str], case: Callable, wrong_inputs: ModuleType
+) -> None:
     place = case(name) / folder
     for found in (embedded(place), prepared(place)):
         assert sorted(found) == volumes
         for hu in found.values():
-            np.testing.assert_array_equal(hu, cases.HU.clip(-1024, 3071))
+            np.testing.assert_array_equal(hu, wrong_inputs.HU.clip(-1024, 3071))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +104,9 @@ def test_label_maps_are_read_right_or_refused(case: Callable) -> None:
     assert np.all(volume.ts[:30, 20:60, 20:60] == 10)
 
 
-def test_files_of_macos_beside_dicom_are_no_failures(case: Callable, cases: Any) -> None:
+def test_files_of_macos_beside_dicom_are_no_failures(case: Callable, wrong_inputs: ModuleType) -> None:
     ((_, hu),) = embedded(case("10_macos_files") / "dicom").items()
-    np.testing.assert_array_equal(hu, cases.HU.clip(-1024, 3071))
+    np.testing.assert_array_equal(hu, wrong_inputs.HU.clip(-1024, 3071))
 
 
 def test_ct_rate_is_found_as_before(case: Callable) -> None:

@@ -49,13 +49,6 @@ def map_classes(
 
     Raises:
         ValueError: as :func:`class_map`, and if a shape does not fit the classes.
-
-    Example:
-        >>> parts = list(MERGED["Calcification"])
-        >>> both = np.array([[0.2, 0.6]]), np.array([0.1, 0.9])
-        >>> score, positive = map_classes(*both, parts, ["Calcification"])
-        >>> float(score[0, 0]), bool(positive[0, 0])
-        (0.6, True)
     """
     if scores.shape[1:] != (len(source),) or thresholds.shape != (len(source),):
         raise ValueError(

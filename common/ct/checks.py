@@ -48,17 +48,10 @@ MIN_BODY, BODY_HU = 0.001, -500
 
 
 class Rule(NamedTuple):
-    """One question about a volume, and the range of the answer for a sound one.
+    """One question about a volume, by the name of a measure: what holds for a sound one, and its range.
 
     Args:
-        name: name of the measure.
-        claim: what holds for a sound volume.
-        measure: what the number is.
-        unit: unit of the number.
-        low: least value of a sound volume.
-        high: greatest.
-        too_low: what a smaller value means.
-        too_high: what a greater one means.
+        low, high: least and greatest value of a sound volume; ``too_low`` and ``too_high`` explain others.
         refused: whether ``predict`` refuses a volume outside the range; doubts are only listed.
     """
 

@@ -33,11 +33,7 @@ TILT_TOLERANCE_MM = 1.0
 """How far slices may be shifted sideways over a whole series. Our choice: about a pixel; a gantry tilt of one
 degree shifts by 5 mm."""
 
-SHARED_TAGS = {
-    "Rows and Columns": "shape",
-    "PixelSpacing": "pixel_mm",
-    "ImageOrientationPatient": "orientation",
-}
+SHARED = {"Rows and Columns": "shape", "PixelSpacing": "pixel_mm", "ImageOrientationPatient": "orientation"}
 """What all slices of a series agree on, and the fields of their headers."""
 
 
@@ -85,7 +81,7 @@ def _sorted_headers(files: Sequence[Path]) -> list[SliceHeader]:
     """Read all headers, check that they belong together, and sort them along the normal."""
     first, *others = headers = [header for path in files for header in read_headers(path)]
     for other in others:
-        for tag, field in SHARED_TAGS.items():
+        for tag, field in SHARED.items():
             values = getattr(first, field), getattr(other, field)
             if not np.allclose(*values, rtol=0, atol=1e-3):
                 one, two = (np.round(value, 4).tolist() for value in values)

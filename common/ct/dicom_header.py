@@ -196,11 +196,8 @@ def frame_values(dataset: FileDataset, names: Collection[str], path: Path) -> li
         shared = list(dataset.get("SharedFunctionalGroupsSequence") or ())
         groups = [[group] for group in dataset.get("PerFrameFunctionalGroupsSequence") or ()]
         if len(groups or [[]]) != num_frames:
-            raise RejectedError(
-                "multi-frame",
-                f"'{path}' must say where each of its {num_frames} frames lies, got {len(groups)} items in "
-                "PerFrameFunctionalGroupsSequence. Convert it to NIfTI.",
-            )
+            detail = f"'{path}' must say where each of its {num_frames} frames lies, got {len(groups)} items"
+            raise RejectedError("multi-frame", f"{detail} in {FRAME_TAGS[2]}. Convert it to NIfTI.")
         frames = []
         for of_frame in groups or [[]]:
             items = [

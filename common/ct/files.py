@@ -109,12 +109,6 @@ def find_named(texts: Iterable[str], places: Places) -> tuple[set[str], list[str
     Args:
         texts: names or paths, with or without suffix, of this or another machine; those of none are returned.
         places: volumes to choose from.
-
-    Example:
-        >>> places = {"s1": Path("s1/ct.nii.gz"), "a": Path("a.mha")}
-        >>> found, absent = find_named(["/data/s1/ct.nii.gz", "a.nii", "b"], places)
-        >>> sorted(found), absent
-        (['a', 's1'], ['b'])
     """
     ends: dict[tuple[str, ...], str | None] = {}
     for volume, place in places.items():

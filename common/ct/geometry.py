@@ -261,12 +261,6 @@ def store_hu(
 
     Raises:
         RejectedError: if a value is not finite.
-
-    Example:
-        >>> out, kept = np.empty((1, 3), np.int16), HUValues()
-        >>> store_hu(np.array([[-200, 24, 32767]], np.int16), 10, -1024, out=out, kept=kept, where="slice 0")
-        >>> out.tolist(), kept.lowest
-        ([[-1024, -784, 3071]], -3024.0)
     """
     low, high = STORED_HU_RANGE
     if values.dtype.kind in "iu" and _fits_int32(values.dtype, slope, intercept):

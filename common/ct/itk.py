@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 2**16
 KEY = re.compile(r"^([A-Za-z][\w ]*?)[ \t]*(?:=|:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
-SPACES = (
-    *("left-posterior-superior", "lps", "right-anterior-superior", "ras"),
-    *("left-anterior-superior", "las"),
-)
+SPACES = "left-posterior-superior lps right-anterior-superior ras left-anterior-superior las".split()
 """Worlds of NRRD that say where the patient's left is, and that ITK turns into its own."""
 ORIENTATIONS = {"transformmatrix", "rotation", "orientation"}
 """Keys of MetaImage; without one of them ITK supposes some orientation."""

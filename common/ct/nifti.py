@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -211,9 +211,9 @@ def _read_header(stream: Stream, path: Path) -> tuple[nib.nifti1.Nifti1Header, n
     sizes = struct.unpack("<i", start) + struct.unpack(">i", start)
     if 348 not in sizes and 540 not in sizes:
         raise ImageFileError(f"it begins with {start!r}")
-    kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
+    kind: Any = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     block = start + _read(stream, kind.sizeof_hdr - 4)
-    if kind.may_contain_header(block):  # type: ignore[no-untyped-call]
+    if kind.may_contain_header(block):
         return kind(block), kind(block, check=False)["pixdim"][1:4].astype(float)
     if 348 in sizes and not block[344:].strip(b"\0"):
         detail = f"'{path.name}' is in Analyze format, which does not say left from right. Convert it."
@@ -316,11 +316,9 @@ def grid_of(
         canonical_shape(grid)
         return grid, raw.slope, raw.intercept
     if header.is_blank:
-        raise RejectedError(
-            "v1 or v2",
-            "a volume in HU must state its geometry, got a blank header: no orientation, or voxels of "
-            "1 mm at the origin, as tools write that know none. If 1 mm is right, set the true origin.",
-        )
+        what = "no orientation, or voxels of 1 mm at the origin, as tools write that know none"
+        detail = f"a volume in HU must state its geometry, got a blank header: {what}"
+        raise RejectedError("v1 or v2", f"{detail}. If 1 mm is right, set the true origin.")
     if header.contradiction:
         detail = f"header must state one geometry, got {header.contradiction}. Correct the one that is wrong."
         raise RejectedError("geometry", detail)

@@ -7,15 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from monai.data import MetaTensor
 
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.work import CTSlices, CTSource
 from common.transforms.hounsfield import HUWindow, normalize_hu
 from common.transforms.slice_strategies import SliceStrategy, body_box
+
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
 
 SLICE_AXES = ("yx", "xy")
 DECODED_BYTES = 2**30
@@ -297,7 +299,7 @@ class VolumeBatches:
         return Prepared(self.transform({"image": lps_volume(ct)})["image"], ct.spacing_mm, ct.notes)
 
 
-def lps_volume(ct: CTSlices) -> MetaTensor:
+def lps_volume(ct: CTSlices) -> "MetaTensor":
     """Give canonical slices the affine that MONAI's spatial transforms go by.
 
     Returns:
@@ -309,6 +311,8 @@ def lps_volume(ct: CTSlices) -> MetaTensor:
         >>> volume.shape, volume.affine.diagonal().tolist()
         (torch.Size([1, 3, 3, 5]), [-0.7, -0.8, 2.0, 1.0])
     """
+    from monai.data import MetaTensor  # here: slices need none of its seconds of imports
+
     x, y, z = ct.spacing_mm
     affine = torch.diag(torch.tensor([-x, -y, z, 1.0], dtype=torch.float64))
     return MetaTensor(torch.from_numpy(ct.hu).permute(2, 1, 0).float()[None], affine=affine)

@@ -111,9 +111,8 @@ class DenseCohort:
         self._findings: dict[str, NDArray[np.uint16]] = {}
         self._shares: dict[str, csr_matrix] = {}
         for kind, parts in zip(TOKEN_KINDS, (of_slices, of_patches), strict=True):
-            all_findings, all_shares = zip(*parts, strict=True)
-            self._findings[kind] = np.concatenate(all_findings)
-            self._shares[kind] = vstack(all_shares, format="csr")
+            self._findings[kind] = np.concatenate([findings for findings, _ in parts])
+            self._shares[kind] = vstack([shares for _, shares in parts], format="csr")
         self._by_class: dict[str, csc_matrix] = {}
         self.num_rows = {kind: len(findings) for kind, findings in self._findings.items()}
         self.patients = sorted({patient_of(volume) for volume in self.volumes}, key=natural_order)

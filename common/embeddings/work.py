@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ignite.distributed as idist
 import numpy as np
 
 from common.cohort.cohort import listed_names
@@ -19,7 +18,7 @@ from common.ct.files import CTFile, Places, find_cts, find_named, read_ct
 from common.ct.geometry import STORED_HU_RANGE, check_size
 from common.ct.rejection import Doubt, RejectedError, RejectedVolume, is_failure
 from common.embeddings.store import EmbeddingStore, stored_volumes
-from common.run.process import atomic_file, gather_objects, wait_for_ranks
+from common.run.process import atomic_file, gather_objects, rank_and_ranks, wait_for_ranks
 from common.shards.shards import SHARD_NAME, ShardSet
 from common.transforms.slice_strategies import pad_to_square
 
@@ -201,7 +200,8 @@ def embedding_work(sources: Sequence[CTSource], folders: Mapping[str, Path]) -> 
             work.append(source._replace(stores=missing))
     logger.info("%d of %d volumes are to be embedded.", len(work), len(sources))
     wait_for_ranks()
-    return work[idist.get_rank() :: idist.get_world_size()]
+    rank, num_ranks = rank_and_ranks()
+    return work[rank::num_ranks]
 
 
 def report_rejected(
@@ -225,7 +225,7 @@ def report_rejected(
     """
     path = Path(output_dir) / REJECTED
     everyones = sorted({volume for of_rank in gather_objects(list(rejected)) for volume in of_rank})
-    if idist.get_rank() == 0:
+    if rank_and_ranks()[0] == 0:
         _write(path, everyones)
     failed = [volume for volume in everyones if is_failure(volume)]
     num_failed = len({volume.volume for volume in failed})
@@ -261,7 +261,7 @@ def report_embedded(
         num_volumes: number of volumes of the whole run.
         num_failed: number of these that have no embedding.
     """
-    if idist.get_rank() > 0:
+    if rank_and_ranks()[0] > 0:
         return
     doubts: dict[str, tuple[str, Path]] = {}
     for folder in folders:

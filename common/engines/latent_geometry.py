@@ -158,7 +158,9 @@ class LatentGeometryEvaluator(Engine):
         first, second = self.stores
         for sampling, distance in product(SAMPLINGS, DISTANCES):
             one, other = (self.state.continuity[name, sampling, distance] for name in (first, second))
-            comparison = compare_pairs(one, other, self.volumes, self.num_resamples, self.seed)
+            comparison = compare_pairs(
+                one, other, volumes=self.volumes, num_resamples=self.num_resamples, seed=self.seed
+            )
             self.state.comparisons[_continuity(sampling, distance)] = comparison
         for place, (encoder, store) in enumerate(self.stores.items()):
             self._world_model(encoder, store, place)

@@ -62,7 +62,13 @@ def retrieval_values(cohorts: dict[str, EmbeddingBags], ks: list[int]) -> dict[s
     """
     bank, test = cohorts["train"], cohorts["test"]
     nearest = cosine_neighbours(average_embeddings(test), average_embeddings(bank), max(ks))
-    report = retrieval_report(nearest, test.labels.numpy(), bank.labels.numpy(), test.class_names, ks)
+    report = retrieval_report(
+        nearest,
+        query_labels=test.labels.numpy(),
+        bank_labels=bank.labels.numpy(),
+        names=test.class_names,
+        ks=ks,
+    )
     names = list(report)
     values = {}
     for metric in report[names[0]]:

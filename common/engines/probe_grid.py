@@ -306,9 +306,10 @@ class ProbeGridTrainer(ProbeTrainer):
         first = self.grid.kinds[:place].count("fixed")
         fixed = self.fixed["train"][:, first : first + (self.grid.kinds[place] == "fixed")]
         labels, batch_size = self.train_bags.labels.to(self.state.device), self.batches.batch_size
-        of_one: dict[str, Any] = {"poolers": [pooler], "learning_rates": [learning_rate]}
-        of_one["dim"] = self.grid.dim
-        grids = [ProbeGrid(**of_one, num_classes=self.grid.num_classes, seed=seed) for seed in seeds]
+        shape = {"dim": self.grid.dim, "num_classes": self.grid.num_classes}
+        grids = [
+            ProbeGrid(poolers=[pooler], learning_rates=[learning_rate], **shape, seed=seed) for seed in seeds
+        ]
         grids = [grid.to(self.grid.weights[0]) for grid in grids]
         batches = [ShuffledBatches(len(labels), batch_size, seed) for seed in seeds]
         # AdamW's defaults hold more than it accepts

@@ -3,7 +3,7 @@
 # S slices, D embedding, R resamples
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,15 +114,13 @@ def z_position(store: EmbeddingStore, split: Split, num_resamples: int, seed: in
     weights = resample_weights([patient_of(name) for name in names], num_resamples, seed)
     found: dict[str, Any] = {}
     for place, unit in enumerate(("fraction", "mm")):
-        errors_of = [np.abs(one - other)[:, place] for one, other in zip(predicted, true, strict=True)]
-        found[f"mae_{unit}"] = mean_over_volumes(
-            [float(error.mean()) for error in errors_of], names, num_resamples, seed
-        )
-        sums = np.array(
-            [(len(t), (e**2).sum(), t[:, place].sum(), (t[:, place] ** 2).sum())
-             for e, t in zip(errors_of, true, strict=True)]
-        )  # fmt: skip
-        count, squared, total, squares = (weights @ sums).T
+        maes, sums = [], []
+        for one, other in zip(predicted, true, strict=True):
+            error, target = np.abs(one - other)[:, place], other[:, place]
+            maes.append(float(error.mean()))
+            sums.append((len(target), (error**2).sum(), target.sum(), (target**2).sum()))
+        found[f"mae_{unit}"] = mean_over_volumes(maes, names, num_resamples, seed)
+        count, squared, total, squares = (weights @ np.array(sums)).T
         low, high = interval(1 - squared / (squares - total**2 / count))
         value = float(r_squared(np.concatenate(predicted), np.concatenate(true))[place])
         found[f"r2_{unit}"] = Mean(value, float("nan"), low, high, len(names))
@@ -151,16 +149,12 @@ def label_free(
         group = groups[patient_of(volume.volume)] % num_groups
         features = moments(volume.tokens, np.zeros((len(volume.tokens), 1))).features
         sums[group] = sums.get(group, np.zeros_like(features)) + features
-    found: dict[str, Any] = {
-        f"tau_{name}": mean_over_volumes(values, volumes, num_resamples, seed)
-        for name, values in taus.items()
-    }
+    mean = partial(mean_over_volumes, volumes=volumes, num_resamples=num_resamples, seed=seed)
+    found: dict[str, Any] = {f"tau_{name}": mean(values) for name, values in taus.items()}
     measures = {"effective_rank": spectral_effective_rank, "participation_ratio": participation_ratio}
     for name, measure in measures.items():
         found[name] = Mean(*jackknife(list(sums.values()), measure), len(volumes))
-    found["gap_curve"] = [
-        mean_over_volumes(values, volumes, num_resamples, seed) for values in np.array(curves).T
-    ]
+    found["gap_curve"] = [mean(values) for values in np.array(curves).T]
     return found
 
 
@@ -204,14 +198,12 @@ def organ_spans(
         ]
     )
     is_scored = (~np.isnan(scores[..., 0])).sum(0) >= MIN_SCANS
-    found = {}
-    for place, organ in enumerate(ORGANS):
-        if is_scored[place]:
-            found[organ] = _span_means(scores[:, place], names, num_resamples, seed)
-    if is_scored.any():
-        means = macro_means(scores[:, is_scored].swapaxes(1, 2))
-        found["mean"] = _span_means(means, names, num_resamples, seed)
-    return found
+    rows = {organ: scores[:, place] for place, organ in enumerate(ORGANS) if is_scored[place]}
+    if rows:
+        rows["mean"] = macro_means(scores[:, is_scored].swapaxes(1, 2))
+    mean = partial(mean_over_volumes, volumes=names, num_resamples=num_resamples, seed=seed)
+    columns = ("iou", "boundary_mm", "miss_rate")
+    return {organ: dict(zip(columns, map(mean, of_organ.T), strict=True)) for organ, of_organ in rows.items()}
 
 
 def _shares(labels_dir: str | Path, volume: str) -> FloatArray:
@@ -240,11 +232,3 @@ def _scan_scores(predicted: FloatArray, true: FloatArray, z_mm: FloatArray, cut:
             guess = predicted_span(predicted[:, organ], cut)
             scores[organ] = (*span_score(guess, span, z_mm), float(guess is None))
     return scores
-
-
-def _span_means(scores: FloatArray, names: list[str], num_resamples: int, seed: int) -> dict[str, Mean]:
-    columns = ("iou", "boundary_mm", "miss_rate")
-    return {
-        column: mean_over_volumes(values, names, num_resamples, seed)
-        for column, values in zip(columns, scores.T, strict=True)
-    }

@@ -8,18 +8,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
-from monai.utils import CommonKeys
 from tqdm import tqdm
 
 from common.ct.rejection import RejectedError, RejectedVolume, is_failure
 from common.embeddings.ct_batches import Piece, SliceBatches, Task, VolumeBatches
-from common.embeddings.store import DTYPES, EmbeddingStoreWriter
+from common.embeddings.store import DTYPES, Embedding, EmbeddingStoreWriter
 from common.embeddings.work import report_embedded, report_rejected
+from common.run.process import rank_and_ranks
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
 
 BATCHES_IN_FLIGHT = 2
 """Batches whose outputs may be on their way from a GPU before the oldest is waited for."""
@@ -115,6 +116,22 @@ class VolumeOutputs:
                 yield self._collected.pop(key)
 
 
+def embedding_of(volume: VolumeOutput) -> Embedding:
+    """Put together the embedding of a volume from what the encoder made of its images."""
+    task, encoded, patches = volume
+    metadata = {"volume": task.volume, "spacing_mm": [float(mm) for mm in task.spacing_mm], **task.metadata}
+    if task.strategy is None:
+        metadata["grid_shape"] = list(encoded.shape[2:])
+        tokens, z_mm = encoded[0].flatten(1).T, None
+    else:
+        slices = torch.arange(task.num_images // task.strategy.num_images)
+        tokens = task.strategy.tokens(encoded)
+        z_mm = task.strategy.z_mm(slices * float(task.spacing_mm[2]))
+    if patches is not None:
+        metadata["patch_grid"] = 2 * [math.isqrt(patches.shape[1])]
+    return Embedding(tokens, z_mm, metadata, patches)
+
+
 class EmbeddingWriter:
     """Write what an inferer gives on ``SliceBatches`` or ``VolumeBatches`` into the stores of a run.
 
@@ -159,33 +176,45 @@ class EmbeddingWriter:
         self.output_dir, self.folders = output_dir, list(folders.values())
         self.batches = batches
         self.num_volumes = num_volumes + sum(map(is_failure, rejected))
-        if idist.get_rank() == 0:  # every rank lists the same
+        if rank_and_ranks()[0] == 0:  # every rank lists the same
             batches.rejected += rejected
         self.max_rejected = max_rejected
         self.outputs = VolumeOutputs(DTYPES[dtype])
         self.num_slices = 0
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: "Engine") -> None:
         """Register with an Ignite engine."""
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._take)
-        engine.add_event_handler(Events.COMPLETED, self._finish)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._stop)
+        from ignite.engine import Events
+        from monai.utils import CommonKeys
 
-    def _start(self, engine: Engine) -> None:
+        def take(engine: "Engine") -> None:
+            state: Any = engine.state
+            self.take(state.batch["pieces"], *state.output[CommonKeys.PRED])
+
+        def stop(engine: "Engine", error: BaseException) -> None:
+            self.close()
+            raise error
+
+        engine.add_event_handler(Events.STARTED, lambda engine: self.start())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, take)
+        engine.add_event_handler(Events.COMPLETED, lambda engine: self.finish())
+        engine.add_event_handler(Events.EXCEPTION_RAISED, stop)
+
+    def start(self) -> None:
+        """Begin a run."""
         self.pool = ThreadPoolExecutor(1, "write_embeddings")
         self.writing: deque[Future[None]] = deque()
         self.started = time.monotonic()
         self.num_stores = {source.volume: len(source.stores) for source in self.batches.work}
         total = sum(self.num_stores.values())
-        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=idist.get_rank() > 0)
+        self.bar = tqdm(total=total, unit="volume", dynamic_ncols=True, disable=rank_and_ranks()[0] > 0)
 
-    def _take(self, engine: Engine) -> None:
-        state: Any = engine.state
+    def take(self, pieces: Sequence[Piece], encoded: torch.Tensor, patches: torch.Tensor | None) -> None:
+        """Take what the encoder made of a batch, as :meth:`VolumeOutputs.add`."""
         unread = [item.volume for item in self.batches.rejected if item.reason != NOT_EMBEDDED]
         lost = sum(self.num_stores.get(volume, 0) for volume in unread)
         self.bar.total = sum(self.num_stores.values()) - lost
-        self._submit(self.outputs.add(state.batch["pieces"], *state.output[CommonKeys.PRED]))
+        self._submit(self.outputs.add(pieces, encoded, patches))
 
     def _submit(self, volumes: Iterable[VolumeOutput]) -> None:
         for volume in volumes:
@@ -194,21 +223,13 @@ class EmbeddingWriter:
             self.writing.popleft().result()  # raises what went wrong in the thread
 
     def _write(self, volume: VolumeOutput) -> None:
-        task, encoded, patches = volume
-        metadata, strategy = dict(task.metadata), task.strategy
-        if strategy is None:
-            metadata["grid_shape"] = list(encoded.shape[2:])
-            tokens, z_mm = encoded[0].flatten(1).T, None
-        else:
-            slices = torch.arange(task.num_images // strategy.num_images)
-            tokens, z_mm = strategy.tokens(encoded), strategy.z_mm(slices * float(task.spacing_mm[2]))
-            self.num_slices += len(slices)
-        if patches is not None:
-            metadata["patch_grid"] = 2 * [math.isqrt(patches.shape[1])]
+        task, embedding = volume.task, embedding_of(volume)
+        if task.strategy is not None:
+            self.num_slices += task.num_images // task.strategy.num_images
         try:
-            self.writers[task.store].add(
-                task.volume, tokens, task.spacing_mm, z_mm=z_mm, patches=patches, **metadata
-            )
+            tokens, z_mm, metadata, patches = embedding
+            names = {"volume": metadata.pop("volume"), "spacing_mm": metadata.pop("spacing_mm")}
+            self.writers[task.store].add(**names, tokens=tokens, z_mm=z_mm, patches=patches, **metadata)
         except ValueError as error:
             self.batches.rejected.append(RejectedError(NOT_EMBEDDED, str(error)).of(task.volume))
         self.bar.update()
@@ -216,20 +237,18 @@ class EmbeddingWriter:
             speed = self.num_slices / (time.monotonic() - self.started)
             self.bar.set_postfix({"slices/s": f"{speed:.3g}"}, refresh=False)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Write what was taken, after an error, too."""
         self.pool.shutdown()
         self.bar.close()
         for writer in self.writers.values():
             writer.close()
 
-    def _stop(self, engine: Engine, error: BaseException) -> None:
-        self._close()
-        raise error
-
-    def _finish(self, engine: Engine) -> None:
+    def finish(self) -> None:
+        """Write the rest, and say what came of the run."""
         self._submit(self.outputs.rest())
         for future in self.writing:
             future.result()
-        self._close()
+        self.close()
         failed = report_rejected(self.output_dir, self.batches.rejected, self.num_volumes, self.max_rejected)
         report_embedded(self.output_dir, self.folders, self.num_volumes, failed)

@@ -166,7 +166,8 @@ class ProbeReport(EvaluationReport):
         per_class = state.intervals["probe"]["per_class"]
         draw_per_class(self.output_dir / "per_class.png", state.reports, state.intervals, title)
         for kind in KINDS:
-            draw_classes(self.output_dir / f"{kind}.png", kind, state.predictions, per_class, title)
+            path = self.output_dir / f"{kind}.png"
+            draw_classes(path, kind=kind, predictions=state.predictions, intervals=per_class, title=title)
         self._show_attention(engine)
 
     def _card(self, engine: ProbeGridTrainer) -> ProbeCard:
@@ -215,7 +216,8 @@ class ProbeReport(EvaluationReport):
                     f"The CT of '{volume}' in '{self.ct_dir}' has {len(of_ct)} slices, its embedding "
                     f"{len(weights[volume])}. Point ct_dir to the CTs that were embedded."
                 )
-        draw_attention(self.output_dir / "attention.png", weights, captions, slices, unit)
+        path = self.output_dir / "attention.png"
+        draw_attention(path, weights=weights, captions=captions, slices=slices, unit=unit)
 
 
 def volumes_to_show(predictions: Predictions, most: int = MAX_SHOWN) -> dict[str, str]:

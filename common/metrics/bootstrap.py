@@ -71,11 +71,6 @@ def resample_weights(groups: Sequence[str], num_resamples: int, seed: int) -> ND
 
     Raises:
         ValueError: if there is no sample or no resample.
-
-    Example:
-        >>> resample_weights(["train_1", "train_1", "train_2"], num_resamples=2, seed=0)
-        array([[0., 0., 2.],
-               [1., 1., 1.]], dtype=float32)
     """
     if num_resamples < 1 or not groups:
         raise ValueError(
@@ -177,12 +172,7 @@ def macro_means(values: ArrayLike) -> FloatArray:
 
 
 def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval over the resamples ``(R,)`` in which a metric is defined; ours: 95 %.
-
-    Example:
-        >>> interval(range(101), confidence=0.9)
-        (5.0, 95.0)
-    """
+    """Return the percentile interval (ours: 95 %) over resamples ``(R,)`` in which a metric is defined."""
     array = np.asarray(values, dtype=np.float64)
     defined = array[~np.isnan(array)]
     if not len(defined):
@@ -206,10 +196,6 @@ def paired_difference(one: ArrayLike, other: ArrayLike) -> Difference:
     """Compare a metric of two models that were measured on the same samples and the same resamples.
 
     Both are ``(1 + R,)``: the metric on all samples, then on each resample.
-
-    Example:
-        >>> paired_difference([0.75, 0.5, 1.0], [0.25, 0.5, 0.5])
-        Difference(difference=0.5, low=0.0125, high=0.4875, p=1.0)
     """
     value, *resampled = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     return Difference(float(value), *interval(resampled), two_sided_p(resampled))

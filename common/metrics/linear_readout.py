@@ -91,10 +91,6 @@ def r_squared(predicted: ArrayLike, targets: ArrayLike) -> FloatArray:
     """Return the share of each target's variance that predictions ``(S, T)`` explain, nan if it is constant.
 
     Source: equals ``sklearn.metrics.r2_score``.
-
-    Example:
-        >>> r_squared([[0.0], [2.0]], [[0.0], [1.0]])
-        array([-1.])
     """
     target = np.asarray(targets, np.float64)
     residual = ((np.asarray(predicted, np.float64) - target) ** 2).sum(0)

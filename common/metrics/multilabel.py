@@ -48,10 +48,6 @@ def average_precision(scores: ArrayLike, targets: ArrayLike) -> FloatArray:
     It is nan for a class without positive samples.
 
     Source: equals ``sklearn.metrics.average_precision_score``.
-
-    Example:
-        >>> average_precision([[0.1], [0.4], [0.35], [0.8]], [[0], [0], [1], [1]]).round(4)
-        array([0.8333])
     """
     return _of_each_class(_average_precision, scores, targets)[..., 0]
 
@@ -97,10 +93,6 @@ def balanced_accuracy(scores: ArrayLike, targets: ArrayLike, thresholds: ArrayLi
     It is nan for a class that lacks positive or negative samples.
 
     Source: equals ``sklearn.metrics.balanced_accuracy_score`` on each class.
-
-    Example:
-        >>> balanced_accuracy([[0.1], [0.4], [0.35], [0.8]], [[0], [0], [1], [1]], thresholds=[0.35])
-        array([0.75])
     """
     hits, num_predicted, num_positive, num_negative = _confusion(scores, targets, thresholds)
     specificity = 1 - ratio(num_predicted - hits, num_negative)

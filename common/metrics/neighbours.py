@@ -33,11 +33,6 @@ def cosine_neighbours(queries: NDArray[Any], bank: NDArray[Any], k: int) -> Neig
 
     Raises:
         ValueError: if widths differ, k is not in [1, N], or an embedding has length 0 or is not finite.
-
-    Example:
-        >>> bank = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-        >>> cosine_neighbours(np.array([[0.0, 1.0]]), bank, k=2).places
-        array([[1, 2]])
     """
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(
@@ -83,6 +78,7 @@ def knn_scores(neighbours: Neighbours, labels: ArrayLike, weights: str) -> Float
 
 def retrieval_report(
     neighbours: Neighbours,
+    *,
     query_labels: ArrayLike,
     bank_labels: ArrayLike,
     names: Sequence[str],

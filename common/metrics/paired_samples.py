@@ -73,7 +73,7 @@ def mean_over_volumes(values: ArrayLike, volumes: Sequence[str], num_resamples: 
 
 
 def compare_pairs(
-    values: ArrayLike, others: ArrayLike, volumes: Sequence[str], num_resamples: int, seed: int
+    values: ArrayLike, others: ArrayLike, *, volumes: Sequence[str], num_resamples: int, seed: int
 ) -> Comparison:
     """Compare a measure of two encoders on the same volumes.
 
@@ -84,11 +84,6 @@ def compare_pairs(
 
     Raises:
         ValueError: if lengths do not agree.
-
-    Example:
-        >>> names = [f"valid_{n}_a_1" for n in range(12)]
-        >>> compare_pairs(np.arange(12) + 1.0, np.arange(12), names, 100, seed=0).p_wilcoxon
-        0.00048828125
     """
     difference = np.asarray(values, np.float64) - np.asarray(others, np.float64)
     mean = mean_over_volumes(difference, volumes, num_resamples, seed)

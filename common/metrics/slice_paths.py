@@ -143,10 +143,6 @@ def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
     It starts where the mean distance to all others is largest: at an end, if there is one.
 
     Source: DALE-CT's released world-model probes; the start is our choice.
-
-    Example:
-        >>> order_by_nearest_neighbours([[1, 0], [0, 1], [2, 1], [1, 2]]).tolist()
-        [0, 2, 3, 1]
     """
     tokens, shuffled = _shuffled(embeddings)
     unit = _unit(tokens)
@@ -167,10 +163,6 @@ def agreement(order: ArrayLike) -> float:
 
     Raises:
         ValueError: if a slice is missing or there twice.
-
-    Example:
-        >>> agreement([3, 2, 1, 0]), round(agreement([1, 2, 3, 0]), 9)
-        (1.0, 0.0)
     """
     places = np.asarray(order)
     if places.ndim != 1 or len(places) < 2 or (np.sort(places) != np.arange(len(places))).any():

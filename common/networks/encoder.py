@@ -6,22 +6,21 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import ignite.distributed as idist
 import timm
 import torch
-from ignite.engine import Engine, Events
-from monai.inferers import Inferer
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.embeddings.store import check_identity
 from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
 from common.networks.weights_file import Weights, be_quiet, stated_identity
-from common.run.process import atomic_file
+from common.run.process import atomic_file, rank_and_ranks
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def cls_and_patches(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Ten
     return tokens[:, 0], tokens[:, encoder.num_prefix_tokens :]
 
 
-class SlicesInferer(Inferer):
+class SlicesInferer:
     """Encode a batch of images: CLS, and patch tokens on demand.
 
     Args:
@@ -74,13 +73,12 @@ class SlicesInferer(Inferer):
     """
 
     def __init__(self, amp_dtype: str, compiled: bool, patch_tokens: bool) -> None:
-        super().__init__()
         self.amp_dtype = amp_dtype
         self.patch_tokens = patch_tokens
         self.compiled = compiled
         self._encode = torch.compile(_encode, dynamic=False) if compiled else _encode
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, inputs: torch.Tensor, network: nn.Module, is_fixed: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encode; see the class. Batches that do not share a shape are never compiled for."""
@@ -126,18 +124,22 @@ class SaveEncoder:
         self.path = path
         self.identity = identity
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: "Engine") -> None:
         """Register with an Ignite engine."""
+        from ignite.engine import Events
+
         engine.add_event_handler(Events.COMPLETED, self._save)
 
-    def _save(self, engine: Engine) -> None:
+    def _save(self, engine: "Engine") -> None:
         if getattr(engine.state, "exit_status", 0):
             return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         # every rank takes part: each may hold a shard of every tensor
         tensors = get_model_state_dict(
             self.encoder, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
-        if idist.get_rank() == 0:
+        if rank_and_ranks()[0] == 0:
             weights = cast(dict[str, torch.Tensor], tensors)
             save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
 
@@ -255,7 +257,7 @@ def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -
         The same encoder, for use in a config.
 
     Raises:
-        FileNotFoundError: if there is no such file, or the hub can't be reached and its cache lacks it.
+        FileNotFoundError: if there is no such file, or neither hub nor cache gives it.
         ValueError: if the encoder is not of that architecture.
     """
     if initial_weights is None:

@@ -95,7 +95,7 @@ def patches(
     }
     drawn = [Row(hu, images.titles), *(rows[shown]() for shown in show or ([] if probe else Shown))]
     if probe and name:
-        drawn += patch_rows.probability_rows(hu, tokens, *probe, name)
+        drawn += patch_rows.probability_rows(hu, tokens, layer=probe[0], places=probe[1], names=name)
     write_figure(out, slice_grid(drawn, f"{scan.name}: patch tokens of {encoder.name}")[0])
 
 

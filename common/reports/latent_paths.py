@@ -29,11 +29,6 @@ def principal_plane(embeddings: ArrayLike) -> tuple[FloatArray, float]:
 
     Returns:
         Places ``(S, 2)``, and the share of the variance in the plane.
-
-    Example:
-        >>> places, share = principal_plane([[0, 0, 0], [1, 0, 0], [2, 0, 0]])
-        >>> places.round(6)[:, 0].tolist(), round(share, 6)
-        ([-1.0, 0.0, 1.0], 1.0)
     """
     tokens = np.asarray(embeddings, np.float64)
     left, values, _ = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)

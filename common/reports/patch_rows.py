@@ -110,7 +110,7 @@ def probe_of(probes: str | Path, names: Sequence[str], encoder: str) -> tuple[nn
 
 @torch.no_grad()
 def probability_rows(
-    hu: torch.Tensor, patches: torch.Tensor, layer: nn.Linear, places: Sequence[int], names: Sequence[str]
+    hu: torch.Tensor, patches: torch.Tensor, *, layer: nn.Linear, places: Sequence[int], names: Sequence[str]
 ) -> list[Row]:
     """Show the probability of classes in every patch, a row each; the more opaque, the likelier.
 
@@ -134,10 +134,6 @@ def label_colours(shares: NDArray[np.floating]) -> NDArray[np.float64]:
 
     Returns:
         RGBA ``(..., 4)``.
-
-    Example:
-        >>> label_colours(np.array([[[0.0, 0.5], [0.0, 0.0]]]))[0, :, 3].tolist()
-        [0.325, 0.0]
     """
     colours = class_colours(shares.shape[-1])[shares.argmax(-1)]
     return np.concatenate([colours, OPACITY * shares.max(-1)[..., None]], axis=-1)

@@ -78,7 +78,7 @@ def draw_per_class(
 
 
 def draw_classes(
-    path: Path, kind: str, predictions: Predictions, intervals: Mapping[str, Any], title: str
+    path: Path, *, kind: str, predictions: Predictions, intervals: Mapping[str, Any], title: str
 ) -> None:
     """Draw a panel per class, with the value of its area or error; classes without both labels are undefined.
 
@@ -171,6 +171,7 @@ KINDS = {
 
 def draw_attention(
     path: Path,
+    *,
     weights: Mapping[str, np.ndarray],
     captions: Mapping[str, str],
     slices: Mapping[str, np.ndarray],

@@ -31,7 +31,7 @@ MACRO_COLUMNS = {
     "macro_balanced_accuracy": "BA",
 }
 """Metrics of the printed tables, and the heads of their columns."""
-MAX_METRICS_PER_CALL = 1000  # MLflow's own limit on a batch
+MAX_METRICS_PER_CALL = 1000  # MLflow's limit on a batch
 
 
 class ResultRow(NamedTuple):
@@ -238,7 +238,7 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
 def _cell(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return "undefined"
-    # on a line of its own: four intervals side by side are wider than a terminal
+    # on a separate line: four intervals side by side are wider than a terminal
     return f"{value:.4f}" if math.isnan(low) or math.isnan(high) else f"{value:.4f}\n{low:.3f}-{high:.3f}"
 
 

@@ -41,10 +41,6 @@ def match_levels(query: ArrayLike, other: ArrayLike) -> Match:
 
     Raises:
         ValueError: if widths differ.
-
-    Example:
-        >>> match_levels([[5, 0], [0, 1]], [[0, 2], [4, 4], [3, 0]]).best.tolist()
-        [2, 0]
     """
     one, two = np.asarray(query, np.float64), np.asarray(other, np.float64)
     if one.shape[1:] != two.shape[1:]:

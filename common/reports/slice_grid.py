@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
-"""Colours of curves and bars, told apart by colour-blind readers too. Source: Paul Tol's "bright" scheme."""
+"""Colours of curves and bars that colour-blind readers can tell apart. Source: Paul Tol's "bright"."""
 
 SHOWN_HU = (-1000.0, 400.0)
 """Grey values of pictures, black to white: air to soft tissue, with lungs in between. Our choice."""

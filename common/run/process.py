@@ -264,6 +264,20 @@ def gather_objects(item: Any) -> list[Any]:  # noqa: ANN401 (anything that can b
     return items
 
 
+def rank_and_ranks() -> tuple[int, int]:
+    """Return the number of this process among those of the run, from 0, and how many they are.
+
+    Example:
+        >>> rank_and_ranks()
+        (0, 1)
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def leave_ranks() -> None:
     """Disconnect from the other ranks, once all have come so far."""
     import ignite.distributed as idist

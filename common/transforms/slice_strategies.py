@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import torch
-from monai.transforms import Transform
 from torch.nn import functional as F
 
 STRATEGIES = (
@@ -22,7 +21,7 @@ NUM_TILES = 5
 NAME = re.compile(r"(?P<region>raw|cropped)_(?P<size>[1-9][0-9]{0,3}|full)|tiled_5cut(?P<items>_items)?")
 
 
-class SliceStrategy(Transform):
+class SliceStrategy:
     """Turn slices into images of the encoder, by the name of a row of Table VI.
 
     ``raw_<px>`` and ``cropped_<px>`` resize the whole slice or the body's square to ``px``; ``_full`` keeps

@@ -28,12 +28,10 @@ from data_prep.audit.cohort import (
 from data_prep.audit.pictures import Picture, PictureTask, draw_volume
 from data_prep.audit.shard import ShardTask, audit_shard, draw
 from data_prep.audit.volume import VolumeContent
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
-
-    from data_prep.commands.console import ShowProgress
 
 MAX_SUSPICIOUS_PICTURES = 24
 """Suspicious volumes with a picture in the report; the others are in its JSON file."""
@@ -77,6 +75,7 @@ def audit_shards(
     folder: Path,
     split: str | None,
     client: Client,
+    *,
     share: float = 1.0,
     seed: int = 0,
     progress: ShowProgress = lambda stage, done, total: None,
@@ -177,6 +176,7 @@ def draw_pictures(
     audit: Audit,
     client: Client,
     num_sheets: int,
+    *,
     seed: int = 0,
     progress: ShowProgress = lambda stage, done, total: None,
 ) -> tuple[list[Picture], list[Picture]]:

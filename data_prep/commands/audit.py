@@ -43,8 +43,8 @@ def audit(
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"report must be in a folder that exists, got '{path}'.")
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
-        result = audit_shards(shards, split, client, sample, seed, progress)
-        pictures, suspects = draw_pictures(result, client, sheets, seed, progress)
+        result = audit_shards(shards, split, client, share=sample, seed=seed, progress=progress)
+        pictures, suspects = draw_pictures(result, client, sheets, seed=seed, progress=progress)
     write_report(result, pictures, suspects, path)
     write_json(result, path.with_suffix(".json"))
     table = Table("Check", "Looked at", "Failed", "First", title=f"Shards in {escape(str(shards))}")

@@ -1,6 +1,6 @@
 """What the commands show: progress, the table at the end, volumes that were left out."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -20,10 +20,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True)
+from data_prep.cluster import ShowProgress
 
-ShowProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+console = Console(stderr=True)
 
 
 class RateColumn(ProgressColumn):

@@ -37,13 +37,13 @@ def dense_labels(
     ``volumes.csv`` beside them lists the labelled volumes: --subset_csv of the encoder bundles.
     """
     annotations = read_annotations(rexgroundingct, rexgroundingct_masks)
-    sources, rejected = find_ct_rate(root, split, "auto", totalsegmentator, annotations)
+    sources, rejected = find_ct_rate(root, split, totalsegmentator=totalsegmentator, annotations=annotations)
     sources = [source for source in sources if source.rex is not None][:limit]
     if not sources:
         raise ValueError(f"No scan of split '{split}' is annotated by ReXGroundingCT.")
     out.mkdir(parents=True, exist_ok=True)
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
-        failed = write_all(client, sources, out.absolute(), grid, progress)
+        failed = write_all(client, sources, out.absolute(), grid=grid, progress=progress)
     without = [item for item in rejected if item.volume in annotations] + failed
     labelled = sorted(file.stem for file in out.glob("*.safetensors"))
     with atomic_file(out / "volumes.csv", "w", encoding="utf-8") as table:

@@ -39,15 +39,17 @@ if TYPE_CHECKING:
 
 def download(
     dataset: Annotated[Literal["ct-rate", "rexgroundingct", "rad-chestct"], typer.Argument(help="Dataset.")],
-    out: Annotated[Path, typer.Option(help="Folder to fill; --root of the commands that convert.")],
+    out: Annotated[Path, typer.Option(help="Folder to fill: --root of the commands that convert.")],
     split: Annotated[
         Literal["train", "valid", "test"] | None, typer.Option(help="Split of the volumes. Default: all.")
     ] = None,
     patients: Annotated[
-        str | None, typer.Option(help="First numbers in the volumes' names, such as 1:100,205.")
+        str | None,
+        typer.Option(help="Patients, by the first number in volumes' names, such as 1:100,205."),
     ] = None,
     volumes: Annotated[
-        list[str] | None, typer.Option(help="Names of volumes, as train_1_*; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Names of volumes, such as train_1_*; may be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="The first N of these volumes only.", min=1)] = None,
     tables_only: Annotated[
@@ -65,17 +67,17 @@ def download(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of the dataset.")] = "main",
     jobs: Annotated[int, typer.Option(help="Files at a time.", min=1, max=64)] = 8,
 ) -> None:
-    """Download a dataset, or go on with it: whole files are verified and stay.
+    """Download a dataset, or resume it: complete files are verified and kept.
 
     Accept the dataset's terms on its page first, then run: hf auth login (or set HF_TOKEN).
     """
     if dataset != "ct-rate" and (label_maps or form != "v2"):
-        raise ValueError(f"--label-maps and --form must be used with ct-rate only, got {dataset}.")
+        raise ValueError(f"--label-maps and --form are for ct-rate only, got {dataset}.")
     repository = repo_id or REPOSITORIES.get(dataset)
     if repository is None:
         raise ValueError(
-            "--repo-id must name a copy of RAD-ChestCT on the hub that you may read, got none. Its authors "
-            "share it on https://zenodo.org/records/6406114; rad-chestct reads that download as it is."
+            "--repo-id must name a copy of RAD-ChestCT on the hub that you may read. Its authors share it on "
+            "https://zenodo.org/records/6406114; the command rad-chestct reads that download as it is."
         )
     spans = [] if patients is None else parse_patients(patients)
     wanted_places = [] if tables_only else volume_places(dataset, split, form, spans)
@@ -88,12 +90,12 @@ def download(
             maps = list_files(api, repository, commit, label_map_places(split, spans))
             chosen += [file for file in maps if stem_of(file) in names]
     if not tables_only and not chosen:
-        raise FileNotFoundError(f"'{repository}' must hold the volumes asked for, got none. See its page.")
+        raise FileNotFoundError(f"'{repository}' has none of these volumes. See its page.")
     _fill(api, repository, commit, tables + chosen, out, jobs)
 
 
 def _fill(api: "HfApi", repository: str, commit: str, files: list[RemoteFile], out: Path, jobs: int) -> None:
-    """Fetch what is missing and say what came of it; leave with status 1 where a file failed."""
+    """Fetch what is missing and show the outcome; exit with status 1 if a file failed."""
     out.mkdir(parents=True, exist_ok=True)
     plan = hub.plan_download(files, out)
     free = hub.check_room(plan, out)
@@ -103,7 +105,7 @@ def _fill(api: "HfApi", repository: str, commit: str, files: list[RemoteFile], o
         soft_wrap=True,
     )
     with _bars(len(plan.todo), sum(file.num_bytes for file in plan.todo)) as show:
-        failed = plan.unsafe + hub.download(api, repository, commit, plan.todo, out, jobs, show)
+        failed = plan.unsafe + hub.download(api, repository, commit, plan.todo, out, jobs=jobs, progress=show)
     hub.write_failed(out, failed)
     rows = (
         ("commit", commit),
@@ -116,7 +118,7 @@ def _fill(api: "HfApi", repository: str, commit: str, files: list[RemoteFile], o
         for item in failed[:10]:
             console.print(escape(f"{item.path}: {item.reason}"), soft_wrap=True)
         console.print(
-            f"All that failed is listed in {escape(str(out / hub.FAILED))}. Run the same again.",
+            f"All failures are in {escape(str(out / hub.FAILED))}. Run the same command again.",
             soft_wrap=True,
         )
         raise typer.Exit(1)
@@ -124,7 +126,7 @@ def _fill(api: "HfApi", repository: str, commit: str, files: list[RemoteFile], o
 
 @contextmanager
 def _bars(num_files: int, num_bytes: int) -> Iterator[hub.ShowDownload]:
-    """Show files and bytes, with the rate and the time they still take."""
+    """Show files and bytes, with the rate and the time left."""
     columns = (
         TextColumn("{task.fields[files]} files"),
         BarColumn(),

@@ -57,7 +57,9 @@ def ct_rate(
         if rexgroundingct is not None and rexgroundingct_masks is not None
         else None
     )
-    sources, rejected = find_ct_rate(root, split, form, totalsegmentator, annotations)
+    sources, rejected = find_ct_rate(
+        root, split, form=form, totalsegmentator=totalsegmentator, annotations=annotations
+    )
     if limit is not None:
         sources = sources[:limit]
         last = sources[-1].volume if sources else ""
@@ -121,7 +123,7 @@ def dicom(
 ) -> None:
     """Write every axial CT series of a tree of DICOM files into shards."""
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
-        sources, rejected = find_series(folder, split, client, masks, progress)
+        sources, rejected = find_series(folder, split, client, masks=masks, progress=progress)
     prepare(sources, rejected, out, split, slices_per_shard, max_rejected, workers, scheduler)
 
 
@@ -142,7 +144,15 @@ def prepare(
     """
     with dask_client(scheduler, workers) as client, progress_bars() as progress:
         here = [source.absolute() for source in sources]  # workers may run in another folder
-        summary = write_shards(here, rejected, out.absolute(), split, client, slices_per_shard, progress)
+        summary = write_shards(
+            here,
+            rejected,
+            out.absolute(),
+            split,
+            client,
+            slices_per_shard=slices_per_shard,
+            progress=progress,
+        )
     finish(summary, out, max_rejected)
 
 

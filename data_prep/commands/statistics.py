@@ -29,7 +29,6 @@ from data_prep.pos_weights import (
     MaskCounts,
     class_weights,
     count_shards,
-    never_seen,
     write_weights,
 )
 
@@ -39,7 +38,7 @@ def hu_stats(
     split: Annotated[str, typer.Option(help="Split to draw volumes from.")] = "train",
     volumes: Annotated[int, typer.Option(help="Volumes to draw; all where there are fewer.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 42,
-    slice_stride: Annotated[int, typer.Option(help="Read every so many slices of a volume.", min=1)] = 1,
+    slice_stride: Annotated[int, typer.Option(help="Step between the slices to read.", min=1)] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON to write, histogram included.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Histogram to draw, as PNG.")] = None,
     workers: Workers = None,
@@ -177,6 +176,6 @@ def _show_weights(name: str, weights: list[ClassWeight], counts: MaskCounts) -> 
             f"{weight.label.pos_weight:,.2f}",
         )
     Console().print(table)
-    unseen = never_seen(weights)
+    unseen = [weight.label.name for weight in weights if weight.cells == 0]
     if unseen:
         console.print(f"Never seen: {', '.join(unseen)}.", soft_wrap=True)

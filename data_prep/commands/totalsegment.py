@@ -42,7 +42,7 @@ def totalsegment(
         table = out / f"rejected-{part.replace('/', 'of')}.csv"
     out.mkdir(parents=True, exist_ok=True)
     with totalsegmentator_ready(device, fast), progress_bars() as progress:
-        outcome = segment_all(sources, out, device, fast, progress)
+        outcome = segment_all(sources, out, device=device, fast=fast, progress=progress)
     rejected += outcome.rejected
     write_table(table, RejectedVolume._fields, sorted(rejected))
     counts = Counter(item.reason for item in rejected)

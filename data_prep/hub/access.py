@@ -12,17 +12,17 @@ REQUEST_TIMEOUT_S = 30
 
 
 def open_repository(repo_id: str, revision: str = "main", endpoint: str | None = None) -> tuple["HfApi", str]:
-    """Connect to the hub and ask whether a dataset may be read.
+    """Connect to the hub and check that a dataset may be read.
 
     The token is that of the environment variable HF_TOKEN or of ``hf auth login``.
 
     Args:
         repo_id: owner and name of the dataset.
         revision: branch, tag or commit.
-        endpoint: address of the hub; by default that of the environment variable HF_ENDPOINT.
+        endpoint: address of the hub; by default the environment variable HF_ENDPOINT.
 
     Returns:
-        The hub, and the commit that the revision is now.
+        The hub, and the commit of the revision.
 
     Raises:
         PermissionError: if the dataset's terms are not accepted, or the token is missing or wrong.
@@ -30,7 +30,7 @@ def open_repository(repo_id: str, revision: str = "main", endpoint: str | None =
         ConnectionError: if the hub does not answer.
         OSError: if it answers with another error.
     """
-    # Also keeps out of the requests which packages are installed and which program started this one.
+    # Requests then do not tell which packages are installed and which program started this one either.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HTTPError
@@ -45,20 +45,20 @@ def open_repository(repo_id: str, revision: str = "main", endpoint: str | None =
     except (OSError, HTTPError) as error:
         raise explained(error, repo_id, api.endpoint) or OSError(one_line(error)) from error
     if info.sha is None:
-        raise OSError(f"the hub must state the commit of '{repo_id}', got none.")
+        raise OSError(f"The hub does not state the commit of '{repo_id}'.")
     return api, info.sha
 
 
 def explained(error: BaseException, repo_id: str, endpoint: str) -> OSError | None:
-    """Return what to tell the user about an error after which no file can be downloaded.
+    """Explain an error after which no file can be downloaded.
 
     Args:
-        error: that a request or a file ended with.
+        error: error of a request or a file.
         repo_id: owner and name of the dataset.
         endpoint: address of the hub.
 
     Returns:
-        The error to raise, of one line, or None if other files may do better.
+        The one-line error to raise, or None if other files may still succeed.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -75,18 +75,18 @@ def explained(error: BaseException, repo_id: str, endpoint: str) -> OSError | No
     if isinstance(cause, GatedRepoError) or status in (401, 403):
         page = f"{endpoint}/datasets/{repo_id}"
         return PermissionError(
-            f"access to the dataset '{repo_id}' must be granted to you, got status {status}. Log in, accept "
-            f"its terms on {page}, and run: hf auth login (or set HF_TOKEN to a token that may read it)."
+            f"No access to the dataset '{repo_id}' (status {status}). Log in, accept its terms on {page}, "
+            "and run: hf auth login (or set HF_TOKEN to a token that may read it)."
         )
     if isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError):
-        what = "revision" if isinstance(cause, RevisionNotFoundError) else "dataset"
-        return FileNotFoundError(f"the {what} must exist on {endpoint}, got status {status} for '{repo_id}'.")
+        what = "such revision of" if isinstance(cause, RevisionNotFoundError) else "dataset"
+        return FileNotFoundError(f"No {what} '{repo_id}' on {endpoint} (status {status}).")
     if isinstance(cause, OfflineModeIsEnabled):
-        return ConnectionError("HF_HUB_OFFLINE must not be set for a download, got offline mode.")
+        return ConnectionError("HF_HUB_OFFLINE is set, which forbids downloads. Unset it.")
     if isinstance(cause, HTTPError) and status is None:
-        return ConnectionError(f"{endpoint} must answer, got {one_line(cause)}. Check the network.")
+        return ConnectionError(f"{endpoint} does not answer: {one_line(cause)}. Check the network.")
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OSError("the disk must have room, got none left. Free some and run again.")
+        return OSError("The disk is full. Free some space, then run the same command again: it resumes.")
     return None
 
 

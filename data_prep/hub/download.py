@@ -1,4 +1,4 @@
-"""Downloads files of a dataset on the hub: several at a time, verified, and so that a rerun goes on."""
+"""Downloads files of a dataset on the hub: several at a time, verified, and resumed by a rerun."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 STATE = ".download"
-"""Folder inside of the download: files under way, and the list of those that were verified."""
+"""Folder inside the download: partial files, and the list of verified ones."""
 
 FAILED = "failed.csv"
 READ_BYTES = 1 << 20
@@ -30,12 +30,7 @@ ShowDownload = Callable[[int, int], None]
 
 
 class FailedFile(NamedTuple):
-    """A file that was not downloaded.
-
-    Args:
-        path: in the repository.
-        reason: one line.
-    """
+    """A file that was not downloaded: its path in the repository, and the reason in one line."""
 
     path: str
     reason: str
@@ -47,8 +42,8 @@ class Plan(NamedTuple):
     Args:
         todo: files to fetch.
         num_kept: files that are there already, verified.
-        num_bytes: that the files to fetch will take.
-        unsafe: files whose path would lie outside of the download or on its own files.
+        num_bytes: size of the files to fetch.
+        unsafe: files whose path would lie outside the download or on its own files.
     """
 
     todo: list[RemoteFile]
@@ -58,25 +53,17 @@ class Plan(NamedTuple):
 
 
 class StoppedError(Exception):
-    """Ends the fetching of a file after the whole download has failed."""
+    """Stops fetching a file after the whole download has failed."""
 
 
 def plan_download(files: Sequence[RemoteFile], out: Path) -> Plan:
-    """Compare what is wanted with what is there.
-
-    Args:
-        files: that are wanted.
-        out: folder of the download.
-
-    Returns:
-        What to do.
-    """
+    """Compare the wanted files with those in the folder of a download."""
     verified = _read_verified(out)
     todo, unsafe = [], []
     num_kept = num_bytes = 0
     for file in files:
         if not is_safe(file.path):
-            unsafe.append(FailedFile(file.path, "path must stay inside of the download"))
+            unsafe.append(FailedFile(file.path, "its path leads outside the download"))
             continue
         size = (out / file.path).stat().st_size if (out / file.path).is_file() else None
         if size == file.num_bytes and verified.get(file.path) == file.digest:
@@ -88,7 +75,7 @@ def plan_download(files: Sequence[RemoteFile], out: Path) -> Plan:
 
 
 def check_room(plan: Plan, out: Path) -> int:
-    """Return the bytes that are free for a download.
+    """Return the free bytes for a download.
 
     Raises:
         OSError: if they are too few.
@@ -96,14 +83,14 @@ def check_room(plan: Plan, out: Path) -> int:
     free = shutil.disk_usage(out).free
     if plan.num_bytes > free:
         raise OSError(
-            f"out must have {plan.num_bytes / 1e9:,.1f} GB free for {len(plan.todo):,} files, "
-            f"got {free / 1e9:,.1f} GB. Choose fewer with --patients, --volumes or --limit.",
+            f"{len(plan.todo):,} files need {plan.num_bytes / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB "
+            "are free. Choose fewer with --patients, --volumes or --limit.",
         )
     return free
 
 
 def is_safe(path: str) -> bool:
-    """Tell whether a path of the hub leads to a place inside of a download that is not the download's own.
+    """Tell whether a path of the hub leads to a place inside a download that is not the download's own.
 
     Example:
         >>> is_safe("dataset/metadata/train_metadata.csv"), is_safe("../.bashrc")
@@ -120,19 +107,20 @@ def download(
     commit: str,
     files: Sequence[RemoteFile],
     out: Path,
+    *,
     jobs: int,
     progress: ShowDownload,
 ) -> list[FailedFile]:
     """Fetch files into the places they have in the repository.
 
-    A file takes its name when its size and digest are right, and is listed as verified then. A killed
-    download leaves whole files only; those it was fetching start anew, for huggingface_hub keeps no parts.
+    A file gets its name once its size and digest are right, and is then listed as verified. A killed download
+    leaves only complete files; those it was fetching start anew, because huggingface_hub keeps no parts.
 
     Args:
-        api: see ``hub_access.open_repository``.
+        api: hub, see ``hub.access.open_repository``.
         repo_id: owner and name of the dataset.
-        commit: of the repository.
-        files: of safe paths, see ``plan_download``.
+        commit: commit of the repository.
+        files: files with safe paths, see ``plan_download``.
         out: folder of the download.
         jobs: files at a time.
         progress: called as bytes arrive, from several threads.
@@ -141,7 +129,7 @@ def download(
         The files that failed, for reasons of their own.
 
     Raises:
-        OSError: if nothing more can be downloaded, see ``hub_access.explained``, or ``out`` is in use.
+        OSError: if nothing more can be downloaded, see ``hub.access.explained``, or ``out`` is in use.
     """
     from huggingface_hub.errors import HTTPError
 
@@ -169,12 +157,7 @@ def download(
 
 
 def write_failed(out: Path, failed: Sequence[FailedFile]) -> None:
-    """Write the files that failed as ``failed.csv``; without any, there is no such file.
-
-    Args:
-        out: folder of the download.
-        failed: the files.
-    """
+    """Write the files that failed as ``failed.csv``; without any, there is no such file."""
     if not failed:
         (out / FAILED).unlink(missing_ok=True)
         return
@@ -202,7 +185,7 @@ class _Counter:
 
 
 def _bar_class(add_bytes: Callable[[int], None], stop: threading.Event) -> type:
-    """Return what huggingface_hub takes for the class of its progress bars: it shows nothing and counts."""
+    """Return a stand-in for huggingface_hub's progress bar class: it shows nothing and counts."""
 
     class Bar:
         def __init__(self, **_: object) -> None: ...
@@ -218,7 +201,7 @@ def _bar_class(add_bytes: Callable[[int], None], stop: threading.Event) -> type:
             add_bytes(int(num_bytes or 0))
 
         def ignore(self, *_: object, **__: object) -> None:
-            """Take what bars of huggingface_hub are told besides: of bytes still packed, of their looks."""
+            """Accept the other calls that a bar of huggingface_hub gets."""
 
         close = update_transfer = set_postfix_str = set_transfer_postfix_str = ignore
 
@@ -249,7 +232,7 @@ def _fetch(
             )
             if not is_whole(Path(name), file):
                 Path(name).unlink()
-                raise OSError(f"file must have {file.num_bytes} bytes of digest {file.digest}, got others")
+                raise OSError(f"it does not have the {file.num_bytes} bytes of digest {file.digest}")
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(name, final)
             count(file.num_bytes - counted)
@@ -259,12 +242,7 @@ def _fetch(
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:
-    """Tell whether a file on the disk is that of the hub, byte by byte, and wait until it is on the disk.
-
-    Args:
-        path: on the disk.
-        file: of the hub.
-    """
+    """Tell whether a file on disk is that of the hub, byte for byte, and flush it to the disk."""
     if not path.is_file() or path.stat().st_size != file.num_bytes:
         return False
     is_sha256 = len(file.digest) == hashlib.sha256().digest_size * 2
@@ -279,7 +257,7 @@ def is_whole(path: Path, file: RemoteFile) -> bool:
 
 @contextmanager
 def _pool(jobs: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Start threads; when the work is left early, tell them to stop in place of finishing what they fetch."""
+    """Start threads; when the block is left early, tell them to stop instead of finishing their files."""
     pool = ThreadPoolExecutor(jobs)
     try:
         yield pool
@@ -290,7 +268,7 @@ def _pool(jobs: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _state(out: Path) -> Iterator[tuple[Path, TextIO]]:
-    """Lock a download; yields an empty folder for files under way and the open list of verified files."""
+    """Lock a download; yields an empty folder for partial files and the open list of verified files."""
     folder = out / STATE
     staging = folder / "partial"
     with claimed(folder):
@@ -304,7 +282,7 @@ def _state(out: Path) -> Iterator[tuple[Path, TextIO]]:
 
 
 def _read_verified(out: Path) -> dict[str, str]:
-    """Read the digests of verified files; a line that a killed process left unfinished counts as none."""
+    """Read the digests of verified files, skipping a line that a killed process left unfinished."""
     path = out / STATE / "verified.csv"
     if not path.is_file():
         return {}

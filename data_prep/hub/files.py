@@ -1,4 +1,4 @@
-"""Which files of the datasets on the Hugging Face hub are wanted."""
+"""Which files of the datasets on the Hugging Face hub to download."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 DATASETS = ("ct-rate", "rexgroundingct", "rad-chestct")
 REPOSITORIES = {"ct-rate": "ibrahimhamamci/CT-RATE", "rexgroundingct": "rajpurkarlab/ReXGroundingCT"}
-"""RAD-ChestCT's authors share it through Zenodo; there is no hub dataset of theirs to name."""
+"""RAD-ChestCT's authors share it through Zenodo; they have no dataset on the hub."""
 
 CT_RATE_SPLITS = ("train", "valid")
 
 MAX_FOLDERS = 100
-"""Up to here patients are listed one by one; more, and the pages of the whole split are fewer requests."""
+"""Up to so many patients are listed one by one; for more, listing the whole split takes fewer requests."""
 
 
 class RemoteFile(NamedTuple):
     """A file of a repository.
 
     Args:
-        path: in the repository; it comes from the hub and is not to be trusted.
-        num_bytes: of the file.
+        path: path in the repository; it comes from the hub and must not be trusted.
+        num_bytes: size.
         digest: sha256 of a large file, git's sha1 of a small one.
     """
 
@@ -39,9 +39,9 @@ class Place(NamedTuple):
     """Where files of one kind lie in a repository.
 
     Args:
-        folder: of the repository; empty for its root.
+        folder: folder of the repository; empty for its root.
         names: pattern of their file names.
-        recursive: whether folders inside count.
+        recursive: whether to look into sub-folders.
     """
 
     folder: str
@@ -50,11 +50,7 @@ class Place(NamedTuple):
 
 
 def table_places(dataset: str) -> list[Place]:
-    """Return where the metadata, labels and lists of a dataset lie; they are small and needed always.
-
-    Args:
-        dataset: one of ``DATASETS``.
-    """
+    """Return where the metadata, labels and lists of a dataset lie; they are small and always needed."""
     if dataset == "ct-rate":
         return [Place("dataset/metadata", "*"), Place("dataset/multi_abnormality_labels", "*")]
     if dataset == "rexgroundingct":
@@ -65,13 +61,13 @@ def table_places(dataset: str) -> list[Place]:
 def volume_places(
     dataset: str, split: str | None, form: str = "v2", patients: Sequence[range] = ()
 ) -> list[Place]:
-    """Return where the volumes of a dataset lie, of ReXGroundingCT the masks.
+    """Return where the volumes of a dataset lie, or the masks of ReXGroundingCT.
 
     Args:
         dataset: one of ``DATASETS``.
         split: one of the dataset's; None for all.
-        form: of CT-RATE: ``v2`` or ``v1``.
-        patients: that are wanted; empty for all.
+        form: form of CT-RATE: ``v2`` or ``v1``.
+        patients: wanted patients; empty for all.
 
     Raises:
         ValueError: if the dataset has no such split.
@@ -90,12 +86,7 @@ def volume_places(
 
 
 def label_map_places(split: str | None, patients: Sequence[range] = ()) -> list[Place]:
-    """Return where CT-RATE's own TotalSegmentator label maps lie.
-
-    Args:
-        split: ``train`` or ``valid``; None for both.
-        patients: that are wanted; empty for all.
-    """
+    """Return where CT-RATE's own TotalSegmentator label maps lie; the arguments as for ``volume_places``."""
     wanted = CT_RATE_SPLITS if split is None else (split,)
     root = "dataset/ts_seg/ts_total"
     return [place for name in wanted for place in _patient_places(f"{root}/{name}_fixed", name, patients)]
@@ -108,7 +99,7 @@ def _patient_places(folder: str, split: str, patients: Sequence[range]) -> list[
 
 
 def parse_patients(text: str) -> list[range]:
-    """Read numbers and ranges, whose ends both count.
+    """Read numbers and ranges, including both ends.
 
     Example:
         >>> parse_patients("1:100,205")
@@ -124,16 +115,13 @@ def parse_patients(text: str) -> list[range]:
 
 
 def list_files(api: "HfApi", repo_id: str, commit: str, places: Iterable[Place]) -> list[RemoteFile]:
-    """List files of a repository, page by page.
+    """List files of a repository, each once, in the order of the hub.
 
     Args:
-        api: of the hub.
+        api: the hub.
         repo_id: owner and name of the dataset.
-        commit: of the repository.
+        commit: commit of the repository.
         places: where to look; a patient's folder may be missing.
-
-    Returns:
-        Each file once, in the order of the hub.
     """
     found = {file.path: file for place in places for file in _listed(api, repo_id, commit, place)}
     return list(found.values())
@@ -164,12 +152,13 @@ def select(
 
     Args:
         files: volumes.
-        patients: numbers, the first in a file's name; empty for all.
-        patterns: of names without suffix, such as ``train_1_*``; one must match. Empty for all.
-        limit: at most so many, those of the lowest patients first; None for all.
+        patients: wanted patients, by the first number in a file's name; empty for all.
+        patterns: patterns of names without suffix, such as ``train_1_*``, of which one must match; empty for
+            all.
+        limit: number to choose at most, of the lowest patients; None for all.
 
     Returns:
-        The chosen, by patient and name.
+        The chosen volumes, by patient and name.
     """
     chosen = [
         file

@@ -74,7 +74,7 @@ class Anatomy:
     seed: tuple[int, ...] = (0,)
 
     def rng(self, *purpose: int) -> np.random.Generator:
-        """Generator of one purpose; the same in every reconstruction of the scan."""
+        """Random generator for one purpose; the same in every reconstruction of the scan."""
         return np.random.default_rng([*self.seed, *purpose])
 
     @property
@@ -162,7 +162,7 @@ def dome_z(anatomy: Anatomy, x: Floats, y: Floats) -> Floats:
 
 
 def mediastinum(anatomy: Anatomy, x: Floats, y: Floats, z: Floats) -> Mask:
-    """Inside of what lies between the lungs: column of vessels and fat, heart with pericardium, spine."""
+    """Inside the space between the lungs: column of vessels and fat, heart with pericardium, spine."""
     back = spine_y(z)
     half = np.interp(z, [-200, -110, -60, -15, 25, 60, 85, 112], [26, 29, 30, 28, 27, 31, 35, 28]).astype(
         np.float32
@@ -173,7 +173,7 @@ def mediastinum(anatomy: Anatomy, x: Floats, y: Floats, z: Floats) -> Mask:
     column = np.abs(x - np.float32(3)) < narrowed
     behind = y - back
     spine = (x / np.float32(25)) ** 2 + (behind / np.float32(23)) ** 2 < 1
-    # Behind the vertebral body the lungs are kept apart by the roots of the ribs.
+    # Behind the vertebral body the roots of the ribs keep the lungs apart.
     arches = (np.abs(x) < 15 + np.float32(0.42) * behind) & (behind > 0)
     return column | spine | arches | (anatomy.heart_field(x, y, z) < np.float32(PERICARDIUM))
 
@@ -210,8 +210,8 @@ def lung_points(
     Args:
         anatomy: the patient.
         rng: source of the points.
-        num_points: how many.
-        max_cage_field: below 1 keeps away from the ribs (:func:`cage_field`).
+        num_points: number of points.
+        max_cage_field: values below 1 keep away from the ribs (:func:`cage_field`).
     """
     found: list[NDArray[np.float64]] = []
     count = 0

@@ -1,4 +1,4 @@
-"""A synthetic scan being drawn, and the few shapes that everything on it is drawn with.
+"""A synthetic scan being drawn, and the few shapes that everything on it is made of.
 
 Shapes are given in patient millimetres (:mod:`data_prep.phantom.grid`). Each is computed in its own bounding
 box only, so the cost of a drawing follows the size of what is drawn.
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data_prep.phantom.grid import Box, Floats, Grid, Mask
 
-# Cells of a stamped ball's neighbourhood that are handled at once; bounds memory, changes no result.
+# Cells of balls' neighbourhoods handled at once: bounds memory, changes no result.
 STAMP_CHUNK_CELLS = 2_000_000
 
 
@@ -114,16 +114,9 @@ class Canvas:
         cx, cy, crx, cry = (np.interp(dz, knots, v).astype(np.float32) for v in values)
         return box, ((dx - cx) / crx) ** 2 + ((dy - cy) / cry) ** 2
 
-    def column(
-        self,
-        z_mm: ArrayLike,
-        x_mm: ArrayLike,
-        y_mm: ArrayLike,
-        radius_x_mm: ArrayLike,
-        radius_y_mm: ArrayLike,
-    ) -> Region:
-        """Inside of an upright tube (arguments as in :meth:`column_field`)."""
-        box, field = self.column_field(z_mm, x_mm, y_mm, radius_x_mm, radius_y_mm)
+    def column(self, *knots: ArrayLike) -> Region:
+        """Inside of an upright tube; the arguments are those of :meth:`column_field`."""
+        box, field = self.column_field(*knots)
         return Region(box, field < 1)
 
     def stamp(
@@ -140,9 +133,9 @@ class Canvas:
             points: (N, 3) centres in patient mm.
             radius_mm: one radius, or (N,).
             hu: HU of the material.
-            only_labels: (118,) booleans, the labels that may be drawn on: balls centred elsewhere are left
-                out, the others are cut at the border.
-            label: written on the returned voxels.
+            only_labels: (118,) booleans, labels that may be drawn on: balls centred elsewhere are left out,
+                the others are cut at the border.
+            label: label of the returned voxels.
 
         Returns:
             Voxels covered at least half as much as the most covered one.
@@ -155,8 +148,7 @@ class Canvas:
         if len(points) == 0:
             return Region((slice(0, 0),) * 3, np.zeros((0, 0, 0), dtype=bool))
         reach = self._reach(radius)
-        # A margin as wide as the largest reach spares every ball the question whether it crosses the box's
-        # edge.
+        # With a margin as wide as the largest reach, no ball crosses the box's edge.
         margin = reach.max(axis=0)
         low = index.min(axis=0) - margin
         cover = np.zeros(tuple(index.max(axis=0) + margin + 1 - low), dtype=np.float32)

@@ -1,8 +1,8 @@
-"""Writes a synthetic chest-CT cohort in the layouts of the real data sets: the demo's and the tests' data.
+"""Writes a synthetic chest-CT cohort in the layouts of the real datasets: the demo's and the tests' data.
 
-Volume k of a cohort is a function of (seed, site, k) and of the settings that say how it is scanned, whatever
-the number of volumes; so a cohort can be stopped, resumed with the same command, and enlarged. What is drawn
-is analytic (:mod:`data_prep.phantom.anatomy`): no patient's data go into it. All 18 CT-RATE labels are drawn.
+Volume k of a cohort is a function of (seed, site, k) and of the settings of the scan, whatever the number of
+volumes; so a cohort can be stopped, resumed with the same command, and enlarged. What is drawn is analytic
+(:mod:`data_prep.phantom.anatomy`): no patient's data are used. All 18 CT-RATE labels are drawn.
 """
 
 import json
@@ -40,12 +40,12 @@ MIN_MATRIX = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a cohort's voxels and tables, besides the number of volumes.
+    """Everything that determines a cohort's voxels and tables, besides the number of volumes.
 
     Args:
         seed: at least 0; another seed gives other patients.
         site: "a", or "b": another scanner, also written as RAD-ChestCT.
-        form: "v2" (HU and a right header), "v1" (raw values and a blank header), or "both".
+        form: "v2" (HU and a proper header), "v1" (raw values and a blank header), or "both".
         matrix: rows and columns. CT-RATE: 512.
         slice_mm: range of the slice distance; None for the site's own (a: 1 to 5 mm, b: 1 to 3 mm).
         valid_share: share of the patients in the validation split. CT-RATE: 0.06; our choice: 0.2, for small
@@ -84,12 +84,12 @@ class Settings:
 def write_cohort(
     out: Path, num_volumes: int, settings: Settings, num_processes: int | None = None
 ) -> Generator[ScanId, None, None]:
-    """Write a cohort; volumes that are there already are kept.
+    """Write a cohort; existing volumes are kept.
 
     Args:
         out: the cohort's folder.
         num_volumes: at least 1; volume k is the same in cohorts of any size.
-        settings: of the cohort.
+        settings: settings of the cohort.
         num_processes: None: one per core; 1: no other process.
 
     Yields:
@@ -110,7 +110,7 @@ def write_cohort(
 
 
 def _claim(out: Path, num_volumes: int, settings: Settings) -> None:
-    """Write the cohort's settings, or compare with those that are there."""
+    """Write the cohort's settings, or compare them with the existing ones."""
     path = out / "cohort.json"
     wanted = {"synthetic": True, **json.loads(json.dumps(asdict(settings)))}
     if path.exists():
@@ -119,11 +119,11 @@ def _claim(out: Path, num_volumes: int, settings: Settings) -> None:
         if found != wanted:
             differing = sorted(key for key in wanted if found.get(key) != wanted[key])
             raise ValueError(
-                f"out must be empty or hold a cohort of the same settings, got other {differing} in {out}."
+                f"The cohort in '{out}' was made with other settings: {differing}. Use another --out."
             )
         if before > num_volumes:
             raise ValueError(
-                f"volumes must be at least {before}, the size of the cohort in {out}, got {num_volumes}."
+                f"volumes must be at least {before}, the size of the cohort in '{out}', got {num_volumes}."
             )
     content = json.dumps({**wanted, "num_volumes": num_volumes}, indent=1)
     write_atomic(path, content.encode("ascii"))

@@ -1,7 +1,7 @@
 """Writes one synthetic volume into CT-RATE's, ReXGroundingCT's and RAD-ChestCT's folders.
 
-Every file is written aside and renamed, so a file that exists is complete. A volume is finished when its
-sidecar ``synthetic/<name>.json``, written last, exists.
+Every file is written under a temporary name and renamed, so an existing file is complete. A volume is
+finished when its sidecar ``synthetic/<name>.json``, written last, exists.
 """
 
 import io
@@ -60,12 +60,12 @@ def rad_path(out: Path, scan: ScanId) -> Path:
 
 
 def sidecar_path(out: Path, scan: ScanId) -> Path:
-    """Path of what was drawn into a volume."""
+    """Path of the record of what was drawn into a volume."""
     return out / "synthetic" / f"{scan.name}.json"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file, and its folder, so that it exists either complete or not at all."""
+    """Write a file, and its folder, so that it is either complete or missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(content)
@@ -78,13 +78,7 @@ def _gzip(content: bytes, strategy: int) -> bytes:
 
 
 def affine_of(protocol: Protocol, shape: tuple[int, ...], axcodes: str) -> NDArray[np.float64]:
-    """Voxel-to-world affine (RAS+ millimetres) of a volume stored with these axis codes.
-
-    Args:
-        protocol: spacing and position.
-        shape: (Z, Y, X).
-        axcodes: for example "LPS" or "RAS".
-    """
+    """Voxel-to-world affine (RAS+ mm) of a volume of shape (Z, Y, X) stored with axis codes such as "RAS"."""
     first = -(shape[2] - 1) / 2 * protocol.pixel_mm
     affine = np.diag([-protocol.pixel_mm, -protocol.pixel_mm, protocol.slice_mm, 1.0])
     affine[:3, 3] = (-first, -first, protocol.bottom_mm)
@@ -125,9 +119,9 @@ def nifti_bytes(
 
 
 def rex_findings(volume: Volume, share: float) -> list[Finding]:
-    """Findings that ReXGroundingCT would annotate; empty for scans outside of the annotated share.
+    """Findings that ReXGroundingCT would annotate; empty for scans outside the annotated share.
 
-    Annotated patients are spread evenly over the roster (golden-ratio sequence), in small cohorts too.
+    Annotated patients are spread evenly over the roster (golden-ratio sequence), even in small cohorts.
     """
     scan = volume.scan
     *cohort, patient = scan.seed
@@ -149,13 +143,7 @@ def _rex_bytes(volume: Volume, findings: list[Finding], axcodes: str) -> bytes:
 def resample_linear(
     volume: NDArray[np.int16], spacing_mm: tuple[float, float, float], target_mm: float
 ) -> NDArray[np.int16]:
-    """Resample (Z, Y, X) to cubes by linear interpolation; the first voxel stays where it is.
-
-    Args:
-        volume: HU.
-        spacing_mm: (z, y, x).
-        target_mm: edge of the cubes.
-    """
+    """Resample HU (Z, Y, X) from (z, y, x) spacing to cubes, linearly; the first voxel stays in place."""
     result = volume.astype(np.float32)
     for axis, spacing in enumerate(spacing_mm):
         if abs(spacing - target_mm) < 1e-6:

@@ -110,7 +110,7 @@ _FATTY_STATIONS = 2
 
 
 def draw_lymphadenopathy(scene: Scene, rng: np.random.Generator, severity: float) -> list[Finding]:
-    """Enlarged nodes in the fat of mediastinum, hila and armpits; they displace fat and lung only."""
+    """Enlarged nodes in the fat of mediastinum, hila and armpits; they displace only fat and lung."""
     canvas = scene.canvas
     names = list(_STATIONS)
     count = 1 + int(round(4 * severity + rng.uniform(0, 2)))

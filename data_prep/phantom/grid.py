@@ -16,11 +16,11 @@ Box = tuple[slice, slice, slice]
 
 
 class Pose(NamedTuple):
-    """Where the patient lies in the scanner and how large he or she is.
+    """Where the patient lies in the scanner, and the patient's size.
 
     Attributes:
         shift_mm: scanner position (x, y) of the patient's origin.
-        rotation_deg: turn about the long axis.
+        rotation_deg: rotation about the long axis.
         scale: (x, y, z) size relative to the average patient.
     """
 
@@ -33,10 +33,10 @@ class Grid:
     """Voxel centres of one scan in patient millimetres.
 
     Args:
-        num_slices: slices, feet to head.
+        num_slices: number of slices, feet to head.
         matrix: rows and columns of a slice.
         pixel_mm: in-plane spacing.
-        slice_mm: distance of neighbouring slices.
+        slice_mm: distance between neighbouring slices.
         bottom_mm: scanner z of the lowest slice; the patient's origin lies at 0.
         pose: position and size of the patient.
 
@@ -101,7 +101,7 @@ class Grid:
 
 
 class Waves:
-    """A smooth random field of about zero mean and unit variance: plane waves, the same on every grid.
+    """A smooth random field with mean about zero and unit variance: plane waves, the same on every grid.
 
     Args:
         rng: source of the wave vectors.

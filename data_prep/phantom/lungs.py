@@ -52,7 +52,7 @@ def grow_tree(anatomy: Anatomy, num_tips: int = 900) -> Tree:
     """Grow the vessels of both lungs.
 
     Random points of the lung are joined, from the hilum outwards, to the nearest one that is already joined,
-    long ways round being dear; a branch is the thicker the more tips it feeds (Murray's law, exponent 2.6).
+    with a penalty on detours; a branch is thicker the more tips it feeds (Murray's law, exponent 2.6).
 
     Args:
         anatomy: the patient.
@@ -63,9 +63,9 @@ def grow_tree(anatomy: Anatomy, num_tips: int = 900) -> Tree:
     starts, ends, radii = [], [], []
     for side, sign in (("right", -1), ("left", 1)):
         hilum = HILA[side]
-        own = tips[np.sign(tips[:, 0]) == sign]
-        own = own[np.argsort(((own - hilum) ** 2).sum(axis=1))]
-        nodes = np.concatenate([hilum[None], own])
+        on_side = tips[np.sign(tips[:, 0]) == sign]
+        on_side = on_side[np.argsort(((on_side - hilum) ** 2).sum(axis=1))]
+        nodes = np.concatenate([hilum[None], on_side])
         way = np.zeros(len(nodes))
         parent = np.zeros(len(nodes), dtype=np.intp)
         for number in range(1, len(nodes)):
@@ -100,11 +100,11 @@ def airway_points(
         canvas: the scan; its voxels say how dense the points must be.
         anatomy: the patient.
         tree: the vessels.
-        min_radius_mm: vessels thinner than this have no visible bronchus.
+        min_radius_mm: thinner vessels have no visible bronchus.
     """
     points, radius, branch = tree.points(max(0.8, 0.5 * canvas.grid.voxel[2]), tree.radius_mm > min_radius_mm)
     direction = anatomy.rng(4).standard_normal((len(tree.end), 3))
-    # Beside, not before or behind: perpendicular to the branch.
+    # Beside the branch: perpendicular to it.
     axis = tree.end - tree.start
     axis /= np.linalg.norm(axis, axis=1, keepdims=True) + 1e-9
     direction -= (direction * axis).sum(axis=1, keepdims=True) * axis

@@ -1,4 +1,4 @@
-"""Draws the organs of mediastinum and upper abdomen; also the head of the scans that are no chest CT.
+"""Draws the organs of mediastinum and upper abdomen; also the head in scans that are no chest CT.
 
 Positions and sizes are those of an average adult (our choice, see :mod:`data_prep.phantom.anatomy`).
 """
@@ -60,7 +60,7 @@ def draw_abdomen(canvas: Canvas, anatomy: Anatomy, abdomen: Mask) -> None:
 
 
 def _fill_hollow(canvas: Canvas, anatomy: Anatomy, box: Box, field: Floats, abdomen: Mask) -> None:
-    """Gas over fluid: the patient lies on the back, gas gathers in front."""
+    """Draw gas over fluid: the patient lies on the back, so gas gathers in front."""
     cavity = (field < 0.74) & abdomen[box]
     y = canvas.grid.y[box[1:]][None]
     rows = np.flatnonzero(cavity.any(axis=(0, 2)))
@@ -121,25 +121,18 @@ def _draw_heart(canvas: Canvas, anatomy: Anatomy) -> None:
 
 
 def _draw_pulmonary_vessels(canvas: Canvas, right: float, left: float) -> None:
-    draw_tube(canvas, np.array([[10, -48, -36], [17, -32, -16], [16, -12, -11.0]]), 13.0, right, 0)
-    draw_tube(canvas, np.array([[16, -12, -11], [34, 4, -10], [50, 14, -14.0]]), 10.0, right, 0)
-    draw_tube(canvas, np.array([[16, -10, -14], [-10, -2, -18], [-44, 5, -20.0]]), 9.5, right, 0)
-    vein = TS_IDS["pulmonary_vein"]
+    for points, radius in (
+        ([[10, -48, -36], [17, -32, -16], [16, -12, -11]], 13.0),
+        ([[16, -12, -11], [34, 4, -10], [50, 14, -14]], 10.0),
+        ([[16, -10, -14], [-10, -2, -18], [-44, 5, -20]], 9.5),
+    ):
+        draw_tube(canvas, np.array(points, float), radius, right, 0)
     for sign, inner in ((1, 24.0), (-1, -16.0)):
-        draw_tube(
-            canvas,
-            np.array([[inner, 8, -40], [sign * 42.0, 2, -30], [sign * 56.0, -4, -18]]),
-            6.0,
-            left,
-            vein,
-        )
-        draw_tube(
-            canvas,
-            np.array([[inner, 12, -52], [sign * 44.0, 18, -58], [sign * 58.0, 24, -68]]),
-            6.0,
-            left,
-            vein,
-        )
+        for vein in (
+            [[inner, 8, -40], [sign * 42.0, 2, -30], [sign * 56.0, -4, -18]],
+            [[inner, 12, -52], [sign * 44.0, 18, -58], [sign * 58.0, 24, -68]],
+        ):
+            draw_tube(canvas, np.array(vein), 6.0, left, TS_IDS["pulmonary_vein"])
 
 
 def _draw_aorta(canvas: Canvas, hu: float) -> None:
@@ -184,11 +177,7 @@ def _draw_great_vessels(canvas: Canvas, arterial: float, venous: float) -> None:
 
 
 def _draw_trachea(canvas: Canvas) -> None:
-    z, x, y = (
-        np.array([-2, 20, 60, 100, 165.0]),
-        np.array([-4, -6, -3, 0, 0.0]),
-        np.array([20, 18, 14, 9, -2.0]),
-    )
+    z, x, y = np.array([[-2, 20, 60, 100, 165], [-4, -6, -3, 0, 0], [20, 18, 14, 9, -2.0]])
     bronchi = (
         (np.array([[-4, 20, 1], [-20, 19, -13], [-40, 17, -25.0]]), 6.8),
         (np.array([[-4, 20, 1], [18, 21, -14], [44, 19, -30.0]]), 6.0),
@@ -203,7 +192,7 @@ def _draw_trachea(canvas: Canvas) -> None:
 
 
 def draw_head(canvas: Canvas) -> None:
-    """Draw a head instead of a chest: what the no_chest list is for."""
+    """Draw a head instead of a chest: these scans are what the no_chest list is for."""
     for name, axes, hu in (
         ("", (82, 100, 112), 40.0),
         ("skull", (76, 94, 106), 900.0),

@@ -1,7 +1,7 @@
-"""Who is scanned: names in CT-RATE's manner, labels with their prevalence and their company, and bodies.
+"""Who is scanned: names as in CT-RATE, labels with their prevalence and correlations, and bodies.
 
 Everything about volume number k follows from (seed, site, k) alone, whatever the size of the cohort: the
-roster is walked from its beginning, patient by patient, and each patient, scan and reconstruction has
+roster is walked from its beginning, patient by patient, and each patient, scan and reconstruction has random
 generators of its own.
 """
 
@@ -38,7 +38,7 @@ PREVALENCE = {
     "Bronchiectasis": 0.10,
     "Interlobular septal thickening": 0.08,
 }
-# Diseases that keep company share a hidden factor (our choice); its weight is the correlation of two members.
+# Diseases that occur together share a hidden factor (our choice); its weight is their correlation.
 _COMPANY = {
     "vascular": ("Arterial wall calcification", "Coronary artery wall calcification", "Cardiomegaly",
                  "Medical material", "Hiatal hernia"),
@@ -88,27 +88,27 @@ class ScanId(NamedTuple):
         return f"{scan.rsplit('_', 1)[0]}/{scan}"
 
     def patient_rng(self, *purpose: int) -> np.random.Generator:
-        """Generator of what stays with the patient."""
+        """Random generator for what stays with the patient."""
         return np.random.default_rng([*self.seed, _PATIENT, *purpose])
 
     def scan_rng(self, *purpose: int) -> np.random.Generator:
-        """Generator of what is the same in all reconstructions of the scan."""
+        """Random generator for what all reconstructions of the scan share."""
         return np.random.default_rng([*self.seed, _SCAN, self.scan, *purpose])
 
     def reconstruction_rng(self, *purpose: int) -> np.random.Generator:
-        """Generator of one volume's own: kernel, noise, field of view."""
+        """Random generator for one volume alone: kernel, noise, field of view."""
         return np.random.default_rng([*self.seed, _RECONSTRUCTION, self.scan, self.reconstruction, *purpose])
 
 
 def roster(num_volumes: int, seed: int, site: str = "a", valid_share: float = 0.2) -> list[ScanId]:
     """The cohort's first volumes, in order.
 
-    One patient in six has two scans, one scan in four two reconstructions (our choice); patients are dealt to
-    the splits evenly, so no patient is in both.
+    One patient in six has two scans, one scan in four two reconstructions (our choice); patients are assigned
+    to the splits evenly, so no patient is in both.
 
     Args:
-        num_volumes: how many; at least 1.
-        seed: of the cohort; at least 0.
+        num_volumes: number of volumes; at least 1.
+        seed: seed of the cohort; at least 0.
         site: "a" or "b".
         valid_share: share of the patients in the validation split, in [0, 1].
 
@@ -149,8 +149,8 @@ def roster(num_volumes: int, seed: int, site: str = "a", valid_share: float = 0.
 def draw_labels(scan: ScanId) -> dict[str, float]:
     """Draw a scan's diseases.
 
-    Each label has its prevalence exactly; labels that keep company share a factor; what is acute may change
-    from one scan of a patient to the next, the rest stays.
+    Each label has its prevalence exactly; labels that occur together share a factor; acute ones may change
+    from one scan of a patient to the next, the rest stay.
 
     Returns:
         Severity in (0, 1] of each positive label; a head CT has none.
@@ -166,9 +166,9 @@ def draw_labels(scan: ScanId) -> dict[str, float]:
     for index, label in enumerate(CT_RATE_LABELS):
         group = company.get(label)
         rng = scan.scan_rng(10 + index) if group == "acute" else scan.patient_rng(10 + index)
-        own, severity = rng.standard_normal(), rng.uniform(0.05, 1.0)
+        alone, severity = rng.standard_normal(), rng.uniform(0.05, 1.0)
         weight = _CORRELATION if group else 0.0
-        value = np.sqrt(weight) * factors.get(group or "", 0.0) + np.sqrt(1 - weight) * own
+        value = np.sqrt(weight) * factors.get(group or "", 0.0) + np.sqrt(1 - weight) * alone
         if value < NormalDist().inv_cdf(PREVALENCE[label]):
             found[label] = float(severity)
     return found
@@ -201,7 +201,7 @@ class Person(NamedTuple):
 
 
 def draw_person(scan: ScanId, labels: dict[str, float], contrast_prob: float) -> Person:
-    """Draw body and position (our choice of ranges: adults; scan-to-scan shifts of a few centimetres).
+    """Draw body and position (our choice of ranges: adults; shifts of a few centimetres between scans).
 
     Args:
         scan: the volume.

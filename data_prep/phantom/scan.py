@@ -5,58 +5,38 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.phantom import findings as of_chest
+from data_prep.phantom import lung_findings as of_lungs
 from data_prep.phantom.anatomy import lung_points
 from data_prep.phantom.body import draw_body, draw_skeleton
 from data_prep.phantom.canvas import Canvas
-from data_prep.phantom.findings import (
-    draw_arterial_calcification,
-    draw_cardiomegaly,
-    draw_coronary_calcification,
-    draw_hiatal_hernia,
-    draw_lymphadenopathy,
-    draw_medical_material,
-    draw_pericardial_effusion,
-    draw_pleural_effusion,
-)
 from data_prep.phantom.grid import Pose
-from data_prep.phantom.lung_findings import (
-    draw_atelectasis,
-    draw_bronchiectasis,
-    draw_consolidation,
-    draw_emphysema,
-    draw_fibrosis,
-    draw_mosaic,
-    draw_nodules,
-    draw_opacity,
-    draw_peribronchial,
-    draw_septal,
-)
 from data_prep.phantom.lungs import draw_airways, draw_vessels, grow_tree
 from data_prep.phantom.organs import draw_abdomen, draw_head, draw_mediastinum
 from data_prep.phantom.population import CT_RATE_LABELS, Person, ScanId, draw_fluid, draw_labels, draw_person
 from data_prep.phantom.scanner import SITES, Protocol, acquire, draw_protocol, draw_table, scan_grid
 from data_prep.phantom.scene import Drawer, Finding, Scene
 
-# In drawing order: fluid first, for nothing of the lung lies in it; what is dense after what is faint.
+# In drawing order: fluid first, since no lung lies in it; dense findings after faint ones.
 DRAWERS: dict[str, Drawer] = {
-    "Cardiomegaly": draw_cardiomegaly,
-    "Pleural effusion": draw_pleural_effusion,
-    "Mosaic attenuation pattern": draw_mosaic,
-    "Emphysema": draw_emphysema,
-    "Lung opacity": draw_opacity,
-    "Interlobular septal thickening": draw_septal,
-    "Peribronchial thickening": draw_peribronchial,
-    "Bronchiectasis": draw_bronchiectasis,
-    "Pulmonary fibrotic sequela": draw_fibrosis,
-    "Consolidation": draw_consolidation,
-    "Atelectasis": draw_atelectasis,
-    "Lung nodule": draw_nodules,
-    "Hiatal hernia": draw_hiatal_hernia,
-    "Pericardial effusion": draw_pericardial_effusion,
-    "Lymphadenopathy": draw_lymphadenopathy,
-    "Arterial wall calcification": draw_arterial_calcification,
-    "Coronary artery wall calcification": draw_coronary_calcification,
-    "Medical material": draw_medical_material,
+    "Cardiomegaly": of_chest.draw_cardiomegaly,
+    "Pleural effusion": of_chest.draw_pleural_effusion,
+    "Mosaic attenuation pattern": of_lungs.draw_mosaic,
+    "Emphysema": of_lungs.draw_emphysema,
+    "Lung opacity": of_lungs.draw_opacity,
+    "Interlobular septal thickening": of_lungs.draw_septal,
+    "Peribronchial thickening": of_lungs.draw_peribronchial,
+    "Bronchiectasis": of_lungs.draw_bronchiectasis,
+    "Pulmonary fibrotic sequela": of_lungs.draw_fibrosis,
+    "Consolidation": of_lungs.draw_consolidation,
+    "Atelectasis": of_lungs.draw_atelectasis,
+    "Lung nodule": of_lungs.draw_nodules,
+    "Hiatal hernia": of_chest.draw_hiatal_hernia,
+    "Pericardial effusion": of_chest.draw_pericardial_effusion,
+    "Lymphadenopathy": of_chest.draw_lymphadenopathy,
+    "Arterial wall calcification": of_chest.draw_arterial_calcification,
+    "Coronary artery wall calcification": of_chest.draw_coronary_calcification,
+    "Medical material": of_chest.draw_medical_material,
 }
 
 
@@ -64,7 +44,7 @@ class Volume(NamedTuple):
     """A rendered volume; arrays ``(Z, Y, X)``, feet to head, rows to the back, columns to the patient's left.
 
     Attributes:
-        scan: whose.
+        scan: identity.
         person: the patient.
         protocol: spacing and storage.
         labels: severity of each positive label.

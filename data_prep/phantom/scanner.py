@@ -114,8 +114,8 @@ def draw_protocol(
 
     Args:
         scan: the volume.
-        person: whom the field of view must hold.
-        site: where.
+        person: patient whom the field of view must hold.
+        site: scanner site.
         matrix: rows and columns.
         slice_mm: range of the slice distance; None for the site's own.
     """

@@ -1,10 +1,11 @@
-"""What a drawer of abnormalities is given and what it gives back.
+"""What a drawer of abnormalities gets and returns.
 
-Each drawer takes a generator of its own, so leaving one finding out changes no other, and a severity in
-[0, 1] that sets size, number or contrast: conspicuity varies from hardly visible to gross.
+Each drawer has a random generator of its own, so leaving one finding out changes no other, and a severity in
+[0, 1] that sets size, number or contrast: findings range from hardly visible to gross.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,11 @@ class Finding(NamedTuple):
 
     Attributes:
         label: CT-RATE label that it makes positive.
-        code: ReXGroundingCT category, or "" where that data set has none (heart, vessels, mediastinum).
+        code: ReXGroundingCT category, or "" where that dataset has none (heart, vessels, mediastinum).
         text: sentence for the report.
         location: lobe or organ.
         region: the changed voxels.
-        size_mm: diameter, of a nodule; else 0.
+        size_mm: diameter of a nodule; else 0.
     """
 
     label: str
@@ -56,7 +57,7 @@ class Scene(NamedTuple):
         canvas: the scan.
         anatomy: the patient.
         tree: vessels of the lungs.
-        fluid: pleural effusion of the scan; nothing of the lung is drawn inside.
+        fluid: pleural effusion of the scan; no lung is drawn inside it.
         focus: (x, y, z) around which acute disease gathers.
     """
 
@@ -69,15 +70,11 @@ class Scene(NamedTuple):
     def points(
         self, rng: np.random.Generator, num_points: int, max_cage_field: float = 0.9
     ) -> NDArray[np.float64]:
-        """Random points in aerated lung, fewer than asked where there is hardly any.
+        """Random points (N, 3) in aerated lung, fewer than asked for where there is hardly any.
 
         Each is the first of four candidates that lies neither in fluid nor in another organ, so a candidate
-        that two reconstructions' grids judge differently moves one point only.
-
-        Args:
-            rng: source of the points.
-            num_points: how many.
-            max_cage_field: see :func:`data_prep.phantom.anatomy.lung_points`.
+        that the grids of two reconstructions judge differently moves only one point. The arguments are those
+        of :func:`data_prep.phantom.anatomy.lung_points`.
         """
         points = lung_points(self.anatomy, rng, 4 * num_points, max_cage_field)
         index, inside = self.canvas.grid.voxels_of(points)
@@ -95,8 +92,5 @@ class Scene(NamedTuple):
         return Region(region.box, region.mask & IS_LUNG[self.canvas.labels[region.box]])
 
 
-class Drawer(Protocol):
-    """Draws one label's findings."""
-
-    def __call__(self, scene: Scene, rng: np.random.Generator, severity: float) -> list[Finding]:
-        """Draw; the list is empty where nothing of it lies inside the scanned volume."""
+Drawer = Callable[[Scene, np.random.Generator, float], list[Finding]]
+"""Draws one label's findings, of a severity; the list is empty if none lies inside the scanned volume."""

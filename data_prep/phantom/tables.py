@@ -1,18 +1,17 @@
 """Writes a synthetic cohort's tables: metadata, labels, no_chest lists, ReXGroundingCT's, RAD-ChestCT's.
 
-Columns and file names are those of the real data sets, so the same readers take both.
+Columns and file names are those of the real datasets, so the same readers take both.
 """
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.phantom.files import rad_name, write_atomic
 from data_prep.phantom.population import CT_RATE_LABELS, Person, ScanId
 from data_prep.phantom.scanner import Protocol, Site
+from data_prep.tables import write_table
 
 _SPLIT_TABLES = {"train": "train_metadata.csv", "valid": "validation_metadata.csv"}
 
@@ -75,12 +74,9 @@ same settings give the same bytes.
 """
 
 
-def _csv_bytes(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode("ascii")
+def _write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, columns, ([row[column] for column in columns] for row in rows))
 
 
 def metadata_row(scan: ScanId, person: Person, protocol: Protocol, site: Site, matrix: int) -> dict[str, Any]:
@@ -118,19 +114,19 @@ def write_ct_rate_tables(
     """
     columns = list(next(iter(rows.values())))
     for split, table in _SPLIT_TABLES.items():
-        own = [scan for scan in rows if scan.split == split]
-        write_atomic(out / "dataset" / "metadata" / table, _csv_bytes(columns, (rows[scan] for scan in own)))
-        heads = [f"dataset/{split}/{scan.folder}/{scan.name}.nii.gz\n" for scan in own if scan.is_head]
+        scans = [scan for scan in rows if scan.split == split]
+        _write_rows(out / "dataset" / "metadata" / table, columns, [rows[scan] for scan in scans])
+        heads = [f"dataset/{split}/{scan.folder}/{scan.name}.nii.gz\n" for scan in scans if scan.is_head]
         write_atomic(out / "dataset" / "metadata" / f"no_chest_{split}.txt", "".join(heads).encode("ascii"))
         positive = [
             {
                 "VolumeName": f"{scan.name}.nii.gz",
                 **{label: int(label in labels[scan]) for label in CT_RATE_LABELS},
             }
-            for scan in own
+            for scan in scans
         ]
         path = out / "dataset" / "multi_abnormality_labels" / f"{split}_predicted_labels.csv"
-        write_atomic(path, _csv_bytes(["VolumeName", *CT_RATE_LABELS], positive))
+        _write_rows(path, ["VolumeName", *CT_RATE_LABELS], positive)
 
 
 def write_rexgroundingct_json(out: Path, records: Mapping[ScanId, Mapping[str, Any]]) -> None:
@@ -178,8 +174,8 @@ def write_rad_chestct_tables(
             positive = _rad_positive(chests[name])
             rows.append({"NoteAcc_DEID": name, **{column: int(column in positive) for column in columns}})
         path = folder / f"img{split}_Abnormality_and_Location_Labels.csv"
-        write_atomic(path, _csv_bytes(["NoteAcc_DEID", *columns], rows))
+        _write_rows(path, ["NoteAcc_DEID", *columns], rows)
     spacing = f"[{spacing_mm}, {spacing_mm}, {spacing_mm}]"
     sizes = [{"NoteAcc_DEID": n, "VolumeAcc_DEID": f"{n}.npz", "final_spacing": spacing} for n in chests]
-    table = _csv_bytes(["NoteAcc_DEID", "VolumeAcc_DEID", "final_spacing"], sizes)
-    write_atomic(folder / "CT_Scan_Metadata_Complete_35747.csv", table)
+    path = folder / "CT_Scan_Metadata_Complete_35747.csv"
+    _write_rows(path, ["NoteAcc_DEID", "VolumeAcc_DEID", "final_spacing"], sizes)

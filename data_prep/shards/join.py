@@ -1,4 +1,4 @@
-"""Several small shards become one, without a look at their slices.
+"""Several small shards become one, without decoding their slices.
 
 Shapes: N volumes, C labels.
 """
@@ -18,16 +18,16 @@ def join_tars(tar: Path, parts: Sequence[Path], indices: Sequence[ShardIndex], p
     """Write the shard that ``write_shard`` would have written of all volumes at once, byte for byte.
 
     Args:
-        tar: to be written; its index goes beside it.
+        tar: tar to write; its index goes beside it.
         parts: shards whose volumes it takes, in order; at least one.
-        indices: of the parts.
-        plan: fingerprint of the whole.
+        indices: their indices.
+        plan: fingerprint of the whole shard.
 
     Returns:
         The index.
 
     Raises:
-        FileNotFoundError: if a part is not there in full.
+        FileNotFoundError: if a part is incomplete.
         ValueError: if parts differ in the classes of their labels.
     """
     with atomic_file(tar) as file:
@@ -42,15 +42,12 @@ def join_tars(tar: Path, parts: Sequence[Path], indices: Sequence[ShardIndex], p
 
 
 def merge_indices(parts: Sequence[ShardIndex], plan: str, tar_bytes: int) -> ShardIndex:
-    """Return the index of a tar that holds the bodies of several, one behind the other.
+    """Return the index of a tar that holds the bodies of several, one after the other.
 
     Args:
         parts: their indices, in order; at least one.
-        plan: of the whole.
-        tar_bytes: of the whole.
-
-    Returns:
-        What ``write_shard`` would have built for all the volumes at once.
+        plan: fingerprint of the whole shard.
+        tar_bytes: size of the whole tar.
 
     Raises:
         ValueError: if parts differ in the classes of their labels.
@@ -82,7 +79,7 @@ def _labels_by_name(part: ShardIndex, names: np.ndarray) -> np.ndarray:
         return np.full((len(part.volume), len(names)), UNLABELLED, np.int8)
     if not np.array_equal(part.label_names, names):
         raise ValueError(
-            f"labels must name the same classes in a shard, got {part.label_names.tolist()} "
+            f"labels must name the same classes throughout a shard, got {part.label_names.tolist()} "
             f"for volume '{part.volume[0]}'."
         )
     return part.labels

@@ -1,6 +1,6 @@
 """One volume is one task and one part, a shard of that volume alone; the parts of a shard become the shard.
 
-Both are written aside under a name of their own and renamed, the index last: any process may be killed at any
+Both are written under a temporary unique name and renamed, the index last: any process may be killed at any
 time, and two workers may do the same task at once, since they write the same bytes.
 """
 
@@ -25,11 +25,11 @@ from data_prep.sources.source_volume import SourceVolume, read_volume
 
 
 class OutputError(OSError):
-    """The folder of the shards takes no more; the only error of a volume's task that stops the run."""
+    """The folder of the shards cannot be written to; the only error of a volume's task that stops the run."""
 
 
 class PartReport(NamedTuple):
-    """What came of a volume's task.
+    """The outcome of a volume's task.
 
     Args:
         volume: name.
@@ -47,13 +47,7 @@ class PartReport(NamedTuple):
 
 
 def write_part(volume: PlannedVolume) -> PartReport:
-    """Read a volume and write its part, unless it is there.
-
-    Args:
-        volume: which.
-
-    Returns:
-        What came of it; whatever is wrong with the volume is a rejection.
+    """Read a volume and write its part, unless it exists; whatever is wrong with the volume is a rejection.
 
     Raises:
         OutputError: if the part cannot be written.
@@ -80,8 +74,8 @@ def put_part(volume: PlannedVolume, content: VolumeSlices | RejectedVolume) -> S
     """Write the part of a volume: its slices, or an empty tar whose index says why there are none.
 
     Args:
-        volume: which.
-        content: what became of it.
+        volume: volume to write.
+        content: its slices, or why it is rejected.
 
     Returns:
         The part's index.
@@ -100,11 +94,8 @@ def put_part(volume: PlannedVolume, content: VolumeSlices | RejectedVolume) -> S
 def assemble_shard(shard: PlannedShard) -> tuple[PlannedVolume, ...]:
     """Put the parts of a shard together and delete them; no slice is decoded.
 
-    Args:
-        shard: which.
-
     Returns:
-        Volumes whose part is not there and that must be done again; empty if the shard is finished.
+        Volumes whose part is missing and that must be done again; empty if the shard is finished.
 
     Raises:
         OutputError: if the shard cannot be written.
@@ -127,12 +118,12 @@ def assemble_shard(shard: PlannedShard) -> tuple[PlannedVolume, ...]:
 
 
 def clean_parts(out: Path, split: str, shards: Sequence[PlannedShard]) -> None:
-    """Delete what killed runs and older plans of a split left, other than parts that are still to be used.
+    """Delete what killed runs and older plans of a split left, except parts that are still needed.
 
     Args:
         out: folder of the shards.
-        split: whose parts to look at.
-        shards: still to be written.
+        split: split whose parts to look at.
+        shards: shards still to be written.
     """
     wanted = {parts_folder(shard.path): shard for shard in shards}
     for path in (out / PARTS).glob(f"{split}-*"):
@@ -150,12 +141,7 @@ def clean_parts(out: Path, split: str, shards: Sequence[PlannedShard]) -> None:
 
 
 def finished(tar: Path, plan: str) -> ShardIndex | None:
-    """Return the index of a shard or part that is there in full and follows a plan, else None.
-
-    Args:
-        tar: the shard or part.
-        plan: fingerprint.
-    """
+    """Return the index of a shard or part that is complete and follows a plan, else None."""
     try:
         index = load_index(tar)
     except (FileNotFoundError, ValueError):
@@ -167,11 +153,8 @@ def finished(tar: Path, plan: str) -> ShardIndex | None:
 def output_errors(out: Path) -> Iterator[None]:
     """Say in one line what to do about a folder that cannot be written to, such as one on a full disk.
 
-    Args:
-        out: the folder.
-
     Raises:
-        OutputError: in place of an ``OSError``; not of one that says that a file is not there or in use.
+        OutputError: in place of an ``OSError``, except for a missing file or one in use.
     """
     try:
         yield
@@ -179,13 +162,13 @@ def output_errors(out: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(
-            f"out must be a folder that takes the shards, got '{error.strerror or error}' in '{out}'. "
-            "Free space, then run the same command again: it resumes."
+            f"Cannot write to '{out}': {error.strerror or error}. "
+            "Free some space, then run the same command again: it resumes."
         ) from error
 
 
 def _aside(shard: Path) -> Path:
-    """A name for a file in the making that no other process uses."""
+    """Return a temporary file name that no other process uses."""
     parts_folder(shard).mkdir(parents=True, exist_ok=True)
     return shard.parent / PARTS / f"{shard.stem}.{uuid.uuid4().hex}.tar"
 
@@ -204,5 +187,5 @@ def _read(source: SourceVolume) -> VolumeSlices | RejectedVolume:
         return read_volume(source)
     except RejectedError as error:
         return error.of(source.volume)
-    except Exception as error:  # noqa: BLE001 (one volume never stops the run, whatever is wrong with it)
+    except Exception as error:  # noqa: BLE001 (one volume never stops the run)
         return unexpected_error(source.volume, error)

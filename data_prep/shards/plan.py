@@ -1,28 +1,25 @@
-"""Decides from headers alone which volumes go into which shard: a run after a stop decides the same."""
+"""Decides from headers alone which volumes go into which shard, so a run after a stop decides the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.shards.index import SCHEMA_VERSION
 from common.shards.shards import PARTS
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 from data_prep.sources.source_volume import SourceVolume, planned_slices
 
 if TYPE_CHECKING:
     from distributed import Client
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 HEADERS_PER_TASK = 64
-"""Headers that one task reads: a task costs five milliseconds, a header on a network disk more."""
+"""Headers per task: a task costs five milliseconds, a header on a network disk more."""
 
 UNEXPECTED = "unexpected error"
 WORKER_DIED = "worker died"
@@ -32,9 +29,9 @@ class PlannedVolume(NamedTuple):
     """A volume to be written, one task.
 
     Args:
-        source: where it is.
-        plan: fingerprint of all that its bytes in a shard depend on.
-        shard: path of the tar that it goes into.
+        source: its files.
+        plan: fingerprint of everything that its bytes in a shard depend on.
+        shard: path of the shard's tar.
     """
 
     source: SourceVolume
@@ -51,8 +48,8 @@ class PlannedShard(NamedTuple):
     """A shard to be written.
 
     Args:
-        path: of the tar.
-        volumes: in order.
+        path: path of the tar.
+        volumes: volumes in order.
         plan: fingerprint of all volumes.
     """
 
@@ -62,19 +59,14 @@ class PlannedShard(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What is known of a volume before it is read.
-
-    Args:
-        num_slices: that it promises.
-        plan: see ``PlannedVolume``.
-    """
+    """What is known about a volume before it is read: slices it promises, and the fingerprint of its plan."""
 
     num_slices: int
     plan: str
 
 
 def parts_folder(shard: Path) -> Path:
-    """Where the parts of a shard lie until it is put together.
+    """Return where the parts of a shard lie until it is put together.
 
     Example:
         >>> parts_folder(Path("shards/train-000000.tar")).as_posix()
@@ -88,29 +80,29 @@ def plan_shards(
     out: Path,
     split: str,
     client: Client,
+    *,
     slices_per_shard: int,
-    progress: Progress,
+    progress: ShowProgress,
 ) -> tuple[list[PlannedShard], list[RejectedVolume]]:
     """Decide from headers which volumes go into which shard.
 
     Args:
         sources: volumes to write, in any order.
         out: folder of the shards.
-        split: of all volumes.
-        client: of the cluster that reads the headers.
+        split: split of all volumes.
+        client: Dask cluster that reads the headers.
         slices_per_shard: a shard takes volumes until the next would exceed it.
-        progress: told of every header.
+        progress: called after every batch of headers.
 
     Returns:
-        The shards, annotated scans in shards of their own, and the volumes whose header is reason enough to
-        leave them out.
+        The shards, with annotated scans in shards of their own, and the volumes rejected by their headers.
 
     Raises:
-        ValueError: if two volumes have one name.
+        ValueError: if two volumes have the same name.
     """
     names = Counter(source.volume for source in sources)
     if len(names) < len(sources):
-        raise ValueError(f"volume must come once in a split, got '{names.most_common(1)[0][0]}' again.")
+        raise ValueError(f"Volume '{names.most_common(1)[0][0]}' is there twice.")
     headers = _read_all_headers(sources, client, progress)
     groups: dict[bool, list[list[SourceVolume]]] = {False: [], True: []}
     sizes = {False: 0, True: 0}
@@ -136,15 +128,12 @@ def plan_shards(
 
 
 def fingerprint(source: SourceVolume) -> str:
-    """Digest of all that a volume's bytes in a shard depend on, short of reading the voxels.
+    """Return a digest of everything that a volume's bytes in a shard depend on, without reading voxels.
 
     A file counts by name, size and time of change.
 
-    Args:
-        source: the volume.
-
     Raises:
-        OSError: if one of its files is not there.
+        OSError: if one of its files is missing.
     """
     described = {
         "schema_version": SCHEMA_VERSION,
@@ -162,13 +151,13 @@ def fingerprint(source: SourceVolume) -> str:
 
 
 def unexpected_error(volume: str, error: BaseException) -> RejectedVolume:
-    """Record a volume that failed in a way nobody thought of."""
+    """Record a volume that failed in an unforeseen way."""
     return RejectedError(UNEXPECTED, f"{type(error).__name__}: {error}").of(volume)
 
 
 def worker_died(volume: str) -> RejectedVolume:
-    """Record a volume that took its workers with it."""
-    detail = "workers were lost each time they read it: too large for their memory, or a library crashed"
+    """Record a volume that killed the workers that read it."""
+    detail = "workers died each time they read it: too large for their memory, or a library crashed"
     return RejectedVolume(volume, WORKER_DIED, detail)
 
 
@@ -179,9 +168,9 @@ def _planned_shard(path: Path, sources: Sequence[SourceVolume], plans: dict[str,
 
 
 def _read_all_headers(
-    sources: Sequence[SourceVolume], client: Client, progress: Progress
+    sources: Sequence[SourceVolume], client: Client, progress: ShowProgress
 ) -> dict[str, Header | RejectedVolume]:
-    """Read headers in batches; those of a batch that workers died of are read one by one."""
+    """Read headers in batches; if a batch kills workers, read its headers one by one."""
     from distributed import KilledWorker
 
     headers: dict[str, Header | RejectedVolume] = {}
@@ -216,7 +205,7 @@ def _read_header(source: SourceVolume) -> Header | RejectedVolume:
         return error.of(source.volume)
     except OSError as error:
         return RejectedError("unreadable", str(error)).of(source.volume)
-    except Exception as error:  # noqa: BLE001 (one volume never stops the run, whatever is wrong with it)
+    except Exception as error:  # noqa: BLE001 (one volume never stops the run)
         return unexpected_error(source.volume, error)
 
 

@@ -1,4 +1,4 @@
-"""Slices of one shard, read by a task that needs only this shard's index.
+"""Slices of one shard, read by a task that needs no other index.
 
 A ``ShardSet`` holds the indices of a whole cohort, about a gigabyte for CT-RATE: too much for every worker.
 """

@@ -1,4 +1,4 @@
-"""The tasks of a run in their order: parts shard by shard, and each shard as soon as its parts are there."""
+"""The tasks of a run in their order: parts shard by shard, and each shard as soon as its parts exist."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from distributed import Client
 
 ATTEMPTS = 3
-"""Times that a shard's parts may turn out to be missing before the folder is to blame."""
+"""Attempts to put a shard together before missing parts are blamed on the folder."""
 
 
 class ShardTasks:
     """Writes shards on a cluster.
 
     Args:
-        shards: to be written, in order.
-        client: of the cluster.
+        shards: shards to write, in order.
+        client: Dask cluster.
     """
 
     def __init__(self, shards: Sequence[PlannedShard], client: Client) -> None:
@@ -35,9 +35,9 @@ class ShardTasks:
         self._attempts: Counter[Path] = Counter()
 
     def run(self) -> Iterator[PartReport]:
-        """Yield what came of each volume, as it comes; all shards are there at the end.
+        """Yield the report of each volume as it arrives; all shards exist at the end.
 
-        A part that was lost before its shard was put together is written, and yielded, again.
+        A part that was lost before its shard was put together is written, and reported, again.
 
         Raises:
             OutputError: if the folder of the shards cannot be written to, or workers do not share it.
@@ -61,14 +61,14 @@ class ShardTasks:
             self._tasks.start(write_part, volume)
 
     def _rewrite(self, shard: PlannedShard, result: tuple[PlannedVolume, ...] | BaseException) -> None:
-        """Write the parts again that the task of a shard did not find."""
+        """Write the parts again that a shard's task did not find."""
         if isinstance(result, BaseException):
             raise result
         self._attempts[shard.path] += 1
         if result and self._attempts[shard.path] == ATTEMPTS:
             raise OutputError(
-                f"out must be a folder that all workers share, got none of {len(result)} parts of "
-                f"'{shard.path.name}' that they wrote into '{shard.path.parent}'. Choose another --out."
+                f"Workers wrote {len(result)} parts of '{shard.path.name}' that are not in "
+                f"'{shard.path.parent}': all workers must share that folder. Choose another --out."
             )
         self._missing[shard.path] = {volume.part for volume in result}
         for volume in result:
@@ -76,7 +76,7 @@ class ShardTasks:
 
 
 def _report(volume: PlannedVolume, result: PartReport | BaseException) -> PartReport:
-    """Return the result of a volume's task; one that workers died of is rejected on their behalf."""
+    """Return the result of a volume's task; if workers died of it, write and report its rejection."""
     from distributed import KilledWorker
 
     if isinstance(result, KilledWorker):

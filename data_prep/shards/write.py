@@ -14,8 +14,9 @@ from common.ct.rejection import RejectedVolume, is_failure
 from common.run.process import claimed
 from common.shards.index import ShardIndex, load_index
 from common.shards.shards import SHARD_NAME, parse_shard_name
+from data_prep.cluster import ShowProgress
 from data_prep.shards.parts import PartReport, clean_parts, finished, output_errors
-from data_prep.shards.plan import PlannedShard, Progress, plan_shards
+from data_prep.shards.plan import PlannedShard, plan_shards
 from data_prep.shards.tables import write_manifest, write_rejected
 from data_prep.shards.tasks import ShardTasks
 from data_prep.sources.source_volume import SourceVolume
@@ -26,24 +27,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+TOTALS = ("num_volumes", "num_slices", "num_ts", "num_rex", "num_doubtful", "num_bytes")
+"""What a summary adds up over shards."""
+
+
 class Summary(NamedTuple):
-    """What came of a cohort.
+    """The outcome for a cohort.
 
     Args:
-        num_volumes: in shards.
-        num_slices: in shards.
+        num_volumes: volumes in shards.
+        num_slices: slices in shards.
         num_ts: volumes with a TotalSegmentator label map.
         num_rex: volumes annotated by ReXGroundingCT.
         num_doubtful: volumes that look unlike a chest CT.
-        num_shards: of the split.
-        num_bytes: of its shards.
-        num_resumed: volumes that an earlier run had done, also those that it left out.
-        num_done: volumes that this run did, also those that it left out.
+        num_shards: shards of the split.
+        num_bytes: size of the shards.
+        num_resumed: volumes that an earlier run had finished, including those it left out.
+        num_done: volumes that this run finished, including those it left out.
         num_resumed_shards: shards that an earlier run had finished.
         rejected: volumes left out, and why.
-        num_workers: processes that did the others.
+        num_workers: processes that did the work of this run.
         peak_worker_bytes: most memory that one of them has held.
-        seconds: that the run took.
+        seconds: duration of the run.
     """
 
     num_volumes: int
@@ -80,31 +85,29 @@ def write_shards(
     out: Path,
     split: str,
     client: Client,
+    *,
     slices_per_shard: int = 5000,
-    progress: Progress = lambda stage, done, total: None,
+    progress: ShowProgress = lambda stage, done, total: None,
 ) -> Summary:
     """Write all volumes of a split into shards, with a manifest and a list of what was left out.
 
     The plan follows from headers alone, so the same sources always give the same shards, byte for byte. A
-    volume is done when its part is there, a shard when its index is, with the fingerprint of its plan; a run
-    after a stop, however hard, does only the others.
+    volume is done when its part exists, a shard when its index exists with the fingerprint of its plan; a run
+    after a stop, however abrupt, does only the rest.
 
     Args:
         sources: volumes to write.
         rejected: volumes that were left out before.
-        out: folder of the shards, which all workers share; other splits may be in it already.
-        split: of all volumes.
-        client: of the cluster that does the work.
+        out: folder of the shards, shared by all workers; it may hold other splits already.
+        split: split of all volumes.
+        client: Dask cluster that does the work.
         slices_per_shard: a shard takes volumes until the next would exceed it. Paper's released code: 5,000.
-        progress: told of every volume.
-
-    Returns:
-        What came of the cohort.
+        progress: called after every volume.
 
     Raises:
-        ValueError: if ``slices_per_shard`` is not positive, ``split`` cannot name a shard, or ``out`` holds
-            shards of the split that this plan has no place for, or of none of the sources, or two volumes
-            have one name.
+        ValueError: if ``slices_per_shard`` is not positive, ``split`` cannot name a shard, ``out`` holds
+            shards of the split that this plan has no place for or that hold none of the sources, or two
+            volumes have the same name.
         BlockingIOError: if another run writes into ``out``.
         OutputError: if ``out`` cannot be written to, such as on a full disk.
         ConnectionError: if the cluster is lost.
@@ -116,26 +119,25 @@ def write_shards(
     with ExitStack() as until_done:
         with output_errors(out):
             until_done.enter_context(claimed(out))
-        shards, unplanned = plan_shards(sources, out, split, client, slices_per_shard, progress)
+        shards, unplanned = plan_shards(
+            sources, out, split, client, slices_per_shard=slices_per_shard, progress=progress
+        )
         _refuse_strangers(out, split, shards, {source.volume for source in sources})
         missing = [shard for shard in shards if not _is_finished(shard)]
         num_before = _num_volumes(shards) - _num_volumes(missing)
         clean_parts(out, split, missing)
         reports = _write_missing(missing, num_before, client, progress)
         clean_parts(out, split, [])
-        tallies = [_tally(load_index(shard.path)) for shard in shards]
-        left_out = [*rejected, *unplanned, *(item for tally in tallies for item in tally.rejected)]
+        totals: Counter[str] = Counter()
+        left_out = [*rejected, *unplanned]
+        for shard in shards:
+            left_out += _count(load_index(shard.path), totals)
         with output_errors(out):
             write_manifest(out, split, left_out, {item.volume: item.source for item in sources})
             write_rejected(out, split, left_out)
     return Summary(
-        num_volumes=sum(tally.num_volumes for tally in tallies),
-        num_slices=sum(tally.num_slices for tally in tallies),
-        num_ts=sum(tally.num_ts for tally in tallies),
-        num_rex=sum(tally.num_rex for tally in tallies),
-        num_doubtful=sum(tally.num_doubtful for tally in tallies),
+        **{name: totals[name] for name in TOTALS},
         num_shards=len(shards),
-        num_bytes=sum(tally.num_bytes for tally in tallies),
         num_resumed=num_before + sum(report.was_there for report in reports),
         num_done=sum(not report.was_there for report in reports),
         num_resumed_shards=len(shards) - len(missing),
@@ -146,34 +148,23 @@ def write_shards(
     )
 
 
-class _Tally(NamedTuple):
-    """What a summary needs of a shard: indices of a whole cohort would not fit into memory."""
-
-    num_volumes: int
-    num_slices: int
-    num_ts: int
-    num_rex: int
-    num_doubtful: int
-    num_bytes: int
-    rejected: list[RejectedVolume]
-
-
-def _tally(index: ShardIndex) -> _Tally:
-    return _Tally(
+def _count(index: ShardIndex, totals: Counter[str]) -> list[RejectedVolume]:
+    """Add a shard to a summary's totals; indices of a whole cohort would not fit into memory."""
+    totals.update(
         num_volumes=len(index.volume),
         num_slices=int(index.num_slices.sum()),
         num_ts=int(index.has_ts.sum()),
         num_rex=int(index.has_rex.sum()),
         num_doubtful=int((index.doubts != "").sum()),
         num_bytes=int(index.tar_bytes),
-        rejected=index.rejections,
     )
+    return index.rejections
 
 
 def _write_missing(
-    shards: Sequence[PlannedShard], num_before: int, client: Client, progress: Progress
+    shards: Sequence[PlannedShard], num_before: int, client: Client, progress: ShowProgress
 ) -> list[PartReport]:
-    """Write shards while showing the progress of the whole split; return what came of their volumes."""
+    """Write shards, showing the progress of the whole split; return the reports of their volumes."""
     total = num_before + _num_volumes(shards)
     progress("Writing volumes", num_before, total)
     reports: dict[str, PartReport] = {}
@@ -191,7 +182,7 @@ def _is_finished(shard: PlannedShard) -> bool:
         return True
     if shard.path.exists():
         logger.warning(
-            "'%s' is written again: it is not whole, or its sources or the settings are others now.",
+            "'%s' is written again: it is incomplete, or its sources or the settings have changed.",
             shard.path.name,
         )
     return False
@@ -208,15 +199,14 @@ def _refuse_strangers(out: Path, split: str, shards: Sequence[PlannedShard], vol
     strangers = sorted(of_split - planned | {s.path.name for s in shards if _holds_others(s.path, volumes)})
     if strangers:
         raise ValueError(
-            f"out must hold only shards of this plan, got {strangers} of another run in '{out}'. "
-            "Delete them, or choose another --out."
+            f"'{out}' holds shards of another run: {strangers}. Delete them, or choose another --out."
         )
 
 
 def _holds_others(shard: Path, volumes: set[str]) -> bool:
-    """Tell whether a whole shard holds volumes, but none of a cohort."""
+    """Tell whether a complete shard holds volumes, but none of a cohort."""
     try:
         found = set(load_index(shard).volume.tolist())
-    except (FileNotFoundError, ValueError):  # not whole: it is written again
+    except (FileNotFoundError, ValueError):  # incomplete: it is written again
         return False
     return bool(found) and not found & volumes

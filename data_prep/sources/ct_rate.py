@@ -12,7 +12,7 @@ from common.ct.files import NIFTI_SUFFIXES, ct_file, only_file, volume_files, vo
 from common.ct.nifti import Rescale
 from common.ct.rejection import EXCLUDED, RejectedError, RejectedVolume
 from data_prep.sources.rexgroundingct import Annotation
-from data_prep.sources.source_volume import NIFTI_FORMS, SourceVolume, with_masks
+from data_prep.sources.source_volume import NIFTI_FORMS, SourceVolume, list_sources, with_masks
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +22,7 @@ METADATA_COLUMNS = ("VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing
 
 
 class Volumes(NamedTuple):
-    """The files of one split.
-
-    Args:
-        form: ``v1`` or ``v2`` where the folder's name tells, else as asked.
-        files: volume to its files.
-    """
+    """Files of one split by volume, and their form: v1 or v2 where the folder tells, else as asked."""
 
     form: str
     files: dict[str, list[Path]]
@@ -36,6 +31,7 @@ class Volumes(NamedTuple):
 def find_ct_rate(
     root: Path,
     split: str,
+    *,
     form: str = "auto",
     totalsegmentator: Path | None = None,
     annotations: Mapping[str, Annotation] | None = None,
@@ -44,20 +40,20 @@ def find_ct_rate(
 
     Looks for volumes in ``dataset/<split>_fixed`` (form v2), then ``dataset/<split>`` (v1), then anywhere
     under the root by name; for tables in ``dataset/metadata``, ``metadata`` or the root itself; for label
-    maps in ``dataset/ts_seg/ts_total/<split>_fixed`` unless told where.
+    maps in ``dataset/ts_seg/ts_total/<split>_fixed`` unless another folder is given.
 
     Args:
         root: the downloaded dataset.
         split: ``train`` or ``valid``.
-        form: ``v1`` or ``v2`` says what the volumes are; ``auto`` goes by the folder, then by each header.
+        form: form of the volumes, ``v1`` or ``v2``; ``auto`` goes by the folder, then by each header.
         totalsegmentator: folder of label maps named like the volumes.
-        annotations: ReXGroundingCT's, by volume.
+        annotations: ReXGroundingCT's annotations by volume.
 
     Returns:
-        The volumes, and those that tables alone are enough to reject.
+        The volumes, and those that the tables alone are enough to reject.
 
     Raises:
-        FileNotFoundError: if the volumes, the metadata or the stated label maps are not there.
+        FileNotFoundError: if the volumes, the metadata or the given label maps are missing.
         ValueError: if the split or form is unknown, a table lacks a column, or a label is neither 0 nor 1.
     """
     if split not in METADATA:
@@ -69,40 +65,27 @@ def find_ct_rate(
     no_chest = read_no_chest(_optional_table(root, f"no_chest_{split}.txt"))
     labels = _labels(root, split)
     label_maps = _label_maps(root, split, totalsegmentator)
-    sources: list[SourceVolume] = []
-    rejected: list[RejectedVolume] = []
-    for volume, files in found.files.items():
-        try:
-            if volume in no_chest:
-                raise RejectedError(EXCLUDED, f"listed in no_chest_{split}.txt")
-            ct = only_file(files, "volumes")
-            rescale = _rescale(volume, rows)
-        except RejectedError as error:
-            rejected.append(error.of(volume))
-        else:
-            rex = (annotations or {}).get(volume)
-            relative = ct.relative_to(root).as_posix()
-            sources.append(
-                SourceVolume(
-                    *(volume, split, ct_file(ct), found.form, rescale),
-                    rex=rex,
-                    labels=labels.get(volume),
-                    source=relative,
-                )
-            )
-    if label_maps is not None and sources:
-        sources, without = with_masks(sources, label_maps, "totalsegmentator")
-        rejected += without
-    return sources, rejected
+
+    def source_of(volume: str, files: Sequence[Path]) -> SourceVolume:
+        if volume in no_chest:
+            raise RejectedError(EXCLUDED, f"listed in no_chest_{split}.txt")
+        path = only_file(files, "volumes")
+        return SourceVolume(
+            volume=volume,
+            split=split,
+            ct=ct_file(path),
+            form=found.form,
+            rescale=_rescale(volume, rows),
+            rex=(annotations or {}).get(volume),
+            labels=labels.get(volume),
+            source=path.relative_to(root).as_posix(),
+        )
+
+    return with_masks(*list_sources(found.files, source_of), label_maps, "totalsegmentator")
 
 
 def find_volumes(root: Path, split: str, form: str) -> Volumes:
-    """Find the NIfTI files of a split.
-
-    Args:
-        root: the downloaded dataset.
-        split: ``train`` or ``valid``.
-        form: ``auto``, ``v1`` or ``v2``.
+    """Find the NIfTI files of a split in the folders of a form: ``auto``, ``v1`` or ``v2``.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -117,11 +100,11 @@ def find_volumes(root: Path, split: str, form: str) -> Volumes:
             logger.info("%d volumes in '%s', read as form %s.", len(files), folder, folder_form)
             return Volumes(folder_form, files)
     looked = ", ".join(f"'{folder}'" for folder, _ in places)
-    raise FileNotFoundError(f"root must hold volumes {split}_*.nii.gz, got none in {looked} nor in '{root}'.")
+    raise FileNotFoundError(f"No volumes {split}_*.nii.gz in {looked} or anywhere in '{root}'.")
 
 
 def _named(folder: Path, split: str) -> dict[str, list[Path]]:
-    """Files of a split under a folder; masks, which have the same names, lie in folders of their own."""
+    """Files of a split under a folder; masks have the same names, but lie in folders of their own."""
     found: dict[str, list[Path]] = {}
     for volume, paths in volume_files(folder, NIFTI_SUFFIXES).items():
         scans = [path for path in paths if MASK_FOLDERS.isdisjoint(path.relative_to(folder).parts)]
@@ -131,7 +114,7 @@ def _named(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 def read_metadata(table: Path) -> dict[str, list[Mapping[str, str]]]:
-    """Read CT-RATE's metadata, which volumes may be missing from or be in twice.
+    """Read CT-RATE's metadata, in which volumes may be missing or listed twice.
 
     Args:
         table: ``train_metadata.csv`` or ``validation_metadata.csv``.
@@ -140,7 +123,7 @@ def read_metadata(table: Path) -> dict[str, list[Mapping[str, str]]]:
         Volume to its rows.
 
     Raises:
-        ValueError: if the file is no CSV in UTF-8, or a column that is needed is missing.
+        ValueError: if the file is not a CSV in UTF-8, or lacks a column.
     """
     rows: dict[str, list[Mapping[str, str]]] = {}
     for row in table_rows(table, "metadata", METADATA_COLUMNS):
@@ -149,14 +132,7 @@ def read_metadata(table: Path) -> dict[str, list[Mapping[str, str]]]:
 
 
 def read_no_chest(listing: Path | None) -> set[str]:
-    """Read the volumes that are no chest CT; the list names them by paths of another form of the dataset.
-
-    Args:
-        listing: ``no_chest_<split>.txt``, or None where the download has none.
-
-    Returns:
-        Volume names.
-    """
+    """Read ``no_chest_<split>.txt``: volumes that are no chest CT; empty where the download has no list."""
     if listing is None:
         logger.warning("Scans of other body parts are not left out: there is no list no_chest_<split>.txt.")
         return set()
@@ -166,8 +142,7 @@ def read_no_chest(listing: Path | None) -> set[str]:
 def _rescale(volume: str, rows: Mapping[str, Sequence[Mapping[str, str]]]) -> Rescale:
     found = rows.get(volume, [])
     if len(found) != 1:
-        times = "is not in it" if not found else f"is in it {len(found)} times"
-        raise RejectedError("metadata", f"a volume must have one row in the metadata, but {volume} {times}")
+        raise RejectedError("metadata", f"'{volume}' must have one row in the metadata, got {len(found)}")
     row = found[0]
     return Rescale(_number(row["RescaleSlope"]), _number(row["RescaleIntercept"]), _spacing_mm(row))
 
@@ -181,7 +156,7 @@ def _spacing_mm(row: Mapping[str, str]) -> tuple[float, float, float]:
 
 
 def _number(value: str | float | None) -> float:
-    """Return a field as a number, NaN where it is none: the checks behind name it."""
+    """Return a field as a number, NaN if it is none: later checks report it."""
     try:
         return float(value)  # type: ignore[arg-type]  # None is one of the things it may turn out to be
     except (TypeError, ValueError):
@@ -205,7 +180,7 @@ def _label_maps(root: Path, split: str, stated: Path | None) -> Path | None:
     if folder.is_dir():
         return folder
     if stated is not None:
-        raise FileNotFoundError(f"totalsegmentator must be a folder, got '{stated}', which is none.")
+        raise FileNotFoundError(f"No folder '{stated}' of label maps.")
     logger.warning("Shards will hold no TotalSegmentator ids: there is no '%s'.", folder)
     return None
 
@@ -213,7 +188,7 @@ def _label_maps(root: Path, split: str, stated: Path | None) -> Path | None:
 def _table(root: Path, name: str) -> Path:
     path = _optional_table(root, name)
     if path is None:
-        raise FileNotFoundError(f"root must hold dataset/metadata/{name}, got none in '{root}'.")
+        raise FileNotFoundError(f"No dataset/metadata/{name} in '{root}'.")
     return path
 
 

@@ -1,9 +1,9 @@
-"""Finds the CT series of a folder tree of DICOM files, whatever the files are called."""
+"""Any folder of chest CTs: files in HU, or DICOM series whatever their files are called."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from common.ct.dicom_files import FoundFile, look_at
 from common.ct.files import find_cts
 from common.ct.rejection import RejectedVolume
-from data_prep.cluster import run_tasks
+from data_prep.cluster import ShowProgress, run_tasks
 from data_prep.sources.source_volume import SourceVolume, with_masks
 
 if TYPE_CHECKING:  # take 0.9 s to import; --help must not wait for them
@@ -27,54 +27,48 @@ def find_series(
     folder: Path,
     split: str,
     client: Client,
+    *,
     masks: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: ShowProgress = lambda stage, done, total: None,
 ) -> tuple[list[SourceVolume], list[RejectedVolume]]:
     """List the axial CT series of a folder and its sub-folders.
 
     Every file is looked at, with or without a suffix, and belongs to the series that its header names; files
-    without a SeriesInstanceUID, which some tools for anonymising blank, are one series a folder. A volume is
-    called by its SeriesInstanceUID with ``_`` for each dot: it is unique, the same wherever the files lie,
-    found again in any PACS or table, and tells nothing of the patient, as folders and PatientIDs may. A
-    series without a proper one is called ``series_`` and 16 digits of a checksum.
+    without a SeriesInstanceUID, which some anonymising tools blank, form one series per folder. A volume is
+    named by its SeriesInstanceUID with ``_`` for each dot: it is unique, the same wherever the files lie, can
+    be looked up in any PACS or table, and says nothing about the patient, as folders and PatientIDs may. A
+    series without a valid one is called ``series_`` and 16 digits of a checksum.
 
     Series of another modality or plane, scouts and reports are left out as ``not an axial CT``, which is no
-    failure. Files that are no DICOM images are only counted; those that should be, by suffix or first bytes,
-    and cannot be read are failures of their own, for nobody knows which series lacks them.
+    failure. Files that are not DICOM images are only counted; those that should be, by suffix or first bytes,
+    and cannot be read are failures, because nobody knows which series lacks them.
 
     Args:
         folder: tree of DICOM files.
-        split: to write the series as.
-        client: of the Dask cluster that reads the headers.
-        masks: folder of TotalSegmentator label maps, called as the volumes or by SeriesInstanceUID.
-        progress: told of the files that were looked at.
+        split: split to write the series as.
+        client: Dask cluster that reads the headers.
+        masks: folder of TotalSegmentator label maps, named like the volumes or by SeriesInstanceUID.
+        progress: called after every batch of files.
 
     Returns:
         The series, and what was left out.
 
     Raises:
-        FileNotFoundError: if the folder is not there or has no axial CT, or ``masks`` none of its series.
+        FileNotFoundError: if the folder is missing or has no axial CT, or ``masks`` has none of its series.
     """
     if not folder.exists():
-        raise FileNotFoundError(
-            f"folder must be a tree of DICOM files, got '{folder}', which does not exist."
-        )
+        raise FileNotFoundError(f"No folder '{folder}'.")
     cts, rejected = find_cts(folder, look=partial(_look_at_all, client, progress), leave_out=masks)
     sources = [SourceVolume.of(ct, split, folder) for ct in cts if ct.is_series]
     if not sources:
-        raise FileNotFoundError(f"folder must hold axial CT series in DICOM, got none in '{folder}'.")
+        raise FileNotFoundError(f"No axial CT series in DICOM in '{folder}'.")
     if len(sources) < len(cts):
-        logger.warning("%d volumes are no DICOM and were left out.", len(cts) - len(sources))
-    if masks is None:
-        return sources, rejected
-    joined, without = with_masks(sources, masks, "masks")
-    return joined, rejected + without
+        logger.warning("%d volumes that are not DICOM were left out.", len(cts) - len(sources))
+    return with_masks(sources, rejected, masks, "masks")
 
 
-def _look_at_all(
-    client: Client, progress: Callable[[str, int, int], None], paths: Sequence[Path]
-) -> list[FoundFile]:
-    """Look at files on the cluster; they come back in the order of their paths."""
+def _look_at_all(client: Client, progress: ShowProgress, paths: Sequence[Path]) -> list[FoundFile]:
+    """Look at files on the cluster; the results are in the order of the paths."""
     batches = [tuple(paths[i : i + FILES_PER_TASK]) for i in range(0, len(paths), FILES_PER_TASK)]
     found: list[FoundFile] = []
     for _, result in run_tasks(client, _look_at_batch, batches):
@@ -92,30 +86,26 @@ def _look_at_batch(paths: Sequence[Path]) -> list[FoundFile]:
 def find_volumes(
     folder: Path, split: str, masks: Path | None = None
 ) -> tuple[list[SourceVolume], list[RejectedVolume]]:
-    """List the volumes of a folder and its sub-folders; DICOM is left to ``dicom``.
+    """List the volumes of a folder and its sub-folders; ``find_series`` is for DICOM.
 
     Args:
-        folder: of volumes in HU with right headers, a file each, see :func:`common.ct.files.find_cts`; or one
-            file, or zip.
-        split: to write them as.
+        folder: folder of volumes in HU with proper headers, one file each (see
+            :func:`common.ct.files.find_cts`), or one file or zip.
+        split: split to write them as.
         masks: folder of TotalSegmentator label maps with the volumes' names, which may lie in ``folder``.
 
     Returns:
         The volumes, and what was left out.
 
     Raises:
-        FileNotFoundError: if the folder is not there or has no volume, or ``masks`` none of theirs.
+        FileNotFoundError: if the folder is missing or has no volume, or ``masks`` has none of theirs.
     """
     if not folder.exists():
-        raise FileNotFoundError(f"folder must be a folder of volumes, got '{folder}', which does not exist.")
+        raise FileNotFoundError(f"No folder '{folder}'.")
     cts, rejected = find_cts(folder, look=None, leave_out=masks)
     if not cts and not rejected:
         raise FileNotFoundError(
-            f"folder must hold volumes in NIfTI, MetaImage, NRRD or npz, got none in '{folder}'. "
-            "DICOM is read by the command dicom."
+            f"No volume in NIfTI, MetaImage, NRRD or npz in '{folder}'. The command dicom reads DICOM."
         )
     sources = [SourceVolume.of(ct, split, folder) for ct in cts]
-    if masks is None:
-        return sources, rejected
-    joined, without = with_masks(sources, masks, "masks")
-    return joined, rejected + without
+    return with_masks(sources, rejected, masks, "masks")

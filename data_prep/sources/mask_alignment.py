@@ -29,9 +29,9 @@ class Alignment(NamedTuple):
 
     Args:
         ct_shape: ``(Z, H, W)``.
-        mask_shape: of the mask as stored.
+        mask_shape: shape of the mask as stored.
         to_mask: ``(4, 4)`` canonical CT index (slice, row, column) to mask index.
-        is_same_grid: whether every voxel of the one is one of the other: ``to_mask`` then permutes and flips.
+        is_same_grid: whether every voxel of one is a voxel of the other: ``to_mask`` then permutes and flips.
     """
 
     ct_shape: tuple[int, int, int]
@@ -41,7 +41,7 @@ class Alignment(NamedTuple):
 
     @property
     def axis_of(self) -> tuple[int, ...]:
-        """Mask axis along slices, rows and columns; of a mask on the CT's grid."""
+        """Mask axis along slices, rows and columns, for a mask on the CT's grid."""
         return tuple(int(axis) for axis in np.abs(self.to_mask[:3, :3]).argmax(axis=0))
 
     def index_along(self, canonical: int) -> np.ndarray:
@@ -51,24 +51,24 @@ class Alignment(NamedTuple):
         return indices if self.to_mask[axis, canonical] > 0 else indices[::-1]
 
     def on_ct_grid(self, name: str, mask: np.ndarray) -> np.ndarray:
-        """Show a mask as the CT's slices, ``(Z, H, W)``, a view: permuted and flipped, never resampled.
+        """Show a mask as the CT's slices ``(Z, H, W)``, a view: permuted and flipped, never resampled.
 
         Args:
-            name: of the mask's file, for the message.
-            mask: as stored.
+            name: name of the mask's file, for errors.
+            mask: mask as stored.
 
         Raises:
             RejectedError: if its voxels are not those of the CT.
         """
         if not self.is_same_grid:
             raise RejectedError(
-                "mask", f"'{name}' must lie on the voxels of the CT for dense labels, got another grid"
+                "mask", f"'{name}' must lie on the voxels of the CT for dense labels, but is on another grid"
             )
         i, j, k = (slice(None, None, 1 if step > 0 else -1) for step in self.to_mask[:3, :3].sum(axis=1))
         return mask[i, j, k].transpose(self.axis_of)
 
     def nearest(self, z: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the mask indices nearest to the 128 x 128 cells of a slice, an array an axis."""
+        """Return the mask indices nearest to the 128 x 128 cells of a slice, one array per axis."""
         rows, columns = (cell_voxels(size) for size in self.ct_shape[1:])
         cells = np.stack(np.broadcast_arrays(float(z), rows[:, None], columns))
         place = np.tensordot(self.to_mask[:3, :3], cells, 1) + self.to_mask[:3, 3, None, None]
@@ -79,10 +79,7 @@ class Alignment(NamedTuple):
 
 
 def cell_voxels(size: int) -> np.ndarray:
-    """Return the pixel at the centre of each of 128 cells along an axis.
-
-    Args:
-        size: pixels along the axis.
+    """Return the pixel at the centre of each of 128 cells along an axis of ``size`` pixels.
 
     Example:
         >>> cell_voxels(512)[:3]
@@ -94,18 +91,15 @@ def cell_voxels(size: int) -> np.ndarray:
 def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: Grid) -> Alignment:
     """Find how a mask lies on its CT.
 
-    On the same grid, in any order of axes and with any flips, if no voxel is off by half a voxel: resampling
-    to the nearest voxel would change nothing. Otherwise the mask must cover the CT. Resampled masks have a
-    rounded number of voxels, so each edge may miss by a voxel of the coarser grid.
+    They are on the same grid, in any order of axes and with any flips, if no voxel is off by half a voxel:
+    resampling to the nearest voxel would change nothing. Otherwise the mask must cover the CT. Resampled
+    masks have a rounded number of voxels, so each edge may miss by one voxel of the coarser grid.
 
     Args:
-        name: of the mask's file, for the message.
-        mask_shape: of the mask as stored, three axes.
+        name: name of the mask's file, for errors.
+        mask_shape: shape of the mask as stored, three axes.
         mask_affine: ``(4, 4)`` mask voxel to RAS+ world in mm.
         ct: grid of the CT.
-
-    Returns:
-        Where the CT's voxels lie in the mask.
 
     Raises:
         RejectedError: if the mask does not cover the CT, has its voxels but another number of them, or their
@@ -136,8 +130,8 @@ def align(name: str, mask_shape: tuple[int, ...], mask_affine: np.ndarray, ct: G
         of_ct, of_mask = (shown_mm(np.linalg.norm(grid.affine[:3, :3], axis=0)) for grid in (ct, mask))
         raise RejectedError(
             "mask",
-            f"'{name}' must lie on the CT's voxels as it has its shape {ct_shape}, got others: spacing "
-            f"{of_ct} mm in the CT, {of_mask} mm in the mask. Save the mask with the geometry of its CT.",
+            f"'{name}' has the CT's shape {ct_shape}, but lies on other voxels: spacing {of_ct} mm in the "
+            f"CT, {of_mask} mm in the mask. Save the mask with the geometry of its CT.",
         )
     return Alignment(ct_shape, mask.shape, to_mask, is_same_grid=False)
 
@@ -171,7 +165,7 @@ def _shape_seen(mask_shape: tuple[int, ...], exact: np.ndarray) -> tuple[int, ..
 def _permutation(
     to_mask: np.ndarray, ct_shape: tuple[int, ...], mask_shape: tuple[int, ...], from_far_end: bool
 ) -> np.ndarray:
-    """Return the closest matrix that permutes and flips, the first or last voxels of both on one another."""
+    """Return the closest matrix that permutes and flips, with the first or last voxels of both aligned."""
     exact = np.eye(4)
     exact[:3, :3] = 0
     for canonical in range(3):
@@ -189,7 +183,7 @@ def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _extent(grid: Grid) -> str:
-    """Say what space a grid takes up in the world."""
+    """Describe the space of a grid in the world."""
     ends = _apply(grid.affine, CORNERS * np.array(grid.shape) - HALF_VOXEL)
     sides = zip("xyz", ends.min(axis=0), ends.max(axis=0), strict=True)
     return ", ".join(f"{axis} {low:.1f}..{high:.1f}" for axis, low, high in sides) + " mm"

@@ -1,4 +1,4 @@
-"""RAD-ChestCT: its label tables as the 16 classes of the probes."""
+"""RAD-ChestCT: finds its volumes and label maps, and reads its labels as the 16 classes of the probes."""
 
 import json
 import logging
@@ -10,7 +10,12 @@ from common.cohort.cohort import load_labels, table_rows
 from common.ct.files import ct_file, only_file, volume_files, volume_name
 from common.ct.nifti import Rescale
 from common.ct.rejection import RejectedError, RejectedVolume
-from data_prep.sources.source_volume import SourceVolume, with_masks
+from data_prep.sources.source_volume import SourceVolume, list_sources, with_masks
+
+logger = logging.getLogger(__name__)
+
+PREFIX = {"train": "trn", "valid": "val", "test": "tst"}
+METADATA = "CT_Scan_Metadata_Complete_35747.csv"
 
 PREFIXES: Mapping[str, tuple[str, ...]] = {
     "Calcification": ("calcification",),
@@ -33,65 +38,7 @@ PREFIXES: Mapping[str, tuple[str, ...]] = {
         *("hardware", "pacemaker_or_defib", "stent", "tracheal_tube"),
     ),
 }
-"""Abnormalities that make up a class. Source: the map of DALE-CT's authors; others count hardware only."""
-
-
-def read_labels(tables: Sequence[Path]) -> dict[str, dict[str, int]]:
-    """Read the 16 classes that RAD-ChestCT shares with CT-RATE.
-
-    A class is positive if any of its abnormalities is, at any location.
-
-    Args:
-        tables: the three ``img{train,valid,test}_Abnormality_and_Location_Labels.csv``, with the columns
-            ``NoteAcc_DEID`` and ``abnormality*location``.
-
-    Returns:
-        Volume to class name to 0 or 1, classes in the order of the label list.
-
-    Raises:
-        FileNotFoundError: if a table is not there.
-        ValueError: if a file is no CSV in UTF-8, an abnormality has no column, a volume comes twice, or a
-            label is neither 0 nor 1.
-    """
-    labels: dict[str, dict[str, int]] = {}
-    for table in tables:
-        columns: dict[str, list[str]] = {}
-        for row in table_rows(table, "labels", ("NoteAcc_DEID",)):
-            columns = columns or _columns(list(row), table)
-            volume = row["NoteAcc_DEID"].strip()
-            if volume in labels:
-                raise ValueError(f"a volume must have one row, got two for '{volume}', one in '{table}'.")
-            labels[volume] = {
-                name: max(_binary(row[column], column, volume) for column in own)
-                for name, own in columns.items()
-            }
-    return labels
-
-
-def _columns(header: Sequence[str], table: Path) -> dict[str, list[str]]:
-    columns = {}
-    for label in load_labels("rad_chestct"):
-        prefixes = PREFIXES[label.name]
-        missing = set(prefixes) - {column.split("*")[0] for column in header if "*" in column}
-        if missing:
-            raise ValueError(f"'{table}' must have columns of {prefixes}, got none of {sorted(missing)}.")
-        columns[label.name] = [
-            column for column in header if column.split("*")[0] in prefixes and "*" in column
-        ]
-    return columns
-
-
-def _binary(value: str, column: str, volume: str) -> int:
-    text = value.strip()
-    if text not in {"0", "1", "0.0", "1.0"}:
-        raise ValueError(f"label must be 0 or 1, got {text!r} of '{column}' for volume '{volume}'.")
-    return int(float(text))
-
-
-logger = logging.getLogger(__name__)
-
-PREFIX = {"train": "trn", "valid": "val", "test": "tst"}
-METADATA = "CT_Scan_Metadata_Complete_35747.csv"
+"""Abnormalities that make up a class. Source: DALE-CT's authors; others count only hardware as material."""
 
 
 def find_rad_chestct(
@@ -100,49 +47,41 @@ def find_rad_chestct(
     """List the volumes of a split with their labels.
 
     A volume without a row in the label table is written without labels, which pre-training does not need. The
-    metadata table, where there is one, states the spacing; it is 0.8 mm otherwise.
+    metadata table, if there is one, states the spacing; otherwise it is 0.8 mm.
 
     Args:
         root: the downloaded dataset: npz files and tables, in any sub-folders.
         split: ``train``, ``valid`` or ``test``: files that begin with ``trn``, ``val`` or ``tst``.
-        totalsegmentator: folder of label maps, named like the volumes, their affine that of
+        totalsegmentator: folder of label maps, named like the volumes, with the affine of
             ``common.ct.npz.npz_affine``.
 
     Returns:
         The volumes, and those that names and tables alone are enough to reject.
 
     Raises:
-        FileNotFoundError: if the volumes or the stated label maps are not there.
+        FileNotFoundError: if the volumes or the given label maps are missing.
         ValueError: if the split is unknown, or a table is not as published.
     """
     if split not in PREFIX:
         raise ValueError(f"split must be one of {sorted(PREFIX)}, got '{split}'.")
     found = npz_files(root, PREFIX[split])
     if not found:
-        raise FileNotFoundError(f"root must hold volumes {PREFIX[split]}*.npz, got none in '{root}'.")
+        raise FileNotFoundError(f"No volumes {PREFIX[split]}*.npz in '{root}'.")
     labels = _labels(root, split)
     spacings = _spacings(root)
-    sources: list[SourceVolume] = []
-    rejected: list[RejectedVolume] = []
-    for volume, files in found.items():
-        try:
-            ct = only_file(files, "volumes")
-            rescale = _stated_spacing(spacings.get(volume, ""))
-        except RejectedError as error:
-            rejected.append(error.of(volume))
-            continue
-        relative = ct.relative_to(root).as_posix()
-        sources.append(
-            SourceVolume(
-                *(volume, split, ct_file(ct)),
-                rescale=rescale,
-                labels=labels.get(volume),
-                source=relative,
-            )
+
+    def source_of(volume: str, files: Sequence[Path]) -> SourceVolume:
+        path = only_file(files, "volumes")
+        return SourceVolume(
+            volume=volume,
+            split=split,
+            ct=ct_file(path),
+            rescale=_stated_spacing(spacings.get(volume, "")),
+            labels=labels.get(volume),
+            source=path.relative_to(root).as_posix(),
         )
-    if totalsegmentator is not None and sources:
-        sources, without = with_masks(sources, totalsegmentator, "totalsegmentator")
-        rejected += without
+
+    sources, rejected = with_masks(*list_sources(found, source_of), totalsegmentator, "totalsegmentator")
     unlabelled = sum(source.labels is None for source in sources)
     if labels and unlabelled:
         logger.warning("%d of %d volumes have no row in the label table.", unlabelled, len(sources))
@@ -150,12 +89,7 @@ def find_rad_chestct(
 
 
 def npz_files(root: Path, prefix: str) -> dict[str, list[Path]]:
-    """List the npz files below a folder by volume.
-
-    Args:
-        root: folder.
-        prefix: how the names of the volumes start.
-    """
+    """List the npz files below a folder by volume, of volumes whose names start with a prefix."""
     found = volume_files(root, [".npz"]).items()
     return {volume: paths for volume, paths in found if volume.lower().startswith(prefix)}
 
@@ -163,14 +97,11 @@ def npz_files(root: Path, prefix: str) -> dict[str, list[Path]]:
 def read_all_labels(root: Path) -> dict[str, dict[str, int]]:
     """Read the 16 classes of the volumes of all three splits, which their names tell apart.
 
-    Args:
-        root: the downloaded dataset, its label tables in any sub-folders.
-
     Returns:
         Volume to class name to 0 or 1.
 
     Raises:
-        FileNotFoundError: if a table is not there.
+        FileNotFoundError: if a table is missing.
         ValueError: if a table is not as published, or there twice.
     """
     tables = []
@@ -178,7 +109,7 @@ def read_all_labels(root: Path) -> dict[str, dict[str, int]]:
         name = f"img{split}_Abnormality_and_Location_Labels.csv"
         table = _table(root, name)
         if table is None:
-            raise FileNotFoundError(f"root must hold '{name}', got none in '{root}'.")
+            raise FileNotFoundError(f"No '{name}' in '{root}'.")
         tables.append(table)
     return read_labels(tables)
 
@@ -192,7 +123,7 @@ def _labels(root: Path, split: str) -> dict[str, dict[str, int]]:
 
 
 def _spacings(root: Path) -> dict[str, str]:
-    """Read what the metadata says of each volume's spacing; empty without the table."""
+    """Read each volume's spacing from the metadata; empty without the table."""
     table = _table(root, METADATA)
     if table is None:
         return {}
@@ -217,5 +148,57 @@ def _stated_spacing(text: str) -> Rescale | None:
 def _table(root: Path, name: str) -> Path | None:
     found = sorted(root.rglob(name))
     if len(found) > 1:
-        raise ValueError(f"a table must be there once, got '{found[0]}' and '{found[1]}'. Keep one.")
+        raise ValueError(f"The same table is there twice: '{found[0]}' and '{found[1]}'. Keep one.")
     return found[0] if found else None
+
+
+def read_labels(tables: Sequence[Path]) -> dict[str, dict[str, int]]:
+    """Read the 16 classes that RAD-ChestCT shares with CT-RATE.
+
+    A class is positive if any of its abnormalities is, at any location.
+
+    Args:
+        tables: ``img{train,valid,test}_Abnormality_and_Location_Labels.csv``, with the columns
+            ``NoteAcc_DEID`` and ``abnormality*location``.
+
+    Returns:
+        Volume to class name to 0 or 1, classes in the order of the label list.
+
+    Raises:
+        FileNotFoundError: if a table is missing.
+        ValueError: if a file is not a CSV in UTF-8, an abnormality has no column, a volume has two rows, or a
+            label is neither 0 nor 1.
+    """
+    labels: dict[str, dict[str, int]] = {}
+    for table in tables:
+        columns: dict[str, list[str]] = {}
+        for row in table_rows(table, "labels", ("NoteAcc_DEID",)):
+            columns = columns or _columns(list(row), table)
+            volume = row["NoteAcc_DEID"].strip()
+            if volume in labels:
+                raise ValueError(f"Volume '{volume}' has two rows in the label tables, one in '{table}'.")
+            labels[volume] = {
+                name: max(_binary(row[column], column, volume) for column in of_class)
+                for name, of_class in columns.items()
+            }
+    return labels
+
+
+def _columns(header: Sequence[str], table: Path) -> dict[str, list[str]]:
+    columns = {}
+    for label in load_labels("rad_chestct"):
+        prefixes = PREFIXES[label.name]
+        missing = set(prefixes) - {column.split("*")[0] for column in header if "*" in column}
+        if missing:
+            raise ValueError(f"'{table}' has no columns of {sorted(missing)}.")
+        columns[label.name] = [
+            column for column in header if column.split("*")[0] in prefixes and "*" in column
+        ]
+    return columns
+
+
+def _binary(value: str, column: str, volume: str) -> int:
+    text = value.strip()
+    if text not in {"0", "1", "0.0", "1.0"}:
+        raise ValueError(f"label must be 0 or 1, got {text!r} of '{column}' for volume '{volume}'.")
+    return int(float(text))

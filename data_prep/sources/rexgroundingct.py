@@ -22,19 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class Annotation(NamedTuple):
-    """The masks of one annotated scan.
-
-    Args:
-        path: mask file.
-        codes: category of each of its channels; empty where the dataset gives none.
-    """
+    """The masks of one scan: their file, and the category of each channel (empty where it has none)."""
 
     path: Path
     codes: tuple[str, ...]
 
 
 def read_annotations(dataset_json: Path, masks_dir: Path) -> dict[str, Annotation]:
-    """List the annotated scans whose masks are at hand.
+    """List the annotated scans whose masks are available.
 
     Masks of the hidden test set are not published: scans without a mask file are left out.
 
@@ -47,28 +42,24 @@ def read_annotations(dataset_json: Path, masks_dir: Path) -> dict[str, Annotatio
 
     Raises:
         FileNotFoundError: if the JSON or the folder is missing, or no scan has its masks there.
-        ValueError: if the JSON has another form, a scan comes twice, or a category is unknown.
+        ValueError: if the JSON has another form, a scan is listed twice, or a category is unknown.
     """
     if not dataset_json.is_file():
-        raise FileNotFoundError(
-            f"rexgroundingct must be a JSON file, got '{dataset_json}', which does not exist."
-        )
+        raise FileNotFoundError(f"No file '{dataset_json}'.")
     if not masks_dir.is_dir():
-        raise FileNotFoundError(f"rexgroundingct_masks must be a folder, got '{masks_dir}', which is none.")
+        raise FileNotFoundError(f"No folder '{masks_dir}'.")
     annotations: dict[str, Annotation] = {}
     listed: set[str] = set()
     masks = volume_files(masks_dir)
     for name, codes in _items(dataset_json):
         volume = volume_name(name)
         if volume in listed:
-            raise ValueError(f"a scan must come once in '{dataset_json}', got '{volume}' twice.")
+            raise ValueError(f"Scan '{volume}' is listed twice in '{dataset_json}'.")
         listed.add(volume)
         if volume in masks:
             annotations[volume] = Annotation(only_file(masks[volume], "masks"), codes)
     if not annotations:
-        raise FileNotFoundError(
-            f"rexgroundingct_masks must hold masks of scans in '{dataset_json}', got none in '{masks_dir}'."
-        )
+        raise FileNotFoundError(f"No mask of a scan in '{dataset_json}' is in '{masks_dir}'.")
     if len(annotations) < len(listed):
         logger.warning(
             "%d of %d scans listed in '%s' have no mask in '%s' and count as not annotated, such as '%s'.",
@@ -100,14 +91,13 @@ def _codes(categories: dict[str, str]) -> tuple[str, ...]:
 
 
 def read_findings(annotation: Annotation, ct: Grid) -> np.ndarray:
-    """Read the masks of a scan: findings of one code are united, and no finding is lost to the smaller grid.
+    """Read the masks of a scan: findings of one code are united, and the coarser grid loses no finding.
 
-    Masks are stored as (F, X, Y, Z), or (X, Y, Z) for one finding. A header with the CT's spacing speaks for
-    its last three axes. Any other says nothing of masks with the CT's shape (the format has no place for
-    findings first), nor does one with an origin of zero where the CT has another: they lie on the CT's voxels
-    as stored, as the dataset's users take them. Masks on another
-    grid over the CT's space set the cells that hold the centre of a voxel of theirs, and those whose centre
-    lies in such a voxel.
+    Masks are stored as (F, X, Y, Z), or (X, Y, Z) for one finding. A header with the CT's spacing holds for
+    their last three axes. If masks have the CT's shape, any other header says nothing (the format has no
+    place for findings first), nor does one with an origin of zero where the CT has another: such masks lie on
+    the CT's voxels as stored, as the dataset's users read them. Masks on another grid over the CT's space set
+    the cells that hold the centre of one of their voxels, and those whose centre lies in such a voxel.
 
     Args:
         annotation: mask file and the code of each channel; channels without a code are left out.
@@ -126,7 +116,7 @@ def read_findings(annotation: Annotation, ct: Grid) -> np.ndarray:
 
 
 def read_full_findings(annotation: Annotation, ct: Grid) -> np.ndarray:
-    """Read the masks of a scan on the voxels of its CT, none left out.
+    """Read the masks of a scan on the voxels of its CT, all of them.
 
     Args:
         annotation: as in ``read_findings``.
@@ -152,20 +142,22 @@ def _alignment(file: VolumeFile, annotation: Annotation, ct: Grid) -> Alignment:
     if len(channels) != 4 or channels[0] != len(annotation.codes):
         raise RejectedError(
             "mask",
-            f"'{name}' must have one channel a finding, got {len(annotation.codes)} and shape {shape}",
+            f"'{name}' must have one channel per finding, {len(annotation.codes)}, got shape {shape}",
         )
     return align(name, channels[1:], _mask_affine(file.header, channels[1:], ct), ct)
 
 
 def _mask_affine(header: VolumeHeader, shape: tuple[int, ...], ct: Grid) -> np.ndarray:
-    own, of_ct = (np.sort(np.linalg.norm(affine[:3, :3], axis=0)) for affine in (header.affine, ct.affine))
+    of_mask, of_ct = (
+        np.sort(np.linalg.norm(affine[:3, :3], axis=0)) for affine in (header.affine, ct.affine)
+    )
     is_placed = header.affine[:3, 3].any() or not ct.affine[:3, 3].any()
-    speaks = (np.allclose(own, of_ct, rtol=SPACING_TOLERANCE) and is_placed) or shape != ct.shape
+    speaks = (np.allclose(of_mask, of_ct, rtol=SPACING_TOLERANCE) and is_placed) or shape != ct.shape
     return header.affine if speaks and not header.is_blank else ct.affine
 
 
 def _bit_planes(file: VolumeFile, annotation: Annotation) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the planes of the last axis that have a finding: index and uint16 ``(X, Y)``, a bit per code."""
+    """Yield the planes of the last axis with a finding: index and uint16 ``(X, Y)``, one bit per code."""
     codes = annotation.codes
     for first, planes in file.labels():
         findings = planes.reshape((len(codes), *planes.shape[-3:]), order="F")
@@ -178,7 +170,7 @@ def _bit_planes(file: VolumeFile, annotation: Annotation) -> Iterator[tuple[int,
 
 
 def _pool(planes: Iterator[tuple[int, np.ndarray]], alignment: Alignment) -> np.ndarray:
-    """Unite the pixels of each cell, of masks on the CT's grid."""
+    """Unite the pixels of each cell, for masks on the CT's grid."""
     axes = alignment.axis_of
     is_slice_axis = [axis == axes[0] for axis in range(3)]
     sizes = [alignment.mask_shape[axis] if is_slice_axis[axis] else MASK_SIZE_PX for axis in range(3)]
@@ -213,11 +205,7 @@ def _resample(planes: Iterator[tuple[int, np.ndarray]], alignment: Alignment) ->
 
 
 def pool_bits(bits: np.ndarray, axis: int) -> np.ndarray:
-    """Reduce an axis to 128 cells; a cell has every bit that any of its pixels has.
-
-    Args:
-        bits: of an integer type.
-        axis: to reduce.
+    """Reduce an axis of integers to 128 cells; a cell has every bit that any of its pixels has.
 
     Example:
         >>> bits = np.zeros((512, 512), np.uint16)
@@ -235,8 +223,5 @@ def cell_edges(size: int) -> list[tuple[int, int]]:
     """Return the pixels, first and one past the last, that each of 128 cells along an axis covers.
 
     Cell i of n pixels covers pixels floor(i n / 128) to ceil((i + 1) n / 128): each pixel is in at least one.
-
-    Args:
-        size: pixels along the axis.
     """
     return [(i * size // MASK_SIZE_PX, -(-(i + 1) * size // MASK_SIZE_PX)) for i in range(MASK_SIZE_PX)]

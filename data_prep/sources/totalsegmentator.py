@@ -19,7 +19,7 @@ from data_prep.sources.mask_alignment import Alignment, align, cell_voxels
 def read_label_map(path: Path, ct: Grid) -> np.ndarray:
     """Read a label map of task ``total`` and reduce each slice to 128 x 128: the id at each cell's centre.
 
-    The map goes through its own affine, so it may be stored in another order than its CT, or on another grid
+    Its own affine says where it lies, so it may be stored in another order than its CT, or on another grid
     over the same space; ids are never interpolated.
 
     Args:
@@ -30,7 +30,7 @@ def read_label_map(path: Path, ct: Grid) -> np.ndarray:
         uint8 ``(Z, 128, 128)``.
 
     Raises:
-        RejectedError: if the file is damaged, its header blank, its space not that of the CT, or an id
+        RejectedError: if the file is damaged, its header is blank, it does not cover the CT, or an id is
             unknown.
     """
     with open_volume(path) as file:
@@ -40,7 +40,7 @@ def read_label_map(path: Path, ct: Grid) -> np.ndarray:
 
 
 def read_full_label_map(path: Path, ct: Grid) -> np.ndarray:
-    """Read a label map of task ``total`` on the voxels of its CT, none left out.
+    """Read a label map of task ``total`` on the voxels of its CT, all of them.
 
     Args:
         path: file of ids 0 to 117, see ``open_volume``.
@@ -54,10 +54,7 @@ def read_full_label_map(path: Path, ct: Grid) -> np.ndarray:
     """
     with open_volume(path) as file:
         alignment = _alignment(path.name, file.header, ct)
-        whole = np.empty(alignment.mask_shape, np.uint8, order="F")
-        for first, ids in _ids(path.name, file):
-            whole[..., first : first + ids.shape[-1]] = ids
-    return alignment.on_ct_grid(path.name, whole)
+        return alignment.on_ct_grid(path.name, _whole(path.name, file, alignment))
 
 
 def _alignment(name: str, header: VolumeHeader, ct: Grid) -> Alignment:
@@ -71,7 +68,7 @@ def _alignment(name: str, header: VolumeHeader, ct: Grid) -> Alignment:
 
 
 def _sample(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
-    """Take the voxels at the centres of cells as they come by."""
+    """Take the voxels at the centres of cells as the planes arrive."""
     taken = [alignment.index_along(0), alignment.index_along(1), alignment.index_along(2)]
     taken[1:] = (indices[cell_voxels(len(indices))] for indices in taken[1:])
     axes = alignment.axis_of
@@ -84,14 +81,19 @@ def _sample(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
 
 
 def _resample(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
-    """Take the voxels nearest to the centres of cells, from the whole map: a cell's may lie in any plane."""
-    whole = np.empty(alignment.mask_shape, np.uint8, order="F")
-    for first, ids in _ids(name, file):
-        whole[..., first : first + ids.shape[-1]] = ids
+    """Take the voxels nearest to the centres of cells, which may lie in any plane of the map."""
+    whole = _whole(name, file, alignment)
     sampled = np.empty((alignment.ct_shape[0], MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
     for z in range(len(sampled)):
         sampled[z] = whole[alignment.nearest(z)]
     return sampled
+
+
+def _whole(name: str, file: VolumeFile, alignment: Alignment) -> np.ndarray:
+    whole = np.empty(alignment.mask_shape, np.uint8, order="F")
+    for first, ids in _ids(name, file):
+        whole[..., first : first + ids.shape[-1]] = ids
+    return whole
 
 
 def _ids(name: str, file: VolumeFile) -> Iterator[tuple[int, np.ndarray]]:

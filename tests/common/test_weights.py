@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.networks.encoder import load_encoder
 from common.networks.weights_file import stated_identity
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
 from common.transforms.render_views import resize_square
-from common.weights import app, bundle_encoder, export_weights, image_side_px, import_weights, read_weights
+from common.weights import app, export_weights, import_weights, read_weights
 from tests.loopback_hub import COMMIT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ RELEASED = {"slice_axes": "xy", "window": "dale_ct_0_l"}
 
 def encoder_of(bundle: Path, seed: int = 3) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return bundle_encoder(bundle, encoder_weights=None)[0]
+    return open_encoder_bundle(bundle, knobs={"encoder_weights": None})["network_def"]
 
 
 def released(bundle: Path, tmp_path: Path, **stated: Any) -> str:
@@ -58,8 +59,9 @@ def released(bundle: Path, tmp_path: Path, **stated: Any) -> str:
 def test_timm_weights_are_imported_with_all_facts_that_their_use_needs(bundle: Path, tmp_path: Path) -> None:
     source = released(bundle, tmp_path)
     path = import_weights(source, bundle, **RELEASED)
-    encoder, identity, _ = bundle_encoder(bundle)
-    load_encoder(encoder, path, identity)
+    opened = open_encoder_bundle(bundle)
+    identity = opened["identity"]
+    encoder = load_encoder(opened["network_def"], path, identity)
     image = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(encoder.eval()(image), encoder_of(bundle).eval()(image), rtol=0, atol=0)
     assert [file.name for file in (bundle / "models").iterdir()] == ["model.safetensors"]
@@ -219,10 +221,3 @@ def test_timms_own_transform_prepares_slices_as_ours(bundle: Path, tmp_path: Pat
         ours = normalize_hu(torch.from_numpy(resize_square(clipped, 32)), window)[None]
         assert theirs.shape == (1, 32, 32)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "patch", "side"), [("cropped_252", 14, 252), ("raw_full", 14, 504), ("tiled_5cut", 16, 256)]
-)
-def test_the_side_of_images_is_that_of_the_first_strategy(strategy: str, patch: int, side: int) -> None:
-    assert image_side_px({"strategies": [strategy, "raw_112"], "patch_size_px": patch}) == side

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import dask.system
 import distributed.system
@@ -40,13 +38,13 @@ def note(item: object) -> object:
     return item
 
 
-def test_every_item_comes_back_with_its_result(dask: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_item_comes_back_with_its_result(dask, monkeypatch) -> None:
     monkeypatch.setattr(module, "TASKS_AHEAD", 3)
     assert sorted(run_tasks(dask, square, range(20))) == [(n, n * n) for n in range(20)]
     assert list(run_tasks(dask, square, [])) == []
 
 
-def test_few_tasks_wait_at_the_scheduler(dask: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tasks_wait_at_the_scheduler(dask, monkeypatch) -> None:
     monkeypatch.setattr(module, "TASKS_AHEAD", 3)
     taken: list[int] = []
     results = run_tasks(dask, square, (taken.append(n) or n for n in range(20)))
@@ -55,7 +53,7 @@ def test_few_tasks_wait_at_the_scheduler(dask: Client, monkeypatch: pytest.Monke
     assert len(list(results)) == 19
 
 
-def test_what_a_task_raises_is_yielded_in_place_of_a_result(dask: Client) -> None:
+def test_what_a_task_raises_is_yielded_in_place_of_a_result(dask) -> None:
     def divide(number: int) -> float:
         return 6 / number
 
@@ -79,7 +77,7 @@ def test_tasks_are_started_while_results_come_and_urgent_ones_go_first() -> None
     assert DONE.index("urgent") < 4
 
 
-def test_tasks_do_not_outlive_their_block(dask: Client) -> None:
+def test_tasks_do_not_outlive_their_block(dask) -> None:
     DONE.clear()
     tasks = Tasks(dask)
 
@@ -99,13 +97,13 @@ def test_tasks_do_not_outlive_their_block(dask: Client) -> None:
 @pytest.mark.parametrize(
     "error", [ImportError("No module named 'data_prep'"), RuntimeError("deserialization of the task graph")]
 )
-def test_a_cluster_that_cannot_import_the_work_ends_it_in_one_line(error: Exception, dask: Client) -> None:
+def test_a_cluster_that_cannot_import_the_work_ends_it_in_one_line(error, dask) -> None:
     """A worker says it in its own words, a scheduler in Dask's."""
 
     def fail(number: int) -> None:
         raise error
 
-    with pytest.raises(ConnectionError, match=r"workers must be able to import data_prep, got '.*PYTHONPATH"):
+    with pytest.raises(ConnectionError, match="cannot import data_prep: .*PYTHONPATH"):
         list(run_tasks(dask, fail, [1]))
 
 
@@ -131,12 +129,12 @@ def test_nothing_listens_beyond_this_machine() -> None:
     assert {ip for ip, _ in opened} == {"127.0.0.1"}
 
 
-def test_local_workers_share_the_memory_of_the_machine(local: Client) -> None:
+def test_local_workers_share_the_memory_of_the_machine(local) -> None:
     limits = [worker["memory_limit"] for worker in local.scheduler_info()["workers"].values()]
     assert limits == [pytest.approx(distributed.system.MEMORY_LIMIT / 2, rel=0.01)] * 2
 
 
-def test_only_the_task_that_kills_its_workers_fails(local: Client) -> None:
+def test_only_the_task_that_kills_its_workers_fails(local) -> None:
     def deadly(number: int) -> int:
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -148,7 +146,7 @@ def test_only_the_task_that_kills_its_workers_fails(local: Client) -> None:
     assert results == {n: n for n in range(12) if n != 3}
 
 
-def test_a_lost_workers_tasks_run_again(local: Client, tmp_path: Path) -> None:
+def test_a_lost_workers_tasks_run_again(local, tmp_path) -> None:
     def die_once(number: int) -> int:
         mark = tmp_path / "died"
         if number == 5 and not mark.exists():
@@ -163,9 +161,7 @@ def test_a_lost_workers_tasks_run_again(local: Client, tmp_path: Path) -> None:
 # With a scheduler of others
 
 
-def test_a_lost_scheduler_ends_the_work_in_one_line(
-    dask_scheduler: tuple[str, subprocess.Popen], dask_command: Callable[..., subprocess.Popen]
-) -> None:
+def test_a_lost_scheduler_ends_the_work_in_one_line(dask_scheduler, dask_command) -> None:
     def slow(number: int) -> int:
         time.sleep(0.1)
         return number
@@ -176,15 +172,13 @@ def test_a_lost_scheduler_ends_the_work_in_one_line(
         results = run_tasks(client, slow, range(100))
         next(results)
         scheduler.kill()
-        with pytest.raises(ConnectionError, match="scheduler must live as long as its tasks"):
+        with pytest.raises(ConnectionError, match="Lost the Dask scheduler"):
             list(results)
 
 
 def test_an_address_where_no_scheduler_answers_is_named() -> None:
     with (
-        pytest.raises(
-            ConnectionError, match=r"address of a running Dask scheduler, got 'tcp://127\.0\.0\.1:1'"
-        ),
+        pytest.raises(ConnectionError, match=r"'tcp://127\.0\.0\.1:1'"),
         dask_client("tcp://127.0.0.1:1"),
     ):
         pass
@@ -195,7 +189,7 @@ def test_an_address_where_no_scheduler_answers_is_named() -> None:
     [(8, 64, 64, 8), (8, 64, 13, 3), (8, 9, 200, 2), (2, 64, 64, 2), (8, 64, 1, 1)],
 )
 def test_workers_are_as_many_as_cores_and_memory_allow(
-    cores: int, limit_gib: int, available_gib: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    cores, limit_gib, available_gib, expected, monkeypatch
 ) -> None:
     """4 GiB each; the limits are the container's where there is one."""
     monkeypatch.setattr(dask.system, "CPU_COUNT", cores)

@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -26,7 +25,7 @@ def as_stored(array: np.ndarray, axcodes: str) -> nib.Nifti1Image:
 
 
 @pytest.mark.parametrize("axcodes", ["LPS", "LAS", "RAS", "SPL", "PIR"])
-def test_full_masks_are_turned_by_their_own_affine(axcodes: str, tmp_path: Path) -> None:
+def test_full_masks_are_turned_by_their_own_affine(axcodes, tmp_path) -> None:
     ids = np.random.default_rng(0).integers(0, 118, SHAPE_XYZ).astype(np.uint8)
     nib.save(as_stored(ids, axcodes), tmp_path / "a.nii.gz")
     grid = Grid(SHAPE_XYZ, AFFINE)
@@ -55,7 +54,7 @@ def source_of(folder: Path, organ_x: int, organ_y: int) -> SourceVolume:
 
 
 @pytest.mark.parametrize(("x", "y"), [(10, 8), (37, 36), (20, 30)])
-def test_an_organ_is_found_where_the_cropped_image_shows_it(x: int, y: int, tmp_path: Path) -> None:
+def test_an_organ_is_found_where_the_cropped_image_shows_it(x, y, tmp_path) -> None:
     labels = dense_labels_of(source_of(tmp_path, x, y), grid=6)
     top, left, side = labels.box
     # slices of 53 rows and 61 columns are padded by 4 rows above and below
@@ -71,7 +70,7 @@ def test_an_organ_is_found_where_the_cropped_image_shows_it(x: int, y: int, tmp_
     assert present[2, (y + 4 - top) * 6 // side * 6 + (x - left) * 6 // side, 9]
 
 
-def test_a_mask_on_another_grid_is_rejected(tmp_path: Path) -> None:
+def test_a_mask_on_another_grid_is_rejected(tmp_path) -> None:
     source = source_of(tmp_path, 10, 8)
     coarse = np.diag([-1.4, -1.6, 1.5, 1.0])
     nib.save(nib.Nifti1Image(np.zeros((31, 27, 5), np.uint8), coarse), tmp_path / "ts.nii.gz")
@@ -81,14 +80,14 @@ def test_a_mask_on_another_grid_is_rejected(tmp_path: Path) -> None:
         dense_labels_of(source._replace(ts=None), grid=6)
 
 
-def test_labels_that_are_there_are_kept_and_bad_volumes_listed(tmp_path: Path, dask: Any) -> None:
+def test_labels_that_are_there_are_kept_and_bad_volumes_listed(tmp_path, dask) -> None:
     good = source_of(tmp_path, 10, 8)
     bad = good._replace(volume="valid_2_a_1", ts=None)
     out, seen = tmp_path / "out", []
-    rejected = write_all(dask, [good, bad], out, 6, lambda *step: seen.append(step[1:]))
+    rejected = write_all(dask, [good, bad], out, grid=6, progress=lambda *step: seen.append(step[1:]))
     assert [(item.volume, item.reason) for item in rejected] == [("valid_2_a_1", "mask")]
     assert seen[-1] == (2, 2)
     assert read_dense_labels(out / "valid_1_a_1.safetensors").volume == "valid_1_a_1"
     kept = (out / "valid_1_a_1.safetensors").stat().st_mtime_ns
-    assert write_all(dask, [good], out, 6, lambda *step: None) == []
+    assert write_all(dask, [good], out, grid=6, progress=lambda *step: None) == []
     assert (out / "valid_1_a_1.safetensors").stat().st_mtime_ns == kept

@@ -1,5 +1,4 @@
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,9 +31,7 @@ def patient(volume: str) -> str:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("num_patients", "num_classes"), [(3, 2), (40, 5), (300, 18)])
-def test_the_subset_is_never_further_off_than_a_random_draw(
-    num_patients: int, num_classes: int, seed: int
-) -> None:
+def test_the_subset_is_never_further_off_than_a_random_draw(num_patients, num_classes, seed) -> None:
     labels = cohort(num_patients, num_classes, seed)
     subset = choose_subset(labels, num_patients // 3, seed)
     everyone = prevalence(labels, list(labels))
@@ -85,7 +82,7 @@ def test_seed_decides_and_order_of_the_table_does_not() -> None:
     assert choose_subset(labels, 20, seed=43).volumes != first.volumes
 
 
-def test_the_subset_is_a_label_table_and_the_rest_a_skip_list(tmp_path: Path) -> None:
+def test_the_subset_is_a_label_table_and_the_rest_a_skip_list(tmp_path) -> None:
     labels = cohort(12, 5)
     subset = choose_subset(labels, 5, seed=0)
     write_subset(tmp_path / "subset.csv", subset, labels, NAMES)
@@ -100,7 +97,7 @@ def test_the_subset_is_a_label_table_and_the_rest_a_skip_list(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("num_patients", [0, 12, 13])
-def test_a_subset_is_smaller_than_the_cohort(num_patients: int) -> None:
+def test_a_subset_is_smaller_than_the_cohort(num_patients) -> None:
     message = rf"num_patients must be at least 1 and smaller than .* patients, 12, got {num_patients}\."
     with pytest.raises(ValueError, match=message):
         choose_subset(cohort(12, 5), num_patients, seed=42)

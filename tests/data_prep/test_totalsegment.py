@@ -23,7 +23,6 @@ from data_prep.totalsegment import (
 
 SHAPE_XYZ = (19, 17, 5)
 AFFINE = np.array([[-0.7, 0, 0, 5], [0, -0.8, 0, 7], [0, 0, 1.5, -100], [0, 0, 0, 1.0]])
-Save = Callable[[Path, np.ndarray, np.ndarray], Path]
 
 
 class Segmenter:
@@ -69,7 +68,7 @@ def run(folder: Path, out: Path, fast: bool = False) -> Outcome:
     out.mkdir(exist_ok=True)
     sources, rejected = find_cts(folder)
     assert rejected == []
-    return segment_all(sources, out, "cpu", fast, lambda *_: None)
+    return segment_all(sources, out, device="cpu", fast=fast, progress=lambda *_: None)
 
 
 def reasons(outcome: Outcome) -> dict[str, tuple[str, str]]:
@@ -77,9 +76,7 @@ def reasons(outcome: Outcome) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_the_real_function_is_called_as_it_wants_to_be(
-    fast: bool, segmenter: Segmenter, tmp_path: Path, save_nifti: Save
-) -> None:
+def test_the_real_function_is_called_as_it_wants_to_be(fast, segmenter, tmp_path, save_nifti) -> None:
     """The arguments were bound to the real signature when they came in."""
     save_nifti(tmp_path / "in" / "scan.nii.gz", ct(), AFFINE)
     assert run(tmp_path / "in", tmp_path / "out", fast) == Outcome(1, 0, [])
@@ -95,7 +92,7 @@ def test_the_real_function_is_called_as_it_wants_to_be(
 
 @pytest.mark.parametrize("axcodes", ["LPS", "RAS", "LAS", "SPL"])
 def test_the_label_map_lies_on_the_voxels_of_the_ct_as_stored(
-    axcodes: str, segmenter: Segmenter, tmp_path: Path, save_nifti: Save
+    axcodes, segmenter, tmp_path, save_nifti
 ) -> None:
     turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(axcodes))
     stored = nib.Nifti1Image(ct(), AFFINE).as_reoriented(turn)
@@ -111,7 +108,7 @@ def test_the_label_map_lies_on_the_voxels_of_the_ct_as_stored(
     assert "heart" in str(label_map.header.extensions[0].get_content())
 
 
-def test_rad_chestct_is_shown_the_right_way_round(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_rad_chestct_is_shown_the_right_way_round(segmenter, tmp_path) -> None:
     volume = ct().transpose(2, 1, 0)
     (tmp_path / "in").mkdir()
     np.savez_compressed(tmp_path / "in" / "val00007.npz", ct=volume)
@@ -124,7 +121,7 @@ def test_rad_chestct_is_shown_the_right_way_round(segmenter: Segmenter, tmp_path
     assert run(tmp_path / "in", tmp_path / "out") == Outcome(0, 1, [])
 
 
-def test_finished_label_maps_are_kept(segmenter: Segmenter, tmp_path: Path, save_nifti: Save) -> None:
+def test_finished_label_maps_are_kept(segmenter, tmp_path, save_nifti) -> None:
     for n, name in enumerate(("a", "b", "c")):
         save_nifti(tmp_path / "in" / f"{name}.nii.gz", ct(n), AFFINE)
     assert run(tmp_path / "in", tmp_path / "out") == Outcome(3, 0, [])
@@ -133,7 +130,9 @@ def test_finished_label_maps_are_kept(segmenter: Segmenter, tmp_path: Path, save
     save_nifti(tmp_path / "in" / "c.nii.gz", ct(2)[:, :, :4], AFFINE)  # another CT of the same name
     shown: list[tuple[str, int, int]] = []
     sources, _ = find_cts(tmp_path / "in")
-    again = segment_all(sources, tmp_path / "out", "cpu", False, lambda *done: shown.append(done))
+    again = segment_all(
+        sources, tmp_path / "out", device="cpu", fast=False, progress=lambda *done: shown.append(done)
+    )
     assert again == Outcome(2, 1, [])
     assert shown == [("segmented", n, 3) for n in (1, 2, 3)]
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
@@ -141,7 +140,7 @@ def test_finished_label_maps_are_kept(segmenter: Segmenter, tmp_path: Path, save
     assert len(segmenter.calls) == 5
 
 
-def test_an_interrupted_volume_leaves_nothing(segmenter: Segmenter, tmp_path: Path, save_nifti: Save) -> None:
+def test_an_interrupted_volume_leaves_nothing(segmenter, tmp_path, save_nifti) -> None:
     save_nifti(tmp_path / "in" / "scan.nii.gz", ct(), AFFINE)
 
     def interrupt(_: nib.Nifti1Image) -> nib.Nifti1Image:
@@ -163,31 +162,22 @@ def out_of_memory(_: nib.Nifti1Image) -> nib.Nifti1Image:
     raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
 
+def cut(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    return organs(image.slicer[:, :, :4])
+
+
 @pytest.mark.parametrize(
     ("answer", "reason", "detail"),
     [
         (out_of_memory, "totalsegmentator", "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"),
-        (moved, "mask", "label map must lie on the CT's grid of shape (19, 17, 5), got one of (19, 17, 5)"),
-        (
-            lambda image: organs(image.slicer[:, :, :4]),
-            "mask",
-            "label map must lie on the CT's grid of shape (19, 17, 5), got one of (19, 17, 4)",
-        ),
+        (moved, "mask", "label map must lie on the CT's grid of shape (19, 17, 5), got (19, 17, 5)"),
+        (cut, "mask", "label map must lie on the CT's grid of shape (19, 17, 5), got (19, 17, 4)"),
         (lambda image: organs(image, top=118), "mask", "ids must lie in 0..117, got 0 to 118"),
-        (
-            lambda image: organs(image, top=0),
-            "mask",
-            "label map must hold an organ, got none: is this a CT of a chest in HU?",
-        ),
+        (lambda image: organs(image, top=0), "mask", "No organ in the label map: is this a chest CT in HU?"),
     ],
 )
 def test_a_volume_that_fails_is_named_and_the_others_go_on(
-    answer: Callable[[nib.Nifti1Image], nib.Nifti1Image],
-    reason: str,
-    detail: str,
-    segmenter: Segmenter,
-    tmp_path: Path,
-    save_nifti: Save,
+    answer, reason, detail, segmenter, tmp_path, save_nifti
 ) -> None:
     for n, name in enumerate(("a", "b")):
         save_nifti(tmp_path / "in" / f"{name}.nii.gz", ct(n), AFFINE)
@@ -198,9 +188,7 @@ def test_a_volume_that_fails_is_named_and_the_others_go_on(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
 
 
-def test_volumes_that_cannot_be_segmented_are_refused_before(
-    segmenter: Segmenter, tmp_path: Path, save_nifti: Save
-) -> None:
+def test_volumes_that_cannot_be_segmented_are_refused_before(segmenter, tmp_path, save_nifti) -> None:
     """A blank header, as of CT-RATE's first form, states no spacing, which TotalSegmentator goes by."""
     save_nifti(tmp_path / "in" / "raw.nii.gz", ct() + 1024, np.eye(4))
     save_nifti(tmp_path / "in" / "shifted.nii.gz", ct() + 1024, AFFINE)
@@ -215,7 +203,7 @@ def test_volumes_that_cannot_be_segmented_are_refused_before(
     assert reasons(outcome)["raw"][1].startswith("a volume in HU must state its geometry, got a blank header")
 
 
-def test_volumes_of_one_name_are_not_guessed_at(tmp_path: Path, save_nifti: Save) -> None:
+def test_volumes_of_one_name_are_not_guessed_at(tmp_path, save_nifti) -> None:
     for name in ("y/a.nii.gz", "y/a.nii", "y/b.nii"):
         save_nifti(tmp_path / name, ct(), AFFINE)
     np.savez_compressed(tmp_path / "trn1.npz", ct=ct())
@@ -224,10 +212,10 @@ def test_volumes_of_one_name_are_not_guessed_at(tmp_path: Path, save_nifti: Save
     assert [(item.volume, item.reason) for item in rejected] == [("a", "duplicate")]
 
 
-def test_a_folder_without_cts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder must hold volumes in NIfTI, .* or npz, got none in"):
+def test_a_folder_without_cts_is_refused(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="No volume in NIfTI"):
         find_cts(tmp_path)
-    with pytest.raises(FileNotFoundError, match="got '.*nowhere', which does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         find_cts(tmp_path / "nowhere")
 
 
@@ -237,13 +225,11 @@ def test_parts_make_up_the_whole() -> None:
     assert parts == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
     assert part_of(whole, "1/1") == whole
     for text in ("0/3", "4/3", "1", "1/0", "-1/3", "a/b"):
-        with pytest.raises(ValueError, match=f"part must be a part of a whole such as 1/4, got '{text}'"):
+        with pytest.raises(ValueError, match=f"part must be .*, got '{text}'"):
             part_of(whole, text)
 
 
-def test_a_label_map_is_the_same_bytes_each_time(
-    segmenter: Segmenter, tmp_path: Path, save_nifti: Save
-) -> None:
+def test_a_label_map_is_the_same_bytes_each_time(segmenter, tmp_path, save_nifti) -> None:
     save_nifti(tmp_path / "in" / "scan.nii.gz", ct(), AFFINE)
     for out in ("one", "two"):
         run(tmp_path / "in", tmp_path / out)
@@ -279,7 +265,7 @@ def asked() -> list[str]:
     return config.asked
 
 
-def test_the_real_package_runs_without_a_report_of_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_package_runs_without_a_report_of_it(home, monkeypatch) -> None:
     """All of ``totalsegmentator`` but the prediction itself, which needs the weights."""
     from totalsegmentator import nnunet, python_api
 
@@ -305,7 +291,7 @@ def test_the_real_package_runs_without_a_report_of_it(home: Path, monkeypatch: p
     assert not (home / ".totalsegmentator").exists(), "the user's own configuration is left alone"
 
 
-def test_a_report_would_have_been_seen(home: Path) -> None:
+def test_a_report_would_have_been_seen(home) -> None:
     from totalsegmentator import config
 
     params = {
@@ -317,18 +303,18 @@ def test_a_report_would_have_been_seen(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("fast", "option"), [(True, "total_fast"), (False, "total")])
-def test_missing_weights_are_said_before_any_volume(fast: bool, option: str, home: Path) -> None:
+def test_missing_weights_are_said_before_any_volume(fast, option, home) -> None:
     with pytest.raises(ConnectionError) as caught, totalsegmentator_ready("cpu", fast):
         pytest.fail("there are no weights")
     said = str(caught.value)
     weights = home / ".totalsegmentator" / "nnunet" / "results"
-    assert said.startswith(f"TotalSegmentator's weights must be in '{weights}', got none, and the download")
-    assert f"With network, run: totalseg_download_weights -t {option}; elsewhere set TOTALSEG" in said
+    assert f"'{weights}'" in said
+    assert f"totalseg_download_weights -t {option}; otherwise set TOTALSEG_WEIGHTS_PATH" in said
     assert "\n" not in said
     assert all(url.startswith("https://github.com/wasserth/TotalSegmentator/") for url in asked())
 
 
-def test_the_environment_is_as_before_afterwards(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_as_before_afterwards(home, monkeypatch) -> None:
     (home / "weights" / FAST).mkdir(parents=True)
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(home / "weights"))
     with totalsegmentator_ready("cpu", fast=True):
@@ -340,17 +326,17 @@ def test_the_environment_is_as_before_afterwards(home: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("device", ["gpu", "gpu:63"])
-def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(device: str, home: Path) -> None:
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(device, home) -> None:
     if device == "gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with (
-        pytest.raises(ValueError, match=f"device must be one that CUDA finds, got '{device}'"),
+        pytest.raises(ValueError, match=f"no device '{device}'"),
         totalsegmentator_ready(device, fast=True),
     ):
         pytest.fail("there is no such device")
 
 
-def test_other_devices_are_refused(home: Path) -> None:
+def test_other_devices_are_refused(home) -> None:
     expected = pytest.raises(ValueError, match="Invalid device type: 'tpu'")
     with expected, totalsegmentator_ready("tpu", fast=True):
         pytest.fail("there is no such device")

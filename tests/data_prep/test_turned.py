@@ -26,7 +26,7 @@ def seen(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_an_encoder_is_shown_the_turned_slices(turn: str, tmp_path: Path) -> None:
+def test_an_encoder_is_shown_the_turned_slices(turn, tmp_path) -> None:
     stored = stored_npz(tmp_path / "tst00001.npz")
     write_turned(tmp_path / "tst00001.npz", turn, tmp_path / "new" / "tst00001.nii.gz", spacing_mm=2.0)
     hu, spacing_mm = seen(tmp_path / "new" / "tst00001.nii.gz")
@@ -43,14 +43,14 @@ def test_an_encoder_is_shown_the_turned_slices(turn: str, tmp_path: Path) -> Non
     assert spacing_mm == pytest.approx((2.0, 2.0, 2.0))
 
 
-def test_sagittal_is_what_comes_of_taking_the_stored_axes_for_x_y_z(tmp_path: Path) -> None:
+def test_sagittal_is_what_comes_of_taking_the_stored_axes_for_x_y_z(tmp_path) -> None:
     stored = stored_npz(tmp_path / "tst00001.npz")
     taken_for_lps, _ = axial_slices(stored, np.diag([-0.8, -0.8, 0.8, 1.0]))
     hu, _ = turned_slices(read_ct(tmp_path / "tst00001.npz").hu, (0.8, 0.8, 0.8), "sagittal")
     np.testing.assert_array_equal(hu, taken_for_lps)
 
 
-def test_spacing_turns_with_the_axes(tmp_path: Path) -> None:
+def test_spacing_turns_with_the_axes(tmp_path) -> None:
     hu = np.random.default_rng(1).integers(-1000, 500, (4, 5, 3)).astype(np.int16)
     image = nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-0.7, -0.8, 2.5, 1.0]))
     nib.save(image, tmp_path / "valid_1_a_1.nii.gz")
@@ -64,19 +64,19 @@ def test_spacing_turns_with_the_axes(tmp_path: Path) -> None:
     assert spacings["flipped"] == spacings["right"] == pytest.approx((0.7, 0.8, 2.5))
 
 
-def test_volumes_are_found_by_prefix_and_once(tmp_path: Path) -> None:
+def test_volumes_are_found_by_prefix_and_once(tmp_path) -> None:
     for name in ("a/tst00002.npz", "tst00001.nii.gz", "trn00001.npz", "tst_notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert sorted(find_volumes(tmp_path, "tst")) == ["tst00001", "tst00002"]
-    with pytest.raises(FileNotFoundError, match=r"root must hold volumes val\*, got none in"):
+    with pytest.raises(FileNotFoundError, match=r"No volumes val\*"):
         find_volumes(tmp_path, "val")
     (tmp_path / "tst00002.nii").touch()
     with pytest.raises(ValueError, match="2 volumes have one name, such as .*tst00002"):
         find_volumes(tmp_path, "tst")
 
 
-def test_what_is_no_turn_or_no_ct_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_turn_or_no_ct_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"turn must be one of \('right', .*\), got 'upside_down'"):
         turned_slices(np.zeros((2, 3, 4)), (1.0, 1.0, 1.0), "upside_down")
     (tmp_path / "tst00001.npz").write_text("<html>")

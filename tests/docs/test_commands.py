@@ -73,15 +73,10 @@ SMALL = {
 
 
 class Command(NamedTuple):
-    """A command as bash understood it.
+    """A command as bash understood it."""
 
-    Args:
-        page: that shows it.
-        words: program and arguments.
-    """
-
-    page: str
-    words: tuple[str, ...]
+    page: str  # that shows it
+    words: tuple[str, ...]  # program and arguments
 
     def __str__(self) -> str:
         return f"{self.page}: {' '.join(self.words)}"
@@ -90,9 +85,7 @@ class Command(NamedTuple):
 def scripts_of(page: str) -> list[str]:
     """Return what a page shows as commands, in order: blocks of bash, and commands of Python within lines."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
-    # its tables leave the first words out
-    bare = page == "data_prep/README.md"
-    names = COMMANDS if bare else {}
+    names = COMMANDS if page == "data_prep/README.md" else {}  # its tables leave the first words out
     found = []
     for block, span in re.findall(r"^```(.*?)^```|`([^`]+)`", text, re.M | re.S):
         line = " ".join(span.split())
@@ -105,41 +98,24 @@ def scripts_of(page: str) -> list[str]:
     return found
 
 
-def json_files_of(page: str) -> dict[str, str]:
-    """Return the JSON files that a page has its readers write, by the name it gives them."""
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    return dict(re.findall(r"`(\w+\.json)`[^`]*```json\n(.*?)```", text, re.S))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a checkout looks like to the commands, with every bundle made small."""
     folder = tmp_path_factory.mktemp("checkout")
-    shutil.copytree(
-        REPOSITORY / "bundles",
-        folder / "bundles",
-        ignore=shutil.ignore_patterns("models", "runs", "embeddings", "__pycache__"),
-    )
+    ignored = shutil.ignore_patterns("models", "runs", "embeddings", "__pycache__")
+    shutil.copytree(REPOSITORY / "bundles", folder / "bundles", ignore=ignored)
     for path in folder.glob("bundles/*/configs/*.json"):
         config = json.loads(path.read_text())
         if path.name != "metadata.json":
             small = {name: value for name, value in SMALL.items() if name in config}
             path.write_text(json.dumps(config | small))
-    for name in (
-        "common",
-        "data_prep",
-        "benchmarks",
-        "demo",
-        "docs",
-        "Makefile",
-        "requirements.txt",
-        "study",
-    ):
+    for name in "common data_prep benchmarks demo docs Makefile requirements.txt study".split():
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    for page in PAGES:
-        for name, content in json_files_of(page).items():
+    for page in PAGES:  # the JSON files that a page has its readers write, by the name it gives them
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        for name, content in re.findall(r"`(\w+\.json)`[^`]*```json\n(.*?)```", text, re.S):
             (folder / name).write_text(content)
     return folder
 
@@ -257,7 +233,6 @@ def parse(command: object, words: list[str]) -> None:
 
 
 def reason_not_to_run(command: Command) -> str | None:
-    """Return the pattern of NOT_RUN that holds for a command."""
     return next((pattern for pattern in NOT_RUN if re.search(pattern, str(command))), None)
 
 
@@ -276,9 +251,8 @@ def test_every_command_is_understood_word_by_word(commands, folder, monkeypatch)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_command_of_the_study_is_understood_word_by_word(size, folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    commands = [
-        command for stage in all_stages(SIZES[size], Path("out"), "float32") for command in stage.commands
-    ]
+    stages = all_stages(SIZES[size], Path("out"), "float32")
+    commands = [command for stage in stages for command in stage.commands]
     assert len(commands) > 100
     for words in commands:
         check(["python", "-m", *words])

@@ -196,9 +196,6 @@ def test_a_comma_is_part_of_a_name_in_text_and_an_empty_list_names_nothing(
     tmp_path: Path, name: str, text: str, names: list[str]
 ) -> None:
     assert listed_names(write(tmp_path / name, text), "skip_list") == names
-
-
-def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "list.xls").write_bytes(b"\xd0\xcf\x11\xe0")
     with pytest.raises(ValueError, match="skip_list must be text in UTF-8, got '.*list.xls'"):
         listed_volumes(tmp_path / "list.xls")
@@ -215,7 +212,7 @@ def patients(volumes: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["trn", "trn00123_a", "xtst00001", "train_1", "_1_a_1", "1_2_840_55_7"])
-def test_name_without_a_patient_is_refused(name: str) -> None:
+def test_a_name_without_a_patient_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"volume .*<patient>.*, got '{name}'"):
         patient_of(name)
 
@@ -226,13 +223,21 @@ def test_names_are_ordered_by_their_numbers_and_never_tie() -> None:
     assert sorted(names, key=natural_order) == sorted(names[::-1], key=natural_order) == ordered
 
 
-def test_no_patient_is_on_both_sides_and_no_volume_is_lost() -> None:
-    split = split_by_patient(VOLUMES, num_val_patients=3, seed=42)
-    train, validation = patients(split["train"]), patients(split["validation"])
-    assert (len(train), len(validation)) == (8, 3)
-    assert not train & validation
-    assert sorted(split["train"] + split["validation"]) == sorted(VOLUMES)
-    assert split["train"] == [volume for volume in VOLUMES if volume in split["train"]]
+@pytest.mark.parametrize(
+    ("split", "sizes"),
+    [
+        (lambda volumes: split_by_patient(volumes, 3, 42), [54, 3]),
+        (lambda volumes: split_three_ways(volumes, 42), [39, 5, 13]),  # 70 % and 10 % of 57, rounded down
+    ],
+)
+def test_no_patient_is_on_two_sides_and_no_volume_is_lost(split: Callable, sizes: list[int]) -> None:
+    volumes = [f"valid_{patient}_a_{recon}" for patient in range(1, 58) for recon in (1, 2)]
+    parts = list(split(volumes).values())
+    sides = [patients(part) for part in parts]
+    assert [len(members) for members in sides] == sizes
+    assert len(set().union(*sides)) == 57
+    assert sorted(sum(parts, [])) == sorted(volumes)
+    assert all(part == [volume for volume in volumes if volume in part] for part in parts)
 
 
 def test_the_same_number_in_two_splits_of_ct_rate_is_two_patients() -> None:
@@ -274,15 +279,6 @@ def test_the_seed_decides_a_draw_and_the_order_of_the_table_does_not(
 def test_a_side_without_patients_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=rf"num_val_patients .* patients, 11, got {count}\."):
         split_by_patient(VOLUMES, num_val_patients=count, seed=42)
-
-
-def test_three_sides_share_no_patient_and_lose_no_volume() -> None:
-    volumes = [f"valid_{patient}_a_{recon}" for patient in range(1, 58) for recon in (1, 2)]
-    split = split_three_ways(volumes, seed=42)
-    sides = [patients(part) for part in split.values()]
-    assert [len(members) for members in sides] == [39, 5, 13]  # 70 % and 10 % of 57, rounded down
-    assert len(set().union(*sides)) == 57
-    assert sorted(sum(split.values(), [])) == sorted(volumes)
 
 
 @pytest.mark.parametrize(

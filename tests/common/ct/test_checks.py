@@ -1,9 +1,9 @@
 """Upright whole chests pass whatever they suffer from; what is not in HU, cut, turned or blank is told."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import nibabel as nib
 import numpy as np
@@ -32,7 +32,6 @@ from data_prep.sources.source_volume import SourceVolume, read_ct, read_volume
 
 MATRIX, SLICE_MM = 128, (4.0, 5.0)
 SCAN = roster(1, seed=8)[0]
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 Change = Callable[[np.ndarray], np.ndarray]
 Spacing = tuple[float, float, float]
@@ -331,25 +330,13 @@ def test_of_real_ct_only_the_whole_chest_passes(name: str, refused: set[str], re
     assert {doubt.rule for doubt in sources[0].read().doubts if doubt.refused} == refused
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    script = REPOSITORY.parent / "shared" / "cases" / "make.py"
-    if not script.is_file():
-        script = REPOSITORY.parents[1] / "shared" / "cases" / "make.py"
-    if not script.is_file():
-        pytest.skip(f"no collection of wrong inputs at '{script}'")
-    spec = importlib.util.spec_from_file_location("make_cases", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    root = tmp_path_factory.mktemp("cases")
-    for name, (make, _) in module.CASES.items():
-        if name[:2] in ("03", "04", "20", "21"):
-            make(root / name[:2])
-    return root
-
-
 @pytest.mark.real_ct
-def test_the_collected_cases_come_out_as_they_must(cases: Path) -> None:
+def test_the_collected_cases_come_out_as_they_must(wrong_inputs: ModuleType, tmp_path: Path) -> None:
+    cases = tmp_path
+    for name, (make, _) in wrong_inputs.CASES.items():
+        if name[:2] in ("03", "04", "20", "21"):
+            make(cases / name[:2])
+
     def verdict(path: Path) -> set[str]:
         try:
             return {doubt.rule for doubt in ct_sources(path)[0][0].read().doubts} - {"blank"}

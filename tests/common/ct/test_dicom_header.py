@@ -1,7 +1,8 @@
 """Enhanced CT: where frames lie and what their values mean stands in functional groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -23,15 +24,9 @@ from pydicom.uid import (
 from common.ct.dicom import read_ct, read_grid
 from common.ct.dicom_files import AXIAL_CT, DAMAGED, LOCALIZER, NO_IMAGE, REFORMAT, look_at, sort_series
 from common.ct.rejection import NOT_AXIAL_CT, RejectedError
+from tests.fuzz_dicom import frames_of
 
 Write = Callable[..., list[Path]]
-SEQUENCES = {
-    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness"),
-    "PlaneOrientationSequence": ("ImageOrientationPatient",),
-    "PlanePositionSequence": ("ImagePositionPatient",),
-    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
-    "FrameContentSequence": ("StackID", "TemporalPositionIndex"),
-}
 
 
 def canonical() -> np.ndarray:
@@ -39,49 +34,13 @@ def canonical() -> np.ndarray:
     return np.random.default_rng(5).permutation(7 * 11 * 13).reshape(7, 11, 13).astype(np.int16) - 500
 
 
-def groups_of(source: Dataset, sequences: Sequence[str]) -> Dataset:
-    group = Dataset()
-    for name in sequences:
-        item = Dataset()
-        for tag in SEQUENCES[name]:
-            if tag in source:
-                item[tag] = source[tag]
-        setattr(group, name, [item])
-    return group
-
-
-def enhanced(
-    path: Path,
-    files: Sequence[Path],
-    shared: Sequence[str] = (),
-    sop_class: str = EnhancedCTImageStorage,
-    compress: bool = False,
-) -> Path:
-    """Join files of one slice each into one of a frame each; the groups not shared are the frames' own."""
-    slices = [pydicom.dcmread(file) for file in files]
-    joined = pydicom.dcmread(files[0])
-    for tags in SEQUENCES.values():
-        for tag in tags:
-            if tag in joined:
-                delattr(joined, tag)
-    joined.SOPClassUID = joined.file_meta.MediaStorageSOPClassUID = sop_class
-    joined.NumberOfFrames = len(slices)
-    joined.PixelData = b"".join(one.PixelData for one in slices)
-    own = [name for name in SEQUENCES if name not in shared]
-    joined.SharedFunctionalGroupsSequence = [groups_of(slices[0], shared)]
-    joined.PerFrameFunctionalGroupsSequence = [groups_of(one, own) for one in slices]
-    if compress:
-        joined.compress(RLELossless, encapsulate_ext=len(files) > 3)
-    joined.save_as(path)
-    return path
-
-
 @pytest.fixture
 def classic(tmp_path: Path, write_series: Write) -> list[Path]:
     return write_series(tmp_path / "classic", canonical())
 
 
-SHARED = ("PixelMeasuresSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence")
+RESCALE = "PixelValueTransformationSequence"
+SHARED = ("PixelMeasuresSequence", "PlaneOrientationSequence", RESCALE)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -93,8 +52,8 @@ def test_many_frames_are_the_slices_of_the_classic_series(
     """Frames in an order of their own, some in another file."""
     order = [classic[z] for z in (3, 0, 6, 2, 5)]
     files = [
-        enhanced(tmp_path / "a", order, shared, sop_class, compress),
-        enhanced(tmp_path / "b", [classic[4], classic[1]], shared, sop_class, compress),
+        frames_of(tmp_path / "a", order, shared, sop_class, compress),
+        frames_of(tmp_path / "b", [classic[4], classic[1]], shared, sop_class, compress),
     ]
     ct, expected = read_ct(files), read_ct(classic)
     np.testing.assert_array_equal(ct.hu, canonical())
@@ -104,13 +63,6 @@ def test_many_frames_are_the_slices_of_the_classic_series(
     assert (set(paths), rejected) == (set(files), [])
 
 
-def test_one_frame_per_file_is_a_slice_per_file(classic: list[Path], tmp_path: Path) -> None:
-    files = [enhanced(tmp_path / f"{z}", [path], SHARED) for z, path in enumerate(classic)]
-    ct = read_ct(files)
-    np.testing.assert_array_equal(ct.hu, canonical())
-    assert ct.spacing_mm == read_ct(classic).spacing_mm
-
-
 def test_every_frame_has_its_own_rescale(tmp_path: Path, write_series: Write) -> None:
     rescales = [(1, -1024), (2, -1000), (0.5, -900.25), (1, 0), (3, -7), (1, -2), (1, -900)]
 
@@ -118,7 +70,7 @@ def test_every_frame_has_its_own_rescale(tmp_path: Path, write_series: Write) ->
         dataset.RescaleSlope, dataset.RescaleIntercept = rescales[z]
 
     files = write_series(tmp_path / "classic", canonical(), edit=edit)
-    ct = read_ct([enhanced(tmp_path / "a", files)])
+    ct = read_ct([frames_of(tmp_path / "a", files)])
     for hu, voxels, (slope, intercept) in zip(ct.hu, canonical(), rescales, strict=True):
         np.testing.assert_array_equal(
             hu, np.rint((voxels.astype(int) + 1024) * slope + intercept).clip(-1024, 3071)
@@ -126,7 +78,7 @@ def test_every_frame_has_its_own_rescale(tmp_path: Path, write_series: Write) ->
 
 
 def test_a_copy_of_a_file_of_many_frames_counts_once(classic: list[Path], tmp_path: Path) -> None:
-    file = enhanced(tmp_path / "a", classic)
+    file = frames_of(tmp_path / "a", classic)
     (tmp_path / "b").write_bytes(file.read_bytes())
     ct = read_ct([file, tmp_path / "b"])
     np.testing.assert_array_equal(ct.hu, canonical())
@@ -140,64 +92,52 @@ def change(path: Path, edit: Callable[[Dataset], None]) -> Path:
     return path
 
 
-def without_groups(dataset: Dataset) -> None:
-    del dataset.PerFrameFunctionalGroupsSequence
-
-
-def too_few_groups(dataset: Dataset) -> None:
-    dataset.PerFrameFunctionalGroupsSequence = dataset.PerFrameFunctionalGroupsSequence[:5]
+def frames(dataset: Dataset) -> Any:
+    return dataset.PerFrameFunctionalGroupsSequence
 
 
 def two_stacks(dataset: Dataset) -> None:
-    for i, group in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+    for i, group in enumerate(frames(dataset)):
         group.FrameContentSequence[0].StackID = str(i // 4)
 
 
 def two_times(dataset: Dataset) -> None:
-    groups = dataset.PerFrameFunctionalGroupsSequence
-    groups[4].PlanePositionSequence = groups[2].PlanePositionSequence
+    frames(dataset)[4].PlanePositionSequence = frames(dataset)[2].PlanePositionSequence
 
 
 def two_planes(dataset: Dataset) -> None:
-    groups = dataset.PerFrameFunctionalGroupsSequence
-    groups[4].PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
-
-
-def other_unit(dataset: Dataset) -> None:
-    dataset.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence[0].RescaleType = "US"
-
-
-def no_rescale(dataset: Dataset) -> None:
-    del dataset.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence
-
-
-def short_pixels(dataset: Dataset) -> None:
-    dataset.PixelData = dataset.PixelData[: len(dataset.PixelData) // 7]
+    frames(dataset)[4].PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (without_groups, r"multi-frame: 'FILE' must say where each of its 7 frames lies, got 0 items"),
-        (too_few_groups, r"multi-frame: 'FILE' must say where each of its 7 frames lies, got 5 items"),
-        (two_stacks, r"multi-frame: 'FILE' must hold one stack of slices, got 2"),
-        (two_times, r"duplicate: .* got the same for 'FILE' frame 3 and 'FILE' frame 5: .*points in time"),
-        (two_planes, r"geometry: slices must share ImageOrientationPatient, .* in 'FILE' frame 5"),
-        (other_unit, r"not in HU: RescaleType must be HU or absent, got 'US' in 'FILE' frame 4"),
-        (no_rescale, r"metadata: RescaleSlope must be a number, got None in 'FILE' frame 4"),
+        (lambda dataset: frames(dataset).clear(), "multi-frame: 'FILE' .* 7 frames lies, got 0 items"),
+        (lambda dataset: frames(dataset).pop(), "multi-frame: 'FILE' .* 7 frames lies, got 6 items"),
+        (two_stacks, "multi-frame: 'FILE' must hold one stack of slices, got 2"),
+        (two_times, "duplicate: .* for 'FILE' frame 3 and 'FILE' frame 5: .*points in time"),
+        (two_planes, "geometry: slices must share ImageOrientationPatient, .* in 'FILE' frame 5"),
+        (
+            lambda dataset: setattr(frames(dataset)[3][RESCALE][0], "RescaleType", "US"),
+            "not in HU: RescaleType must be HU or absent, got 'US' in 'FILE' frame 4",
+        ),
+        (
+            lambda dataset: delattr(frames(dataset)[3], RESCALE),
+            "metadata: RescaleSlope must be a number, got None in 'FILE' frame 4",
+        ),
     ],
 )
 def test_frames_that_are_no_stack_are_refused(
     edit: Callable[[Dataset], None], message: str, classic: list[Path], tmp_path: Path
 ) -> None:
-    file = change(enhanced(tmp_path / "a", classic), edit)
+    file = change(frames_of(tmp_path / "a", classic), edit)
     for read in (read_grid, read_ct):
         with pytest.raises(RejectedError, match=message.replace("FILE", str(file))):
             read([file])
 
 
 def test_frames_that_are_cut_off_are_refused(classic: list[Path], tmp_path: Path) -> None:
-    file = enhanced(tmp_path / "a", classic)
+    file = frames_of(tmp_path / "a", classic)
     file.write_bytes(file.read_bytes()[:-300])
     with pytest.raises(RejectedError, match=r"unreadable: Cannot read"):
         read_ct([file])
@@ -208,13 +148,13 @@ def test_files_of_frames_are_told_apart_by_their_groups(
 ) -> None:
     coronal = write_series(tmp_path / "c", canonical(), orientation=(1, 0, 0, 0, 0, -1))
     bolus = [classic[2]] * 5
-    one = enhanced(tmp_path / "one", classic)
-    scout = enhanced(tmp_path / "scout", classic[:1])
+    one = frames_of(tmp_path / "one", classic)
+    scout = frames_of(tmp_path / "scout", classic[:1])
     change(scout, lambda dataset: setattr(dataset, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]))
     assert look_at(one).kind == AXIAL_CT
     assert look_at(scout).kind == LOCALIZER
-    assert look_at(enhanced(tmp_path / "cor", coronal)).kind == REFORMAT
-    series, rejected = sort_series([look_at(enhanced(tmp_path / "bolus", bolus))])
+    assert look_at(frames_of(tmp_path / "cor", coronal)).kind == REFORMAT
+    series, rejected = sort_series([look_at(frames_of(tmp_path / "bolus", bolus))])
     assert series == []
     assert [(item.reason, item.detail.partition(": ")[2]) for item in rejected] == [
         (NOT_AXIAL_CT, "5 images at one position, as of bolus tracking")

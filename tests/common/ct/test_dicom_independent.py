@@ -1,22 +1,21 @@
 """Every series is compared with SimpleITK's own reader, voxel for voxel at the same place in the world."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK
 from pydicom import Dataset
-from pydicom.uid import EnhancedCTImageStorage, RLELossless
+from pydicom.uid import RLELossless
 
 from common.ct.dicom import read_ct
 from common.ct.dicom_files import look_at, sort_series
 from common.ct.geometry import CT, canonical_indices
 from common.ct.rejection import NOT_AXIAL_CT
+from tests.fuzz_dicom import frames_of
 
 Write = Callable[..., list[Path]]
 HU = np.random.default_rng(7).integers(-1024, 3072, (7, 11, 13)).astype(np.int16)
@@ -79,33 +78,10 @@ def test_a_series_lies_where_simpleitk_puts_it(
     assert_same_scan(read_ct(files[::-1]), by_simpleitk(tmp_path))
 
 
-def item_of(source: Dataset, *tags: str) -> Dataset:
-    item = Dataset()
-    for tag in tags:
-        item[tag] = source[tag]
-    return item
-
-
 def test_frames_of_enhanced_ct_lie_where_simpleitk_puts_them(tmp_path: Path, write_series: Write) -> None:
     files = write_series(tmp_path / "classic", HU, orientation=PLANES["oblique by 5 and 3 degrees"])
-    slices = [pydicom.dcmread(path) for path in files]
-    joined = pydicom.dcmread(files[0])
-    joined.SOPClassUID = joined.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
-    joined.NumberOfFrames = len(slices)
-    joined.PixelData = b"".join(one.PixelData for one in slices)
-
-    values = ("RescaleSlope", "RescaleIntercept", "RescaleType")
-    shared, positions = Dataset(), [Dataset() for _ in slices]
-    shared.PixelMeasuresSequence = [item_of(slices[0], "PixelSpacing", "SliceThickness")]
-    shared.PlaneOrientationSequence = [item_of(slices[0], "ImageOrientationPatient")]
-    shared.PixelValueTransformationSequence = [item_of(slices[0], *values)]
-    for one, position in zip(slices, positions, strict=True):
-        position.PlanePositionSequence = [item_of(one, "ImagePositionPatient")]
-    joined.SharedFunctionalGroupsSequence = [shared]
-    joined.PerFrameFunctionalGroupsSequence = positions
-    for tag in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", *values):
-        delattr(joined, tag)
-    joined.save_as(tmp_path / "enhanced.dcm")
+    shared = ("PixelMeasuresSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence")
+    frames_of(tmp_path / "enhanced.dcm", files, shared)
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(tmp_path / "enhanced.dcm"))
@@ -124,21 +100,16 @@ def test_a_real_series_lies_where_simpleitk_puts_it(real_ct_dir: Path) -> None:
 CASES = ("01", "02", "05", "11", "12", "13", "14", "19")
 
 
-@pytest.fixture(scope="module")
-def cases(real_ct_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of exports of a real chest that were once read wrongly."""
-    make = real_ct_dir.parent / "cases" / "make.py"
-    if not make.is_file():
-        pytest.skip(f"no '{make}', which writes the exports")
-    out = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, str(make), str(out), *CASES], check=True)
-    return out
-
-
 @pytest.mark.real_ct
 @pytest.mark.parametrize("number", CASES)
-def test_exports_of_a_real_chest_are_read(number: str, cases: Path, real_ct_dir: Path) -> None:
-    (folder,) = cases.glob(f"{number}_*")
+def test_exports_of_a_real_chest_are_read(
+    number: str, wrong_inputs: ModuleType, real_ct_dir: Path, tmp_path: Path
+) -> None:
+    """They were once read wrongly."""
+    (name,) = (name for name in wrong_inputs.CASES if name.startswith(number))
+    folder = tmp_path / name
+    folder.mkdir()
+    wrong_inputs.CASES[name][0](folder)
     series, rejected = sort_series(look_at(path) for path in _files(folder))
     assert {item.reason for item in rejected} == ({NOT_AXIAL_CT} if number == "12" else set())
     assert len(series) == {"01": 2, "14": 3}.get(number, 1)

@@ -2,7 +2,6 @@
 
 import errno
 import gzip
-import logging
 import os
 import pickle
 import re
@@ -11,7 +10,6 @@ import struct
 import tempfile
 import tracemalloc
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +21,10 @@ import SimpleITK as sitk
 from pydicom import Dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
     RLELossless,
 )
 
 from common.ct import files as ct_files
-from common.ct import unzip
 from common.ct.dicom_files import series_volume
 from common.ct.files import (
     VOLUME_NAME,
@@ -42,6 +38,7 @@ from common.ct.files import (
 )
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.work import ct_sources
+from tests import fuzz
 
 LPS = np.diag([-0.7, -0.8, 1.5, 1.0])
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
@@ -186,13 +183,8 @@ def test_what_is_no_volume_is_passed_over_and_counted(
     image = sitk.ReadImage(str(path))
     sitk.WriteImage(image, str(root / "other.mhd"))  # with other.raw
     sitk.WriteImage(image, str(root / "pair.hdr"))  # with pair.img
-    for name in (
-        ".DS_Store",
-        "._scan.nii.gz",
-        ".hidden/scan.nii.gz",
-        "__MACOSX/scan.nii.gz",
-        "series/Thumbs.db",
-    ):
+    systems = ".DS_Store", "._scan.nii.gz", ".hidden/scan.nii.gz", "__MACOSX/scan.nii.gz", "series/Thumbs.db"
+    for name in systems:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"no volume")
     (root / "series" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
@@ -230,16 +222,6 @@ def test_no_room_to_unpack_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert rejected.volume == "scan.zip"
     assert f"Cannot unpack '{archive}' into '{tempfile.gettempdir()}': No space left" in rejected.detail
     assert "TMPDIR" in rejected.detail
-
-
-def test_a_zip_larger_than_any_ct_is_refused(
-    tmp_path: Path, write_series: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_series(tmp_path / "study", hu())
-    archive = zip_of(tmp_path / "study", tmp_path / "scan.zip")
-    monkeypatch.setattr(unzip, "MAX_BYTES", 1000)
-    _, (rejected,) = ct_sources(archive)
-    assert "bytes, more than 1,000" in rejected.detail
 
 
 # What somebody might pass: name of the file or folder, how it is made, and the reason it is refused for.
@@ -348,58 +330,43 @@ def overlapping(path: Path) -> None:
     path.write_bytes(member[:place] + bytes(entries) + tail)
 
 
+def whole() -> bytes:
+    return gzip.compress(nib.Nifti1Image(hu().T, LPS).to_bytes())
+
+
+def half_a_zip(path: Path) -> None:
+    path.write_bytes(zip_with(path, ("a", bytes(range(256)))).read_bytes()[:50])
+
+
+NPZ = "Cannot read .* as npz with an array 'ct':"
 HOSTILE: dict[str, tuple[Callable[..., object], str]] = {
-    "page.nii.gz": (
-        lambda path: path.write_bytes(b"<html>404</html>"),
-        "Cannot read .*page.nii.gz. as NIfTI: it begins with",
-    ),
-    "half.nii.gz": (
-        lambda path: path.write_bytes(gzip.compress(nib.Nifti1Image(hu().T, LPS).to_bytes())[:600]),
-        "Cannot read .* as NIfTI: Compressed file ended before",
-    ),
+    "page.nii.gz": (lambda path: path.write_bytes(b"<html>404</html>"), "as NIfTI: it begins with"),
+    "half.nii.gz": (lambda path: path.write_bytes(whole()[:600]), "as NIfTI: Compressed file ended before"),
     "terabytes.nii.gz": (terabytes, r"bytes for an array of shape \(1000000, 1000000, 1000000\) of int16"),
     "sparse.nii": (sparse, r"a CT must have at most 2,147,483,648 voxels, got shape \(8192, 8192, 8192\)"),
     "flat.nii.gz": (flat, r"a CT must be at most 2500 mm long, got 1400000 mm: shape \(2000000, 1, 2\)"),
     "offset.nii": (far_offset, "Cannot read .* as NIfTI: 3.* bytes for an array"),
     "shape.npz": (npz_shape("(8192, 8192, 8192)"), r"must hold 1099511627904 bytes of 'ct', got 152"),
-    "sizes.npz": (
-        npz_sizes,
-        r"Cannot read .* as npz with an array 'ct': \d+ bytes for an array of 4294967294",
-    ),
+    "sizes.npz": (npz_sizes, rf"{NPZ} \d+ bytes for an array of 4294967294"),
     "negative.npz": (npz_shape("(-2, -2, 3)"), r"volume must have 3 axes, got shape \(-2, -2, 3\)"),
-    "text.npz": (npz_shape("'''"), "Cannot read .* as npz with an array 'ct': .*EOF"),
-    "deep.npz": (npz_shape("(" * 900), "Cannot read .* as npz with an array 'ct': .*EOF"),
-    "header.npz": (
-        lambda path: npz_member(path, b" " * 2**24, b"", version=2),
-        "Cannot read .* as npz with an array 'ct': EOF: reading array header",
-    ),
+    "text.npz": (npz_shape("'''"), f"{NPZ} .*EOF"),
+    "deep.npz": (npz_shape("(" * 900), f"{NPZ} .*EOF"),
+    "header.npz": (lambda path: npz_member(path, b" " * 2**24, b"", version=2), f"{NPZ} EOF: reading array"),
     "wide": (dicom(wide), "Cannot read .* as DICOM: it is too short for 1 x 65535 x 65535 pixels"),
     "twice": (dicom(twice), "slices must lie at different positions, got the same for .* Keep one of each"),
-    "missing": (
-        missing,
-        "slices must be evenly spaced, mostly 1.5 mm, got 3 mm from .* export the series again",
-    ),
+    "missing": (missing, "mostly 1.5 mm, got 3 mm from .* export the series again"),
     "mixed": (dicom(two_kernels), "slices must share PixelSpacing, got .* in '.*' and .* in '"),
     "lengths": (dicom(lengths), "Cannot read .* as DICOM: .*fragment"),
     "deflated": (dicom(deflated_bomb), "Cannot read .* as DICOM: it is deflated"),
     "gigabytes": (of_gigabytes, "(SamplesPerPixel|RescaleSlope|Rows|PixelSpacing) must be .* got .* in '"),
-    "bomb.zip": (
-        lambda path: zip_with(path, ("scan.nii", bytes(2**24))),
-        "packed more than 200 times: .* for 16,777,216. If you trust it, unpack it",
-    ),
+    "bomb.zip": (lambda path: zip_with(path, ("scan.nii", bytes(2**24))), "200 times: .* If you trust it"),
     "overlapping.zip": (overlapping, "9,227,468,800 bytes, more than 8,589,934,592"),
     "outside.zip": (
         lambda path: zip_with(path, ("../../x.nii", b"")),
-        r"'.*outside\.zip': the name '\.\./\.\./x\.nii' leads out",
+        r"the name '\.\./\.\./x\.nii' leads out",
     ),
-    "nested.zip": (
-        lambda path: zip_with(path, ("a/inner.zip", b"")),
-        "nested.zip' holds another zip, 'inner.zip'",
-    ),
-    "half.zip": (
-        lambda path: path.write_bytes(zip_with(path, ("a", bytes(range(256)))).read_bytes()[:50]),
-        "Cannot unpack '.*half.zip'",
-    ),
+    "nested.zip": (lambda path: zip_with(path, ("a/inner.zip", b"")), "holds another zip, 'inner.zip'"),
+    "half.zip": (half_a_zip, "Cannot unpack '.*half.zip'"),
 }
 
 
@@ -437,90 +404,18 @@ def test_hostile_input_is_refused_in_a_line_and_costs_no_memory(
         assert re.search(message, line), line
 
 
-def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """Cut, flip, overwrite, leave out or double some bytes, mostly of the header."""
-    data = bytearray(content)
-    for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(0, min(len(data), 1200) if rng.random() < 0.8 else len(data)))
-        length = int(rng.integers(1, 48))
-        match rng.integers(0, 6):
-            case 0:
-                data = data[: max(at, 8)]
-            case 1:
-                data[at] ^= 1 << int(rng.integers(0, 8))
-            case 2:
-                data[at : at + 4] = [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4)][rng.integers(0, 3)]
-            case 3:
-                data[at : at + length] = rng.bytes(length)
-            case 4 if len(data) > 100:
-                del data[at : at + length]
-            case _:
-                data[at:at] = data[at : at + length]
-    return bytes(data)
-
-
-@pytest.fixture
-def samples(tmp_path: Path, write_series: Write) -> dict[str, list[bytes]]:
-    """Whole files by the kind of CT, one each or those of a series."""
-    files: dict[str, list[bytes]] = {
-        "a.nii": [nib.Nifti1Image(hu().T, LPS).to_bytes()],
-        "b.nii": [nib.Nifti2Image(hu().T, LPS).to_bytes()],
-        "c.nii.gz": [gzip.compress(nib.Nifti1Image(hu().T, LPS).to_bytes())],
-    }
-    np.savez(tmp_path / "d.npz", ct=hu()[::-1])
-    image = sitk.GetImageFromArray(hu())
-    image.SetSpacing((0.7, 0.8, 1.5))
-    sitk.WriteImage(image, str(tmp_path / "e.mha"))
-    sitk.WriteImage(image, str(tmp_path / "f.nrrd"), useCompression=True)
-    for name in ("d.npz", "e.mha", "f.nrrd"):
-        files[name] = [(tmp_path / name).read_bytes()]
-
-    def implicit(z: int, dataset: Dataset) -> None:
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-
-    for kind, edit in (("explicit", lambda z, dataset: None), ("implicit", implicit), ("packed", packed)):
-        series = write_series(tmp_path / kind, hu(3), edit=edit)
-        files[kind] = [path.read_bytes() for path in series]
-    files["zip.zip"] = [zip_of(tmp_path / "explicit", tmp_path / "zip.zip").read_bytes()]
-    return files
-
-
-def packed(z: int, dataset: Dataset) -> None:
-    dataset.compress(RLELossless)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("of_itk", [False, True])
+@pytest.mark.parametrize("kind", ["nifti", "dicom", "zip", "enhanced", "run lengths", "images", "geometry"])
 def test_no_damage_ends_otherwise_than_in_a_refusal(
-    tmp_path: Path, samples: dict[str, list[bytes]], of_itk: bool
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seeded, some of the thousands of cases that were tried once."""
-    samples = {kind: files for kind, files in samples.items() if (kind in ("e.mha", "f.nrrd")) == of_itk}
-    rng, outcomes = np.random.default_rng(7), Counter[str]()
-    for number in range(400):
-        kind = list(samples)[number % len(samples)]
-        files = list(samples[kind])
-        hit = int(rng.integers(0, len(files)))
-        files[hit] = damaged(files[hit], rng)
-        path = tmp_path / "case" / f"{number}_{kind}"
-        for at, content in enumerate(files):
-            file = path if len(files) == 1 else path / f"{at}.dcm"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-        try:
-            sources, rejected = ct_sources(path)
-        except FileNotFoundError:
-            outcomes["nothing"] += 1
-            continue
-        outcomes["listed"] += len(rejected)
-        for source in sources:
-            try:
-                source.read()
-            except RejectedError:
-                outcomes["rejected"] += 1
-            else:
-                outcomes["read"] += 1
-    assert min(outcomes[name] for name in ("rejected", "read", *([] if of_itk else ["listed"]))) > 20
+    """Seeded, some of the cases that ``tests/fuzz.py`` tries for as long as one likes."""
+    monkeypatch.setattr(fuzz, "SECONDS", 0)  # no alarm
+    good = tmp_path / "good"
+    good.mkdir()
+    fuzz.KINDS[kind][0](good)
+    for seed in range(60):
+        assert fuzz.run_case(kind, good, tmp_path / f"{seed}", seed) is None
 
 
 @pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
@@ -532,12 +427,13 @@ def test_the_suffix_is_no_part_of_a_name_in_any_case(suffix: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "/data/ct/train_1_a_1.nii.gz",
-        "C:\\ct\\train_1_a_1.nii",
-        ' "train_1_a_1" ',
-        "'train_1_a_1.NII'\r\n",
-        "a b/train_1_a_1/",
-        "train_1_a_1.img.gz",
+        *(
+            "/data/ct/train_1_a_1.nii.gz",
+            "C:\\ct\\train_1_a_1.nii",
+            ' "train_1_a_1" ',
+            "'train_1_a_1.NII'\r\n",
+        ),
+        *("a b/train_1_a_1/", "train_1_a_1.img.gz"),
     ],
 )
 def test_folders_quotes_and_blanks_are_no_part_of_a_name(text: str) -> None:
@@ -624,26 +520,15 @@ def test_files_of_users_come_in_order_without_those_of_systems(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = "b/a.nii", "a ü/c d/x.dcm", "z.txt", "a.nii"
-    hidden = (
-        "._a.nii",
-        ".cache/x.nii",
-        "__MACOSX/a.nii",
-        "b/.DS_Store",
-        "b/THUMBS.DB",
-        "desktop.ini",
-        "DICOMDIR",
-    )
+    hidden = "._a.nii .cache/x.nii __MACOSX/a.nii b/.DS_Store b/THUMBS.DB desktop.ini DICOMDIR".split()
     touch(tmp_path, *names, *hidden)
     caplog.set_level("INFO")
     rejected: list[RejectedVolume] = []
     found = [path.relative_to(tmp_path).as_posix() for path in walk(tmp_path, rejected)]
     assert (found, rejected) == (["a.nii", "z.txt", "a ü/c d/x.dcm", "b/a.nii"], [])
     assert "Passed over 7 hidden or system files" in caplog.text
-    assert [path.name for path in walk(tmp_path, rejected, leave_out=tmp_path / "b")] == [
-        "a.nii",
-        "z.txt",
-        "x.dcm",
-    ]
+    found = [path.name for path in walk(tmp_path, rejected, leave_out=tmp_path / "b")]
+    assert found == ["a.nii", "z.txt", "x.dcm"]
 
 
 def test_links_to_folders_are_not_followed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -694,14 +579,3 @@ def test_volumes_are_listed_by_the_names_of_their_files(tmp_path: Path) -> None:
         RejectedError, match=r"duplicate: 2 volumes have one name, .*train_2\.nii' and '.*\.GZ'"
     ):
         only_file(found["train_2"], "volumes")
-
-
-@pytest.mark.parametrize(("name", "level"), [("a.txt", logging.INFO), ("A.MGZ", logging.WARNING)])
-def test_files_that_are_not_read_are_counted_by_kind(
-    name: str, level: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    ct_files._log_unread([Path("LICENSE"), Path(name), Path("b") / name.lower()])
-    (record,) = caplog.records
-    assert record.levelno == level
-    assert f"2 {Path(name).suffix.lower()}, 1 without suffix, such as 'LICENSE'" in record.getMessage()

@@ -141,19 +141,14 @@ def test_a_large_byte_order_is_read(tmp_path: Path) -> None:
 
 
 def test_trailing_axes_of_one_are_dropped(tmp_path: Path) -> None:
-    fields = {
-        "NDims": "4",
-        "DimSize": "7 5 3 1",
-        "ElementSpacing": "0.7 0.8 1.5 1",
-        "Offset": "0 0 0 0",
-        "TransformMatrix": "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1",
-    }
-    path = mha(tmp_path / "a.mha", **fields)
+    fields = {"NDims": "4", "DimSize": "7 5 3 1", "ElementSpacing": "0.7 0.8 1.5 1", "Offset": "0 0 0 0"}
+    path = mha(tmp_path / "a.mha", **fields, TransformMatrix="1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1")
     assert read_header(path).shape == (7, 5, 3)
     np.testing.assert_array_equal(read(path), voxels().T)
     np.testing.assert_allclose(read_header(path).affine, LPS)
 
 
+COLORS = {"ElementNumberOfChannels": "3", "ElementType": "MET_UCHAR"}
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "page.mha": (lambda path: path.write_bytes(b"<html>404</html>") and path, "Cannot read 'page.mha'"),
     "empty.nrrd": (lambda path: path.touch() or path, "Cannot read 'empty.nrrd'"),
@@ -169,12 +164,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "many.mha": (lambda path: mha(path, NDims="300"), "NDims must be from 1 to 9, got '300'"),
     "late.mha": (lambda path: mha(path, ObjectType="Image\n\n NDims = 0"), "NDims .* got '0'"),
     "large.mha": (lambda path: mha(path, DimSize="1000 1000 1000"), "bytes for an array of shape"),
-    "colors.mha": (
-        lambda path: mha(
-            path, voxels("u1").repeat(3).tobytes(), ElementNumberOfChannels="3", ElementType="MET_UCHAR"
-        ),
-        "colors or vectors",
-    ),
+    "colors.mha": (lambda path: mha(path, voxels("u1").repeat(3).tobytes(), **COLORS), "colors or vectors"),
     "up.mhd": (lambda path: mha(path, ElementDataFile="../up.raw"), r"beside it, got '\.\./up\.raw'"),
     "abs.nhdr": (lambda path: nrrd(path, "data file: /etc/passwd", data=b""), "beside it, got '/etc/passwd'"),
     "list.mhd": (lambda path: mha(path, ElementDataFile="LIST"), "beside it, got 'LIST'"),

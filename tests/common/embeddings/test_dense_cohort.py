@@ -66,16 +66,16 @@ def test_rows_of_tokens_and_labels_belong_together(dirs: Any, monkeypatch: pytes
 
 
 def test_other_volumes_labels_or_tokens_have_another_checksum(dirs: Any, tmp_path: Path) -> None:
-    cohort = DenseCohort(*dirs, VOLUMES)
-    assert cohort.checksum() == DenseCohort(*dirs, VOLUMES).checksum()
+    cohort, same = DenseCohort(*dirs, VOLUMES), DenseCohort(*dirs, VOLUMES)
+    checksum = cohort.checksum()
+    assert same.checksum() == checksum
     others = [DenseCohort(*dirs, VOLUMES[::-1]).checksum()]
     others.append(DenseCohort(transposed(dirs[0], tmp_path / "xy"), dirs[1], VOLUMES).checksum())
     cohort._findings["patch"][5] ^= 2
     others.append(cohort.checksum())
-    cohort = DenseCohort(*dirs, VOLUMES)
-    cohort.store._place(VOLUMES[1]).record["crc32"]["tokens"] += 1
-    others.append(cohort.checksum())
-    assert len({DenseCohort(*dirs, VOLUMES).checksum(), *others}) == 5
+    same.store._place(VOLUMES[1]).record["crc32"]["tokens"] += 1
+    others.append(same.checksum())
+    assert len({checksum, *others}) == 5
 
 
 def test_transposed_slices_have_transposed_labels(dirs: Any, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_scans_of_one_patient_count_as_one() -> None:
 def test_tests_are_scipys_and_the_exact_permutation() -> None:
     rng = np.random.default_rng(3)
     one, other = rng.standard_normal(9) + 0.5, rng.standard_normal(9)
-    found = compare_pairs(one, other, ALONE[:9], 100, seed=0)
+    found = compare_pairs(one, other, volumes=ALONE[:9], num_resamples=100, seed=0)
     assert found.p_wilcoxon == pytest.approx(wilcoxon(one - other).pvalue)
     signs = np.array(np.meshgrid(*[[-1, 1]] * 9)).reshape(9, -1).T
     exact = (np.abs(signs @ (one - other)) >= abs((one - other).sum()) - 1e-12).mean()
@@ -39,13 +39,14 @@ def test_tests_are_scipys_and_the_exact_permutation() -> None:
 
 def test_pairs_are_patients_and_the_same_encoder_twice_differs_by_nothing() -> None:
     names = ["valid_1_a_1", "valid_1_a_2", "valid_2_a_1", "valid_3_a_1"]
-    found = compare_pairs([1, 2, 3, 4], [1, 2, 3, 4], names, 50, seed=0)
+    found = compare_pairs([1, 2, 3, 4], [1, 2, 3, 4], volumes=names, num_resamples=50, seed=0)
     assert (found.difference.value, found.p_wilcoxon, found.p_permutation) == (0, 1, 1)
     assert found.num_patients == 3
 
 
 def test_nothing_defined_gives_nan_and_lengths_must_agree() -> None:
     assert np.isnan(mean_over_volumes([np.nan], ["valid_1_a_1"], 10, 0).value)
-    assert np.isnan(compare_pairs([np.nan], [1], ["valid_1_a_1"], 10, 0).p_wilcoxon)
+    found = compare_pairs([np.nan], [1], volumes=["valid_1_a_1"], num_resamples=10, seed=0)
+    assert np.isnan(found.p_wilcoxon)
     with pytest.raises(ValueError, match=r"values .* \(2,\) .* got \(3,\)"):
         mean_over_volumes([1, 2, 3], ["valid_1_a_1", "valid_2_a_1"], 10, 0)

@@ -93,30 +93,36 @@ def test_other_volumes_classes_and_labels_are_refused() -> None:
         paired_differences(first, [first._replace(labels=labels)], R, "patients")
 
 
-def test_command_compares_files_and_writes_every_class(tmp_path: Path) -> None:
-    paths = []
-    for seed, (encoder, signal) in enumerate((("weak", 0.2), ("strong", 0.8))):
-        paths.append(tmp_path / f"{encoder}.csv")
-        write_predictions(paths[-1], predictions(encoder, signal, seed))
+def write_all(folder: Path, *encoders: str) -> list[Path]:
+    """Write predictions of encoders into folders of their own."""
+    paths = [folder / str(seed) / "test_predictions.csv" for seed in range(len(encoders))]
+    for seed, (path, encoder) in enumerate(zip(paths, encoders, strict=True)):
+        path.parent.mkdir()
+        write_predictions(path, predictions(encoder, 0.4, seed))
+    return paths
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_command_compares_files_or_folders_and_writes_every_class(tmp_path: Path) -> None:
+    first, second = write_all(tmp_path, "weak", "strong")
     options = ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
-    answer = CliRunner().invoke(app, ["differences", str(paths[0]), *map(str, paths), *options])
+    paths = map(str, (first.parent, first.parent, second))
+    answer = CliRunner().invoke(app, ["differences", *paths, *options])
     assert "AUPRC" in answer.output
-    with (tmp_path / "out" / "paired.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "out" / "paired.csv")
     assert len(rows) == 12
     assert {(row["encoder"], row["reference"]) for row in rows} == {("strong", "weak")}
 
 
-def test_command_tells_evaluations_of_one_encoder_apart_by_their_folders(tmp_path: Path) -> None:
-    paths = []
-    for seed, (folder, encoder) in enumerate((("raw", "2s"), ("cropped", "2s"), ("other", "0"))):
-        (tmp_path / folder).mkdir()
-        paths.append(tmp_path / folder / "test_predictions.csv")
-        write_predictions(paths[-1], predictions(encoder, 0.4, seed))
-    compare(paths[0], paths[1:], **OPTIONS, out=tmp_path / "paired.csv")
-    with (tmp_path / "paired.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["encoder"], row["reference"]) for row in rows} == {("cropped", "raw"), ("0", "raw")}
+def test_evaluations_of_one_encoder_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    first, *others = write_all(tmp_path, "2s", "2s", "other")
+    compare(first, others, **OPTIONS, out=tmp_path / "paired.csv")
+    rows = read_table(tmp_path / "paired.csv")
+    assert {(row["encoder"], row["reference"]) for row in rows} == {("1", "0"), ("other", "0")}
 
 
 AVERAGED = "patch totalsegmentator classes"
@@ -152,8 +158,7 @@ def test_dense_evaluations_are_compared_and_the_reference_is_left_out(tmp_path):
     folders = [tmp_path / name for name in "abc"]
     rows = compare(folders[0], folders, **OPTIONS, out=tmp_path / "new" / "d.csv")
     assert "patch rexgroundingct auprc" in list(differences_table(rows).columns[2].cells)
-    with (tmp_path / "new" / "d.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "new" / "d.csv")
     assert [row["encoder"] for row in rows] == ["b"] * 8 + ["c"] * 8
     assert [row["measure"] for row in rows[:8]] == list(MEASURES)
     with pytest.raises(ValueError, match=f"Nothing to compare with '{folders[0]}'"):
@@ -162,14 +167,13 @@ def test_dense_evaluations_are_compared_and_the_reference_is_left_out(tmp_path):
 
 def test_other_volumes_and_missing_evaluations_are_refused(tmp_path):
     write_resamples(tmp_path / "a", "a", ["v1"], 0)
-    write_resamples(tmp_path / "b", "b", ["v2"], 0)
-    with pytest.raises(ValueError, match="b' and '.*a' have different volumes"):
-        dense_differences(tmp_path / "a", [tmp_path / "b"])
-    write_resamples(tmp_path / "c", "c", ["v1"], 0, classes="lung")
-    with pytest.raises(ValueError, match=f"c' and '.*a' have different {AVERAGED}"):
-        dense_differences(tmp_path / "a", [tmp_path / "c"])
-    write_resamples(tmp_path / "d", "d", ["v1"], 0, size=101)
-    with pytest.raises(ValueError, match="d' has 100 resamples and '.*a' has 200"):
-        dense_differences(tmp_path / "a", [tmp_path / "d"])
+    for name, volumes, changes, message in (
+        ("b", ["v2"], {}, "b' and '.*a' have different volumes"),
+        ("c", ["v1"], {"classes": "lung"}, f"c' and '.*a' have different {AVERAGED}"),
+        ("d", ["v1"], {"size": 101}, "d' has 100 resamples and '.*a' has 200"),
+    ):
+        write_resamples(tmp_path / name, name, volumes, 0, **changes)
+        with pytest.raises(ValueError, match=message):
+            dense_differences(tmp_path / "a", [tmp_path / name])
     with pytest.raises(FileNotFoundError, match=r"No resamples\.npz in '.*none'"):
         dense_differences(tmp_path / "a", [tmp_path / "none"])

@@ -78,7 +78,7 @@ def test_probabilities_are_those_of_the_task_that_knows_the_classes(probes: Path
     assert (len(layer.bias), places) == (118, [51, 5])
     assert len(probe_of(probes, ["Emphysema"], "dale_ct_2s")[0].bias) == 14
     patches = torch.randn(2, 3, 3, 24)
-    rows = probability_rows(BODY[:2], patches, layer, places, ["heart", "liver"])
+    rows = probability_rows(BODY[:2], patches, layer=layer, places=places, names=["heart", "liver"])
     logit = (patches[1, 2, 0] @ layer.weight[51] + layer.bias[51]).item()
     assert float(rows[0].values[1, 2, 0]) == pytest.approx(1 / (1 + np.exp(-logit)), abs=1e-6)
     assert [row.label for row in rows] == ["heart", "liver"]

@@ -49,7 +49,8 @@ def reports(p: Predictions) -> tuple[dict, dict]:
 
 
 def drawn_classes(kind: str, path: Path) -> None:
-    draw_classes(path, kind, predictions(), reports(predictions())[1]["probe"]["per_class"], "title")
+    intervals = reports(predictions())[1]["probe"]["per_class"]
+    draw_classes(path, kind=kind, predictions=predictions(), intervals=intervals, title="title")
 
 
 @pytest.fixture
@@ -130,14 +131,15 @@ def test_attention_is_drawn_relative_to_the_mean_with_the_heaviest_slices(
     weights = {"a": np.array([0.1, 0.2, 0.05, 0.4, 0.25]), "b": np.full(7, 1 / 7)}
     slices = {volume: np.zeros((len(weight), 3, 4)) for volume, weight in weights.items()}
     slices["a"][3] = 50.0
-    draw_attention(tmp_path / "attention.png", weights, {"a": "first", "b": "second"}, slices, "slice")
+    shown = {"weights": weights, "captions": {"a": "first", "b": "second"}}
+    draw_attention(tmp_path / "attention.png", **shown, slices=slices, unit="slice")
     axes = drawn[0].axes
     assert [bar.get_height() for bar in axes[0].containers[0]] == pytest.approx([0.5, 1.0, 0.25, 2.0, 1.25])
     assert [picture.get_title() for picture in axes[1:5]] == [
         f"slice {index}: {weight:.2f}" for index, weight in ((3, 2.0), (4, 1.25), (1, 1.0), (0, 0.5))
     ]
     assert axes[1].images[0].get_array().max() == 50.0
-    draw_attention(tmp_path / "attention.png", weights, {"a": "first", "b": "second"}, {}, "token")
+    draw_attention(tmp_path / "attention.png", **shown, slices={}, unit="token")
     assert len(drawn[1].axes) == 2
     assert [figure.get_supxlabel() for figure in drawn] == ["slice, feet to head", "token, as stored"]
 

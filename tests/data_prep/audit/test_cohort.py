@@ -73,14 +73,14 @@ def edit(path: Path, change: Callable[[list[dict[str, str]]], None]) -> None:
         table.writerows(rows)
 
 
-def test_a_whole_folder_passes(cohort: Path) -> None:
+def test_a_whole_folder_passes(cohort) -> None:
     for splits in ((), ("train",), ("valid",)):
         assert not audited(cohort, *splits).failed
     tally = audited(cohort)
     assert (tally.checked["index"], tally.checked["unique"], tally.checked["labels"]) == (3, 4, 4)
 
 
-def test_a_dropped_row_is_missed(cohort: Path) -> None:
+def test_a_dropped_row_is_missed(cohort) -> None:
     edit(cohort / "manifest.csv", lambda rows: rows.pop(1))
     tally = audited(cohort)
     assert tally.failed == {"manifest": 1}
@@ -88,7 +88,7 @@ def test_a_dropped_row_is_missed(cohort: Path) -> None:
     assert not audited(cohort, "valid").failed
 
 
-def test_rows_of_volumes_that_are_not_there_are_noticed(cohort: Path) -> None:
+def test_rows_of_volumes_that_are_not_there_are_noticed(cohort) -> None:
     edit(cohort / "manifest.csv", lambda rows: rows.append(rows[0]))
     assert audited(cohort).failed == {"manifest": 1}
     edit(cohort / "manifest.csv", lambda rows: rows.append(rows[0] | {"volume": "train_7_a_1"}))
@@ -107,7 +107,7 @@ def test_rows_of_volumes_that_are_not_there_are_noticed(cohort: Path) -> None:
         ("original_axcodes", "RAS"),
     ],
 )
-def test_a_row_must_say_what_the_shard_says(column: str, value: str, cohort: Path) -> None:
+def test_a_row_must_say_what_the_shard_says(column, value, cohort) -> None:
     edit(cohort / "manifest.csv", lambda rows: rows[0].update({column: value}))
     tally = audited(cohort)
     assert tally.failed == {"manifest": 1}
@@ -117,7 +117,7 @@ def test_a_row_must_say_what_the_shard_says(column: str, value: str, cohort: Pat
     )
 
 
-def test_tables_must_be_there_and_have_their_columns(cohort: Path) -> None:
+def test_tables_must_be_there_and_have_their_columns(cohort) -> None:
     (cohort / "manifest.csv").unlink()
     (cohort / "rejected.csv").write_text("volume,split\na,train\n", encoding="utf-8")
     tally = audited(cohort)
@@ -125,7 +125,7 @@ def test_tables_must_be_there_and_have_their_columns(cohort: Path) -> None:
     assert "['reason', 'detail']" in tally.offences["rejected"][0].what
 
 
-def test_what_was_left_out_must_be_listed_everywhere(cohort: Path) -> None:
+def test_what_was_left_out_must_be_listed_everywhere(cohort) -> None:
     edit(cohort / "rejected.csv", lambda rows: rows[0].update(reason="mask"))
     tally = audited(cohort)
     assert tally.failed.keys() == {"rejected"}
@@ -135,7 +135,7 @@ def test_what_was_left_out_must_be_listed_everywhere(cohort: Path) -> None:
     assert any("and it is in a shard" in item.what for item in audited(cohort).offences["rejected"])
 
 
-def test_an_index_must_be_there_readable_and_of_its_tar(cohort: Path) -> None:
+def test_an_index_must_be_there_readable_and_of_its_tar(cohort) -> None:
     index_path(cohort / "train-000000.tar").unlink()
     with (cohort / "train-000001.tar").open("ab") as file:
         file.write(bytes(512))
@@ -151,7 +151,7 @@ def test_an_index_must_be_there_readable_and_of_its_tar(cohort: Path) -> None:
     ]
 
 
-def test_unfinished_and_foreign_files_are_noticed(cohort: Path) -> None:
+def test_unfinished_and_foreign_files_are_noticed(cohort) -> None:
     (cohort / "train-000002.tar.partial").touch()
     (cohort / ".parts").mkdir()
     (cohort / "notes.txt").touch()
@@ -167,7 +167,7 @@ def test_unfinished_and_foreign_files_are_noticed(cohort: Path) -> None:
     assert not tally.has_errors
 
 
-def test_one_volume_in_two_shards_is_an_error(cohort: Path) -> None:
+def test_one_volume_in_two_shards_is_an_error(cohort) -> None:
     write_shard(cohort / "train-000002.tar", [volume("train_1_a_1")])
     write_tables(cohort)
     tally = audited(cohort)
@@ -175,7 +175,7 @@ def test_one_volume_in_two_shards_is_an_error(cohort: Path) -> None:
     assert tally.offences["unique"][0].what == "it lies in train-000000.tar and train-000002.tar"
 
 
-def test_the_same_ct_under_another_name_is_a_duplicate(cohort: Path) -> None:
+def test_the_same_ct_under_another_name_is_a_duplicate(cohort) -> None:
     original = volume("train_1_a_1")
     write_shard(cohort / "train-000002.tar", [volume("train_8_a_1", ct=original.ct)])
     write_tables(cohort)
@@ -188,7 +188,7 @@ def test_the_same_ct_under_another_name_is_a_duplicate(cohort: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["ct", "source_sha256"])
-def test_one_ct_in_two_splits_leaks(field: str, cohort: Path) -> None:
+def test_one_ct_in_two_splits_leaks(field, cohort) -> None:
     original = volume("train_1_a_1")
     write_shard(cohort / "valid-000001.tar", [volume("valid_8_a_1", **{field: getattr(original, field)})])
     write_tables(cohort)
@@ -197,7 +197,7 @@ def test_one_ct_in_two_splits_leaks(field: str, cohort: Path) -> None:
     assert audited(cohort, "train").failed == {"leak": 1}
 
 
-def test_reconstructions_of_one_scan_are_no_duplicates(cohort: Path) -> None:
+def test_reconstructions_of_one_scan_are_no_duplicates(cohort) -> None:
     sharper = volume("train_1_a_1").ct.copy()
     sharper[0, 0, 0] ^= 1
     write_shard(cohort / "train-000002.tar", [volume("train_1_a_2", ct=sharper)])
@@ -205,7 +205,7 @@ def test_reconstructions_of_one_scan_are_no_duplicates(cohort: Path) -> None:
     assert not audited(cohort).failed
 
 
-def test_label_lists_must_agree(cohort: Path) -> None:
+def test_label_lists_must_agree(cohort) -> None:
     write_shard(cohort / "train-000002.tar", [volume("train_7_a_1", labels={"Emphysema": 1})])
     write_shard(cohort / "train-000003.tar", [volume("train_8_a_1", labels=None)])
     write_tables(cohort)
@@ -215,7 +215,7 @@ def test_label_lists_must_agree(cohort: Path) -> None:
     assert tally.offences["unlabelled"][0].where == "train_8_a_1"
 
 
-def test_unlabelled_cohorts_are_fine(tmp_path: Path) -> None:
+def test_unlabelled_cohorts_are_fine(tmp_path) -> None:
     write_shard(tmp_path / "train-000000.tar", [volume("train_1_a_1", labels=None)])
     write_manifest(tmp_path, "train", [], {})
     write_rejected(tmp_path, "train", [])

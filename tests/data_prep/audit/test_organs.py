@@ -1,8 +1,5 @@
 """On a synthetic patient whose organs are known, and on label maps that do not belong to it."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,7 +14,6 @@ from data_prep.sources.mask_alignment import cell_voxels
 SLICE_MM = 8.0
 
 Planes = tuple[np.ndarray, np.ndarray, tuple[int, int], tuple[float, float, float]]
-Turn = Callable[[np.ndarray], np.ndarray]
 
 
 def reasons(measures: dict[str, float]) -> dict[str, str]:
@@ -34,7 +30,7 @@ def patient() -> Planes:
     return hu, ts.astype(np.uint8), shape, (volume.protocol.pixel_mm, volume.protocol.pixel_mm, SLICE_MM)
 
 
-def test_distances_are_in_millimetres(patient: Planes) -> None:
+def test_distances_are_in_millimetres(patient) -> None:
     hu, ts, shape, spacing_mm = patient
     measures = measure_organs(hu, ts, shape, spacing_mm)
     assert reasons(measures) == {}
@@ -56,9 +52,7 @@ def test_distances_are_in_millimetres(patient: Planes) -> None:
     ],
     ids=["upside_down", "front_to_back", "mirrored"],
 )
-def test_a_patient_turned_with_its_label_map_is_noticed(
-    turn: Turn, failing: set[str], patient: Planes
-) -> None:
+def test_a_patient_turned_with_its_label_map_is_noticed(turn, failing, patient) -> None:
     hu, ts, shape, spacing_mm = patient
     assert reasons(measure_organs(turn(hu), turn(ts), shape, spacing_mm)).keys() == failing
 
@@ -68,19 +62,19 @@ def test_a_patient_turned_with_its_label_map_is_noticed(
     [lambda ts: ts[::-1], lambda ts: np.roll(ts, 30, axis=1), lambda ts: ts.transpose(0, 2, 1)],
     ids=["upside_down", "shifted", "transposed"],
 )
-def test_a_label_map_that_does_not_lie_on_its_scan_is_noticed(wrong: Turn, patient: Planes) -> None:
+def test_a_label_map_that_does_not_lie_on_its_scan_is_noticed(wrong, patient) -> None:
     hu, ts, shape, spacing_mm = patient
     found = reasons(measure_organs(hu, wrong(ts), shape, spacing_mm))
     assert {"organs_air", "organs_bones", "organs_lungs"} & found.keys()
 
 
-def test_shuffled_ids_are_noticed(patient: Planes) -> None:
+def test_shuffled_ids_are_noticed(patient) -> None:
     hu, ts, shape, spacing_mm = patient
     ids = np.append(0, np.arange(117, 0, -1)).astype(np.uint8)
     assert "organs_bones" in reasons(measure_organs(hu, ids[ts], shape, spacing_mm))
 
 
-def test_an_empty_label_map_is_noticed_and_asked_nothing_else(patient: Planes) -> None:
+def test_an_empty_label_map_is_noticed_and_asked_nothing_else(patient) -> None:
     hu, ts, shape, spacing_mm = patient
     assert reasons(measure_organs(hu, np.zeros_like(ts), shape, spacing_mm)).keys() == {"organs"}
 
@@ -92,7 +86,7 @@ def test_voxels_are_counted_by_id() -> None:
 
 
 @pytest.mark.real_ct
-def test_a_real_label_map_stored_in_another_order_lies_on_its_scan(real_ct_dir: Path) -> None:
+def test_a_real_label_map_stored_in_another_order_lies_on_its_scan(real_ct_dir) -> None:
     import nibabel as nib
 
     stored = [

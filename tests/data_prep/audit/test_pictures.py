@@ -1,7 +1,6 @@
 """On a synthetic patient whose organs are known: colours must lie where the organs are."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,20 +70,20 @@ def magenta(pixels: np.ndarray) -> np.ndarray:
     return (pixels[..., 0] - pixels[..., 1] > 100) & (pixels[..., 2] - pixels[..., 1] > 80)
 
 
-def test_the_coronal_cut_has_the_head_up_and_the_patients_right_on_the_left(pixels: np.ndarray) -> None:
+def test_the_coronal_cut_has_the_head_up_and_the_patients_right_on_the_left(pixels) -> None:
     coronal = pixels[:, : HEIGHT - 10]
     liver, lungs = centre(orange(coronal)), centre(bluish(coronal))
     assert liver[0] > lungs[0] + 40
     assert liver[1] < lungs[1] - 20
 
 
-def test_the_sagittal_cut_has_the_front_on_the_left(pixels: np.ndarray) -> None:
+def test_the_sagittal_cut_has_the_front_on_the_left(pixels) -> None:
     sagittal = pixels[:, HEIGHT + GAP_PX : 2 * HEIGHT]
     spine = centre(yellow(sagittal[HEIGHT // 3 :]))
     assert spine[1] > HEIGHT / 2
 
 
-def test_axial_slices_go_from_the_feet_up_and_show_masks_below(pixels: np.ndarray) -> None:
+def test_axial_slices_go_from_the_feet_up_and_show_masks_below(pixels) -> None:
     axial = pixels[:, -6 * (TILE_PX + GAP_PX) :]
     plain, tinted = axial[: TILE_PX - 2], axial[TILE_PX + GAP_PX :]
     assert bluish(plain).sum() < 20
@@ -94,9 +93,7 @@ def test_axial_slices_go_from_the_feet_up_and_show_masks_below(pixels: np.ndarra
     assert centre(orange(first))[1] < TILE_PX / 2
 
 
-def test_findings_are_outlined_in_both_windows_and_put_in_words(
-    task: PictureTask, pixels: np.ndarray
-) -> None:
+def test_findings_are_outlined_in_both_windows_and_put_in_words(task, pixels) -> None:
     assert draw_volume(task).findings == ("Nodules and masses (2d), slices 10 to 11",)
     axial = pixels[:, -6 * (TILE_PX + GAP_PX) :]
     for rows in (slice(0, TILE_PX), slice(TILE_PX + GAP_PX, None)):
@@ -114,14 +111,14 @@ def chosen_slices_of(task: PictureTask) -> list[int]:
     return chosen_slices(rex)
 
 
-def test_a_short_scan_keeps_its_proportions(task: PictureTask) -> None:
+def test_a_short_scan_keeps_its_proportions(task) -> None:
     image = np.asarray(Image.open(io.BytesIO(draw_volume(task._replace(volume="q")).jpeg))).astype(int)
     lit = np.flatnonzero((image[:, : HEIGHT // 2].sum(2) > 60).any(1))
     assert np.ptp(lit) + 1 == pytest.approx(7 * SLICE_MM / 338.3 * HEIGHT, rel=0.15)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_volume_of_few_slices_shows_them_all(number: int) -> None:
+def test_a_volume_of_few_slices_shows_them_all(number) -> None:
     assert chosen_slices(np.zeros((number, 128, 128), np.uint16)) == list(range(number))
 
 
@@ -134,16 +131,16 @@ def test_the_largest_slice_of_every_finding_is_shown() -> None:
     assert len(chosen_slices(rex)) == 6
 
 
-def test_an_unknown_volume_is_refused(task: PictureTask) -> None:
+def test_an_unknown_volume_is_refused(task) -> None:
     with pytest.raises(ValueError, match="'nobody'"):
         draw_volume(task._replace(volume="nobody"))
 
 
-def test_the_page_stays_small(task: PictureTask) -> None:
+def test_the_page_stays_small(task) -> None:
     assert len(draw_volume(task).jpeg) < 250_000
 
 
-def test_damage_is_an_error_and_no_picture(task: PictureTask, tmp_path: Path) -> None:
+def test_damage_is_an_error_and_no_picture(task, tmp_path) -> None:
     for file in task.shard.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     path = tmp_path / task.shard.name

@@ -107,15 +107,13 @@ def test_one_value_and_none_can_be_drawn() -> None:
         (True, True, "bad", "1 check failed: do not train on these shards"),
     ],
 )
-def test_the_light_at_the_top_says_how_it_stands(
-    errors: bool, suspicious: bool, state: str, words: str, written: Callable[..., str]
-) -> None:
+def test_the_light_at_the_top_says_how_it_stands(errors, suspicious, state, words, written) -> None:
     html = written(errors=errors, suspicious=suspicious)
     verdict = re.search(r'<header class="verdict (\w+)"><h1>(.*?)</h1>', html)
     assert (verdict[1], words in verdict[2]) == (state, True)
 
 
-def test_the_page_is_well_formed_and_needs_nothing_but_itself(written: Callable[..., str]) -> None:
+def test_the_page_is_well_formed_and_needs_nothing_but_itself(written) -> None:
     html = written(errors=True, suspicious=True)
     page = Page(html)
     assert page.open == []
@@ -127,7 +125,7 @@ def test_the_page_is_well_formed_and_needs_nothing_but_itself(written: Callable[
     assert base64.b64decode(loaded[0].partition(",")[2]) == b"jpeg bytes"
 
 
-def test_names_from_the_data_cannot_inject_anything(written: Callable[..., str]) -> None:
+def test_names_from_the_data_cannot_inject_anything(written) -> None:
     page = Page(written(name=EVIL, errors=True, suspicious=True))
     assert page.open == []
     assert "script" not in page.tags
@@ -137,7 +135,7 @@ def test_names_from_the_data_cannot_inject_anything(written: Callable[..., str])
     assert page.text.count(EVIL) >= 8
 
 
-def test_a_suspicious_volume_is_shown_once_with_its_reason(written: Callable[..., str]) -> None:
+def test_a_suspicious_volume_is_shown_once_with_its_reason(written) -> None:
     html = written(suspicious=True)
     page = Page(html)
     assert page.tags.count("img") == 1
@@ -146,7 +144,7 @@ def test_a_suspicious_volume_is_shown_once_with_its_reason(written: Callable[...
     assert Page(written()).tags.count("img") == 1
 
 
-def test_facts_are_in_words(written: Callable[..., str]) -> None:
+def test_facts_are_in_words(written) -> None:
     text = Page(written()).text
     for words in (
         "train · 300 slices of 512 × 512 · 0.70 × 0.70 × 1.50 mm · 450 mm from feet to head",

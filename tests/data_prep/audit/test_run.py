@@ -73,7 +73,7 @@ def audit(cohort: Path, dask: Client) -> Audit:
     return audit_shards(cohort, None, dask)
 
 
-def test_turned_and_mismatched_volumes_are_suspicious_for_the_right_reason(audit: Audit) -> None:
+def test_turned_and_mismatched_volumes_are_suspicious_for_the_right_reason(audit) -> None:
     found = {volume: set(reasons) for volume, reasons in audit.suspicious.items()}
     assert found["train_3_a_1"] == {"head", "organs_head"}
     assert found["train_4_a_1"] == {"heart", "organs_side", "organs_named"}
@@ -83,7 +83,7 @@ def test_turned_and_mismatched_volumes_are_suspicious_for_the_right_reason(audit
     assert found.keys() == {f"train_{k}_a_1" for k in range(3, 8)}
 
 
-def test_only_what_is_proven_is_an_error(audit: Audit) -> None:
+def test_only_what_is_proven_is_an_error(audit) -> None:
     assert not audit.tally.has_errors
     assert {name for name, count in audit.tally.failed.items() if count} == {
         check for reasons in audit.suspicious.values() for check in reasons
@@ -92,14 +92,14 @@ def test_only_what_is_proven_is_an_error(audit: Audit) -> None:
     assert audit.tally.checked["step"] == 8
 
 
-def test_every_slice_and_volume_was_read(audit: Audit) -> None:
+def test_every_slice_and_volume_was_read(audit) -> None:
     num_slices = sum(volume.entry.num_slices for volume in audit.volumes)
     assert len(audit.volumes) == len(audit.contents) == 8
     assert {audit.tally.checked[name] for name in ("order", "ct", "masks", "records")} == {num_slices}
     assert (audit.num_shards, audit.splits, len(audit.rejected)) == (3, ("train", "valid"), 1)
 
 
-def test_one_split_and_a_share_of_its_volumes(cohort: Path, dask: Client) -> None:
+def test_one_split_and_a_share_of_its_volumes(cohort, dask) -> None:
     told = []
     part = audit_shards(cohort, "valid", dask, progress=lambda *what: told.append(what))
     assert [volume.name for volume in part.volumes] == ["valid_1_a_1"]
@@ -112,9 +112,7 @@ def test_one_split_and_a_share_of_its_volumes(cohort: Path, dask: Client) -> Non
     assert few.tally.checked["checksums"] > few.tally.checked["ct"] > 0
 
 
-def test_a_shard_that_cannot_be_read_does_not_end_the_audit(
-    cohort: Path, tmp_path: Path, dask: Client
-) -> None:
+def test_a_shard_that_cannot_be_read_does_not_end_the_audit(cohort, tmp_path, dask) -> None:
     for file in cohort.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "valid-000000.index.npz").write_bytes(b"PK")
@@ -125,7 +123,7 @@ def test_a_shard_that_cannot_be_read_does_not_end_the_audit(
     assert len(result.contents) == 7
 
 
-def test_folders_without_shards_are_refused(tmp_path: Path, dask: Client) -> None:
+def test_folders_without_shards_are_refused(tmp_path, dask) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         audit_shards(tmp_path / "nowhere", None, dask)
     with pytest.raises(FileNotFoundError, match=r"No shards .*\[\]"):
@@ -135,7 +133,7 @@ def test_folders_without_shards_are_refused(tmp_path: Path, dask: Client) -> Non
         audit_shards(tmp_path, "train", dask)
 
 
-def test_pictures_are_of_a_seeded_sample_and_of_suspicious_volumes(audit: Audit, dask: Client) -> None:
+def test_pictures_are_of_a_seeded_sample_and_of_suspicious_volumes(audit, dask) -> None:
     sample, suspects = draw_pictures(audit, dask, num_sheets=3, seed=1)
     names = [volume.name for volume in audit.volumes]
     assert [picture.volume for picture in sample] == sorted(names, key=lambda name: draw(name, 1))[:3]
@@ -159,13 +157,13 @@ def test_outliers_stand_apart_from_enough_others() -> None:
     assert find_suspicious(few, Tally()) == {}
 
 
-def test_prevalences_are_shares_of_volumes(audit: Audit) -> None:
+def test_prevalences_are_shares_of_volumes(audit) -> None:
     assert label_prevalence(audit.volumes) == {"Emphysema": 2 / 8, "Lung nodule": 1.0}
     assert organ_prevalence(audit.contents.values())["liver"] == 1.0
     assert organ_prevalence([]) == {}
 
 
-def test_the_json_says_what_a_program_wants_to_know(audit: Audit, tmp_path: Path) -> None:
+def test_the_json_says_what_a_program_wants_to_know(audit, tmp_path) -> None:
     write_json(audit, tmp_path / "audit.json")
     document = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert document["passed"] is True

@@ -96,7 +96,7 @@ def overwritten(
     return {"member_crc32": crc}
 
 
-def test_a_whole_shard_passes_every_check_and_yields_its_slices_in_order(shard: Shard) -> None:
+def test_a_whole_shard_passes_every_check_and_yields_its_slices_in_order(shard) -> None:
     samples, tally = read(*shard)
     assert [(s.volume_id, s.z, s.row) for s in samples] == [
         *((0, z, z) for z in range(4)),
@@ -114,7 +114,7 @@ def test_a_whole_shard_passes_every_check_and_yields_its_slices_in_order(shard: 
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_one_other_byte_fails_the_checksum_of_its_slice(field: str, shard: Shard) -> None:
+def test_one_other_byte_fails_the_checksum_of_its_slice(field, shard) -> None:
     path, index = shard
     data = bytearray(path.read_bytes())
     data[index.member_offset[5, FIELDS.index(field)] + 7] ^= 1
@@ -126,14 +126,14 @@ def test_one_other_byte_fails_the_checksum_of_its_slice(field: str, shard: Shard
     assert field not in samples[5].data
 
 
-def test_two_exchanged_slices_fail_the_order(shard: Shard) -> None:
+def test_two_exchanged_slices_fail_the_order(shard) -> None:
     order = [*range(4), *range(8, 12), *range(4, 8), *range(12, 28)]
     _, tally = read(shard[0], rewritten(*shard, order))
     assert tally.failed.keys() == {"order"}
     assert tally.offences["order"][0][1:] == ("a", f"slice 2 follows slice 0 in {NAME}")
 
 
-def test_members_that_moved_without_their_index_are_noticed(shard: Shard) -> None:
+def test_members_that_moved_without_their_index_are_noticed(shard) -> None:
     rewritten(*shard, [3, 0, 1, 2, *range(4, 28)])
     samples, tally = read(*shard)
     assert tally.failed == {"members": 4}
@@ -141,7 +141,7 @@ def test_members_that_moved_without_their_index_are_noticed(shard: Shard) -> Non
     assert samples[0].data == {}
 
 
-def test_missing_and_foreign_members_are_noticed(shard: Shard) -> None:
+def test_missing_and_foreign_members_are_noticed(shard) -> None:
     shorter = rewritten(*shard, list(range(27)))
     _, tally = read(shard[0], shorter)
     assert tally.failed == {"members": 1}
@@ -153,7 +153,7 @@ def test_missing_and_foreign_members_are_noticed(shard: Shard) -> None:
     assert "'b_1_0003.json' is not in the index" in tally.offences["members"][0].what
 
 
-def test_a_broken_header_loses_what_follows(shard: Shard) -> None:
+def test_a_broken_header_loses_what_follows(shard) -> None:
     path, index = shard
     data = bytearray(path.read_bytes())
     data[index.member_offset[4, 0] - tarfile.BLOCKSIZE] ^= 255
@@ -173,7 +173,7 @@ def test_a_broken_header_loses_what_follows(shard: Shard) -> None:
         (["a_0000", "b_0000", "a_0001"], ["it continues with slice 1 after another volume in s"]),
     ],
 )
-def test_order_is_judged_by_the_tar_alone(keys: list[str], what: list[str]) -> None:
+def test_order_is_judged_by_the_tar_alone(keys, what) -> None:
     tally = Tally()
     check_order([f"{key}.{field}" for key in keys for field in ("ct.blosc2", "json")], "s", tally)
     found = [offence.what for offence in tally.offences.get("order", [])]
@@ -196,9 +196,7 @@ def test_members_of_a_slice_that_lie_apart_are_noticed() -> None:
         ("labels", lambda values: values ^ [[1, 0], [0, 0]]),
     ],
 )
-def test_a_record_that_the_index_contradicts_is_noticed(
-    name: str, change: Callable[[np.ndarray], np.ndarray], shard: Shard
-) -> None:
+def test_a_record_that_the_index_contradicts_is_noticed(name, change, shard) -> None:
     tally = audited(shard[0], **{name: change(getattr(shard[1], name))}).tally
     assert tally.failed == {"records": 4}
     assert tally.offences["records"][0][1:] == ("a", f"slice 0: the index has another {name}")
@@ -216,14 +214,14 @@ def test_a_record_that_the_index_contradicts_is_noticed(
         (b"{", b"[", "slice 1: its record is not a JSON object"),
     ],
 )
-def test_a_changed_record_is_noticed(old: bytes, new: bytes, what: str, shard: Shard) -> None:
+def test_a_changed_record_is_noticed(old, new, what, shard) -> None:
     crc = overwritten(shard, 5, "json", lambda data: data.replace(old, new, 1))
     tally = audited(shard[0], **crc).tally
     assert tally.failed == {"records": 1}
     assert what in tally.offences["records"][0].what
 
 
-def test_findings_of_a_record_are_those_of_its_mask(shard: Shard) -> None:
+def test_findings_of_a_record_are_those_of_its_mask(shard) -> None:
     crc = overwritten(shard, 1, "json", lambda data: data.replace(b'"2d"', b'"2e"'))
     tally = audited(shard[0], **crc).tally
     assert tally.failed == {"masks": 1}
@@ -234,9 +232,7 @@ def test_findings_of_a_record_are_those_of_its_mask(shard: Shard) -> None:
 
 
 @pytest.mark.parametrize(("field", "check"), [("ct.blosc2", "ct"), ("ts.png", "masks"), ("rex.png", "masks")])
-def test_what_does_not_decode_is_noticed_and_its_volume_not_looked_at(
-    field: str, check: str, shard: Shard
-) -> None:
+def test_what_does_not_decode_is_noticed_and_its_volume_not_looked_at(field, check, shard) -> None:
     crc = overwritten(shard, 2, field, lambda data: bytes(len(data)))
     result = audited(shard[0], **crc)
     assert result.tally.failed == {check: 1}
@@ -245,13 +241,13 @@ def test_what_does_not_decode_is_noticed_and_its_volume_not_looked_at(
     assert list(result.contents) == ["b_1"]
 
 
-def test_slices_have_the_stated_size(shard: Shard) -> None:
+def test_slices_have_the_stated_size(shard) -> None:
     tally = audited(shard[0], shape=np.array([[11, 13], [13, 11]])).tally
     assert tally.failed == {"ct": 3}
     assert "slice 0: its shape is (11, 13), in the index (13, 11)" in tally.offences["ct"][0].what
 
 
-def test_hu_lie_in_the_stored_range(tmp_path: Path) -> None:
+def test_hu_lie_in_the_stored_range(tmp_path) -> None:
     one = volume("a")
     one.ct[1, 0, 0] = 3072
     write_shard(tmp_path / NAME, [one])
@@ -261,7 +257,7 @@ def test_hu_lie_in_the_stored_range(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["slice_has_ts", "slice_has_rex"])
-def test_flags_of_the_index_are_those_of_the_masks(name: str, shard: Shard) -> None:
+def test_flags_of_the_index_are_those_of_the_masks(name, shard) -> None:
     flags = getattr(shard[1], name).copy()
     flags[4] = not flags[4]
     tally = audited(shard[0], **{name: flags}).tally
@@ -269,7 +265,7 @@ def test_flags_of_the_index_are_those_of_the_masks(name: str, shard: Shard) -> N
     assert tally.offences["masks"][0].what.endswith("the index says otherwise")
 
 
-def test_a_random_share_is_decoded_and_all_bytes_are_read(shard: Shard) -> None:
+def test_a_random_share_is_decoded_and_all_bytes_are_read(shard) -> None:
     first, second = sorted(SIZES, key=lambda name: draw(name, 0))
     result = audit_shard(ShardTask(shard[0], share=(draw(first, 0) + draw(second, 0)) / 2))
     assert list(result.contents) == [first]
@@ -285,7 +281,7 @@ def test_a_share_is_that_share_of_many_volumes_and_another_with_another_seed() -
     assert len(chosen[0] & chosen[1]) < 0.3 * len(chosen[0])
 
 
-def test_a_shard_without_a_usable_index_is_refused(shard: Shard) -> None:
+def test_a_shard_without_a_usable_index_is_refused(shard) -> None:
     with shard[0].open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match="index"):

@@ -42,7 +42,7 @@ def test_size_is_in_millimetres_and_blank_slices_are_counted() -> None:
     assert measures["blank"] == 2
 
 
-def test_the_audit_answers_as_a_reader_of_the_whole_volume(turned: np.ndarray) -> None:
+def test_the_audit_answers_as_a_reader_of_the_whole_volume(turned) -> None:
     decoder = VolumeDecoder(len(turned), turned.shape[1:], (3.5, 3.5, 3.0), has_ts=False)
     for z in np.random.default_rng(0).permutation(len(turned)):
         decoder.add(int(z), turned[z], None, None)

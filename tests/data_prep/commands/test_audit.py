@@ -1,10 +1,8 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import Result
 
 from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
@@ -25,9 +23,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def test_sound_shards_end_with_status_0_and_strange_volumes_are_only_listed(
-    shards: Path, tmp_path: Path, invoke: Callable[..., Result]
-) -> None:
+def test_sound_shards_end_with_status_0_and_strange_volumes_are_only_listed(shards, tmp_path, invoke) -> None:
     answer = invoke("audit", shards, "--report", tmp_path / "page.html", "--sheets", 1)
     assert answer.exit_code == 0, answer.output
     assert "The scan is as long as a chest" in answer.stdout
@@ -35,7 +31,7 @@ def test_sound_shards_end_with_status_0_and_strange_volumes_are_only_listed(
     assert json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))["passed"] is True
 
 
-def test_damaged_shards_end_with_status_1(shards: Path, invoke: Callable[..., Result]) -> None:
+def test_damaged_shards_end_with_status_1(shards, invoke) -> None:
     (shards / "manifest.csv").unlink()
     answer = invoke("audit", shards, "--sample", 0)
     assert answer.exit_code == 1, answer.output
@@ -43,9 +39,7 @@ def test_damaged_shards_end_with_status_1(shards: Path, invoke: Callable[..., Re
     assert json.loads((shards / "audit.json").read_text(encoding="utf-8"))["num_decoded"] == 0
 
 
-def test_a_report_needs_a_folder_before_anything_is_read(
-    shards: Path, tmp_path: Path, invoke: Callable[..., Result]
-) -> None:
+def test_a_report_needs_a_folder_before_anything_is_read(shards, tmp_path, invoke) -> None:
     answer = invoke("audit", shards, "--report", tmp_path / "nowhere" / "page.html")
     assert isinstance(answer.exception, FileNotFoundError)
     assert "report must be in a folder that exists" in str(answer.exception)

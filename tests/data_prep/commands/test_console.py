@@ -26,7 +26,7 @@ def printed() -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", module.console.file.getvalue())
 
 
-def test_bars_show_done_total_rate_and_the_time_left(clock: list[float]) -> None:
+def test_bars_show_done_total_rate_and_the_time_left(clock) -> None:
     """By hand: 60 volumes in 30 s are 120 a minute; 120 more take a minute."""
     with module.progress_bars() as show:
         show("Reading headers", 0, 7)
@@ -41,7 +41,7 @@ def test_bars_show_done_total_rate_and_the_time_left(clock: list[float]) -> None
     assert "0:01:00" in line
 
 
-def test_what_was_done_before_is_not_of_the_rate(clock: list[float]) -> None:
+def test_what_was_done_before_is_not_of_the_rate(clock) -> None:
     """1,000 volumes of an earlier run, then one a second."""
     with module.progress_bars() as show:
         show("Writing volumes", 1000, 1060)
@@ -51,7 +51,7 @@ def test_what_was_done_before_is_not_of_the_rate(clock: list[float]) -> None:
     assert "60/min" in printed().splitlines()[-1]
 
 
-def test_a_stage_that_has_just_begun_has_no_rate(clock: list[float]) -> None:
+def test_a_stage_that_has_just_begun_has_no_rate(clock) -> None:
     with module.progress_bars() as show:
         show("Reading headers", 0, 7)
     assert "/min" not in printed()

@@ -1,16 +1,11 @@
 """``python -m data_prep phantom`` writes what ``write_cohort`` does with the same settings."""
 
-from collections.abc import Callable
-from pathlib import Path
-
-from typer.testing import Result
-
 from data_prep.phantom.cohort import Settings, write_cohort
 
 OPTIONS = "--volumes 1 --seed 3 --form v2 --matrix 40 --spacing 6 8 --valid-share 0.4 --rex-share 0.6"
 
 
-def test_the_command_writes_a_cohort(tmp_path: Path, run_command: Callable[..., Result]) -> None:
+def test_the_command_writes_a_cohort(tmp_path, run_command) -> None:
     arguments = ["phantom", *OPTIONS.split(), "--out", str(tmp_path / "one"), "--processes", "1"]
     answer = run_command(*arguments)
     assert answer.exit_code == 0, answer.output
@@ -22,7 +17,7 @@ def test_the_command_writes_a_cohort(tmp_path: Path, run_command: Callable[..., 
         assert (tmp_path / "one" / file.relative_to(tmp_path / "other")).read_bytes() == file.read_bytes()
 
 
-def test_a_setting_out_of_range_is_refused(tmp_path: Path, run_command: Callable[..., Result]) -> None:
+def test_a_setting_out_of_range_is_refused(tmp_path, run_command) -> None:
     answer = run_command("phantom", "--volumes", 1, "--matrix", 8, "--out", tmp_path)
     assert isinstance(answer.exception, ValueError)
     assert "matrix must be at least 32, got 8" in str(answer.exception)

@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client
-from typer.testing import Result
 
 from common.ct.geometry import axial_slices
 from common.ct.npz import npz_affine
@@ -37,9 +36,7 @@ from data_prep.sources.folders import find_volumes
 REPOSITORY = Path(__file__).resolve().parents[3]
 NUM_VOLUMES = 24
 SHAPE_XYZ = (19, 17, 5)
-Write = Callable[..., list[Path]]
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
-Invoke = Callable[..., Result]
 
 
 @pytest.fixture
@@ -103,9 +100,7 @@ def is_half_written(out: Path) -> bool:
     return any(path.exists() and path.stat().st_size and not index_path(path).exists() for path in asides)
 
 
-def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(
-    scans: Path, tmp_path: Path, dask: Client
-) -> None:
+def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(scans, tmp_path, dask) -> None:
     whole = write(scans, tmp_path / "whole", dask)
     out = tmp_path / "out"
 
@@ -134,11 +129,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(
 
 
 def test_workers_that_joined_a_scheduler_share_a_run_and_one_may_be_lost(
-    scans: Path,
-    tmp_path: Path,
-    dask: Client,
-    dask_scheduler: tuple[str, subprocess.Popen],
-    dask_command: Callable[..., subprocess.Popen],
+    scans, tmp_path, dask, dask_scheduler, dask_command
 ) -> None:
     """Two processes as two machines would run them; then the nanny of one is killed, and it with her."""
     write(scans, tmp_path / "whole", dask)
@@ -162,9 +153,7 @@ def test_workers_that_joined_a_scheduler_share_a_run_and_one_may_be_lost(
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(None, 1), (0.2, 1), (0.25, 0), (1, 0)])
-def test_too_many_rejected_volumes_are_a_failure(
-    allowed: float | None, status: int, tiny: Any, tmp_path: Path, invoke: Invoke
-) -> None:
+def test_too_many_rejected_volumes_are_a_failure(allowed, status, tiny, tmp_path, invoke) -> None:
     for n in range(1, 5):
         tiny.add(f"train_{n}_a_1")
     tiny.path("train_2_a_1", "train").write_bytes(b"<html>")
@@ -179,9 +168,7 @@ def test_too_many_rejected_volumes_are_a_failure(
     assert len(ShardSet(tmp_path / "out", "train").volumes) == 3
 
 
-def test_the_summary_says_what_was_done_and_how_fast(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_summary_says_what_was_done_and_how_fast(tmp_path, monkeypatch, capsys) -> None:
     """Figures by hand: 30 volumes in 45 s are 40 a minute; 123.4 MB of 5 volumes are 24.7 each."""
     rejected = (RejectedVolume("a", "mask", "x"), RejectedVolume("b", EXCLUDED, "y"))
     summary = Summary(
@@ -223,13 +210,7 @@ def test_the_summary_says_what_was_done_and_how_fast(
     assert "per minute" not in capsys.readouterr().out
 
 
-def test_ct_rate_is_written_with_all_its_masks(
-    tiny: Any,
-    tmp_path: Path,
-    write_rex: Callable[..., tuple[Path, Path]],
-    save_nifti: Save,
-    invoke: Invoke,
-) -> None:
+def test_ct_rate_is_written_with_all_its_masks(tiny, tmp_path, write_rex, save_nifti, invoke) -> None:
     for volume in ("train_1_a_1", "train_2_a_1", "train_3_a_1", "train_4_a_1"):
         tiny.add(volume)
     tiny.rows.pop()  # without metadata, but not among the first two
@@ -252,9 +233,7 @@ def test_ct_rate_is_written_with_all_its_masks(
 
 
 @pytest.mark.parametrize(("form", "status"), [("auto", 0), ("v1", 0), ("v2", 1)])
-def test_the_form_is_the_users_to_state(
-    form: str, status: int, tiny_v1: Any, tmp_path: Path, invoke: Invoke
-) -> None:
+def test_the_form_is_the_users_to_state(form, status, tiny_v1, tmp_path, invoke) -> None:
     tiny_v1.add("train_1_a_1")
     answer = invoke(
         "ct-rate", "--root", tiny_v1.root, "--split", "train", "--out", tmp_path / "out", "--form", form
@@ -267,7 +246,7 @@ def test_the_form_is_the_users_to_state(
         assert re.search(r"left out: v1 or v2 +│ +1", answer.stdout)
 
 
-def test_annotations_and_their_masks_belong_together(tmp_path: Path, invoke: Invoke) -> None:
+def test_annotations_and_their_masks_belong_together(tmp_path, invoke) -> None:
     answer = invoke(
         *("ct-rate", "--root", tmp_path, "--split", "train", "--out", tmp_path / "out"),
         *("--rexgroundingct", "x.json"),
@@ -292,9 +271,7 @@ def slices(folder: Path, split: str) -> np.ndarray:
     return np.stack([shards.read_slab(0, z, 1).read_ct(0) for z in range(shards.volumes[0].num_slices)])
 
 
-def test_a_scan_stored_both_ways_gives_the_same_shards(
-    phantom: Volume, tmp_path: Path, invoke: Invoke, save_nifti: Save
-) -> None:
+def test_a_scan_stored_both_ways_gives_the_same_shards(phantom, tmp_path, invoke, save_nifti) -> None:
     """Once as NIfTI in LPS, once as npz in (I, P, L), with a label map in an orientation of its own."""
     for folder in ("nifti", "rad", "masks"):
         (tmp_path / folder).mkdir()
@@ -322,7 +299,7 @@ def test_a_scan_stored_both_ways_gives_the_same_shards(
     np.testing.assert_array_equal(shards.read_slab(0, 0, len(ids)).read_ts(), ids[:, rows][:, :, columns])
 
 
-def test_a_phantom_download_is_written_with_its_labels(tmp_path: Path, invoke: Invoke) -> None:
+def test_a_phantom_download_is_written_with_its_labels(tmp_path, invoke) -> None:
     settings = Settings(seed=3, site="b", matrix=40, slice_mm=(8.0, 8.0), npz_spacing_mm=8.0)
     assert len(list(write_cohort(tmp_path, 2, settings, 1))) == 2
     volumes = sorted((tmp_path / "rad_chestct").glob("*.npz"))
@@ -346,9 +323,7 @@ def test_a_phantom_download_is_written_with_its_labels(tmp_path: Path, invoke: I
         np.testing.assert_array_equal(slices(tmp_path / "out", split), arrays["ct"][::-1])
 
 
-def test_a_folder_of_nifti_files_is_written(
-    tmp_path: Path, tiny: Any, save_nifti: Save, invoke: Invoke
-) -> None:
+def test_a_folder_of_nifti_files_is_written(tmp_path, tiny, save_nifti, invoke) -> None:
     for name in ("scan-a", "scan-b"):
         save_nifti(tmp_path / "in" / f"{name}.nii.gz", tiny.hu(name), tiny.affine())
     save_nifti(tmp_path / "masks" / "scan-b.nii.gz", np.full(SHAPE_XYZ, 51, np.uint8), tiny.affine())
@@ -362,9 +337,7 @@ def test_a_folder_of_nifti_files_is_written(
 
 
 @pytest.mark.real_ct
-def test_real_scans_and_their_label_maps_are_written(
-    real_ct_dir: Path, tmp_path: Path, invoke: Invoke
-) -> None:
+def test_real_scans_and_their_label_maps_are_written(real_ct_dir, tmp_path, invoke) -> None:
     """Two scans stored as LPS and RAS, whose label maps are stored as LAS and RAS."""
     for ct, mask in (
         ("example_ct_sm_3mm", "example_sm_seg117_3mm"),
@@ -391,9 +364,7 @@ def hu(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(-1000, 600, (4, 17, 19)).astype(np.int16)
 
 
-def test_a_tree_of_series_is_written_with_label_maps(
-    tmp_path: Path, invoke: Invoke, write_series: Write, save_nifti: Save
-) -> None:
+def test_a_tree_of_series_is_written_with_label_maps(tmp_path, invoke, write_series, save_nifti) -> None:
     write_series(tmp_path / "in" / "study ä" / "1", hu(1), series="1.2.3")
     write_series(tmp_path / "in" / "study ä" / "2", hu(2), (-1, 0, 0, 0, -1, 0), series="1.2.4")
     (tmp_path / "in" / "DICOMDIR").write_bytes(b"no preamble")
@@ -423,9 +394,7 @@ def test_a_tree_of_series_is_written_with_label_maps(
     np.testing.assert_array_equal(shards.read_slab(1, 0, 4).read_ts(), expected_ids)
 
 
-def test_a_series_with_a_gap_is_listed_and_the_others_are_written(
-    tmp_path: Path, invoke: Invoke, write_series: Write
-) -> None:
+def test_a_series_with_a_gap_is_listed_and_the_others_are_written(tmp_path, invoke, write_series) -> None:
     write_series(tmp_path / "in" / "1", hu(1), series="1.2.3")
     write_series(tmp_path / "in" / "2", hu(2), series="1.2.4")[2].unlink()
     answer = invoke("dicom", tmp_path / "in", "--out", tmp_path / "out")
@@ -437,7 +406,7 @@ def test_a_series_with_a_gap_is_listed_and_the_others_are_written(
 
 @pytest.mark.real_ct
 def test_a_real_series_and_its_label_map_become_the_shard_of_their_nifti(
-    real_ct_dir: Path, tmp_path: Path, invoke: Invoke
+    real_ct_dir, tmp_path, invoke
 ) -> None:
     """The label map is stored as LAS and lies on the series by its affine alone."""
     links = {"dicom": "series", "nifti": "ct_native.nii.gz", "masks": "seg117_native.nii.gz"}

@@ -2,7 +2,6 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def hu_shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_statistics_are_shown_beside_the_windows_in_use_and_written(hu_shards: Path, invoke: Any) -> None:
+def test_statistics_are_shown_beside_the_windows_in_use_and_written(hu_shards, invoke) -> None:
     out, picture = hu_shards / "hu.json", hu_shards / "hu.png"
     answer = invoke("hu-stats", hu_shards, "--out", out, "--picture", picture)
     assert answer.exit_code == 0, answer.output
@@ -44,13 +43,13 @@ def test_statistics_are_shown_beside_the_windows_in_use_and_written(hu_shards: P
         assert np.asarray(image.convert("L")).std() > 10
 
 
-def test_a_sample_is_as_large_as_asked_for(hu_shards: Path, invoke: Any) -> None:
+def test_a_sample_is_as_large_as_asked_for(hu_shards, invoke) -> None:
     answer = invoke("hu-stats", hu_shards, "--volumes", 1, "--slice-stride", 2)
     assert answer.exit_code == 0, answer.output
     assert "1 volumes, 2 slices" in answer.stdout
 
 
-def test_a_damaged_volume_ends_with_status_1_and_its_name(hu_shards: Path, invoke: Any) -> None:
+def test_a_damaged_volume_ends_with_status_1_and_its_name(hu_shards, invoke) -> None:
     shard = hu_shards / "train-000000.tar"
     content = bytearray(shard.read_bytes())
     content[512:600] = bytes(88)
@@ -72,7 +71,7 @@ def mask_shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_weights_are_shown_beside_those_in_use_and_written(mask_shards: Path, invoke: Any) -> None:
+def test_weights_are_shown_beside_those_in_use_and_written(mask_shards, invoke) -> None:
     answer = invoke("pos-weights", mask_shards, "--out", mask_shards / "weights")
     assert answer.exit_code == 0, answer.output
     assert "totalsegmentator: 1 volumes, 1 without" in answer.stdout
@@ -89,7 +88,7 @@ def test_weights_are_shown_beside_those_in_use_and_written(mask_shards: Path, in
     assert [path.name for path in (mask_shards / "weights").iterdir()] == ["totalsegmentator.csv"]
 
 
-def test_a_damaged_shard_ends_with_status_1_and_its_name(mask_shards: Path, invoke: Any) -> None:
+def test_a_damaged_shard_ends_with_status_1_and_its_name(mask_shards, invoke) -> None:
     content = (mask_shards / "train-000000.tar").read_bytes()
     png = content.index(b"\x89PNG")
     (mask_shards / "train-000000.tar").write_bytes(content[:png] + bytes(30) + content[png + 30 :])

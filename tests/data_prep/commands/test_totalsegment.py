@@ -78,9 +78,7 @@ def ids_of(image: nib.Nifti1Image) -> nib.Nifti1Image:
     return nib.Nifti1Image(ids, image.affine, image.header)
 
 
-def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(
-    answer_with: Callable[..., None], tmp_path: Path, save_nifti: Callable[..., Path]
-) -> None:
+def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(answer_with, tmp_path, save_nifti) -> None:
     for seed, name in enumerate(("sub/a.nii.gz", "b.nii")):
         save_nifti(tmp_path / "in" / name, scan(seed), AFFINE)
     answer_with(ids_of)
@@ -100,9 +98,7 @@ def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(
 
 
 @pytest.mark.real_ct
-def test_real_label_maps_reach_the_shards(
-    answer_with: Callable[..., None], real_ct_dir: Path, tmp_path: Path
-) -> None:
+def test_real_label_maps_reach_the_shards(answer_with, real_ct_dir, tmp_path) -> None:
     """The label map that the package's authors publish for this CT, in place of the one the weights make."""
     real = nib.load(real_ct_dir / "totalseg_example_sm_seg117_3mm.nii.gz")
     (tmp_path / "in").mkdir()
@@ -133,11 +129,7 @@ def test_real_label_maps_reach_the_shards(
 
 @pytest.mark.parametrize(("allowed", "status"), [(None, 1), (0.5, 0)])
 def test_volumes_without_a_label_map_are_listed_and_a_failure(
-    allowed: float | None,
-    status: int,
-    answer_with: Callable[..., None],
-    tmp_path: Path,
-    save_nifti: Callable[..., Path],
+    allowed, status, answer_with, tmp_path, save_nifti
 ) -> None:
     save_nifti(tmp_path / "in" / "a.nii.gz", scan(0), AFFINE)
     save_nifti(tmp_path / "in" / "raw.nii.gz", scan(1) + 1024, np.eye(4))
@@ -153,9 +145,7 @@ def test_volumes_without_a_label_map_are_listed_and_a_failure(
     assert (said is not None) == (status == 1)
 
 
-def test_processes_share_a_folder(
-    answer_with: Callable[..., None], tmp_path: Path, save_nifti: Callable[..., Path]
-) -> None:
+def test_processes_share_a_folder(answer_with, tmp_path, save_nifti) -> None:
     for seed, name in enumerate("abc"):
         save_nifti(tmp_path / "in" / f"{name}.nii.gz", scan(seed), AFFINE)
     answer_with(ids_of)
@@ -169,23 +159,14 @@ def test_processes_share_a_folder(
     assert (tmp_path / "out" / "rejected-2of2.csv").is_file()
 
 
-def test_mistakes_end_in_one_line(
-    weights: Path,
-    tmp_path: Path,
-    save_nifti: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_mistakes_end_in_one_line(weights, tmp_path, save_nifti, monkeypatch, capsys) -> None:
     save_nifti(tmp_path / "in" / "a.nii.gz", scan(0), AFFINE)
     outside = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     for arguments, message in (
         ([str(tmp_path / "in"), "--out", str(tmp_path / "in" / "masks")], "out must lie outside '"),
-        ([str(tmp_path / "weights"), *outside], "got none in"),
-        (
-            [str(tmp_path / "in"), *outside, "--part", "3/2"],
-            "part must be a part of a whole such as 1/4",
-        ),
-        ([str(tmp_path / "in"), *outside, "--fast"], "TotalSegmentator's weights must be in '"),
+        ([str(tmp_path / "weights"), *outside], "No volume in"),
+        ([str(tmp_path / "in"), *outside, "--part", "3/2"], "part must be a part such as 1/4"),
+        ([str(tmp_path / "in"), *outside, "--fast"], "No weights of TotalSegmentator in '"),
     ):
         monkeypatch.setattr(sys, "argv", ["data_prep", "totalsegment", *arguments])
         monkeypatch.setattr("requests.api.request", no_network)

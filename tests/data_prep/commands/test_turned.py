@@ -1,14 +1,12 @@
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+import pytest
 from typer.testing import Result
 
 
-def test_volumes_are_written_once_and_those_that_are_no_ct_are_listed(
-    tmp_path: Path, run_command: Callable[..., Result]
-) -> None:
+@pytest.mark.usefixtures("any_values")
+def test_volumes_are_written_once_and_those_that_are_no_ct_are_listed(tmp_path, run_command) -> None:
     root, out = tmp_path / "rad", tmp_path / "out"
     root.mkdir()
     for number in (1, 2):

@@ -1,6 +1,5 @@
 import errno
 import socket
-from typing import Any
 
 import pytest
 
@@ -9,7 +8,7 @@ from data_prep.hub.access import explained, one_line, open_repository
 REPO = "owner/CT"
 
 
-def test_a_dataset_that_is_open_to_the_token_is_opened_at_its_commit(start_hub: Any) -> None:
+def test_a_dataset_that_is_open_to_the_token_is_opened_at_its_commit(start_hub) -> None:
     hub = start_hub(REPO)
     api, commit = open_repository(REPO, endpoint=hub.url)
     assert (api.endpoint, commit) == (hub.url, hub.COMMIT)
@@ -17,43 +16,32 @@ def test_a_dataset_that_is_open_to_the_token_is_opened_at_its_commit(start_hub: 
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "GatedRepo"), (403, "GatedRepo"), (401, ""), (403, "")])
-def test_a_dataset_whose_terms_are_not_accepted_says_where_and_how(
-    status: int, code: str, start_hub: Any
-) -> None:
+def test_a_dataset_whose_terms_are_not_accepted_says_where_and_how(status, code, start_hub) -> None:
     hub = start_hub(REPO)
     hub.refusal = (status, code)
     with pytest.raises(PermissionError) as caught:
         open_repository(REPO, endpoint=hub.url)
-    assert str(caught.value) == (
-        f"access to the dataset 'owner/CT' must be granted to you, got status {status}. Log in, accept "
-        f"its terms on {hub.url}/datasets/owner/CT, and run: "
-        "hf auth login (or set HF_TOKEN to a token that may read it)."
-    )
+    assert f"'owner/CT' (status {status})" in str(caught.value)
+    assert f"{hub.url}/datasets/owner/CT, and run: hf auth login" in str(caught.value)
 
 
-def test_a_dataset_or_revision_that_is_not_there_is_named(start_hub: Any) -> None:
+def test_a_dataset_or_revision_that_is_not_there_is_named(start_hub) -> None:
     hub = start_hub(REPO)
-    with pytest.raises(
-        FileNotFoundError, match="the dataset must exist on .*, got status 404 for 'owner/MR'"
-    ):
+    with pytest.raises(FileNotFoundError, match="dataset 'owner/MR' on .*404"):
         open_repository("owner/MR", endpoint=hub.url)
-    with pytest.raises(
-        FileNotFoundError, match="the revision must exist on .*, got status 404 for 'owner/CT'"
-    ):
+    with pytest.raises(FileNotFoundError, match="revision of 'owner/CT' on .*404"):
         open_repository(REPO, "v9", hub.url)
 
 
-def test_a_hub_out_of_reach_is_said_in_one_line(start_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_said_in_one_line(start_hub, monkeypatch) -> None:
     start_hub(REPO)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-    with pytest.raises(
-        ConnectionError, match=rf"{url} must answer, got .*refused.*\. Check the network\."
-    ) as caught:
+    with pytest.raises(ConnectionError, match=rf"{url} does not answer: .*refused") as caught:
         open_repository(REPO, endpoint=url)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE must not be set for a download"):
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
         open_repository(REPO, endpoint=url)
 
 
@@ -61,7 +49,7 @@ def test_a_full_disk_ends_a_download_and_a_damaged_file_does_not() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT):
         full = explained(OSError(number, "No space left"), REPO, "https://hub")
         assert full is not None
-        assert "the disk must have room, got none left. Free some and run again." in str(full)
+        assert "disk is full" in str(full)
     assert explained(OSError("file must have 3 bytes"), REPO, "https://hub") is None
     assert explained(RuntimeError("xet"), REPO, "https://hub") is None
 

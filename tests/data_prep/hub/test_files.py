@@ -1,5 +1,3 @@
-from typing import Any
-
 import pytest
 
 from data_prep.hub.access import open_repository
@@ -27,7 +25,7 @@ def names_of(files: list[RemoteFile]) -> list[str]:
     return [stem_of(file) for file in files]
 
 
-def test_a_listing_of_many_pages_holds_every_file_once(start_hub: Any) -> None:
+def test_a_listing_of_many_pages_holds_every_file_once(start_hub) -> None:
     hub = start_hub(REPO)
     hub.page_size = 3
     hub.files = {
@@ -43,7 +41,7 @@ def test_a_listing_of_many_pages_holds_every_file_once(start_hub: Any) -> None:
     assert len(pages) == 7  # 8 files, 4 folders of patients and 8 of scans, 3 a page
 
 
-def test_tables_and_volumes_of_ct_rate_lie_where_ct_rate_reads_them(start_hub: Any, tiny: Any) -> None:
+def test_tables_and_volumes_of_ct_rate_lie_where_ct_rate_reads_them(start_hub, tiny) -> None:
     """The hub's layout is that of ``TinyCTRate``, which the tests of ``ct-rate`` read."""
     for number in (1, 2, 31):
         tiny.add(f"train_{number}_a_1")
@@ -83,7 +81,7 @@ def test_tables_and_volumes_of_ct_rate_lie_where_ct_rate_reads_them(start_hub: A
     assert paths(label_map_places(None, parse_patients("1"))) == []
 
 
-def test_the_other_datasets_are_found_by_the_names_of_their_files(start_hub: Any) -> None:
+def test_the_other_datasets_are_found_by_the_names_of_their_files(start_hub) -> None:
     hub = start_hub(REPO)
     hub.files = dict.fromkeys(
         (
@@ -133,6 +131,6 @@ def test_the_patient_of_rad_chestct_is_the_number_of_the_scan() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1:", "a", "5:3", "-1", "1;2", "1,,2"])
-def test_patients_that_are_no_numbers_are_refused(text: str) -> None:
+def test_patients_that_are_no_numbers_are_refused(text) -> None:
     with pytest.raises(ValueError, match="patients must be numbers and ranges such as 1:100,205, got"):
         parse_patients(text)

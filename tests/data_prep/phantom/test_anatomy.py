@@ -50,23 +50,21 @@ def test_ids_are_totalsegmentators() -> None:
     )
 
 
-def test_both_lungs_hold_about_five_litres(anatomy: Anatomy) -> None:
+def test_both_lungs_hold_about_five_litres(anatomy) -> None:
     corners = np.random.default_rng(1).uniform(LUNG_BOX[0], LUNG_BOX[1], (40_000, 3))
     share = in_lung(anatomy, *columns(corners)).mean()
     litres = share * np.prod(LUNG_BOX[1] - LUNG_BOX[0]) / 1e6
     assert 3.5 < litres < 6.5
 
 
-def test_no_lung_lies_outside_of_the_sampling_box(anatomy: Anatomy) -> None:
+def test_no_lung_lies_outside_of_the_sampling_box(anatomy) -> None:
     margin = 15
     wide = np.random.default_rng(2).uniform(LUNG_BOX[0] - margin, LUNG_BOX[1] + margin, (60_000, 3))
     outside = ((wide < LUNG_BOX[0]) | (wide > LUNG_BOX[1])).any(axis=1)
     assert not in_lung(anatomy, *columns(wide[outside])).any()
 
 
-def test_lung_points_lie_in_the_lungs_off_mediastinum_diaphragm_and_ribs(
-    anatomy: Anatomy, points: np.ndarray
-) -> None:
+def test_lung_points_lie_in_the_lungs_off_mediastinum_diaphragm_and_ribs(anatomy, points) -> None:
     x, y, z = columns(points)
     assert len(points) == 4000
     assert in_lung(anatomy, x, y, z).all()
@@ -76,12 +74,12 @@ def test_lung_points_lie_in_the_lungs_off_mediastinum_diaphragm_and_ribs(
     assert (body_field(anatomy, x, y, z) < 1).all()
 
 
-def test_lung_points_keep_off_the_ribs_on_demand(anatomy: Anatomy) -> None:
+def test_lung_points_keep_off_the_ribs_on_demand(anatomy) -> None:
     inner = lung_points(anatomy, np.random.default_rng(0), 300, max_cage_field=0.4)
     assert (cage_field(*columns(inner)) < 0.4).all()
 
 
-def test_lobes_lie_on_their_sides_and_in_their_order(anatomy: Anatomy, points: np.ndarray) -> None:
+def test_lobes_lie_on_their_sides_and_in_their_order(anatomy, points) -> None:
     ids = lobe_ids(anatomy, *columns(points))
     place = {lobe: points[ids == TS_IDS[lobe]].mean(axis=0) for lobe in LOBES}
     for lobe, (x, _, _) in place.items():
@@ -96,14 +94,14 @@ def test_lobes_lie_on_their_sides_and_in_their_order(anatomy: Anatomy, points: n
     assert middle[2] < place["lung_upper_lobe_right"][2]
 
 
-def test_the_middle_lobe_is_the_smallest(anatomy: Anatomy, points: np.ndarray) -> None:
+def test_the_middle_lobe_is_the_smallest(anatomy, points) -> None:
     ids = lobe_ids(anatomy, *columns(points))
     counts = {lobe: int((ids == TS_IDS[lobe]).sum()) for lobe in LOBES}
     assert min(counts, key=lambda lobe: counts[lobe]) == "lung_middle_lobe_right"
     assert min(counts.values()) > 100
 
 
-def test_fissures_separate_the_lobes(anatomy: Anatomy, points: np.ndarray) -> None:
+def test_fissures_separate_the_lobes(anatomy, points) -> None:
     oblique, horizontal = fissure_distances(anatomy, *columns(points))
     ids = lobe_ids(anatomy, *columns(points))
     lower = np.isin(ids, [TS_IDS["lung_lower_lobe_left"], TS_IDS["lung_lower_lobe_right"]])
@@ -111,7 +109,7 @@ def test_fissures_separate_the_lobes(anatomy: Anatomy, points: np.ndarray) -> No
     assert (horizontal[ids == TS_IDS["lung_middle_lobe_right"]] < 0).all()
 
 
-def test_lobe_name_is_what_a_report_says(anatomy: Anatomy) -> None:
+def test_lobe_name_is_what_a_report_says(anatomy) -> None:
     assert lobe_name(anatomy, np.array([80.0, -40.0, 40.0])) == "left upper lobe"
     assert lobe_name(anatomy, np.array([-80.0, 60.0, -60.0])) == "right lower lobe"
 
@@ -134,7 +132,7 @@ def test_back_distance_is_zero_on_the_cage() -> None:
     np.testing.assert_allclose(cage_field(np.zeros(3, np.float32), y, z), 1.0, atol=1e-4)
 
 
-def test_the_heart_lies_in_the_mediastinum_mostly_to_the_left(anatomy: Anatomy) -> None:
+def test_the_heart_lies_in_the_mediastinum_mostly_to_the_left(anatomy) -> None:
     box = np.random.default_rng(3).uniform([-90, -90, -130], [110, 60, 10], (20_000, 3))
     inside = anatomy.heart_field(*columns(box)) < 1
     assert mediastinum(anatomy, *columns(box[inside])).all()

@@ -30,22 +30,20 @@ def center(canvas: Canvas, name: str) -> np.ndarray:
     return np.array([canvas.grid.x[y, x].mean(), canvas.grid.y[y, x].mean(), canvas.grid.z[z].mean()])
 
 
-def test_all_ribs_lie_on_their_side_and_one_below_the_other(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_all_ribs_lie_on_their_side_and_one_below_the_other(drawn) -> None:
     for side, sign in (("left", 1), ("right", -1)):
         ribs = [center(drawn[0], f"rib_{side}_{number}") for number in range(1, 13)]
         assert all(rib[0] * sign > 10 for rib in ribs)
         assert (np.diff([rib[2] for rib in ribs]) < 0).all()
 
 
-def test_vertebrae_lie_in_the_middle_one_below_the_other(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_vertebrae_lie_in_the_middle_one_below_the_other(drawn) -> None:
     spine = [center(drawn[0], f"vertebrae_{name}") for name in ["C7", *(f"T{n}" for n in range(1, 13)), "L1"]]
     assert all(abs(vertebra[0]) < 3 for vertebra in spine)
     np.testing.assert_allclose(-np.diff([vertebra[2] for vertebra in spine]), 22.5, atol=8)
 
 
-def test_the_cord_runs_behind_the_vertebral_bodies_and_the_sternum_lies_in_front(
-    drawn: tuple[Canvas, np.ndarray],
-) -> None:
+def test_the_cord_runs_behind_the_vertebral_bodies_and_the_sternum_lies_in_front(drawn) -> None:
     cord, sternum = center(drawn[0], "spinal_cord"), center(drawn[0], "sternum")
     z, y, _ = np.nonzero(np.isin(drawn[0].labels, [TS_IDS[f"vertebrae_T{n}"] for n in range(5, 9)]))
     assert cord[1] > drawn[0].grid.y[y, 48].min() + 20
@@ -53,13 +51,13 @@ def test_the_cord_runs_behind_the_vertebral_bodies_and_the_sternum_lies_in_front
 
 
 @pytest.mark.parametrize("name", ["scapula", "clavicula", "humerus", "autochthon"])
-def test_paired_structures_lie_on_their_sides(drawn: tuple[Canvas, np.ndarray], name: str) -> None:
+def test_paired_structures_lie_on_their_sides(drawn, name) -> None:
     left, right = center(drawn[0], f"{name}_left"), center(drawn[0], f"{name}_right")
     assert left[0] > 10
     assert right[0] == pytest.approx(-left[0], abs=6)
 
 
-def test_bones_are_bright_lungs_dark_and_air_surrounds_the_body(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_bones_are_bright_lungs_dark_and_air_surrounds_the_body(drawn) -> None:
     canvas, _ = drawn
     bones = [
         TS_IDS[name] for name in ("rib_left_5", "vertebrae_T6", "sternum", "scapula_left", "humerus_left")
@@ -71,7 +69,7 @@ def test_bones_are_bright_lungs_dark_and_air_surrounds_the_body(drawn: tuple[Can
     assert (canvas.hu[:, 0] == -1000).all()
 
 
-def test_more_fat_makes_a_wider_body_of_more_fat(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_more_fat_makes_a_wider_body_of_more_fat(drawn) -> None:
     stout, _ = draw(Anatomy(fat_mm=35.0))
     assert (stout.hu > -900).sum() > 1.1 * (drawn[0].hu > -900).sum()
     fat = [((canvas.hu < -80) & (canvas.hu > -120)).sum() for canvas in (drawn[0], stout)]
@@ -82,7 +80,7 @@ def test_more_fat_makes_a_wider_body_of_more_fat(drawn: tuple[Canvas, np.ndarray
     )
 
 
-def test_breasts_lie_in_front_of_the_chest_wall(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_breasts_lie_in_front_of_the_chest_wall(drawn) -> None:
     female, _ = draw(Anatomy(female=True))
     added = (female.hu > -900) & (drawn[0].hu < -900)
     z, y, x = np.nonzero(added)
@@ -92,20 +90,20 @@ def test_breasts_lie_in_front_of_the_chest_wall(drawn: tuple[Canvas, np.ndarray]
     assert added[:, :, 48:].any()
 
 
-def test_lowered_arms_lie_beside_the_body(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_lowered_arms_lie_beside_the_body(drawn) -> None:
     lowered, _ = draw(Anatomy(arms_down=True))
     assert center(lowered, "humerus_left")[2] < center(drawn[0], "humerus_left")[2] - 40
     assert abs(center(lowered, "humerus_right")[0]) > 160
 
 
-def test_the_abdomen_lies_below_the_lungs(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_the_abdomen_lies_below_the_lungs(drawn) -> None:
     canvas, abdomen = drawn
     assert abdomen[0].any()
     assert not abdomen[canvas.grid.z > -60].any()
     assert not (abdomen & IS_LUNG[canvas.labels]).any()
 
 
-def test_deeper_breath_gives_larger_lungs(drawn: tuple[Canvas, np.ndarray]) -> None:
+def test_deeper_breath_gives_larger_lungs(drawn) -> None:
     deep, _ = draw(Anatomy(dome_mm=(-18.0, -18.0)))
     assert IS_LUNG[deep.labels].sum() > 1.05 * IS_LUNG[drawn[0].labels].sum()
 

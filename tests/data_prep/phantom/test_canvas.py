@@ -21,7 +21,7 @@ def volume_mm3(drawn: Canvas, region: Region) -> float:
 
 @pytest.mark.parametrize("pose", [STRAIGHT, TURNED])
 @pytest.mark.parametrize(("angle_deg", "lean"), [(0.0, 0.0), (35.0, 0.0), (-60.0, 0.4)])
-def test_ellipsoid_has_the_volume_of_its_half_axes(pose: Pose, angle_deg: float, lean: float) -> None:
+def test_ellipsoid_has_the_volume_of_its_half_axes(pose, angle_deg, lean) -> None:
     drawn = canvas(pose)
     region = drawn.ellipsoid((4.0, -3.0, 2.0), (26.0, 15.0, 19.0), angle_deg, lean)
     # Leaning is a shear: it keeps the volume.

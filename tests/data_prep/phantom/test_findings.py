@@ -21,7 +21,7 @@ from data_prep.phantom.findings import (
 from data_prep.phantom.grid import Grid, Pose
 from data_prep.phantom.lungs import grow_tree
 from data_prep.phantom.organs import draw_abdomen, draw_mediastinum
-from data_prep.phantom.scene import Drawer, Finding, Fluid, Scene
+from data_prep.phantom.scene import Finding, Fluid, Scene
 
 
 @cache
@@ -71,7 +71,7 @@ def center(of: Scene, finding: Finding) -> np.ndarray:
         draw_coronary_calcification,
     ],
 )
-def test_severity_makes_a_finding_larger(draw: Drawer) -> None:
+def test_severity_makes_a_finding_larger(draw) -> None:
     mild, gross = (
         np.mean([size(draw(scene(), rng(s), severity)) for s in range(3)]) for severity in (0.1, 1.0)
     )
@@ -137,7 +137,7 @@ def test_nodes_displace_fat_and_lung_only() -> None:
     ("draw", "organ"),
     [(draw_arterial_calcification, "aorta"), (draw_coronary_calcification, "heart")],
 )
-def test_calcium_is_bright_and_at_its_organ(draw: Drawer, organ: str) -> None:
+def test_calcium_is_bright_and_at_its_organ(draw, organ) -> None:
     ill = scene()
     before = ill.canvas.hu.copy()
     reach = ill.canvas.labels == TS_IDS[organ]

@@ -65,13 +65,13 @@ def test_a_box_outside_of_the_volume_is_empty() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 23), (5, 0)])
-def test_grid_refuses_empty_volumes(sizes: tuple[int, int]) -> None:
+def test_grid_refuses_empty_volumes(sizes) -> None:
     with pytest.raises(ValueError, match="num_slices and matrix must be positive"):
         Grid(sizes[0], sizes[1], 1.0, 1.0, 0.0, TURNED)
 
 
 @pytest.mark.parametrize("spacing", [(0.0, 1.0), (1.0, -2.0), (float("nan"), 1.0)])
-def test_grid_refuses_spacing_that_is_not_positive(spacing: tuple[float, float]) -> None:
+def test_grid_refuses_spacing_that_is_not_positive(spacing) -> None:
     with pytest.raises(ValueError, match="pixel_mm and slice_mm must be positive"):
         Grid(2, 3, spacing[0], spacing[1], 0.0, TURNED)
 

@@ -67,7 +67,7 @@ def union(of: Scene, found: list[Finding]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("drawer", DRAWERS)
-def test_findings_stay_in_the_lungs_and_keep_the_labels(lungs: Scene, drawer: Drawer) -> None:
+def test_findings_stay_in_the_lungs_and_keep_the_labels(lungs, drawer) -> None:
     for seed in SEEDS:
         drawn, found = draw(lungs, drawer, 0.8, seed)
         mask = union(drawn, found)
@@ -79,7 +79,7 @@ def test_findings_stay_in_the_lungs_and_keep_the_labels(lungs: Scene, drawer: Dr
 
 
 @pytest.mark.parametrize("drawer", DRAWERS)
-def test_severity_makes_a_finding_more_conspicuous(lungs: Scene, drawer: Drawer) -> None:
+def test_severity_makes_a_finding_more_conspicuous(lungs, drawer) -> None:
     def change(severity: float) -> float:
         drawn = [draw(lungs, drawer, severity, seed)[0] for seed in SEEDS]
         return float(np.mean([np.abs(d.canvas.hu - lungs.canvas.hu).sum() for d in drawn]))
@@ -99,13 +99,13 @@ def test_severity_makes_a_finding_more_conspicuous(lungs: Scene, drawer: Drawer)
         (draw_septal, -800, -150),
     ],
 )
-def test_findings_have_their_density(lungs: Scene, drawer: Drawer, low: float, high: float) -> None:
+def test_findings_have_their_density(lungs, drawer, low, high) -> None:
     for seed in SEEDS:
         drawn, found = draw(lungs, drawer, 0.7, seed)
         assert low < np.median(drawn.canvas.hu[union(drawn, found)]) < high
 
 
-def test_vessels_stay_visible_in_ground_glass_and_not_in_consolidation(lungs: Scene) -> None:
+def test_vessels_stay_visible_in_ground_glass_and_not_in_consolidation(lungs) -> None:
     vessels = lungs.canvas.hu > -300
     contrast = []
     for drawer in (draw_opacity, draw_consolidation):
@@ -117,7 +117,7 @@ def test_vessels_stay_visible_in_ground_glass_and_not_in_consolidation(lungs: Sc
     assert contrast[1] < 100
 
 
-def test_acute_disease_gathers_around_the_focus(lungs: Scene) -> None:
+def test_acute_disease_gathers_around_the_focus(lungs) -> None:
     for drawer in (draw_opacity, draw_consolidation):
         _, found = draw(lungs, drawer, 0.4)
         assert found[0].location == "right lower lobe"
@@ -125,7 +125,7 @@ def test_acute_disease_gathers_around_the_focus(lungs: Scene) -> None:
     assert (first & second).any()
 
 
-def test_nodules_have_their_diameter(lungs: Scene) -> None:
+def test_nodules_have_their_diameter(lungs) -> None:
     voxel = float(np.prod(lungs.canvas.grid.voxel))
     ratios = []
     for seed in range(12):
@@ -137,38 +137,38 @@ def test_nodules_have_their_diameter(lungs: Scene) -> None:
     assert 0.4 < np.median(ratios) < 1.4
 
 
-def test_nodules_also_come_as_a_shower_of_micronodules(lungs: Scene) -> None:
+def test_nodules_also_come_as_a_shower_of_micronodules(lungs) -> None:
     codes = [draw(lungs, draw_nodules, 0.5, seed)[1][0].code for seed in range(40)]
     assert codes.count("1e") >= 1
     assert codes.count("2d") > 25
 
 
-def test_emphysema_prefers_the_upper_lungs(lungs: Scene) -> None:
+def test_emphysema_prefers_the_upper_lungs(lungs) -> None:
     drawn, found = draw(lungs, draw_emphysema, 0.7)
     mask, upper = union(drawn, found), lungs.canvas.grid.z > 0
     lung = IS_LUNG[lungs.canvas.labels]
     assert mask[upper].sum() / lung[upper].sum() > 1.3 * mask[~upper].sum() / lung[~upper].sum()
 
 
-def test_septa_thicken_near_the_pleura(lungs: Scene) -> None:
+def test_septa_thicken_near_the_pleura(lungs) -> None:
     drawn, found = draw(lungs, draw_septal, 0.5)
     box, mask = found[0].region
     field = np.broadcast_to(cage_field(*drawn.canvas.grid.offsets(box)), mask.shape)
     assert field[mask].min() > 0.4
 
 
-def test_fibrosis_is_bands_or_honeycomb(lungs: Scene) -> None:
+def test_fibrosis_is_bands_or_honeycomb(lungs) -> None:
     codes = {draw(lungs, draw_fibrosis, 0.6, seed)[1][0].code for seed in range(20)}
     assert codes == {"2a", "2f"}
 
 
-def test_atelectasis_is_plates_or_lies_at_the_back(lungs: Scene) -> None:
+def test_atelectasis_is_plates_or_lies_at_the_back(lungs) -> None:
     texts = {draw(lungs, draw_atelectasis, 0.6, seed)[1][0].text.split()[0] for seed in range(10)}
     assert texts == {"Plate-like", "Dependent"}
 
 
 @pytest.mark.parametrize("drawer", [draw_bronchiectasis, draw_peribronchial])
-def test_thick_bronchi_are_walls_around_air(lungs: Scene, drawer: Drawer) -> None:
+def test_thick_bronchi_are_walls_around_air(lungs, drawer) -> None:
     drawn, found = draw(lungs, drawer, 0.9)
     change = drawn.canvas.hu - lungs.canvas.hu
     assert change.max() > 200

@@ -24,18 +24,18 @@ def canvas() -> Canvas:
     return drawn
 
 
-def test_every_branch_starts_at_a_hilum_or_at_the_end_of_another(tree: Tree) -> None:
+def test_every_branch_starts_at_a_hilum_or_at_the_end_of_another(tree) -> None:
     starts = {tuple(start) for start in tree.start}
     ends = {tuple(end) for end in tree.end} | {tuple(hilum) for hilum in HILA.values()}
     assert starts <= ends
 
 
-def test_tips_lie_in_the_lung_of_their_hilum(tree: Tree) -> None:
+def test_tips_lie_in_the_lung_of_their_hilum(tree) -> None:
     assert in_lung(Anatomy(seed=(5,)), *tree.end.T.astype(np.float32)).all()
     assert (np.sign(tree.start[:, 0]) == np.sign(tree.end[:, 0])).all()
 
 
-def test_no_branch_is_thicker_than_the_one_that_feeds_it(tree: Tree) -> None:
+def test_no_branch_is_thicker_than_the_one_that_feeds_it(tree) -> None:
     radius = {tuple(end): r for end, r in zip(tree.end, tree.radius_mm, strict=True)}
     pairs = [
         (radius[tuple(s)], r) for s, r in zip(tree.start, tree.radius_mm, strict=True) if tuple(s) in radius
@@ -45,7 +45,7 @@ def test_no_branch_is_thicker_than_the_one_that_feeds_it(tree: Tree) -> None:
     assert tree.radius_mm.max() > 3 * tree.radius_mm.min()
 
 
-def test_points_follow_the_branches_from_start_to_end(tree: Tree) -> None:
+def test_points_follow_the_branches_from_start_to_end(tree) -> None:
     points, radius, branch = tree.points(2.0)
     first = np.searchsorted(branch, np.arange(len(tree.end)))
     last = np.searchsorted(branch, np.arange(len(tree.end)), side="right") - 1
@@ -56,19 +56,19 @@ def test_points_follow_the_branches_from_start_to_end(tree: Tree) -> None:
     assert np.percentile(np.linalg.norm(np.diff(points, axis=0), axis=1)[same], 95) < 2.5
 
 
-def test_points_can_be_limited_to_some_branches(tree: Tree) -> None:
+def test_points_can_be_limited_to_some_branches(tree) -> None:
     _, _, branch = tree.points(2.0, tree.radius_mm > 2)
     assert set(branch) == set(np.flatnonzero(tree.radius_mm > 2))
 
 
-def test_the_same_patient_has_the_same_vessels(tree: Tree) -> None:
+def test_the_same_patient_has_the_same_vessels(tree) -> None:
     again = grow_tree(Anatomy(seed=(5,)), num_tips=300)
     np.testing.assert_array_equal(tree.end, again.end)
     other = grow_tree(Anatomy(seed=(6,)), num_tips=300)
     assert not np.array_equal(tree.end, other.end)
 
 
-def test_vessels_brighten_the_lungs_and_leave_the_rest(tree: Tree, canvas: Canvas) -> None:
+def test_vessels_brighten_the_lungs_and_leave_the_rest(tree, canvas) -> None:
     before = canvas.hu.copy()
     lung = IS_LUNG[canvas.labels]
     draw_vessels(canvas, Anatomy(), tree)
@@ -77,7 +77,7 @@ def test_vessels_brighten_the_lungs_and_leave_the_rest(tree: Tree, canvas: Canva
     assert 0.01 < (canvas.hu[lung] > before[lung] + 100).mean() < 0.15
 
 
-def test_bronchi_run_beside_the_vessels(tree: Tree, canvas: Canvas) -> None:
+def test_bronchi_run_beside_the_vessels(tree, canvas) -> None:
     points, inner = airway_points(canvas, Anatomy(), tree)
     vessel, radius, _ = tree.points(1.0)
     gap = np.sqrt(((points[::7, None] - vessel[None]) ** 2).sum(axis=2))
@@ -86,7 +86,7 @@ def test_bronchi_run_beside_the_vessels(tree: Tree, canvas: Canvas) -> None:
     assert gap.min(axis=1).max() < 16
 
 
-def test_bronchi_have_air_inside_of_a_wall(tree: Tree) -> None:
+def test_bronchi_have_air_inside_of_a_wall(tree) -> None:
     canvas = Canvas(Grid(16, 192, 1.5, 2.5, -50.0, POSE))
     draw_body(canvas, Anatomy())
     lung = IS_LUNG[canvas.labels]

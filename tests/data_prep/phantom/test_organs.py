@@ -54,27 +54,27 @@ RIGHT = (
 
 
 @pytest.mark.parametrize(("names", "sign"), [(LEFT, 1), (RIGHT, -1)])
-def test_organs_lie_on_their_sides(plain: Canvas, names: tuple[str, ...], sign: int) -> None:
+def test_organs_lie_on_their_sides(plain, names, sign) -> None:
     for name in names:
         assert center(plain, name)[0] * sign > 5, name
 
 
-def test_organs_lie_in_their_order_from_head_to_feet(plain: Canvas) -> None:
+def test_organs_lie_in_their_order_from_head_to_feet(plain) -> None:
     order = ("thyroid_gland", "brachiocephalic_vein_left", "heart", "liver", "kidney_right")
     assert (np.diff([center(plain, name)[2] for name in order]) < 0).all()
 
 
-def test_organs_lie_in_their_order_from_front_to_back(plain: Canvas) -> None:
+def test_organs_lie_in_their_order_from_front_to_back(plain) -> None:
     order = ("sternum", "heart", "esophagus", "vertebrae_T8", "autochthon_left")
     assert (np.diff([center(plain, name)[1] for name in order]) > 0).all()
 
 
-def test_trachea_is_air_and_liver_is_tissue(plain: Canvas) -> None:
+def test_trachea_is_air_and_liver_is_tissue(plain) -> None:
     assert np.median(plain.hu[plain.labels == TS_IDS["trachea"]]) < -900
     assert np.median(plain.hu[plain.labels == TS_IDS["liver"]]) == pytest.approx(58)
 
 
-def test_gas_in_the_stomach_gathers_in_front(plain: Canvas) -> None:
+def test_gas_in_the_stomach_gathers_in_front(plain) -> None:
     stomach = plain.labels == TS_IDS["stomach"]
     gas = np.nonzero(stomach & (plain.hu < -900))[1].mean()
     fluid = np.nonzero(stomach & (plain.hu > -100))[1].mean()
@@ -88,7 +88,7 @@ def test_a_stomach_outside_of_the_scan_is_no_error() -> None:
     assert not (canvas.labels == TS_IDS["stomach"]).any()
 
 
-def test_contrast_medium_brightens_blood_only(plain: Canvas) -> None:
+def test_contrast_medium_brightens_blood_only(plain) -> None:
     enhanced = draw(Anatomy(blood_hu=(250.0, 200.0, 210.0)))
     np.testing.assert_array_equal(enhanced.labels, plain.labels)
     aorta = plain.labels == TS_IDS["aorta"]
@@ -98,14 +98,14 @@ def test_contrast_medium_brightens_blood_only(plain: Canvas) -> None:
     np.testing.assert_array_equal(enhanced.hu[bone], plain.hu[bone])
 
 
-def test_the_heart_has_the_volume_of_its_half_axes(plain: Canvas) -> None:
+def test_the_heart_has_the_volume_of_its_half_axes(plain) -> None:
     volume = (plain.labels == TS_IDS["heart"]).sum() * 4.2 * 4.2 * 5.0
     axes = Anatomy().heart_axes
     # Vessels that enter the heart are their own structures.
     assert 0.75 < volume / (4 / 3 * np.pi * axes.prod()) < 1.05
 
 
-def test_the_aorta_descends_in_front_of_the_spine_on_the_left(plain: Canvas) -> None:
+def test_the_aorta_descends_in_front_of_the_spine_on_the_left(plain) -> None:
     low = np.argmin(abs(plain.grid.z + 90))
     y, x = np.nonzero(plain.labels[low] == TS_IDS["aorta"])
     assert 5 < plain.grid.x[y, x].mean() < 35

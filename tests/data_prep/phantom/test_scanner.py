@@ -57,7 +57,7 @@ def test_bias_shifts_every_voxel() -> None:
 
 
 @pytest.mark.parametrize("texture", [-0.16, 0.0, 0.2])
-def test_noise_has_its_strength_in_the_middle_whatever_its_texture(texture: float) -> None:
+def test_noise_has_its_strength_in_the_middle_whatever_its_texture(texture) -> None:
     protocol = PROTOCOL._replace(noise_hu=20.0, kernel=Kernel("K", 0.0, texture, 1.0))
     hu = acquire(canvas(96), protocol, rng())
     middle = hu[:, 40:56, 40:56].std()
@@ -100,7 +100,7 @@ def test_shoulders_are_noisier() -> None:
 
 
 @pytest.mark.parametrize("intercept", [-1024, -8192])
-def test_outside_of_a_round_field_of_view_lies_the_intercept(intercept: int) -> None:
+def test_outside_of_a_round_field_of_view_lies_the_intercept(intercept) -> None:
     hu = acquire(canvas(), PROTOCOL._replace(circle=True, intercept=intercept), rng())
     padded = (hu == intercept).mean()
     assert padded == pytest.approx(1 - np.pi / 4, abs=0.02)

@@ -24,11 +24,11 @@ def lungs() -> np.ndarray:
     return lung_points(Anatomy(), np.random.default_rng(0), 5000, 1.0).T.astype(np.float32)
 
 
-def test_no_depth_is_no_fluid(lungs: np.ndarray) -> None:
+def test_no_depth_is_no_fluid(lungs) -> None:
     assert not Fluid((0.0, 0.0)).contains(*lungs).any()
 
 
-def test_fluid_lies_on_its_side_low_and_behind(lungs: np.ndarray) -> None:
+def test_fluid_lies_on_its_side_low_and_behind(lungs) -> None:
     wet = Fluid((40.0, 0.0)).contains(*lungs)
     assert 0.02 < wet.mean() < 0.3
     assert (lungs[0][wet] < 0).all()
@@ -37,13 +37,13 @@ def test_fluid_lies_on_its_side_low_and_behind(lungs: np.ndarray) -> None:
     assert lungs[2][wet].mean() < lungs[2][dry].mean() - 30
 
 
-def test_deeper_fluid_contains_shallower(lungs: np.ndarray) -> None:
+def test_deeper_fluid_contains_shallower(lungs) -> None:
     shallow, deep = Fluid((20.0, 20.0)).contains(*lungs), Fluid((50.0, 50.0)).contains(*lungs)
     assert not (shallow & ~deep).any()
     assert deep.sum() > 2 * shallow.sum()
 
 
-def test_points_lie_in_aerated_lung(scene: Scene) -> None:
+def test_points_lie_in_aerated_lung(scene) -> None:
     points = scene.points(np.random.default_rng(1), 150)
     index, inside = scene.canvas.grid.voxels_of(points)
     assert len(points) == 150
@@ -52,7 +52,7 @@ def test_points_lie_in_aerated_lung(scene: Scene) -> None:
     assert not scene.fluid.contains(*points.T.astype(np.float32)).any()
 
 
-def test_points_do_not_depend_on_the_grid(scene: Scene) -> None:
+def test_points_do_not_depend_on_the_grid(scene) -> None:
     finer = Canvas(Grid(120, 100, 3.7, 2.5, -190.0, scene.canvas.grid.pose))
     draw_body(finer, scene.anatomy)
     coarse = scene.points(np.random.default_rng(2), 100)
@@ -61,7 +61,7 @@ def test_points_do_not_depend_on_the_grid(scene: Scene) -> None:
     assert same.mean() > 0.9
 
 
-def test_lung_cuts_a_region(scene: Scene) -> None:
+def test_lung_cuts_a_region(scene) -> None:
     whole = tuple(slice(0, size) for size in scene.canvas.grid.shape)
     everything = Region((whole[0], whole[1], whole[2]), np.ones(scene.canvas.grid.shape, bool))
     np.testing.assert_array_equal(scene.lung(everything).mask, IS_LUNG[scene.canvas.labels])

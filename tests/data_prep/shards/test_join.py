@@ -50,7 +50,7 @@ def write_parts(folder: Path, contents: list[VolumeSlices | RejectedVolume]) -> 
 
 
 @pytest.mark.parametrize("which", CONTENTS)
-def test_parts_joined_are_the_shard_written_at_once(which: str, tmp_path: Path) -> None:
+def test_parts_joined_are_the_shard_written_at_once(which, tmp_path) -> None:
     whole, joined = tmp_path / "train-000000.tar", tmp_path / "joined.tar"
     write_shard(whole, CONTENTS[which], plan="the plan")
     join_tars(joined, *write_parts(tmp_path, CONTENTS[which]), "the plan")
@@ -58,7 +58,7 @@ def test_parts_joined_are_the_shard_written_at_once(which: str, tmp_path: Path) 
     assert index_path(joined).read_bytes() == index_path(whole).read_bytes()
 
 
-def test_the_end_mark_is_right_wherever_the_body_ends(tmp_path: Path) -> None:
+def test_the_end_mark_is_right_wherever_the_body_ends(tmp_path) -> None:
     """A tar ends in two empty blocks and is filled up to a record of 20: bodies of every remainder."""
     remainders = set()
     for width in range(10, 310, 15):
@@ -74,15 +74,13 @@ def test_the_end_mark_is_right_wherever_the_body_ends(tmp_path: Path) -> None:
     assert {17, 18, 19, 0} <= remainders
 
 
-def test_parts_that_differ_in_their_classes_are_refused(tmp_path: Path) -> None:
+def test_parts_that_differ_in_their_classes_are_refused(tmp_path) -> None:
     contents = [volume("a", 3), volume("b", 2, labels={"y": 1, "x": 0})]
-    with pytest.raises(
-        ValueError, match=r"labels must name the same classes in a shard, got \['y', 'x'\] for volume 'b'"
-    ):
+    with pytest.raises(ValueError, match=r"same classes .*\['y', 'x'\] for volume 'b'"):
         join_tars(tmp_path / "joined.tar", *write_parts(tmp_path, contents), "")
 
 
-def test_a_part_cut_short_leaves_no_shard(tmp_path: Path) -> None:
+def test_a_part_cut_short_leaves_no_shard(tmp_path) -> None:
     paths, indices = write_parts(tmp_path, CONTENTS["several"])
     paths[1].write_bytes(paths[1].read_bytes()[:2000])
     with pytest.raises(FileNotFoundError, match="a part is shorter than its index says"):

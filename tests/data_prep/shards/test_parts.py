@@ -55,7 +55,7 @@ def left(out: Path) -> list[str]:
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 
-def test_a_part_is_the_shard_of_one_volume(reads: list[str], tmp_path: Path) -> None:
+def test_a_part_is_the_shard_of_one_volume(reads, tmp_path) -> None:
     volume = planned(tmp_path).volumes[1]
     report = write_part(volume)
     assert volume.part == tmp_path / ".parts" / "train-000000" / "train_2_a_1.tar"
@@ -71,7 +71,7 @@ def test_a_part_is_the_shard_of_one_volume(reads: list[str], tmp_path: Path) -> 
     assert len(left(volume.part.parent)) == 2
 
 
-def test_a_part_that_is_there_is_not_written_again(reads: list[str], tmp_path: Path) -> None:
+def test_a_part_that_is_there_is_not_written_again(reads, tmp_path) -> None:
     volume = planned(tmp_path).volumes[0]
     write_part(volume)
     assert write_part(volume).was_there
@@ -95,9 +95,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("which", FAILURES)
-def test_a_volume_that_fails_is_an_empty_part_that_says_why(
-    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_volume_that_fails_is_an_empty_part_that_says_why(which, tmp_path, monkeypatch) -> None:
     error, reason, detail = FAILURES[which]
 
     def fail(source: SourceVolume) -> VolumeSlices:
@@ -113,9 +111,7 @@ def test_a_volume_that_fails_is_an_empty_part_that_says_why(
     assert (again.was_there, again.rejected) == (True, report.rejected)
 
 
-def test_slices_that_break_the_schema_are_rejected_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slices_that_break_the_schema_are_rejected_too(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         module, "read_volume", lambda source: slices_of(source)._replace(spacing_mm=(0.7, 0.7, -1.0))
     )
@@ -124,7 +120,7 @@ def test_slices_that_break_the_schema_are_rejected_too(
     assert "ValueError: spacing_mm must be positive" in report.rejected.detail
 
 
-def test_parts_become_the_shard_and_are_gone(reads: list[str], tmp_path: Path) -> None:
+def test_parts_become_the_shard_and_are_gone(reads, tmp_path) -> None:
     shard = planned(tmp_path / "out")
     rejection = RejectedVolume("train_2_a_1", "mask", "of another shape")
     write_part(shard.volumes[0])
@@ -139,7 +135,7 @@ def test_parts_become_the_shard_and_are_gone(reads: list[str], tmp_path: Path) -
     assert assemble_shard(shard) == ()
 
 
-def test_parts_that_are_not_there_are_named(reads: list[str], tmp_path: Path) -> None:
+def test_parts_that_are_not_there_are_named(reads, tmp_path) -> None:
     """One missing, one of another plan: the third stays as it is."""
     shard = planned(tmp_path)
     write_part(shard.volumes[0])
@@ -149,7 +145,7 @@ def test_parts_that_are_not_there_are_named(reads: list[str], tmp_path: Path) ->
     assert finished(shard.volumes[0].part, shard.volumes[0].plan) is not None
 
 
-def test_two_workers_may_do_the_same_tasks_at_once(reads: list[str], tmp_path: Path) -> None:
+def test_two_workers_may_do_the_same_tasks_at_once(reads, tmp_path) -> None:
     """As Dask has them do when it takes one for lost."""
     for attempt in range(5):
         shard = planned(tmp_path / str(attempt))
@@ -162,7 +158,7 @@ def test_two_workers_may_do_the_same_tasks_at_once(reads: list[str], tmp_path: P
         assert finished(shard.path, shard.plan) is not None
 
 
-def test_what_older_plans_and_killed_runs_left_is_deleted(reads: list[str], tmp_path: Path) -> None:
+def test_what_older_plans_and_killed_runs_left_is_deleted(reads, tmp_path) -> None:
     shard = planned(tmp_path)
     write_part(shard.volumes[0])
     for stray in (
@@ -199,16 +195,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     libc.umount(os.fsencode(folder))
 
 
-def test_a_full_disk_is_named_and_nothing_is_damaged(reads: list[str], small_disk: Path) -> None:
+def test_a_full_disk_is_named_and_nothing_is_damaged(reads, small_disk) -> None:
     shard = planned(small_disk)
     write_part(shard.volumes[0])
     before = shard.volumes[0].part.read_bytes()
     (small_disk / "other data").write_bytes(bytes(256 * 1024 - len(before) - 16 * 1024))
     for _ in range(2):
-        with pytest.raises(
-            OutputError,
-            match=r"got 'No space left on device' in '.*disk'\. Free space, then run the same command again",
-        ):
+        with pytest.raises(OutputError, match="disk': No space left on device"):
             write_part(shard.volumes[1])
     assert shard.volumes[0].part.read_bytes() == before
     assert not shard.volumes[1].part.exists()
@@ -229,7 +222,7 @@ put_part(volume, slices_of(volume.source))
 """
 
 
-def test_other_limits_of_the_disk_are_named_too(tmp_path: Path) -> None:
+def test_other_limits_of_the_disk_are_named_too(tmp_path) -> None:
     """Here the largest size of a file; quotas are reported by the system in the same way."""
     answer = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(Path(__file__).parent)],
@@ -238,12 +231,12 @@ def test_other_limits_of_the_disk_are_named_too(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert "OutputError: out must be a folder that takes the shards, got 'File too large' in" in answer.stderr
+    assert re.search("OutputError: Cannot write to .*: File too large", answer.stderr)
     assert left(tmp_path / "out") == []
 
 
-def test_a_folder_without_permission_is_named(reads: list[str], tmp_path: Path) -> None:
+def test_a_folder_without_permission_is_named(reads, tmp_path) -> None:
     """Root may write everywhere: a file in place of the folder stands for it."""
     (tmp_path / ".parts").write_text("in the way")
-    with pytest.raises(OutputError, match=r"got 'Not a directory' in '.*'\. Free space, then run the same"):
+    with pytest.raises(OutputError, match="Not a directory"):
         write_part(planned(tmp_path).volumes[0])

@@ -24,7 +24,7 @@ def written(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("field", "content"), [("ct.blosc2", CT), ("ts.png", TS), ("rex.png", REX)])
-def test_samples_come_in_the_order_asked_for(field: str, content: np.ndarray, tmp_path: Path) -> None:
+def test_samples_come_in_the_order_asked_for(field, content, tmp_path) -> None:
     shard = written(tmp_path)
     read = list(read_slices(shard, load_index(shard), field, [4, 0, 3]))
     assert [array.dtype for array in read] == [content.dtype] * 3
@@ -32,7 +32,7 @@ def test_samples_come_in_the_order_asked_for(field: str, content: np.ndarray, tm
 
 
 @pytest.mark.parametrize("field", ["ct.blosc2", "ts.png"])
-def test_damage_is_told_with_its_place(field: str, tmp_path: Path) -> None:
+def test_damage_is_told_with_its_place(field, tmp_path) -> None:
     shard = written(tmp_path)
     index = load_index(shard)
     offset = int(index.member_offset[3, FIELDS.index(field)])

@@ -31,7 +31,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_manifest_lists_the_volumes_of_every_finished_shard(tmp_path: Path) -> None:
+def test_the_manifest_lists_the_volumes_of_every_finished_shard(tmp_path) -> None:
     write_shard(tmp_path / "valid-000000.tar", [volume("valid_1_a_1", "valid", 2)])
     write_shard(tmp_path / "train-000000.tar", [volume("c", "train", 3), volume("b", "train", 5)])
     write_shard(tmp_path / "train-000001.tar", [volume("d", "train", 2)])
@@ -62,7 +62,7 @@ def test_the_manifest_lists_the_volumes_of_every_finished_shard(tmp_path: Path) 
     }
 
 
-def test_the_manifest_lists_what_was_left_out_too(tmp_path: Path) -> None:
+def test_the_manifest_lists_what_was_left_out_too(tmp_path) -> None:
     write_shard(tmp_path / "train-000000.tar", [volume("b", "train", 3)])
     left_out = [
         RejectedVolume("c", "mask", "of another shape"),
@@ -80,7 +80,7 @@ def test_the_manifest_lists_what_was_left_out_too(tmp_path: Path) -> None:
     }
 
 
-def test_rejected_rows_of_other_splits_stay_in_the_manifest(tmp_path: Path) -> None:
+def test_rejected_rows_of_other_splits_stay_in_the_manifest(tmp_path) -> None:
     write_manifest(tmp_path, "valid", [RejectedVolume("v", "mask", "x")], {"v": "in/v.nii.gz"})
     write_manifest(tmp_path, "train", [RejectedVolume("t", "mask", "x")], {})
     write_manifest(tmp_path, "train", [RejectedVolume("u", "mask", "x")], {})
@@ -91,7 +91,7 @@ def test_rejected_rows_of_other_splits_stay_in_the_manifest(tmp_path: Path) -> N
     ]
 
 
-def test_rejections_of_a_split_are_replaced_and_those_of_others_stay(tmp_path: Path) -> None:
+def test_rejections_of_a_split_are_replaced_and_those_of_others_stay(tmp_path) -> None:
     write_rejected(tmp_path, "train", [RejectedVolume("a", "mask", 'it is "another", shape')])
     write_rejected(tmp_path, "valid", [RejectedVolume("v", "spacing", "nan")])
     write_rejected(tmp_path, "train", [RejectedVolume("c", "mask", "x"), RejectedVolume("b", "mask", "y, z")])

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed import Client, KilledWorker
+from distributed import KilledWorker
 
 from common.ct.files import ct_file
 from common.shards.index import load_index
@@ -41,9 +41,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[PlannedShard
     ]
 
 
-def test_every_volume_is_reported_once_and_every_shard_is_there(
-    shards: list[PlannedShard], dask: Client
-) -> None:
+def test_every_volume_is_reported_once_and_every_shard_is_there(shards, dask) -> None:
     reports = [report.volume for report in ShardTasks(shards, dask).run()]
     assert sorted(reports) == [f"v{k}{n}" for k in range(3) for n in range(4)]
     assert [load_index(shard.path).volume.tolist() for shard in shards] == [
@@ -52,17 +50,13 @@ def test_every_volume_is_reported_once_and_every_shard_is_there(
     assert list(ShardTasks([], dask).run()) == []
 
 
-def test_shards_appear_while_later_volumes_are_read(
-    shards: list[PlannedShard], dask: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_appear_while_later_volumes_are_read(shards, dask, monkeypatch) -> None:
     monkeypatch.setattr(module, "TASKS_AHEAD", 2)
     seen = [sum(shard.path.exists() for shard in shards) for _ in ShardTasks(shards, dask).run()]
     assert seen[-1] >= 1
 
 
-def test_a_part_lost_before_its_shard_was_put_together_is_written_again(
-    shards: list[PlannedShard], dask: Client
-) -> None:
+def test_a_part_lost_before_its_shard_was_put_together_is_written_again(shards, dask) -> None:
     reports = []
     for report in ShardTasks(shards, dask).run():
         reports.append(report.volume)
@@ -73,22 +67,18 @@ def test_a_part_lost_before_its_shard_was_put_together_is_written_again(
     assert load_index(shards[1].path).volume.tolist() == ["v10", "v11", "v12", "v13"]
 
 
-def test_workers_that_write_elsewhere_end_the_run(
-    shards: list[PlannedShard], dask: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_that_write_elsewhere_end_the_run(shards, dask, monkeypatch) -> None:
     """Each machine has an own folder of that name: what one has written, no other finds."""
 
     def write_elsewhere(volume: PlannedVolume) -> object:
         return write_part(volume._replace(shard=volume.shard.parent / "elsewhere" / volume.shard.name))
 
     monkeypatch.setattr(module, "write_part", write_elsewhere)
-    with pytest.raises(OutputError, match=r"folder that all workers share, got none of 4 parts of"):
+    with pytest.raises(OutputError, match="4 parts of"):
         list(ShardTasks(shards, dask).run())
 
 
-def test_a_volume_that_workers_die_of_is_rejected(
-    shards: list[PlannedShard], dask: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_volume_that_workers_die_of_is_rejected(shards, dask, monkeypatch) -> None:
     class Deadly(module.Tasks):
         """The volume v12 kills its workers."""
 
@@ -108,9 +98,7 @@ def test_a_volume_that_workers_die_of_is_rejected(
 
 
 @pytest.mark.parametrize("which", ["part", "shard"])
-def test_a_folder_that_takes_no_more_ends_the_run(
-    which: str, shards: list[PlannedShard], dask: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_takes_no_more_ends_the_run(which, shards, dask, monkeypatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -119,9 +107,7 @@ def test_a_folder_that_takes_no_more_ends_the_run(
         list(ShardTasks(shards, dask).run())
 
 
-def test_more_tasks_than_wait_at_once_are_all_done(
-    shards: list[PlannedShard], dask: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_tasks_than_wait_at_once_are_all_done(shards, dask, monkeypatch) -> None:
     started: list[Callable] = []
     start = module.Tasks.start
 

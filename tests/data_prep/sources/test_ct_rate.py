@@ -1,8 +1,10 @@
 import csv
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.cohort.cohort import load_labels
@@ -12,8 +14,10 @@ from data_prep.sources.ct_rate import find_ct_rate, find_volumes, read_metadata,
 from data_prep.sources.rexgroundingct import Annotation
 from data_prep.sources.source_volume import planned_slices, read_volume
 
+NAN = float("nan")
 
-def test_volumes_come_with_everything_the_dataset_says(tiny: Any) -> None:
+
+def test_volumes_come_with_everything_the_dataset_says(tiny) -> None:
     paths = [tiny.add(name) for name in ("train_2_a_1", "train_1_a_1")]
     tiny.ts_path("train_1_a_1", "train").parent.mkdir(parents=True)
     tiny.ts_path("train_1_a_1", "train").touch()
@@ -43,9 +47,7 @@ def test_volumes_come_with_everything_the_dataset_says(tiny: Any) -> None:
         ([""], "v1", "", "v1"),
     ],
 )
-def test_the_folder_tells_the_form(
-    present: list[str], asked: str, folder: str, form: str, tmp_path: Path
-) -> None:
+def test_the_folder_tells_the_form(present, asked, folder, form, tmp_path) -> None:
     for name in present:
         path = tmp_path / "dataset" / name / "train_1_a_1.nii.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ def test_the_folder_tells_the_form(
     assert found.files == {"train_1_a_1": [tmp_path / "dataset" / folder / "train_1_a_1.nii.gz"]}
 
 
-def test_a_flat_folder_is_searched_for_the_split_and_not_for_masks(tmp_path: Path) -> None:
+def test_a_flat_folder_is_searched_for_the_split_and_not_for_masks(tmp_path) -> None:
     for name in (
         "train_1_a_1",
         "valid_1_a_1",
@@ -69,7 +71,7 @@ def test_a_flat_folder_is_searched_for_the_split_and_not_for_masks(tmp_path: Pat
     assert list(find_volumes(tmp_path, "valid", "auto").files) == ["valid_1_a_1"]
 
 
-def test_validation_tables_have_their_own_names(tiny: Any) -> None:
+def test_validation_tables_have_their_own_names(tiny) -> None:
     tiny.add("valid_1_a_1", split="valid")
     sources, _ = find_ct_rate(tiny.root, "valid")
     assert [source.split for source in sources] == ["valid"]
@@ -81,24 +83,19 @@ def rejections(tiny: Any) -> dict[str, tuple[str, str]]:
     return {item.volume: (item.reason, item.detail) for item in rejected}
 
 
-def test_a_volume_the_metadata_lacks_or_has_twice_is_rejected(tiny: Any) -> None:
+def test_a_volume_the_metadata_lacks_or_has_twice_is_rejected(tiny) -> None:
     for name in ("train_1_a_1", "train_2_a_1", "train_3_a_1"):
         tiny.add(name)
     tiny.rows = [row for row in tiny.rows if not row["VolumeName"].startswith("train_2")] + [tiny.rows[2]]
     tiny.write_tables()
-    assert rejections(tiny) == {
-        "train_2_a_1": (
-            "metadata",
-            "a volume must have one row in the metadata, but train_2_a_1 is not in it",
-        ),
-        "train_3_a_1": (
-            "metadata",
-            "a volume must have one row in the metadata, but train_3_a_1 is in it 2 times",
-        ),
-    }
+    found = rejections(tiny)
+    assert {volume: reason for volume, (reason, _) in found.items()} == dict.fromkeys(
+        ("train_2_a_1", "train_3_a_1"), "metadata"
+    )
+    assert [detail[-5:] for _, detail in found.values()] == ["got 0", "got 2"]
 
 
-def test_scans_of_other_body_parts_are_left_out(tiny: Any) -> None:
+def test_scans_of_other_body_parts_are_left_out(tiny) -> None:
     """The list names volumes by the paths of another form of the dataset."""
     tiny.add("train_1_a_1")
     tiny.add("train_2_a_1")
@@ -107,14 +104,14 @@ def test_scans_of_other_body_parts_are_left_out(tiny: Any) -> None:
     assert rejections(tiny) == {"train_2_a_1": (EXCLUDED, "listed in no_chest_train.txt")}
 
 
-def test_lists_of_windows_and_bare_names_are_read(tmp_path: Path) -> None:
+def test_lists_of_windows_and_bare_names_are_read(tmp_path) -> None:
     (tmp_path / "list.txt").write_text(
         "\ufefftrain_1_a_1\r\ntrain\\train_2\\train_2_a_1.nii.gz\r\n", encoding="utf-8"
     )
     assert read_no_chest(tmp_path / "list.txt") == {"train_1_a_1", "train_2_a_1"}
 
 
-def test_a_missing_list_is_said(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_list_is_said(tiny, caplog) -> None:
     tiny.add("train_1_a_1")
     with caplog.at_level(logging.WARNING):
         assert find_ct_rate(tiny.root, "train")[1] == []
@@ -122,7 +119,7 @@ def test_a_missing_list_is_said(tiny: Any, caplog: pytest.LogCaptureFixture) -> 
     assert "Shards will hold no TotalSegmentator ids" in caplog.text
 
 
-def test_two_files_of_a_volume_are_rejected(tiny: Any) -> None:
+def test_two_files_of_a_volume_are_rejected(tiny) -> None:
     path = tiny.add("train_1_a_1")
     path.with_name("train_1_a_1.nii").write_bytes(b"")
     reason, detail = rejections(tiny)["train_1_a_1"]
@@ -130,7 +127,7 @@ def test_two_files_of_a_volume_are_rejected(tiny: Any) -> None:
     assert detail.startswith("2 volumes have one name")
 
 
-def test_two_label_maps_of_a_volume_are_rejected(tiny: Any) -> None:
+def test_two_label_maps_of_a_volume_are_rejected(tiny) -> None:
     tiny.add("train_1_a_1")
     for suffix in (".nii", ".nii.gz"):
         path = tiny.ts_path("train_1_a_1", "train").with_name(f"train_1_a_1{suffix}")
@@ -142,37 +139,32 @@ def test_two_label_maps_of_a_volume_are_rejected(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "rescale"),
     [
-        ({"ZSpacing": ""}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(0.7, 0.8, nan))"),
-        ({"ZSpacing": "nan"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(0.7, 0.8, nan))"),
-        ({"ZSpacing": "thin"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(0.7, 0.8, nan))"),
-        ({"XYSpacing": ""}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
-        ({"XYSpacing": "[0.7]"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
-        ({"XYSpacing": "0.7"}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
-        ({"XYSpacing": '["a", [1]]'}, "Rescale(slope=1.0, intercept=-1024.0, spacing_mm=(nan, nan, 1.5))"),
-        (
-            {"RescaleIntercept": "-8192.0"},
-            "Rescale(slope=1.0, intercept=-8192.0, spacing_mm=(0.7, 0.8, 1.5))",
-        ),
-        ({"RescaleSlope": ""}, "Rescale(slope=nan, intercept=-1024.0, spacing_mm=(0.7, 0.8, 1.5))"),
-        ({"RescaleIntercept": "0"}, "Rescale(slope=1.0, intercept=0.0, spacing_mm=(0.7, 0.8, 1.5))"),
+        ({"ZSpacing": ""}, (1, -1024, (0.7, 0.8, NAN))),
+        ({"ZSpacing": "nan"}, (1, -1024, (0.7, 0.8, NAN))),
+        ({"ZSpacing": "thin"}, (1, -1024, (0.7, 0.8, NAN))),
+        ({"XYSpacing": ""}, (1, -1024, (NAN, NAN, 1.5))),
+        ({"XYSpacing": "[0.7]"}, (1, -1024, (NAN, NAN, 1.5))),
+        ({"XYSpacing": "0.7"}, (1, -1024, (NAN, NAN, 1.5))),
+        ({"XYSpacing": '["a", [1]]'}, (1, -1024, (NAN, NAN, 1.5))),
+        ({"RescaleIntercept": "-8192.0"}, (1, -8192, (0.7, 0.8, 1.5))),
+        ({"RescaleIntercept": "0"}, (1, 0, (0.7, 0.8, 1.5))),
+        ({"RescaleSlope": ""}, (NAN, -1024, (0.7, 0.8, 1.5))),
     ],
 )
-def test_fields_of_the_metadata_are_read_without_a_guess(
-    row: dict[str, str], rescale: str, tiny: Any
-) -> None:
+def test_fields_of_the_metadata_are_read_without_a_guess(row, rescale, tiny) -> None:
     tiny.add("train_1_a_1", **row)
     sources, _ = find_ct_rate(tiny.root, "train")
-    assert str(sources[0].rescale) == rescale
+    np.testing.assert_equal(tuple(sources[0].rescale), rescale)
 
 
-def test_tables_may_lie_in_the_root(tiny: Any) -> None:
+def test_tables_may_lie_in_the_root(tiny) -> None:
     tiny.add("train_1_a_1")
     table = tiny.root / "dataset" / "metadata" / "train_metadata.csv"
     table.rename(tiny.root / "train_metadata.csv")
     assert len(find_ct_rate(tiny.root, "train")[0]) == 1
 
 
-def test_missing_labels_are_said(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_labels_are_said(tiny, caplog) -> None:
     tiny.add("train_1_a_1")
     (tiny.root / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv").unlink()
     with caplog.at_level(logging.WARNING):
@@ -180,44 +172,35 @@ def test_missing_labels_are_said(tiny: Any, caplog: pytest.LogCaptureFixture) ->
     assert "Shards will hold no labels" in caplog.text
 
 
-def test_label_maps_may_lie_elsewhere(tiny: Any, tmp_path: Path) -> None:
+def test_label_maps_may_lie_elsewhere(tiny, tmp_path) -> None:
     tiny.add("train_1_a_1")
     (tmp_path / "maps").mkdir()
-    with pytest.raises(
-        FileNotFoundError,
-        match="totalsegmentator must hold label maps named like .*, got none of theirs in '.*maps'",
-    ):
+    with pytest.raises(FileNotFoundError, match="totalsegmentator must hold label maps .*maps'"):
         find_ct_rate(tiny.root, "train", totalsegmentator=tmp_path / "maps")
     (tmp_path / "maps" / "train_1_a_1.nii.gz").touch()
     sources, _ = find_ct_rate(tiny.root, "train", totalsegmentator=tmp_path / "maps")
     assert sources[0].ts == tmp_path / "maps" / "train_1_a_1.nii.gz"
-    with pytest.raises(
-        FileNotFoundError, match="totalsegmentator must be a folder, got '.*nowhere', which is none"
-    ):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         find_ct_rate(tiny.root, "train", totalsegmentator=tmp_path / "nowhere")
 
 
-def test_what_is_not_there_is_named(tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"root must hold volumes train_\*\.nii\.gz, got none in '.*train_fixed'"
-    ):
+def test_what_is_not_there_is_named(tiny, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No volumes train_\*.*train_fixed"):
         find_ct_rate(tmp_path / "nowhere", "train")
     tiny.add("train_1_a_1")
     (tiny.root / "dataset" / "metadata" / "train_metadata.csv").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"root must hold dataset/metadata/train_metadata\.csv, got none in"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"No dataset/metadata/train_metadata\.csv"):
         find_ct_rate(tiny.root, "train")
 
 
-def test_other_splits_and_forms_are_refused(tiny: Any) -> None:
+def test_other_splits_and_forms_are_refused(tiny) -> None:
     with pytest.raises(ValueError, match=r"split must be one of \['train', 'valid'\], got 'test'"):
         find_ct_rate(tiny.root, "test")
     with pytest.raises(ValueError, match=r"form must be one of \('auto', 'v1', 'v2'\), got 'v3'"):
         find_ct_rate(tiny.root, "train", form="v3")
 
 
-def test_metadata_without_a_column_is_refused(tmp_path: Path) -> None:
+def test_metadata_without_a_column_is_refused(tmp_path) -> None:
     with (tmp_path / "m.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["VolumeName", "RescaleSlope", "XYSpacing"], ["a", "1", "[1, 1]"]])
     with pytest.raises(ValueError, match=r"metadata must have the column 'RescaleIntercept', got .*m\.csv'"):
@@ -244,66 +227,40 @@ def rejection_of(cohort: Any) -> str:
         ("v2", {"ZSpacing": "nan"}, "none"),
         ("v2", {"XYSpacing": "", "ZSpacing": ""}, "none"),
         ("v2", {"ZSpacing": "1.55"}, "none"),
-        (
-            "v2",
-            {"ZSpacing": "3.0"},
-            "spacing: header and metadata must state one spacing, "
-            "got (0.7, 0.8, 1.5) mm in the header and (0.7, 0.8, 3) mm in the metadata",
-        ),
-        (
-            "v2",
-            {"ZSpacing": "0.035"},
-            "spacing: header and metadata must state one spacing, "
-            "got (0.7, 0.8, 1.5) mm in the header and (0.7, 0.8, 0.035) mm in the metadata",
-        ),
-        (
-            "v2",
-            {"XYSpacing": "[0.7, 0.7]"},
-            "spacing: header and metadata must state one spacing, "
-            "got (0.7, 0.8, 1.5) mm in the header and (0.7, 0.7, 1.5) mm in the metadata",
-        ),
+        ("v2", {"ZSpacing": "3.0"}, r"spacing: .*\(0\.7, 0\.8, 1\.5\).*\(0\.7, 0\.8, 3\)"),
+        ("v2", {"ZSpacing": "0.035"}, r"spacing: .*\(0\.7, 0\.8, 1\.5\).*\(0\.7, 0\.8, 0\.035\)"),
+        ("v2", {"XYSpacing": "[0.7, 0.7]"}, r"spacing: .*\(0\.7, 0\.8, 1\.5\).*\(0\.7, 0\.7, 1\.5\)"),
         ("v1", {}, "none"),
-        ("v1", {"ZSpacing": "nan"}, "spacing: spacing must lie in 0.1..20.0 mm, got (0.7, 0.8, nan)"),
-        ("v1", {"ZSpacing": "0.035"}, "spacing: spacing must lie in 0.1..20.0 mm, got (0.7, 0.8, 0.035)"),
-        ("v1", {"RescaleSlope": ""}, "rescale: slope and intercept must be numbers, got nan and -1024"),
-        (
-            "v1",
-            {"RescaleIntercept": "0"},
-            "not in HU: nothing is as dark as air",
-        ),
+        ("v1", {"ZSpacing": "nan"}, r"spacing: .*0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, nan\)"),
+        ("v1", {"ZSpacing": "0.035"}, r"spacing: .*0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, 0\.035\)"),
+        ("v1", {"ZSpacing": "0"}, r"spacing: .*got \(0\.7, 0\.8, 0\)"),
+        ("v1", {"ZSpacing": "-1.5"}, r"spacing: .*got \(0\.7, 0\.8, -1\.5\)"),
+        ("v1", {"RescaleSlope": ""}, "rescale: .*got nan and -1024"),
+        ("v1", {"RescaleSlope": "0"}, "rescale: .*got 0 and -1024"),
+        ("v1", {"RescaleIntercept": ""}, "rescale: .*got 1 and nan"),
+        ("v1", {"RescaleIntercept": "0"}, "not in HU: .*as dark as air"),
     ],
 )
-def test_spacing_and_rescale_of_the_tables_are_held_against_the_file(
-    form: str, row: dict[str, str], expected: str, tiny: Any, tiny_v1: Any
+def test_spacing_and_rescale_of_the_tables_are_compared_with_the_file(
+    form, row, expected, tiny, tiny_v1
 ) -> None:
     cohort = {"v1": tiny_v1, "v2": tiny}[form]
     cohort.add("train_1_a_1", **row)
-    assert rejection_of(cohort).startswith(expected)
+    assert re.match(expected, rejection_of(cohort))
 
 
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (
-            lambda path: path.write_bytes(b""),
-            "unreadable: Cannot read 'train_1_a_1.nii.gz' as NIfTI: an end after 0 of 4 bytes. "
-            "Copy or download it again.",
-        ),
-        (
-            lambda path: (path.unlink(), path.symlink_to("nowhere")),
-            "unreadable: Cannot read 'train_1_a_1.nii.gz' as NIfTI: "
-            "[Errno 2] No such file or directory: '{path}'. Copy or download it again.",
-        ),
-    ],
-    ids=["zero bytes", "a link that leads nowhere"],
-)
-def test_whatever_has_the_name_of_a_volume_is_accounted_for(damage: Any, expected: str, tiny: Any) -> None:
+@pytest.mark.parametrize("damage", ["zero bytes", "a link that leads nowhere"])
+def test_whatever_has_the_name_of_a_volume_is_accounted_for(damage, tiny) -> None:
     path = tiny.add("train_1_a_1")
-    damage(path)
-    assert rejection_of(tiny) == expected.format(path=path)
+    path.unlink()
+    if damage == "zero bytes":
+        path.touch()
+    else:
+        path.symlink_to("nowhere")
+    assert re.match("unreadable: .*'train_1_a_1.nii.gz'", rejection_of(tiny))
 
 
-def test_names_of_any_letters_are_made_safe(tiny: Any) -> None:
+def test_names_of_any_letters_are_made_safe(tiny) -> None:
     path = tiny.add("train_1_a_1")
     path.rename(path.with_name("train_1 é.nii.gz"))
     tiny.rows[0]["VolumeName"] = "train_1 é.nii.gz"
@@ -314,7 +271,7 @@ def test_names_of_any_letters_are_made_safe(tiny: Any) -> None:
     assert source.rescale is not None
 
 
-def test_folders_may_hold_spaces_and_any_letters(tiny: Any) -> None:
+def test_folders_may_hold_spaces_and_any_letters(tiny) -> None:
     path = tiny.add("train_1_a_1")
     place = path.parents[1].rename(path.parents[1].with_name("Thorax é 1 中"))
     sources, rejected = find_ct_rate(tiny.root, "train")
@@ -324,7 +281,7 @@ def test_folders_may_hold_spaces_and_any_letters(tiny: Any) -> None:
     assert read_volume(sources[0]).source == sources[0].source
 
 
-def test_names_in_tables_lead_nowhere(tiny: Any) -> None:
+def test_names_in_tables_lead_nowhere(tiny) -> None:
     """A name is only ever compared with those of files that were found."""
     tiny.add("train_1_a_1")
     for name in ("../../x.nii.gz", "/etc/passwd", "../train_9_a_1.nii.gz"):

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client
 from pydicom import Dataset
 from pydicom.uid import MRImageStorage
 
@@ -15,14 +14,12 @@ from common.ct.rejection import NOT_AXIAL_CT, RejectedError, is_failure
 from data_prep.sources import folders
 from data_prep.sources.folders import find_series, find_volumes
 
-Write = Callable[..., list[Path]]
-
 
 def hu(seed: int = 0, num_slices: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(-1000, 1000, (num_slices, 4, 5)).astype(np.int16)
 
 
-def test_series_are_told_apart_by_their_headers(tmp_path: Path, dask: Client, write_series: Write) -> None:
+def test_series_are_told_apart_by_their_headers(tmp_path, dask, write_series) -> None:
     """Two series in one folder, one spread over two folders; every file without a suffix."""
     write_series(tmp_path / "study" / "a", hu(1), series="1.2.840.1")
     for name in ("IM0000", "IM0001", "IM0002"):
@@ -41,9 +38,7 @@ def test_series_are_told_apart_by_their_headers(tmp_path: Path, dask: Client, wr
         np.testing.assert_array_equal(read_ct(source.ct.files).hu, hu(seed))
 
 
-def test_files_without_a_series_are_one_series_a_folder(
-    tmp_path: Path, dask: Client, write_series: Write
-) -> None:
+def test_files_without_a_series_are_one_series_a_folder(tmp_path, dask, write_series) -> None:
     """As in scans whose identifiers were blanked; the class is then in the meta information alone."""
 
     def blank(z: int, dataset: Dataset) -> None:
@@ -61,9 +56,7 @@ def test_files_without_a_series_are_one_series_a_folder(
     assert sorted(source.source for source in again) == [".", "b"]
 
 
-def test_what_is_no_axial_ct_is_left_out_and_no_failure(
-    tmp_path: Path, dask: Client, write_series: Write, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_no_axial_ct_is_left_out_and_no_failure(tmp_path, dask, write_series, caplog) -> None:
     caplog.set_level(logging.INFO)
 
     def scout(z: int, dataset: Dataset) -> None:
@@ -95,7 +88,7 @@ def test_what_is_no_axial_ct_is_left_out_and_no_failure(
 
 
 def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
-    tmp_path: Path, dask: Client, write_series: Write, monkeypatch: pytest.MonkeyPatch
+    tmp_path, dask, write_series, monkeypatch
 ) -> None:
     files = write_series(tmp_path / "ct", hu(), series="1.1")
     (tmp_path / "a.dcm").write_bytes(b"<html>404</html>")
@@ -117,9 +110,7 @@ def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
     assert "Permission denied" in rejected[0].detail
 
 
-def test_what_only_reading_shows_is_left_to_reading(
-    tmp_path: Path, dask: Client, write_series: Write
-) -> None:
+def test_what_only_reading_shows_is_left_to_reading(tmp_path, dask, write_series) -> None:
     files = write_series(tmp_path, hu(num_slices=4))
     files[2].unlink()
     (source,), rejected = find_series(tmp_path, "train", dask)
@@ -128,9 +119,7 @@ def test_what_only_reading_shows_is_left_to_reading(
         read_ct(source.ct.files)
 
 
-def test_many_files_are_looked_at_in_the_same_order(
-    tmp_path: Path, dask: Client, write_series: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_files_are_looked_at_in_the_same_order(tmp_path, dask, write_series, monkeypatch) -> None:
     monkeypatch.setattr(folders, "FILES_PER_TASK", 2)
     for number in range(3):
         write_series(tmp_path / str(number), hu(number), series=f"1.{3 - number}")
@@ -142,16 +131,14 @@ def test_many_files_are_looked_at_in_the_same_order(
     assert told[-1] == ("Looking at files", 9, 9)
 
 
-def test_label_maps_are_found_by_the_name_of_the_series(
-    tmp_path: Path, dask: Client, write_series: Write
-) -> None:
+def test_label_maps_are_found_by_the_name_of_the_series(tmp_path, dask, write_series) -> None:
     for number in range(1, 5):
         write_series(tmp_path / "ct" / str(number), hu(number), series=f"1.2.{number}")
     masks = tmp_path / "masks"
     masks.mkdir()
     for name in ("1.2.1.nii.gz", "1_2_2.nii", "1.2.4.nii.gz", "1_2_4.nii.gz", "9.nii"):
         (masks / name).touch()
-    sources, rejected = find_series(tmp_path / "ct", "train", dask, masks)
+    sources, rejected = find_series(tmp_path / "ct", "train", dask, masks=masks)
     assert {source.volume: source.ts and source.ts.name for source in sources} == {
         "1_2_1": "1.2.1.nii.gz",
         "1_2_2": "1_2_2.nii",
@@ -159,19 +146,19 @@ def test_label_maps_are_found_by_the_name_of_the_series(
     }
     assert [(item.volume, item.reason) for item in rejected] == [("1_2_4", "duplicate")]
     with pytest.raises(FileNotFoundError, match="masks must hold label maps named like"):
-        find_series(tmp_path / "ct", "train", dask, tmp_path / "nowhere")
+        find_series(tmp_path / "ct", "train", dask, masks=tmp_path / "nowhere")
 
 
-def test_a_tree_without_ct_is_refused(tmp_path: Path, dask: Client) -> None:
+def test_a_tree_without_ct_is_refused(tmp_path, dask) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match="folder must hold axial CT series in DICOM, got none in"):
+    with pytest.raises(FileNotFoundError, match="No axial CT series"):
         find_series(tmp_path, "train", dask)
-    with pytest.raises(FileNotFoundError, match="got '.*nowhere', which does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         find_series(tmp_path / "nowhere", "train", dask)
 
 
 @pytest.mark.real_ct
-def test_a_real_tree_is_one_series(real_ct_dir: Path, dask: Client) -> None:
+def test_a_real_tree_is_one_series(real_ct_dir, dask) -> None:
     """Its identifiers are blank, and NIfTI files lie beside it."""
     (source,), rejected = find_series(real_ct_dir, "train", dask)
     assert rejected == []
@@ -185,7 +172,7 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_volumes_of_a_folder_get_the_label_maps_of_their_name(tmp_path: Path) -> None:
+def test_volumes_of_a_folder_get_the_label_maps_of_their_name(tmp_path) -> None:
     folder = touch(tmp_path / "ct", "b.nii.gz", "sub/a.nii", "notes.txt")
     masks = touch(tmp_path / "masks", "b.nii.gz", "c.nii.gz")
     sources, rejected = find_volumes(folder, "valid", masks)
@@ -196,7 +183,7 @@ def test_volumes_of_a_folder_get_the_label_maps_of_their_name(tmp_path: Path) ->
     ]
 
 
-def test_masks_may_lie_inside_the_folder_of_volumes(tmp_path: Path) -> None:
+def test_masks_may_lie_inside_the_folder_of_volumes(tmp_path) -> None:
     folder = touch(tmp_path, "a.nii.gz", "masks/a.nii.gz")
     sources, rejected = find_volumes(folder, "train", folder / "masks")
     assert rejected == []
@@ -205,7 +192,7 @@ def test_masks_may_lie_inside_the_folder_of_volumes(tmp_path: Path) -> None:
     ]
 
 
-def test_volumes_of_one_name_are_rejected(tmp_path: Path) -> None:
+def test_volumes_of_one_name_are_rejected(tmp_path) -> None:
     folder = touch(tmp_path / "ct", "a.nii.gz", "a.MHA", "1/d.nii.gz", "1/d.nrrd", "b.nii.gz", "c.nii.gz")
     masks = touch(tmp_path / "masks", "x/b.nii.gz", "y/b.nii", "c.nii")
     sources, rejected = find_volumes(folder, "train", masks)
@@ -215,7 +202,7 @@ def test_volumes_of_one_name_are_rejected(tmp_path: Path) -> None:
     assert rejected[2].detail.startswith("2 label maps have one name")
 
 
-def test_a_file_name_that_is_not_unique_takes_its_folders(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_unique_takes_its_folders(tmp_path) -> None:
     """As TotalSegmentator publishes its data set; label maps in the same tree, or named like the volumes."""
     folder = touch(tmp_path / "ct", "s0/ct.nii.gz", "s1/ct.nii.gz", "s1/b.nrrd", "s2/x/ct.NII", "s3/x/ct.nii")
     masks = touch(tmp_path / "masks", "s0/ct.nii.gz", "s2/x/ct.mha", "s1.nii.gz", "b/m.nii", "c/m.nii")
@@ -234,7 +221,7 @@ def test_a_file_name_that_is_not_unique_takes_its_folders(tmp_path: Path) -> Non
     ]
 
 
-def test_folders_and_dead_links_under_the_name_of_a_volume_are_accounted_for(tmp_path: Path) -> None:
+def test_folders_and_dead_links_under_the_name_of_a_volume_are_accounted_for(tmp_path) -> None:
     folder = touch(tmp_path / "Thorax é 中", "1 2/a.nii.gz")
     touch(folder, "b.nii.gz/b.nii")  # as some tools unpack
     (folder / "c.nii.gz").symlink_to("nowhere")
@@ -243,14 +230,12 @@ def test_folders_and_dead_links_under_the_name_of_a_volume_are_accounted_for(tmp
     assert rejected == []
 
 
-def test_folders_without_volumes_or_matching_masks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder must be .*, got '.*nowhere', which does not exist"):
+def test_folders_without_volumes_or_matching_masks_are_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         find_volumes(tmp_path / "nowhere", "train")
     folder, masks = touch(tmp_path / "ct", "a.nii"), touch(tmp_path / "masks", "b.nii")
-    with pytest.raises(FileNotFoundError, match="folder must hold volumes in NIfTI, .* got none in"):
+    with pytest.raises(FileNotFoundError, match="No volume in NIfTI"):
         find_volumes(touch(tmp_path / "text", "a.txt"), "train")
     for wrong in (masks, tmp_path / "nowhere"):
-        with pytest.raises(
-            FileNotFoundError, match="masks must hold label maps named like the volumes, got none"
-        ):
+        with pytest.raises(FileNotFoundError, match="masks must hold label maps"):
             find_volumes(folder, "train", wrong)

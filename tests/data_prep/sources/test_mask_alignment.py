@@ -31,7 +31,7 @@ def moved(x: float = 0, y: float = 0, z: float = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("ct_axcodes", ["LPS", "RAI", "SLP"])
 @pytest.mark.parametrize("mask_axcodes", ["LPS", "LAS", "IRP", "PSL"])
-def test_voxels_of_one_grid_meet_in_any_two_orders(ct_axcodes: str, mask_axcodes: str) -> None:
+def test_voxels_of_one_grid_meet_in_any_two_orders(ct_axcodes, mask_axcodes) -> None:
     ct, ct_affine = stored_as(ct_axcodes)
     mask, mask_affine = stored_as(mask_axcodes)
     alignment = align("a", mask.shape, mask_affine, Grid(ct.shape, ct_affine))
@@ -46,7 +46,7 @@ def test_voxels_of_one_grid_meet_in_any_two_orders(ct_axcodes: str, mask_axcodes
 
 
 @pytest.mark.parametrize("has_origin", [True, False])
-def test_headers_may_round(has_origin: bool) -> None:
+def test_headers_may_round(has_origin) -> None:
     """Off by less than half a voxel at the far end: the nearest voxels are the same."""
     ct = Grid((512, 512, 300), np.diag([-0.703125, -0.703125, 1.25, 1]), has_origin)
     mask_affine = np.diag([-0.7034, -0.7028, 1.2508, 1])
@@ -69,9 +69,7 @@ def test_without_an_origin_only_shape_spacing_and_order_count() -> None:
 
 @pytest.mark.parametrize("axcodes", ["LPS", "RAI", "PSL"])
 @pytest.mark.parametrize("shape", [(18, 17, 5), (19, 17, 7), (20, 16, 5)])
-def test_the_grid_of_the_ct_with_another_number_of_voxels_is_rejected(
-    axcodes: str, shape: tuple[int, int, int]
-) -> None:
+def test_the_grid_of_the_ct_with_another_number_of_voxels_is_rejected(axcodes, shape) -> None:
     """One end lies on the CT's, so that the other is missing or too much."""
     mask, affine = stored_as(axcodes, shape)
     with pytest.raises(
@@ -93,7 +91,7 @@ def test_the_grid_of_the_ct_with_another_number_of_voxels_is_rejected(
     ],
     ids=["far", "x", "y", "z", "smaller", "no origin"],
 )
-def test_a_mask_that_misses_a_part_of_the_ct_is_rejected(affine: np.ndarray) -> None:
+def test_a_mask_that_misses_a_part_of_the_ct_is_rejected(affine) -> None:
     extent = r"x 27\.1\.\.40\.4, y 16\.8\.\.30\.4, z -100\.8\.\.-93\.2 mm"
     with pytest.raises(RejectedError, match=rf"'a' must cover the CT, {extent}, got x ") as caught:
         align("a", SHAPE_XYZ, affine, CT)
@@ -102,9 +100,7 @@ def test_a_mask_that_misses_a_part_of_the_ct_is_rejected(affine: np.ndarray) -> 
 
 @pytest.mark.parametrize("spacing_mm", [1.5, 3.0])
 @pytest.mark.parametrize("rounded", [np.floor, np.rint, np.ceil])
-def test_masks_resampled_to_a_rounded_number_of_voxels_cover_their_ct(
-    rounded: np.ufunc, spacing_mm: float
-) -> None:
+def test_masks_resampled_to_a_rounded_number_of_voxels_cover_their_ct(rounded, spacing_mm) -> None:
     """The first voxels of both have one corner, or, unless the number is rounded down, one centre."""
     for size in range(250, 260):
         ct = Grid((size, size, size), np.diag([-0.7, -0.8, 1.25, 1]))
@@ -154,13 +150,13 @@ def test_a_turned_grid_without_a_margin_misses_corners() -> None:
 
 
 @pytest.mark.parametrize("affine", [np.full((4, 4), np.nan), np.diag([0.7, 0.8, 0, 1])])
-def test_an_affine_that_leads_nowhere_is_rejected(affine: np.ndarray) -> None:
+def test_an_affine_that_leads_nowhere_is_rejected(affine) -> None:
     with pytest.raises(RejectedError, match=r"mask: 'a' must state its orientation, got the affine \[\["):
         align("a", SHAPE_XYZ, affine, CT)
 
 
 @pytest.mark.parametrize("size", [1, 17, 127, 128, 131, 512, 1024])
-def test_cells_take_the_pixel_at_their_centre(size: int) -> None:
+def test_cells_take_the_pixel_at_their_centre(size) -> None:
     line = torch.arange(size, dtype=torch.float64)[None, None]
     oracle = interpolate(line, size=128, mode="nearest-exact")[0, 0].numpy()
     np.testing.assert_array_equal(cell_voxels(size), oracle)

@@ -29,7 +29,7 @@ def write(path: Path, positive: dict[str, set[str]], leave_out: str = "") -> Pat
     return path
 
 
-def test_a_class_is_positive_if_any_abnormality_is_anywhere(tmp_path: Path) -> None:
+def test_a_class_is_positive_if_any_abnormality_is_anywhere(tmp_path) -> None:
     train = write(
         tmp_path / "train.csv",
         {
@@ -48,14 +48,12 @@ def test_a_class_is_positive_if_any_abnormality_is_anywhere(tmp_path: Path) -> N
     assert list(labels["trn00001"]) == [label.name for label in load_labels("rad_chestct")]
 
 
-def test_tables_that_lack_something_are_refused(tmp_path: Path) -> None:
+def test_tables_that_lack_something_are_refused(tmp_path) -> None:
     table = write(tmp_path / "a.csv", {"trn00001": set()}, leave_out="stent")
-    with pytest.raises(ValueError, match=r"a\.csv' must have columns of .*, got none of \['stent'\]"):
+    with pytest.raises(ValueError, match=r"a\.csv' has no columns of \['stent'\]"):
         read_labels([table])
     table = write(tmp_path / "b.csv", {"trn00001": set()})
-    with pytest.raises(
-        ValueError, match="a volume must have one row, got two for 'trn00001', one in '.*b.csv'"
-    ):
+    with pytest.raises(ValueError, match="'trn00001' has two rows .*b.csv'"):
         read_labels([table, table])
     table.write_text(table.read_text().replace("trn00001,0", "trn00001,?"))
     with pytest.raises(ValueError, match=r"label must be 0 or 1, got '\?' of '.*' for volume 'trn00001'"):
@@ -86,7 +84,7 @@ def write_spacings(folder: Path, spacings: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("split", "prefix"), [("train", "trn"), ("valid", "val"), ("test", "tst")])
-def test_the_prefix_of_a_file_is_its_split(split: str, prefix: str, tmp_path: Path) -> None:
+def test_the_prefix_of_a_file_is_its_split(split, prefix, tmp_path) -> None:
     names = [f"{own}0000{n}.npz" for own in ("trn", "val", "tst") for n in (2, 1)]
     touch(tmp_path, *(f"sub {name[4]}/{name}" for name in names), f"{prefix}00003.zip")
     sources, rejected = find_rad_chestct(tmp_path, split)
@@ -98,7 +96,7 @@ def test_the_prefix_of_a_file_is_its_split(split: str, prefix: str, tmp_path: Pa
     assert {(source.split, source.form, source.labels) for source in sources} == {(split, "v2", None)}
 
 
-def test_volumes_get_their_labels_and_label_maps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_volumes_get_their_labels_and_label_maps(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING)
     root = touch(tmp_path / "rad", "trn00001.npz", "trn00002.npz", "trn00003.npz")
     write_labels(root, "train", {"trn00001": {"hernia", "stent"}, "trn00002": set(), "trn00009": {"hernia"}})
@@ -115,7 +113,7 @@ def test_volumes_get_their_labels_and_label_maps(tmp_path: Path, caplog: pytest.
     assert caplog.messages == ["1 of 3 volumes have no row in the label table."]
 
 
-def test_the_metadata_may_state_another_spacing(tmp_path: Path) -> None:
+def test_the_metadata_may_state_another_spacing(tmp_path) -> None:
     names = [f"trn0000{n}" for n in range(7)]
     root = touch(tmp_path, *(f"{name}.npz" for name in names))
     texts = ["0.8", "[0.8, 0.8, 0.8]", "2.5", "", "[0.8, 0.8, 0.9]", "nan", "unknown"]
@@ -129,7 +127,7 @@ def test_the_metadata_may_state_another_spacing(tmp_path: Path) -> None:
     assert rejected[0].detail == "final_spacing must be the edge of cubes in mm, got '[0.8, 0.8, 0.9]'"
 
 
-def test_volumes_or_label_maps_of_one_name_are_rejected(tmp_path: Path) -> None:
+def test_volumes_or_label_maps_of_one_name_are_rejected(tmp_path) -> None:
     root = touch(tmp_path / "rad", "a/trn00001.npz", "b/trn00001.npz", "trn00002.npz", "trn00003.npz")
     masks = touch(tmp_path / "masks", "trn00002.nii.gz", "trn00002.nii")
     sources, rejected = find_rad_chestct(root, "train", masks)
@@ -140,9 +138,9 @@ def test_volumes_or_label_maps_of_one_name_are_rejected(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_not_there_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_there_is_named(tmp_path, caplog) -> None:
     root = touch(tmp_path / "rad", "trn00001.npz")
-    with pytest.raises(FileNotFoundError, match=r"root must hold volumes val\*\.npz, got none in"):
+    with pytest.raises(FileNotFoundError, match=r"No volumes val\*\.npz"):
         find_rad_chestct(root, "valid")
     with pytest.raises(ValueError, match=r"split must be one of \['test', 'train', 'valid'\], got 'val'"):
         find_rad_chestct(root, "val")
@@ -154,7 +152,7 @@ def test_what_is_not_there_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "Shards will hold no labels: there is no label table of 'train'" in caplog.text
 
 
-def test_a_phantom_download_is_found_whole(tmp_path: Path) -> None:
+def test_a_phantom_download_is_found_whole(tmp_path) -> None:
     settings = Settings(seed=3, site="b", matrix=40, slice_mm=(8.0, 8.0), npz_spacing_mm=8.0)
     assert len(list(write_cohort(tmp_path, 3, settings, 1))) == 3
     found = {}
@@ -169,10 +167,10 @@ def test_a_phantom_download_is_found_whole(tmp_path: Path) -> None:
         assert set(source.labels) == set(PREFIXES)
 
 
-def test_a_table_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_table_that_is_there_twice_is_refused(tmp_path) -> None:
     root = touch(tmp_path / "rad", "trn00001.npz")
     (root / "backup").mkdir()
     for folder in (root, root / "backup"):
         write_labels(folder, "train", {"trn00001": {"hernia"}})
-    with pytest.raises(ValueError, match="a table must be there once, got '.*' and '.*imgtrain.*'. Keep one"):
+    with pytest.raises(ValueError, match="there twice: .*imgtrain.* Keep one"):
         find_rad_chestct(root, "train")

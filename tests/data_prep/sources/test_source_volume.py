@@ -1,5 +1,4 @@
 import gzip
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from common.ct.nifti import Rescale
 from common.ct.npz import npz_affine
 from common.ct.rejection import RejectedError
 from data_prep.sources.rexgroundingct import Annotation
-from data_prep.sources.source_volume import SourceVolume, planned_slices, read_ct, read_volume
+from data_prep.sources.source_volume import SourceVolume, planned_slices, read_volume
 
 SHAPE_XYZ = (19, 17, 5)
 SPACING_MM = (0.7, 0.8, 1.5)
@@ -38,11 +37,10 @@ def source(tmp_path: Path, save_nifti: Save) -> Callable[..., SourceVolume]:
     return build
 
 
-Source = Callable[..., SourceVolume]
 RAW = {"affine": np.eye(4), "form": "v1", "rescale": Rescale(1, -1024, SPACING_MM)}
 
 
-def test_a_volume_in_hu_is_read_as_its_header_says(source: Source) -> None:
+def test_a_volume_in_hu_is_read_as_its_header_says(source) -> None:
     volume = read_volume(source(hu(), labels={"x": 1}))
     np.testing.assert_array_equal(volume.ct, hu().transpose(2, 1, 0))
     assert volume.spacing_mm == pytest.approx(SPACING_MM)
@@ -52,7 +50,7 @@ def test_a_volume_in_hu_is_read_as_its_header_says(source: Source) -> None:
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, -8192), (2, -1024)])
-def test_a_raw_volume_is_rescaled_by_the_metadata(slope: float, intercept: float, source: Source) -> None:
+def test_a_raw_volume_is_rescaled_by_the_metadata(slope, intercept, source) -> None:
     raw = ((hu() - intercept) // slope).astype(np.int16)
     volume = read_volume(source(raw, **RAW | {"rescale": Rescale(slope, intercept, SPACING_MM)}))
     np.testing.assert_array_equal(volume.ct, (raw.astype(int) * slope + intercept).transpose(2, 1, 0))
@@ -60,14 +58,14 @@ def test_a_raw_volume_is_rescaled_by_the_metadata(slope: float, intercept: float
     assert volume.original_axcodes == "LPS"
 
 
-def test_both_forms_of_a_scan_give_the_same_slices(source: Source) -> None:
+def test_both_forms_of_a_scan_give_the_same_slices(source) -> None:
     fixed = read_volume(source(hu()))
     raw = read_volume(source(hu() + 1024, **RAW))
     np.testing.assert_array_equal(raw.ct, fixed.ct)
     assert raw.spacing_mm == pytest.approx(fixed.spacing_mm)
 
 
-def test_a_rescale_in_the_header_of_a_fixed_volume_is_applied_once(tmp_path: Path, source: Source) -> None:
+def test_a_rescale_in_the_header_of_a_fixed_volume_is_applied_once(tmp_path, source) -> None:
     stored = source(hu() + 1024)
     content = bytearray(nib.Nifti1Image(hu() + 1024, AFFINE).to_bytes())
     content[112:120] = np.array([1, -1024], "<f4").tobytes()
@@ -78,14 +76,14 @@ def test_a_rescale_in_the_header_of_a_fixed_volume_is_applied_once(tmp_path: Pat
     np.testing.assert_array_equal(volume.ct, hu().transpose(2, 1, 0))
 
 
-def test_auto_goes_by_the_header(source: Source) -> None:
+def test_auto_goes_by_the_header(source) -> None:
     rescale = Rescale(1, -1024, SPACING_MM)
     raw = read_volume(source(hu() + 1024, **RAW | {"form": "auto"}))
     fixed = read_volume(source(hu(), form="auto", rescale=rescale))
     np.testing.assert_array_equal(raw.ct, fixed.ct)
 
 
-def test_the_number_of_slices_is_known_from_headers(source: Source) -> None:
+def test_the_number_of_slices_is_known_from_headers(source) -> None:
     assert planned_slices(source(hu())) == 5
     assert planned_slices(source(hu(), form="v1", affine=np.eye(4), rescale=RAW["rescale"])) == 5
     turned = nib.Nifti1Image(hu(), AFFINE).as_reoriented(np.array([[1, -1], [2, 1], [0, 1]]))
@@ -93,81 +91,27 @@ def test_the_number_of_slices_is_known_from_headers(source: Source) -> None:
 
 
 CONTRADICTIONS = {
-    "stated raw, but in HU": (
-        hu(),
-        RAW,
-        "not in HU: .*rescaled twice",
-    ),
+    "stated raw, but in HU": (0, RAW, "not in HU: .*rescaled twice"),
     "stated raw, but the header speaks": (
-        hu() + 1024,
+        1024,
         RAW | {"affine": AFFINE},
-        "v1 or v2: a raw volume must have a blank header, got .* LPS",
+        "v1 or v2: .*blank header, got .*LPS",
     ),
-    "stated fixed, but the header is blank": (
-        hu(),
-        {"form": "v2", "affine": np.eye(4)},
-        "v1 or v2: a volume in HU must state its geometry, got a blank header",
-    ),
-    "stated fixed, but raw": (
-        hu() + 1024,
-        {"form": "v2"},
-        "not in HU: nothing is as dark as air: .* 24",
-    ),
-    "raw, rescaled to anything but HU": (
-        hu() + 1024,
-        RAW | {"rescale": Rescale(1, 0, SPACING_MM)},
-        "not in HU: nothing is as dark as air: .* 24",
-    ),
-    "blank header and no metadata": (
-        hu() + 1024,
-        {"affine": np.eye(4)},
-        "v1 or v2: a raw volume must have a row in the metadata",
-    ),
+    "stated fixed, but blank": (0, {"form": "v2", "affine": np.eye(4)}, "v1 or v2: .*got a blank header"),
+    "stated fixed, but raw": (1024, {"form": "v2"}, "not in HU: .*as dark as air: .* 24"),
+    "raw, rescaled to no HU": (1024, RAW | {"rescale": Rescale(1, 0, SPACING_MM)}, "not in HU: .* 24"),
+    "blank header and no metadata": (1024, {"affine": np.eye(4)}, "v1 or v2: .*a row in the metadata"),
 }
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_contradictions_between_forms_are_rejected(case: str, source: Source) -> None:
-    array, changes, message = CONTRADICTIONS[case]
+def test_contradictions_between_forms_are_rejected(case, source) -> None:
+    offset, changes, message = CONTRADICTIONS[case]
     with pytest.raises(RejectedError, match=message):
-        read_volume(source(array, **changes))
+        read_volume(source(hu() + offset, **changes))
 
 
 NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"rescale": Rescale(1, -1024, (0.7, 0.8, NAN))},
-            r"spacing: .* 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, nan\)",
-        ),
-        ({"rescale": Rescale(1, -1024, (0.7, 0.8, 0.0))}, r"spacing: .*, got \(0\.7, 0\.8, 0\)"),
-        ({"rescale": Rescale(1, -1024, (0.7, 0.8, -1.5))}, r"spacing: .*, got \(0\.7, 0\.8, -1\.5\)"),
-        ({"rescale": Rescale(1, -1024, (0.7, 0.8, 0.035))}, r"spacing: .*, got \(0\.7, 0\.8, 0\.035\)"),
-        (
-            {"rescale": Rescale(NAN, -1024, SPACING_MM)},
-            "rescale: slope and intercept must be numbers, got nan",
-        ),
-        (
-            {"rescale": Rescale(0, -1024, SPACING_MM)},
-            "rescale: slope and intercept must be numbers, got 0 and",
-        ),
-        ({"rescale": Rescale(1, NAN, SPACING_MM)}, "rescale: .*, got 1 and nan"),
-    ],
-)
-def test_metadata_that_says_nothing_is_rejected_by_planning(
-    changes: dict[str, Any], message: str, source: Source
-) -> None:
-    with pytest.raises(RejectedError, match=message):
-        planned_slices(source(hu() + 1024, **RAW | changes))
-
-
-def turned(deg: float, affine: np.ndarray = AFFINE) -> np.ndarray:
-    """Turned as a whole around x."""
-    cos, sin = np.cos(np.radians(deg)), np.sin(np.radians(deg))
-    return np.array([[1, 0, 0, 0], [0, cos, -sin, 0], [0, sin, cos, 0], [0, 0, 0, 1]]) @ affine
 
 
 def tilted(deg: float) -> np.ndarray:
@@ -193,89 +137,44 @@ def with_voxel(value: float) -> np.ndarray:
 
 
 HEADERS: dict[str, tuple[bytes, str]] = {
-    "zero bytes": (
-        b"",
-        r"unreadable: Cannot read '{}' as NIfTI: an end after 0 of 4 bytes"
-        r"\. Copy or download it again\.",
-    ),
-    "a web page": (
-        b"<html><body>Too many requests</body></html>",
-        r"unreadable: Cannot read '{}' as NIfTI: it begins with b'<htm'"
-        r"\. Copy or download it again\.",
-    ),
-    "4-D": (
-        gzip.compress(file_of(np.zeros((*SHAPE_XYZ, 2), np.int16))),
-        r"geometry: volume must have 3 axes, got shape \(19, 17, 5, 2\)\. Save one volume per file\.",
-    ),
-    "2-D": (
-        gzip.compress(file_of(hu()[..., 0])),
-        r"geometry: volume must have 3 axes, got shape \(19, 17\)\. Save one volume per file\.",
-    ),
-    "a single slice": (
-        gzip.compress(file_of(hu()[..., :1])),
-        r"geometry: volume must have at least 2 slices, got 1\. Join slices to a volume first\.",
-    ),
-    "gantry tilt of 15 degrees": (
-        gzip.compress(file_of(hu(), tilted(15))),
-        r"geometry: affine must be within 10 degrees of the world axes, got 15\.0\. "
-        r"Resample the volume to axial slices first\.",
-    ),
-    "gantry tilt of 3 degrees": (
-        gzip.compress(file_of(hu(), tilted(3))),
-        r"geometry: axes must be perpendicular, got 3\.0 degrees off, as from a tilted gantry\. "
-        r"Resample the volume to axial slices first\.",
-    ),
-    "oblique": (
-        gzip.compress(file_of(hu(), turned(12))),
-        r"geometry: affine must be within 10 degrees of the world axes, got 12\.0\. "
-        r"Resample the volume to axial slices first\.",
-    ),
-    "spacing no scanner has": (
-        gzip.compress(file_of(hu(), np.diag([-0.7, -0.8, 0.035, 1]))),
-        r"spacing: spacing must lie in 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, 0\.035\)",
-    ),
+    "a web page": (b"<html><body>Too many requests</body></html>", r"unreadable: .*b'<htm'.*again\."),
+    "gantry tilt of 3 degrees": (file_of(hu(), tilted(3)), r"geometry: .*perpendicular, got 3\.0 degrees.*"),
     "an affine that is not finite": (
-        gzip.compress(with_bytes(file_of(hu()), 320, [np.nan])),
-        r"spacing: spacing must lie in 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, nan\)",
+        with_bytes(file_of(hu()), 320, [np.nan]),
+        r"spacing: .* 0\.1\.\.20\.0 mm, got \(0\.7, 0\.8, nan\)",
     ),
 }
+"""One per reason; ``tests/common/ct`` has all of them."""
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_what_a_header_shows_is_rejected_by_planning(case: str, tmp_path: Path) -> None:
+def test_what_a_header_shows_is_rejected_by_planning(case, tmp_path) -> None:
     content, message = HEADERS[case]
-    (tmp_path / "a.nii.gz").write_bytes(content)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content) if content[4:5] == b"\0" else content)
     source = SourceVolume("a", "train", ct_file(tmp_path / "a.nii.gz"), "v2")
     for read in (planned_slices, read_volume):
         with pytest.raises(RejectedError) as caught:
             read(source)
-        assert re.fullmatch(message.format(r"a\.nii\.gz"), str(caught.value))
+        assert re.fullmatch(message, str(caught.value))
 
 
+LARGE = np.random.default_rng(0).integers(-1024, 3072, (64, 64, 64), np.int16)
 VOXELS: dict[str, tuple[bytes, str]] = {
-    "truncated gzip": (
-        gzip.compress(file_of(np.random.default_rng(0).integers(-1024, 3072, (64, 64, 64), np.int16)))[:-9],
-        r"unreadable: Cannot read 'a\.nii\.gz' as NIfTI: Compressed file ended before the "
-        r"end-of-stream marker was reached\. Copy or download it again\.",
-    ),
+    "truncated gzip": (gzip.compress(file_of(LARGE))[:-9], r"unreadable: .*'a\.nii\.gz' .* ended .*again\."),
     "truncated before it was gzipped": (
         gzip.compress(file_of(hu())[:-1]),
-        r"unreadable: Cannot read 'a\.nii\.gz' as NIfTI: an end after 3229 of 3230 bytes"
-        r"\. Copy or download it again\.",
+        r"unreadable: .*'a\.nii\.gz' .*3229 of 3230 bytes.*again\.",
     ),
-    "NaN": (
-        gzip.compress(file_of(with_voxel(np.nan))),
-        r"non-finite voxels: voxels must be finite, got NaN or infinity in planes 0 to 4 as stored",
-    ),
+    "NaN": (gzip.compress(file_of(with_voxel(np.nan))), "non-finite .*NaN or infinity in planes 0 to 4.*"),
     "infinity": (
         gzip.compress(file_of(with_voxel(np.inf))),
-        r"non-finite voxels: voxels must be finite, got NaN or infinity in planes 0 to 4 as stored",
+        "non-finite .*NaN or infinity in planes 0 to 4.*",
     ),
 }
 
 
 @pytest.mark.parametrize("case", VOXELS)
-def test_what_only_the_voxels_show_is_rejected_by_reading(case: str, tmp_path: Path) -> None:
+def test_what_only_the_voxels_show_is_rejected_by_reading(case, tmp_path) -> None:
     content, message = VOXELS[case]
     (tmp_path / "a.nii.gz").write_bytes(content)
     source = SourceVolume("a", "train", ct_file(tmp_path / "a.nii.gz"), "v2")
@@ -285,41 +184,14 @@ def test_what_only_the_voxels_show_is_rejected_by_reading(case: str, tmp_path: P
     assert re.fullmatch(message, str(caught.value))
 
 
-@pytest.mark.usefixtures("any_values")
-def test_a_rescale_past_16_bits_does_not_wrap(tmp_path: Path) -> None:
-    array = hu()
-    array = np.minimum(array, 3174)
-    array[0, 0, 0] = 3174  # ten times most of these is above a shard's highest HU
-    array[1, 0, 0] = -3500  # ten times this does not fit 16 bits
-    (tmp_path / "a.nii").write_bytes(with_bytes(file_of(array), 112, [10, 0]))
-    ct = read_ct(SourceVolume("a", "train", ct_file(tmp_path / "a.nii"), "v2"))
-    assert ct.hu[0, 0, 0] == 3071
-    np.testing.assert_array_equal(ct.hu, (array.astype(int) * 10).clip(-1024, 3071).transpose(2, 1, 0))
-
-
-@pytest.mark.usefixtures("any_values")
-def test_a_raw_volume_that_a_rescale_would_wrap_is_clipped(source: Source) -> None:
-    raw = np.full(SHAPE_XYZ, 3276, np.int16)
-    raw[0] = -700
-    ct = read_ct(source(raw, **RAW | {"rescale": Rescale(10, -1024, SPACING_MM)}))
-    assert np.unique(ct.hu).tolist() == [-1024, 3071]
-
-
-def test_paths_may_hold_spaces_and_any_letters(tmp_path: Path, save_nifti: Save) -> None:
-    path = save_nifti(tmp_path / "Thorax é 1 中" / "a b" / "a.nii.gz", hu(), AFFINE)
-    volume = read_volume(SourceVolume("a", "train", ct_file(path), "v2", source="Thorax é 1 中/a b/a.nii.gz"))
-    assert volume.source == "Thorax é 1 中/a b/a.nii.gz"
-    assert volume.source_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_names_that_cannot_name_a_sample_are_rejected_by_planning(source: Source) -> None:
+def test_names_that_cannot_name_a_sample_are_rejected_by_planning(source) -> None:
     for name in ("../../x", "/etc/x", "vol 1 é", "a b", "1.2.840", ".hidden", "", "a" * 81, "a\n"):
         shown = name.replace("\n", " ")  # an error is one line
-        with pytest.raises(RejectedError, match=rf"name: volume must match .*, got '{re.escape(shown)}'\."):
+        with pytest.raises(RejectedError, match=rf"name: .*got '{re.escape(shown)}'\."):
             planned_slices(source(hu(), volume=name))
 
 
-def test_masks_come_with_the_volume(source: Source, tmp_path: Path, save_nifti: Save) -> None:
+def test_masks_come_with_the_volume(source, tmp_path, save_nifti) -> None:
     ids = np.zeros(SHAPE_XYZ, np.uint8)
     ids[:, :, 2] = 5
     findings = np.zeros((1, *SHAPE_XYZ), np.uint8)
@@ -334,53 +206,13 @@ def test_masks_come_with_the_volume(source: Source, tmp_path: Path, save_nifti: 
         assert volume.rex[4, 127, 0] == 0
 
 
-MASKS: dict[str, tuple[np.ndarray, np.ndarray, str]] = {
-    "shape": (
-        np.zeros((19, 17, 4), np.uint8),
-        AFFINE,
-        r"'m\.nii\.gz' must have the CT's shape \(5, 17, 19\), got \(4, 17, 19\)",
-    ),
-    "spacing": (
-        np.zeros(SHAPE_XYZ, np.uint8),
-        np.diag([-0.5, -0.5, 1.5, 1]),
-        r"'m\.nii\.gz' must cover the CT, x -12\.9\.\.0\.3, y -13\.2\.\.0\.4, z -0\.8\.\.6\.8 mm, "
-        r"got x -9\.2\.\.0\.2, y -8\.2\.\.0\.2, z -0\.8\.\.6\.8 mm",
-    ),
-    "place": (
-        np.zeros(SHAPE_XYZ, np.uint8),
-        AFFINE + np.eye(4)[:, 2:3] * [0, 0, 0, 300],
-        r"'m\.nii\.gz' must cover the CT, x .*, z -0\.8\.\.6\.8 mm, got x .*, z 299\.2\.\.306\.8 mm",
-    ),
-    "ids": (
-        np.full(SHAPE_XYZ, 118, np.uint8),
-        AFFINE,
-        r"ids of 'm\.nii\.gz' must lie in 0\.\.117, got 118 to 118",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MASKS)
-def test_a_volume_with_the_mask_of_another_is_rejected(
-    case: str, source: Source, tmp_path: Path, save_nifti: Save
-) -> None:
-    array, affine, message = MASKS[case]
-    path = save_nifti(tmp_path / "m.nii.gz", array, affine)
-    with pytest.raises(RejectedError) as caught:
+def test_a_volume_with_the_mask_of_another_is_rejected(source, tmp_path, save_nifti) -> None:
+    path = save_nifti(tmp_path / "m.nii.gz", np.zeros((19, 17, 4), np.uint8), AFFINE)
+    with pytest.raises(RejectedError, match=r"mask: 'm\.nii\.gz' .*\(5, 17, 19\), got \(4, 17, 19\)"):
         read_volume(source(hu(), ts=path))
-    assert re.fullmatch(f"mask: {message}", str(caught.value))
 
 
-def test_an_empty_category_leaves_out_its_finding(source: Source, tmp_path: Path, save_nifti: Save) -> None:
-    findings = save_nifti(tmp_path / "m.nii.gz", np.ones((2, *SHAPE_XYZ), np.uint8), AFFINE)
-    volume = read_volume(source(hu(), rex=Annotation(findings, ("", "1b"))))
-    assert np.unique(volume.rex).tolist() == [2]
-    volume = read_volume(source(hu(), rex=Annotation(findings, ("", ""))))
-    assert not volume.rex.any()
-
-
-def test_the_formats_of_a_ct_give_the_same_slices(
-    source: Source, tmp_path: Path, save_nifti: Save, write_series: Callable[..., list[Path]]
-) -> None:
+def test_the_formats_of_a_ct_give_the_same_slices(source, tmp_path, save_nifti, write_series) -> None:
     """One phantom as NIfTI, as a DICOM series, and as RAD-ChestCT stores it; masks join each."""
     edge = np.diag([-0.8, -0.8, 0.8, 1.0])
     nifti = read_volume(source(hu(), affine=edge))
@@ -404,7 +236,7 @@ def test_the_formats_of_a_ct_give_the_same_slices(
 
 
 @pytest.mark.real_ct
-def test_real_scans_are_read_with_plausible_hu(real_ct_dir: Path) -> None:
+def test_real_scans_are_read_with_plausible_hu(real_ct_dir) -> None:
     for name, axcodes in (("totalseg_example_ct_sm_3mm", "RAS"), ("crlm_ct_1004_ct_1p59x1p59x5mm", "LPS")):
         volume = read_volume(SourceVolume(name, "train", ct_file(real_ct_dir / f"{name}.nii.gz"), "v2"))
         assert volume.original_axcodes == axcodes
@@ -412,9 +244,7 @@ def test_real_scans_are_read_with_plausible_hu(real_ct_dir: Path) -> None:
         assert 0.2 < np.mean((volume.ct > -150) & (volume.ct < 150)) < 0.6
 
 
-def test_absolute_paths_are_those_of_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_absolute_paths_are_those_of_the_working_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     annotation = Annotation(Path("rex.nii.gz"), ("1a",))
     source = SourceVolume("a", "train", ct_file(Path("a.nii.gz")), "v2", ts=Path("ts.nii.gz"), rex=annotation)

@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,8 +12,7 @@ from data_prep.sources.totalsegmentator import read_label_map
 SHAPE_XYZ = (19, 17, 5)
 SPACING_MM = (0.7, 0.8, 1.5)
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
-CT = Grid(SHAPE_XYZ, AFFINE)
-Save = Callable[[Path, np.ndarray, np.ndarray], Path]
+CT = Grid(SHAPE_XYZ, AFFINE, "LPS")
 
 
 def ids() -> np.ndarray:
@@ -41,12 +37,7 @@ def nearest(ids: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 @pytest.mark.parametrize("chunk_bytes", [1, 10**6])
 def test_a_map_is_turned_by_its_own_affine(
-    axcodes: str,
-    dtype: type,
-    chunk_bytes: int,
-    tmp_path: Path,
-    save_nifti: Save,
-    monkeypatch: pytest.MonkeyPatch,
+    axcodes, dtype, chunk_bytes, tmp_path, save_nifti, monkeypatch
 ) -> None:
     monkeypatch.setattr(nifti, "CHUNK_BYTES", chunk_bytes)
     turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(axcodes))
@@ -57,7 +48,7 @@ def test_a_map_is_turned_by_its_own_affine(
     np.testing.assert_array_equal(planes, nearest(ids().transpose(2, 1, 0)))
 
 
-def test_a_rescale_in_the_header_is_honoured(tmp_path: Path) -> None:
+def test_a_rescale_in_the_header_is_honoured(tmp_path) -> None:
     image = nib.Nifti1Image((ids() // 2).astype(np.uint8), AFFINE)
     raw = bytearray(image.to_bytes())
     raw[112:120] = np.array([2, 0], "<f4").tobytes()
@@ -70,39 +61,22 @@ def test_a_rescale_in_the_header_is_honoured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "affine", "message"),
     [
-        (
-            np.full(SHAPE_XYZ, 118, np.uint8),
-            AFFINE,
-            r"ids of 'a\.nii\.gz' must lie in 0\.\.117, got 118 to 118",
-        ),
-        (np.full(SHAPE_XYZ, -1, np.int16), AFFINE, r"must lie in 0\.\.117, got -1 to -1"),
-        (np.full(SHAPE_XYZ, np.nan, np.float32), AFFINE, r"labels of .a\.nii\.gz. must be whole numbers"),
-        (
-            np.full(SHAPE_XYZ, 1.5, np.float32),
-            AFFINE,
-            r"labels of 'a\.nii\.gz' must be whole numbers, got fractions",
-        ),
-        (ids()[:-1], AFFINE, r"must have the CT's shape \(5, 17, 19\), got \(5, 17, 18\)"),
-        (
-            ids(),
-            AFFINE @ np.diag([1, 1, 0.5, 1]),
-            r"'a\.nii\.gz' must cover the CT, x -12\.9\.\.0\.3, .*, got x",
-        ),
-        (ids(), AFFINE + np.eye(4, k=3) * 500, r"'a\.nii\.gz' must cover the CT, .*, got x 487\.1\.\.500\.3"),
-        (np.stack(2 * [ids()], -1), AFFINE, r"'a\.nii\.gz' must have 3 axes, got shape \(19, 17, 5, 2\)"),
+        (np.full(SHAPE_XYZ, 118, np.uint8), AFFINE, r"ids of 'a\.nii\.gz' .*0\.\.117, got 118 to 118"),
+        (np.full(SHAPE_XYZ, -1, np.int16), AFFINE, r"0\.\.117, got -1 to -1"),
+        (np.full(SHAPE_XYZ, np.nan, np.float32), AFFINE, r"'a\.nii\.gz' must be whole numbers"),
+        (np.full(SHAPE_XYZ, 1.5, np.float32), AFFINE, r"'a\.nii\.gz' must be whole numbers, got fractions"),
+        (ids()[:-1], AFFINE, r"\(5, 17, 19\), got \(5, 17, 18\)"),
+        (np.stack(2 * [ids()], -1), AFFINE, r"must have 3 axes, got shape \(19, 17, 5, 2\)"),
         (
             ids(),
             AFFINE @ np.diag([1.4, 1.25, 1.2, 1]),
-            r"'a\.nii\.gz' must lie on the CT's voxels as it has its shape \(5, 17, 19\), got others: .*"
-            r"\(0\.7, 0\.8, 1\.5\) mm in the CT, \(0\.98, 1, 1\.8\) mm",
+            r"\(5, 17, 19\), but .*\(0\.7, 0\.8, 1\.5\) mm in the CT, \(0\.98, 1, 1\.8\) mm",
         ),
-        (ids(), AFFINE - np.diag([0, 0, 0.9, 0]) + np.eye(4, k=3) * 1e-9, "must cover|must lie on"),
-        (ids(), np.eye(4), r"'a\.nii\.gz' must state its orientation, got a blank header"),
+        (ids(), AFFINE - np.diag([0, 0, 0.9, 0]) + np.eye(4, k=3) * 1e-9, "must cover|lies on other voxels"),
+        (ids(), np.eye(4), "got a blank header"),
     ],
 )
-def test_maps_that_do_not_fit_their_ct_are_rejected(
-    array: np.ndarray, affine: np.ndarray, message: str, tmp_path: Path, save_nifti: Save
-) -> None:
+def test_maps_that_do_not_fit_their_ct_are_rejected(array, affine, message, tmp_path, save_nifti) -> None:
     with pytest.raises(RejectedError, match=f"mask: .*{message}") as caught:
         read_label_map(save_nifti(tmp_path / "a.nii.gz", array, affine), CT)
     assert caught.value.reason == "mask"
@@ -124,9 +98,7 @@ def turned(affine: np.ndarray, deg: float) -> np.ndarray:
     ],
     ids=["coarser", "finer", "shifted", "shifted and another order", "turned"],
 )
-def test_a_map_on_another_grid_is_resampled_to_the_nearest_voxel(
-    shape: tuple[int, ...], affine: np.ndarray, tmp_path: Path, save_nifti: Save
-) -> None:
+def test_a_map_on_another_grid_is_resampled_to_the_nearest_voxel(shape, affine, tmp_path, save_nifti) -> None:
     """Nibabel resamples the map to the whole grid of the CT; the cells take from there."""
     array = np.random.default_rng(1).integers(0, 118, shape).astype(np.uint8)
     path = save_nifti(tmp_path / "a.nii.gz", array, affine)
@@ -137,7 +109,7 @@ def test_a_map_on_another_grid_is_resampled_to_the_nearest_voxel(
 
 
 @pytest.mark.parametrize("axcodes", ["LPS", "LAS"])
-def test_a_raw_volume_takes_a_map_with_an_origin(axcodes: str, tmp_path: Path, save_nifti: Save) -> None:
+def test_a_raw_volume_takes_a_map_with_an_origin(axcodes, tmp_path, save_nifti) -> None:
     """CT-RATE's label maps have the header of its v2 volumes, its v1 volumes have none."""
     turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(axcodes))
     image = nib.Nifti1Image(ids(), AFFINE + np.eye(4, k=3) * 500).as_reoriented(turn)
@@ -147,7 +119,7 @@ def test_a_raw_volume_takes_a_map_with_an_origin(axcodes: str, tmp_path: Path, s
 
 
 @pytest.mark.real_ct
-def test_real_organs_meet_their_ct_on_the_small_grid(real_ct_dir: Path) -> None:
+def test_real_organs_meet_their_ct_on_the_small_grid(real_ct_dir) -> None:
     """A CT stored as LPS and its map stored as LAS, both reduced to 128 x 128."""
     ct = read_ct(ct_file(real_ct_dir / "totalseg_dicom_ct_native.nii.gz"))
     path = real_ct_dir / "totalseg_dicom_seg117_native.nii.gz"
@@ -165,9 +137,7 @@ def test_real_organs_meet_their_ct_on_the_small_grid(real_ct_dir: Path) -> None:
 
 
 @pytest.mark.real_ct
-def test_a_real_map_of_another_spacing_keeps_its_organs(
-    real_ct_dir: Path, tmp_path: Path, save_nifti: Save
-) -> None:
+def test_a_real_map_of_another_spacing_keeps_its_organs(real_ct_dir, tmp_path, save_nifti) -> None:
     """Every other voxel of the LAS map, as a map of half the resolution would be."""
     ct = read_grid(ct_file(real_ct_dir / "totalseg_dicom_ct_native.nii.gz"))
     image = nib.load(real_ct_dir / "totalseg_dicom_seg117_native.nii.gz")

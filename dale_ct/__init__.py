@@ -1,0 +1,30 @@
+"""Chest CT to embeddings: ``dale_ct.embed("ct.nii.gz")``.
+
+The names below are what a user may rely on; each is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.embeddings.store import EmbeddingStore
+    from common.engines.predict import predict
+    from dale_ct.embedding import embed, embed_to_store
+    from dale_ct.encoder import encoders, load_encoder
+
+__all__ = ["EmbeddingStore", "embed", "embed_to_store", "encoders", "load_encoder", "predict"]
+
+_HOMES = {
+    "EmbeddingStore": "common.embeddings.store",
+    "embed": "dale_ct.embedding",
+    "embed_to_store": "dale_ct.embedding",
+    "encoders": "dale_ct.encoder",
+    "load_encoder": "dale_ct.encoder",
+    "predict": "common.engines.predict",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module's attributes)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dale_ct' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,62 @@
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dale_ct import EmbeddingStore
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def dale_ct(python_m, tmp_path):
+    """Run ``dale-ct`` with words in a folder of its own."""
+    return lambda *words: python_m(["dale_ct.cli", *words], tmp_path, PYTHONPATH=str(REPOSITORY))
+
+
+def test_embed_writes_a_store_and_says_what_monai_would_be_told(
+    dale_ct, python_m, small_bundle, ct_folder, tmp_path
+):
+    result = dale_ct("embed", ct_folder, "--encoder", small_bundle, "--weights", "random", "--out", "ours")
+    assert result.returncode == 0, result.stderr
+    (command,) = [line for line in result.stderr.splitlines() if line.startswith("$ python -m monai.bundle")]
+    words = shlex.split(command.removeprefix("$ python -m "))
+    words[words.index("ours")] = "theirs"
+    told = python_m(words, tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert told.returncode == 0, told.stderr
+    ours, theirs = EmbeddingStore(tmp_path / "ours"), EmbeddingStore(tmp_path / "theirs")
+    assert ours.identity == theirs.identity
+    assert ours.checksums(ours.volumes) == theirs.checksums(ours.volumes)
+    assert "Done: embeddings of 2 volumes in 'ours'" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["embed", "nowhere.nii.gz"], "nowhere.nii.gz"),
+        (["embed", ".", "--encoder", "dale_ct_2x"], "dale_ct_2s"),
+        (["train", "dale_ct"], "dale_ct_0"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(dale_ct, words, named):
+    result = dale_ct(*words)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error:")
+    assert named in last
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["embed", "-h"], ["--version"], ["encoders"], ["data", "--help"]]
+)
+def test_help_and_lists_need_no_torch(dale_ct, words):
+    result = dale_ct(*words)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_the_doctor_looks_at_every_part(dale_ct):
+    result = dale_ct("doctor", "--no-online")
+    for part in ("Python", "torch", "GPU", "Memory", "Disk", "MLflow"):
+        assert part in result.stdout
