@@ -3,7 +3,6 @@
 What a command needs is imported when it runs, so that ``--help`` answers at once.
 """
 
-import logging
 import runpy
 import shlex
 import sys
@@ -12,9 +11,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
+
+from common.reports import commands as show
+from data_prep.__main__ import app as data_app
+from data_prep.commands.console import run_app
 
 app = typer.Typer(
     help="Chest CT to embeddings: encoders, probes, pictures and training of DALE-CT.",
@@ -22,9 +24,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+weights_app = typer.Typer(no_args_is_help=True, help="Put weights into a bundle, or write them for others.")
+app.add_typer(show.app, name="show", help="Draw what encoders make of CTs, and print tables of results.")
+app.add_typer(weights_app, name="weights")
+app.add_typer(data_app, name="data", help="Download datasets, write and audit shards, draw synthetic CTs.")
+app.command(epilog="Example: dale-ct compare runs/dale_ct_0 runs/dale_ct_2s --out paired.csv")(show.compare)
 console = Console()
 errors = Console(stderr=True)
-ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+COMPARE = "Example: dale-ct compare runs/dale_ct_0 runs/dale_ct_2s --out paired.csv"
 
 CT = Annotated[
     Path, typer.Argument(help="NIfTI in HU, MetaImage, NRRD, npz, DICOM series; a folder or zip of these.")
@@ -109,7 +116,7 @@ def predict(
 
 
 @app.command(
-    context_settings={**ELSEWHERE, "help_option_names": ["-h", "--help"]},
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Example: dale-ct train dale_ct_2s --dataset_dir data/shards --max_steps 1000",
 )
 def train(
@@ -156,22 +163,53 @@ def doctor(
     raise typer.Exit(not all(finding.is_fine for finding in findings))
 
 
-@app.command(context_settings=ELSEWHERE)
-def show(context: typer.Context) -> None:
-    """Draw what encoders make of CTs, and tables of results: patches, levels, paths, results, differences."""
-    run_module(["common.reports", *context.args])
+@weights_app.command("import", epilog="Example: dale-ct weights import my.safetensors --bundle dale_ct_2s")
+def import_weights(
+    source: Annotated[str, typer.Argument(help="File, checkpoint, or hub:<owner>/<name>[@revision].")],
+    bundle: Annotated[str, typer.Option(help="Encoder, or folder of its bundle.")],
+    slice_axes: Annotated[
+        str, typer.Option("--slice-axes", "--slice_axes", help="'yx', or 'xy' for transposed slices.")
+    ] = "",
+    window: Annotated[
+        str, typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU.")
+    ] = "",
+) -> None:
+    """Check weights and put them into a bundle's models folder.
+
+    HU window and slice axes must be given for weights that do not state them, and are then remembered.
+    """
+    from dale_ct.encoder import bundle_folder
+    from dale_ct.weights import import_weights as put_in
+
+    values = [float(value) for value in window.split(",")] if "," in window else window or None
+    typer.echo(put_in(source, bundle_folder(bundle), slice_axes or None, values))
 
 
-@app.command(context_settings=ELSEWHERE)
-def weights(context: typer.Context) -> None:
-    """Import weights into a bundle, or export them to timm."""
-    run_module(["common.weights", *context.args])
+@weights_app.command("export", epilog="Example: dale-ct weights export --bundle dale_ct_2s --out export")
+def export_weights(
+    bundle: Annotated[str, typer.Option(help="Encoder, or folder of its bundle.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    results: Annotated[list[Path] | None, typer.Option(help="Results CSV; once for each.")] = None,
+) -> None:
+    """Write a bundle's encoder as a folder that timm loads."""
+    from dale_ct.encoder import bundle_folder
+    from dale_ct.weights import export_weights as write
+
+    typer.echo(write(bundle_folder(bundle), out, results or []))
 
 
-@app.command(context_settings=ELSEWHERE)
-def data(context: typer.Context) -> None:
-    """Download datasets, write and audit shards, draw synthetic CTs: the commands of data_prep."""
-    run_module(["data_prep", *context.args])
+@weights_app.command("onnx", epilog="Example: dale-ct weights onnx --bundle dale_ct_2s --out dale_ct_2s.onnx")
+def export_onnx(
+    bundle: Annotated[str, typer.Option(help="Encoder, or folder of its bundle.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    weights: Weights = None,
+    size_px: Annotated[int | None, typer.Option(help="Side of the slices; by default the bundle's.")] = None,
+) -> None:
+    """Write the CLS embedding of slices as ONNX; needs 'pip install onnx onnxscript'."""
+    from dale_ct.encoder import bundle_folder
+    from dale_ct.onnx_export import export_bundle
+
+    typer.echo(export_bundle(bundle_folder(bundle), out, weights, size_px))
 
 
 def bundle_command(folder: Path, config: str, knobs: dict[str, str], show: bool = True) -> list[str]:
@@ -193,17 +231,8 @@ def run_module(words: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; a mistake in its input ends in one line rather than in a traceback."""
-    handler = RichHandler(console=errors, show_path=False, show_time=False, show_level=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        errors.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("Stopped. Run the same command again to go on.")
-        sys.exit(130)
+    """Run the command line."""
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,13 @@
 
 import ast
 import importlib
-import logging
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import typer
-from rich.logging import RichHandler
-from rich.markup import escape
 from typer.core import TyperGroup
 
-from common.run.process import on_stop, raise_stopped
-from data_prep.commands.console import console
+from data_prep.commands.console import run_app
 
 
 class Command(NamedTuple):
@@ -99,29 +94,5 @@ for command in COMMANDS:
     app.command(command, help=_first_line(command))(lambda: None)
 
 
-def main() -> None:
-    """Run the command line; wrong input or a stop ends in one line instead of a traceback."""
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    logging.getLogger("numexpr").setLevel(logging.WARNING)  # counts the cores when blosc2 is imported
-    signals: list[int] = []
-
-    def stop(number: int) -> None:
-        signals.append(number)
-        raise_stopped(number)
-
-    on_stop(stop)
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except SystemExit:
-        if not signals:
-            raise
-        console.print("Stopped. Run the same command again to resume.")
-        sys.exit(128 + signals[0])
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

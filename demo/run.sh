@@ -49,8 +49,8 @@ for encoder in random_weights dale_ct_2s; do
 done
 
 step "Table III at demo scale, on held-out SYNTHETIC volumes"
-"$PYTHON" -m common.reports results "$OUT/results/eval_ct_rate.csv"
-"$PYTHON" -m common.reports differences "$OUT/eval_ct_rate/random_weights/test_predictions.csv" \
+"$PYTHON" -m dale_ct.cli show results "$OUT/results/eval_ct_rate.csv"
+"$PYTHON" -m dale_ct.cli compare "$OUT/eval_ct_rate/random_weights/test_predictions.csv" \
     "$OUT/eval_ct_rate/dale_ct_2s/test_predictions.csv"
 printf '\n%d min %02d s. To look further:\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
 cat <<TEXT

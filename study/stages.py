@@ -387,7 +387,7 @@ def _differences(size: Size, out: Path) -> list[list[str]]:
     files = {name: out / "eval_ct_rate" / name / "test_predictions.csv" for name in names}
     dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)]
     strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
-    differences, folder = partial(module, "common.reports", "differences"), out / "differences"
+    differences, folder = partial(module, "dale_ct.cli", "compare"), out / "differences"
     return [
         differences(*files.values(), "--out", folder / "table_iii.csv"),
         differences(files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),

@@ -1,10 +1,13 @@
 """What the commands show: progress, the table at the end, volumes that were left out."""
 
+import logging
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from common.run.process import on_stop, raise_stopped
 from data_prep.cluster import ShowProgress
 
 console = Console(stderr=True)
@@ -80,3 +84,27 @@ def check_rejected(num_rejected: int, share: float, max_share: float) -> None:
 def left_out(volume: str, detail: str) -> None:
     """Say in one line why something was left out."""
     console.print(f"[red]Left out:[/red] '{escape(volume)}': {escape(detail)}", soft_wrap=True)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line; wrong input or a stop ends in one line instead of a traceback."""
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # counts the cores when blosc2 is imported
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        raise_stopped(number)
+
+    on_stop(stop)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except SystemExit:
+        if not signals:
+            raise
+        console.print("Stopped. Run the same command again to resume.")
+        sys.exit(128 + signals[0])

@@ -67,7 +67,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys) -> None:
     ):
         monkeypatch.setattr(sys, "argv", ["data_prep", *arguments])
         with pytest.raises(SystemExit) as left:
-            module.main()
+            module.run_app(module.app)
         assert left.value.code == 2
         printed = capsys.readouterr().err
         assert message in " ".join(printed.split())

@@ -35,7 +35,19 @@ PAGES = (
     *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("docs/*.md")),
     *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("bundles/*/docs/README.md")),
 )
-PROGRAMS = ("python", "torchrun", "srun", "sbatch", "scontrol", "make", "bash", "mlflow", "dask", "pip")
+PROGRAMS = (
+    "python",
+    "dale-ct",
+    "torchrun",
+    "srun",
+    "sbatch",
+    "scontrol",
+    "make",
+    "bash",
+    "mlflow",
+    "dask",
+    "pip",
+)
 GIVEN_BY_SLURM = {"SLURM_NNODES": "2"}
 
 # Commands that are not run here, by a pattern of page and words: why, and the test that runs their like.
@@ -91,7 +103,7 @@ def scripts_of(page: str) -> list[str]:
         line = " ".join(span.split())
         if block.startswith("bash\n"):
             found.append(block.removeprefix("bash\n"))
-        elif re.match(r"python (-m \S+ \S|\S+\.py)", line):
+        elif re.match(r"python (-m \S+ \S|\S+\.py)|dale-ct [a-z]", line):
             found.append(line)
         elif line.split(" ")[0] in names and " " in line:
             found.append(f"python -m data_prep {line}")
@@ -109,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name != "metadata.json":
             small = {name: value for name, value in SMALL.items() if name in config}
             path.write_text(json.dumps(config | small))
-    for name in "common data_prep benchmarks demo docs Makefile requirements.txt study".split():
+    for name in "common dale_ct data_prep benchmarks demo docs Makefile requirements.txt study".split():
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
@@ -139,8 +151,13 @@ def commands(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Com
             result = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
             assert result.returncode == 0, f"{page}:\n{script}\n{result.stderr}"
             calls = noted.read_text().split("\n\0")[:-1]
-            found += [Command(page, tuple(call.split("\0")[:-1])) for call in calls]
+            found += [Command(page, module_of(call.split("\0")[:-1])) for call in calls]
     return found
+
+
+def module_of(words: list[str]) -> tuple[str, ...]:
+    """The module that a program of ours is."""
+    return ("python", "-m", "dale_ct.cli", *words[1:]) if words[0] == "dale-ct" else tuple(words)
 
 
 def check(words: list[str]) -> None:
@@ -267,8 +284,8 @@ def test_a_command_with_a_mistake_is_noticed(folder, monkeypatch) -> None:
         f"python -m monai.bundle run --config_file {train.replace('2s', '3')}",
         "python -m data_prep ct-rate --rot /data",
         "python -m data_prep ct-rat --root /data",
-        "python -m common.weights export --bundle x",
-        "python -m common.weight",
+        "dale-ct weights export --bundle x",
+        "python -m dale_ct.cli embd ct.nii.gz",
         "python benchmarks/sigrek.py",
         "make dem",
         "bash demo/none.sh",

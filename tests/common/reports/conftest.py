@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from common.cohort.cohort import load_labels
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.networks.mil_probe import save_probe
-from common.reports.__main__ import app
+from common.reports.commands import app
 from common.reports.ct_tokens import open_slice_encoder
 
 BUNDLE = Path(__file__).resolve().parents[3] / "bundles" / "dale_ct_2s"

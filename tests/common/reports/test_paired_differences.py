@@ -7,7 +7,6 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from typer.testing import CliRunner
 
 from common.metrics.bootstrap import resample_weights, two_sided_p
-from common.reports.__main__ import app
 from common.reports.paired_differences import (
     MEASURES,
     compare,
@@ -16,6 +15,7 @@ from common.reports.paired_differences import (
     paired_differences,
 )
 from common.reports.results import Predictions, write_predictions
+from dale_ct.cli import app
 
 CLASSES = ["Emphysema", "Lung nodule"]
 N, R = 60, 50
@@ -111,7 +111,7 @@ def test_command_compares_files_or_folders_and_writes_every_class(tmp_path: Path
     first, second = write_all(tmp_path, "weak", "strong")
     options = ["--num-resamples", str(R), "--out", str(tmp_path / "out" / "paired.csv")]
     paths = map(str, (first.parent, first.parent, second))
-    answer = CliRunner().invoke(app, ["differences", *paths, *options])
+    answer = CliRunner().invoke(app, ["compare", *paths, *options])
     assert "AUPRC" in answer.output
     rows = read_table(tmp_path / "out" / "paired.csv")
     assert len(rows) == 12

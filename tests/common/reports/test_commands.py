@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from common.reports import slice_grid
-from common.reports.__main__ import app
+from common.reports.commands import app
 from common.reports.results import ResultRow, add_rows
 from common.reports.slice_grid import Row
 
@@ -22,16 +22,16 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = {"torch", "monai", "matplotlib", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["differences", "levels", "patches", "paths", "results"])
+@pytest.mark.parametrize("name", ["levels", "patches", "paths", "results"])
 def test_every_command_has_help_with_an_example(name: str) -> None:
     answer = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"})
     assert answer.exit_code == 0
-    assert f"Example: python -m common.reports {name} " in answer.output
-    assert ("PNG to write" in answer.output) == (name not in ("differences", "results"))
+    assert f"Example: dale-ct show {name} " in answer.output
+    assert ("PNG to write" in answer.output) == (name != "results")
 
 
 def test_help_imports_nothing_heavy() -> None:
-    words = "import sys, common.reports.__main__; print(*{name.split('.')[0] for name in sys.modules})"
+    words = "import sys, common.reports.commands; print(*{name.split('.')[0] for name in sys.modules})"
     answer = subprocess.run(
         [sys.executable, "-c", words], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

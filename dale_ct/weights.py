@@ -1,13 +1,12 @@
-"""Encoder weights into a bundle and out of it: ``python -m common.weights --help``."""
+"""Encoder weights into a bundle and out of it: the functions of ``dale-ct weights``."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -16,14 +15,10 @@ from common.networks.encoder import agreed_input, load_encoder, save_encoder, st
 from common.networks.hub import HUB, download
 from common.networks.timm_keys import to_timm_keys
 from common.reports.results import MACRO_COLUMNS, read_rows
-from common.run.config import short_errors
 from common.run.process import atomic_file
 from common.transforms.hounsfield import hu_window
 
-app = typer.Typer(no_args_is_help=True, help="Encoder weights into a bundle and out of it.")
 HUB_FILE, HUB_CONFIG = "model.safetensors", "config.json"
-
-Bundle = Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")]
 
 
 def read_weights(
@@ -211,43 +206,3 @@ def _results_section(title: str, encoder: str, results: list[Path]) -> str:
         cells = (row.protocol, row.dataset, name, f"{row.value:.4f}", interval, str(row.n))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-@app.command("import")
-def import_command(
-    source: Annotated[str, typer.Argument(help="File, checkpoint, or hub:<owner>/<name>[@revision].")],
-    bundle: Bundle,
-    slice_axes: Annotated[
-        str, typer.Option("--slice-axes", "--slice_axes", help="'yx', or 'xy' for transposed slices.")
-    ] = "",
-    window: Annotated[
-        str, typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU.")
-    ] = "",
-) -> None:
-    """Check weights and put them into a bundle's models folder.
-
-    HU window and slice axes must be given for weights that do not state them, and are then remembered.
-
-    Example: python -m common.weights import hub:Kentucky-Open-Science/DALE-CT-2S --bundle bundles/dale_ct_2s
-    """
-    short_errors()
-    values = [float(value) for value in window.split(",")] if "," in window else window or None
-    typer.echo(import_weights(source, bundle, slice_axes or None, values))
-
-
-@app.command("export")
-def export_command(
-    bundle: Bundle,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    results: Annotated[list[Path] | None, typer.Option(help="Results CSV; once for each.")] = None,
-) -> None:
-    """Write a bundle's encoder as a folder that timm loads.
-
-    Example: python -m common.weights export --bundle bundles/dale_ct_2s --out export/dale_ct_2s
-    """
-    short_errors()
-    typer.echo(export_weights(bundle, out, results or []))
-
-
-if __name__ == "__main__":
-    app()

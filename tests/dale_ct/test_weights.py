@@ -18,7 +18,8 @@ from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.networks.encoder import load_encoder, stated_identity
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
 from common.transforms.render_views import resize_square
-from common.weights import app, export_weights, import_weights, read_weights
+from dale_ct.cli import weights_app as app
+from dale_ct.weights import export_weights, import_weights, read_weights
 from tests.loopback_hub import COMMIT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -199,6 +200,9 @@ def test_the_commands_do_the_same(bundle: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, command).exit_code == 0
     stated = stated_identity(bundle / "models" / "model.safetensors")
     assert (stated["slice_axes"], stated["hu_window"]) == ("xy", [-940.8, 923.1, -25.03, 246.87])
+    command = ["onnx", "--bundle", str(bundle), "--out", str(tmp_path / "encoder.onnx"), "--size-px", "32"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (tmp_path / "encoder.onnx").is_file()
     command = ["export", "--bundle", str(bundle), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0

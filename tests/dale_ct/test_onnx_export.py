@@ -9,7 +9,7 @@ import onnxruntime
 import timm
 import torch
 
-from common.onnx_export import export_onnx
+from dale_ct.onnx_export import export_onnx
 
 FACTS = {"slice_axes": "xy", "hu_window": [-940.8, 923.1, -25.03, 246.87], "version": "1.2.0"}
 

@@ -1,16 +1,14 @@
-"""A bundle's encoder as ONNX: ``python -m common.onnx_export --bundle ... --out encoder.onnx``."""
+"""A bundle's encoder as ONNX: ``dale-ct weights onnx --bundle ... --out encoder.onnx``."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import nn
 
 from common.embeddings.encoder_bundle import open_encoder_bundle
-from common.run.config import short_errors
 from common.run.process import atomic_file
 
 
@@ -52,23 +50,17 @@ def export_onnx(encoder: nn.Module, out: str | Path, size_px: int, facts: Mappin
     return out
 
 
-def main(
-    bundle: Annotated[Path, typer.Option(help="Folder of the encoder's bundle.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    weights: Annotated[str, typer.Option(help="Weights; by default the bundle's. 'random' for none.")] = "",
-    size_px: Annotated[int, typer.Option(help="Side of the slices; by default the bundle's.")] = 0,
-) -> None:
-    """Export the CLS embedding of slices; needs `pip install onnx onnxscript`.
+def export_bundle(bundle: Path, out: Path, weights: str | None, size_px: int | None) -> Path:
+    """Export the encoder of a bundle, see :func:`export_onnx`.
 
-    Example: python -m common.onnx_export --bundle bundles/dale_ct_2s --out dale_ct_2s.onnx
+    Args:
+        bundle: folder of the bundle.
+        out: ``.onnx`` file to write.
+        weights: "random", a file or a name on the hub; None for the bundle's.
+        size_px: side of the slices; None for that of the images that the bundle embeds.
     """
-    short_errors()
     knobs = {"encoder_weights": None if weights == "random" else weights} if weights else {}
     opened = open_encoder_bundle(bundle, knobs=knobs)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     facts = opened["identity"] | {"version": metadata["version"]}
-    typer.echo(export_onnx(opened.network.cpu(), out, size_px or opened.side_px, facts))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return export_onnx(opened.network.cpu(), out, size_px or opened.side_px, facts)

@@ -1,4 +1,4 @@
-"""Pictures of CTs and of what encoders make of them, and tables of results: ``python -m common.reports``."""
+"""Pictures of CTs and of what encoders make of them, and tables of results: ``dale-ct show``."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -43,7 +43,7 @@ def begin() -> None:
 
 
 @app.command(
-    epilog="Example: python -m common.reports patches ct.nii.gz --bundle bundles/dale_ct_2s --out ct.png. "
+    epilog="Example: dale-ct show patches ct.nii.gz --bundle bundles/dale_ct_2s --out ct.png. "
     "For a probe, add --probes bundles/eval_dense_2d/runs/dale_ct_2s --name liver --name heart"
 )
 def patches(
@@ -100,8 +100,7 @@ def patches(
 
 
 @app.command(
-    epilog="Example: python -m common.reports levels a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s "
-    "--out levels.png"
+    epilog="Example: dale-ct show levels a.nii.gz b.nii.gz --bundle bundles/dale_ct_2s --out levels.png"
 )
 def levels(
     query: Annotated[Path, typer.Argument(exists=True, help="CT whose slices are looked for.")],
@@ -132,9 +131,7 @@ def levels(
         typer.echo(f"{scan.name}: cos {match.of_volumes:.3f}, {off}")
 
 
-@app.command(
-    epilog="Example: python -m common.reports paths embeddings/slab embeddings/flat --out figure_2.png"
-)
+@app.command(epilog="Example: dale-ct show paths embeddings/slab embeddings/flat --out figure_2.png")
 def paths(
     embeddings: Annotated[
         list[Path], typer.Argument(exists=True, help="Folders of slice embeddings, one per encoder.")
@@ -155,7 +152,7 @@ def paths(
     draw_paths(out, chosen_paths(stores, volume or shared[:3]))
 
 
-@app.command(epilog="Example: python -m common.reports results results/*.csv")
+@app.command(epilog="Example: dale-ct show results results/*.csv")
 def results(
     csvs: Annotated[list[Path], typer.Argument(help="Results CSVs, such as results/*.csv.")],
 ) -> None:
@@ -165,10 +162,7 @@ def results(
     print_whole(results_table([row for path in csvs for row in read_rows(path)]))
 
 
-@app.command(
-    epilog="Example: python -m common.reports differences runs/dale_ct_0 runs/dale_ct_2s --out paired.csv"
-)
-def differences(
+def compare(
     reference: Annotated[Path, typer.Argument(help="Folder of the evaluation to compare with.")],
     others: Annotated[list[Path], typer.Argument(help="Folders of the other encoders' evaluations.")],
     num_resamples: Annotated[
@@ -182,12 +176,9 @@ def differences(
     MIL probes are compared by their test_predictions.csv (which may be named too), dense probes by their
     resamples.npz.
     """
-    from common.reports.paired_differences import compare, differences_table
+    from common.reports.paired_differences import compare as compared
+    from common.reports.paired_differences import differences_table
     from common.reports.results import print_whole
 
-    rows = compare(reference, others, num_resamples=num_resamples, resampling=resampling, out=out)
+    rows = compared(reference, others, num_resamples=num_resamples, resampling=resampling, out=out)
     print_whole(differences_table(rows))
-
-
-if __name__ == "__main__":
-    app()
