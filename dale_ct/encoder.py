@@ -172,7 +172,6 @@ def load_encoder(
     import torch
 
     from common.networks import encoder as networks
-    from common.networks.weights_file import find_weights
     from common.transforms.slice_strategies import slice_strategies
 
     folder = bundle_folder(encoder)
@@ -180,7 +179,7 @@ def load_encoder(
     if "strategies" not in config:
         raise ValueError(f"'{encoder}' encodes volumes: use dale_ct.embed, or its bundle.")
     own = folder / "models" / "model.safetensors"
-    found = find_weights(
+    found = networks.find_weights(
         None if weights == RANDOM else weights or own,
         bundle_weights=own,
         **{name: config[name] for name in config if name.startswith("weights_") and name in TOLD},

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
-from common.networks.encoder import agreed_input, load_encoder, save_encoder
+from common.networks.encoder import agreed_input, load_encoder, save_encoder, stated_identity
+from common.networks.hub import HUB, download
 from common.networks.timm_keys import to_timm_keys
-from common.networks.weights_file import HUB, download, stated_identity
 from common.reports.results import MACRO_COLUMNS, read_rows
 from common.run.process import atomic_file
 from common.transforms.hounsfield import hu_window

@@ -2,20 +2,22 @@
 
 # N images, B images of a batch, P patches of one, D embedding
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
 from common.embeddings.store import check_identity
+from common.networks.hub import HUB, download
 from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
-from common.networks.weights_file import Weights, stated_identity
 from common.run.process import atomic_file, rank_and_ranks
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
@@ -35,6 +37,23 @@ class SliceInput(NamedTuple):
 
     slice_axes: str
     window: HUWindow
+
+
+class Weights(NamedTuple):
+    """Weights, and where they come from.
+
+    Attributes:
+        path: their file; None for random initial weights.
+        name: ``hub:<owner>/<name>@<commit>``, which finds the same file again, or the file's path, or
+            "random".
+        sha256: digest of the file, in hexadecimal; None for random weights.
+        facts: what is known of them, such as HU window and slice axes.
+    """
+
+    path: Path | None
+    name: str
+    sha256: str | None
+    facts: Mapping[str, Any]
 
 
 PAPER_INPUT = SliceInput("yx", HU_WINDOWS["ct_rate"])
@@ -144,6 +163,112 @@ class SaveEncoder:
             save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
 
 
+def find_weights(
+    encoder_weights: str | Path | None,
+    *,
+    bundle_weights: str | Path,
+    weights_repo: str | None,
+    weights_repo_type: str,
+    weights_revision: str,
+    weights_name: str,
+    weights_licence: str | None,
+    facts: Mapping[str, Any],
+) -> Weights:
+    """Find an encoder's weights, and log in one line which they are, whose, and under which licence.
+
+    In this order: those that are asked for; the bundle's own file, which training writes; the authors'
+    release on the hub, which stays in the hub's cache. A file that states nothing of itself is the release if
+    it comes from there, or was placed where the bundle's own would be.
+
+    Args:
+        encoder_weights: a file, or ``hub:<owner>/<name>[@revision]``; ``bundle_weights`` where nothing is
+            asked for; None for random initial weights.
+        bundle_weights: the bundle's own file.
+        weights_repo: repository of the release; None for a bundle without.
+        weights_repo_type: "model" or "dataset".
+        weights_revision: its branch, tag or commit; a commit is the same file for ever.
+        weights_name: path of the file in a repository.
+        weights_licence: licence of the release.
+        facts: what holds for the release, whose file does not state it.
+
+    Raises:
+        FileNotFoundError: if the file is neither on disk nor to be had from the hub.
+        ValueError: if the file is damaged, or ``encoder_weights`` names nothing that could be on the hub.
+    """
+    if encoder_weights is None:
+        return Weights(None, "random", None, {})
+    asked, place = str(encoder_weights), Path(bundle_weights)
+    is_own = Path(asked).absolute() == place.absolute()
+    if asked.startswith(HUB):
+        repository, _, revision = asked.removeprefix(HUB).partition("@")
+        is_release = repository == weights_repo
+        revision = revision or (weights_revision if is_release else "main")
+        kind = weights_repo_type if is_release else "model"
+    elif Path(asked).is_file():
+        return _known(Path(asked), asked, weights_repo if is_own else None, weights_licence, facts)
+    elif not is_own:
+        raise FileNotFoundError(f"No encoder weights '{asked}': they are a file or {HUB}<owner>/<name>.")
+    elif weights_repo is None:
+        raise FileNotFoundError(f"No encoder weights '{place}'. Train the bundle, or pass --encoder_weights.")
+    else:
+        repository, revision, kind, is_release = weights_repo, weights_revision, weights_repo_type, True
+    path = download(repository, weights_name, revision, kind, place if is_release else None)
+    commit = path.parents[len(Path(weights_name).parts) - 1].name
+    release = weights_repo if is_release else None
+    return _known(path, f"{HUB}{repository}@{commit}", release, weights_licence, facts)
+
+
+def _known(
+    path: Path, name: str, release: str | None, licence: str | None, facts: Mapping[str, Any]
+) -> Weights:
+    """Put together what is known of a file, and log it."""
+    digest = sha256_of(path)
+    stated = stated_identity(path) if path.suffix == ".safetensors" else {}
+    if stated:
+        whose = f"of {stated.get('name', 'an encoder')}, trained or imported with this code"
+    elif release:
+        kind = f"released by {release.partition('/')[0]}" if name.startswith(HUB) else f"taken for {release}"
+        whose = f"{kind}, licence {licence}"
+    else:
+        whose = "which state nothing of themselves"
+    logger.info("Weights %s, %s, SHA-256 %s", name, whose, digest)
+    return Weights(path, name, digest, stated or (facts if release else {}))
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's digest in hexadecimal.
+
+    Raises:
+        ValueError: if the file lies in the hub's cache under another digest.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    blob = path.resolve()  # the cache names large files by their digest
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.name != digest:
+        raise ValueError(f"'{blob}' is damaged: its SHA-256 is another. Delete it, and run this again.")
+    return digest
+
+
+def stated_identity(path: str | Path) -> dict[str, Any]:
+    """Read what a weights file says of itself; nothing for a file that was not written here.
+
+    Args:
+        path: safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No encoder weights '{path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            identity: dict[str, Any] = json.loads((file.metadata() or {}).get("identity", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged, or no safetensors file ({error}).") from error
+    return identity
+
+
 def slice_input(
     weights: Weights, slice_axes: str | None = None, window: str | Sequence[float] | None = None
 ) -> SliceInput:
@@ -239,60 +364,6 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path:
     except RuntimeError as error:  # names every key
         reason = " ".join(str(error).split())[:500]
         raise ValueError(f"Weights '{path}' do not fit the network. {reason}") from error
-
-
-def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -> nn.Module:
-    """Give an encoder the weights that timm publishes for its architecture, fitted to it as timm does.
-
-    The three input channels are added up to one, and position embeddings resampled to its grid. DALE-CT's
-    Table V starts its ViT-B arms from DINOv2, all others from scratch.
-
-    Args:
-        encoder: timm VisionTransformer with one input channel.
-        vit: timm's name with the tag of the weights, such as
-            ``vit_base_patch14_reg4_dinov2.lvd142m``.
-        initial_weights: None for the random weights it has, ``hub`` to download, or the path of timm's file.
-
-    Returns:
-        The same encoder, for use in a config.
-
-    Raises:
-        FileNotFoundError: if there is no such file, or neither hub nor cache gives it.
-        ValueError: if the encoder is not of that architecture.
-    """
-    if initial_weights is None:
-        return encoder
-    if initial_weights != "hub" and not Path(initial_weights).is_file():
-        raise FileNotFoundError(
-            f"initial_weights must be 'hub' or a file of timm's weights, got '{initial_weights}'."
-        )
-    patch_embed: Any = encoder.patch_embed
-    blocks: Any = encoder.blocks
-    try:
-        published = timm.create_model(
-            vit,
-            pretrained=True,
-            pretrained_cfg_overlay=None if initial_weights == "hub" else {"file": str(initial_weights)},
-            in_chans=1,
-            num_classes=0,
-            img_size=patch_embed.img_size,
-            patch_size=patch_embed.patch_size,
-            embed_dim=encoder.embed_dim,
-            depth=len(blocks),
-            num_heads=blocks[0].attn.num_heads,
-        )
-        encoder.load_state_dict(published.state_dict(), strict=True)
-    except OSError as error:  # what the hub's client raises
-        raise FileNotFoundError(
-            f"Cannot download timm's '{vit}' for initial_weights '{initial_weights}' "
-            f"({str(error).splitlines()[0]}). Go online, or pass the path of timm's safetensors file."
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"The network is not timm's '{vit}', so it cannot start from its weights: vit, embed_dim, "
-            f"depth or num_heads differ ({str(error).splitlines()[1].strip()})."
-        ) from error
-    return encoder
 
 
 def encoder_id(

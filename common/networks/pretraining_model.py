@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import timm
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.networks.encoder import cls_and_patches
+from common.networks.hub import be_quiet
 
 # B slabs, V views (Vg global, Vl local), P patches, D embedding, K projection, C classes
 
@@ -144,6 +147,61 @@ class PretrainingModel(nn.Module):
 
 
 SHARDINGS = ("ddp", "fsdp2")
+
+
+def start_from_timm(encoder: nn.Module, vit: str, initial_weights: str | None) -> nn.Module:
+    """Give an encoder the weights that timm publishes for its architecture, fitted to it as timm does.
+
+    The three input channels are added up to one, and position embeddings resampled to its grid. DALE-CT's
+    Table V starts its ViT-B arms from DINOv2, all others from scratch.
+
+    Args:
+        encoder: timm VisionTransformer with one input channel.
+        vit: timm's name with the tag of the weights, such as
+            ``vit_base_patch14_reg4_dinov2.lvd142m``.
+        initial_weights: None for the random weights it has, ``hub`` to download, or the path of timm's file.
+
+    Returns:
+        The same encoder, for use in a config.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or neither hub nor cache gives it.
+        ValueError: if the encoder is not of that architecture.
+    """
+    if initial_weights is None:
+        return encoder
+    if initial_weights != "hub" and not Path(initial_weights).is_file():
+        raise FileNotFoundError(
+            f"initial_weights must be 'hub' or a file of timm's weights, got '{initial_weights}'."
+        )
+    patch_embed: Any = encoder.patch_embed
+    blocks: Any = encoder.blocks
+    be_quiet()
+    try:
+        published = timm.create_model(
+            vit,
+            pretrained=True,
+            pretrained_cfg_overlay=None if initial_weights == "hub" else {"file": str(initial_weights)},
+            in_chans=1,
+            num_classes=0,
+            img_size=patch_embed.img_size,
+            patch_size=patch_embed.patch_size,
+            embed_dim=encoder.embed_dim,
+            depth=len(blocks),
+            num_heads=blocks[0].attn.num_heads,
+        )
+        encoder.load_state_dict(published.state_dict(), strict=True)
+    except OSError as error:  # what the hub's client raises
+        raise FileNotFoundError(
+            f"Cannot download timm's '{vit}' for initial_weights '{initial_weights}' "
+            f"({str(error).splitlines()[0]}). Go online, or pass the path of timm's safetensors file."
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"The network is not timm's '{vit}', so it cannot start from its weights: vit, embed_dim, "
+            f"depth or num_heads differ ({str(error).splitlines()[1].strip()})."
+        ) from error
+    return encoder
 
 
 def distribute(

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from common.embeddings.encoder_bundle import open_encoder_bundle
-from common.networks.encoder import load_encoder
-from common.networks.weights_file import stated_identity
+from common.networks.encoder import load_encoder, stated_identity
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
 from common.transforms.render_views import resize_square
 from dale_ct.cli import weights_app as app

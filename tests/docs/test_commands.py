@@ -21,11 +21,13 @@ from unittest.mock import patch
 import pytest
 import typer
 from monai.bundle import scripts
+from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 from common.run.config import executed_config
 from data_prep.__main__ import COMMANDS
 from study.stages import SIZES, all_stages
+from tests.released_weights import random_weights, timm_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -315,7 +317,14 @@ def run(python_m: Callable[..., subprocess.CompletedProcess], folder: Path) -> C
 
 
 def stand_ins(folder: Path) -> None:
-    """Give the commands the data they name, from a synthetic cohort in data/ct_rate."""
+    """Give the commands what they name: data of a synthetic cohort in data/ct_rate, and a small release.
+
+    The release lies where a user without a network places it, until pretraining writes its weights there.
+    """
+    grid = SMALL["img_size_px"] // SMALL["patch_size_px"]
+    shapes = timm_shapes(SMALL["embed_dim"], SMALL["depth"], SMALL["patch_size_px"], grid)
+    (folder / "bundles" / "dale_ct_2s" / "models").mkdir()
+    save_file(random_weights(shapes), folder / "bundles" / "dale_ct_2s" / "models" / "model.safetensors")
     data, cohort = folder / "data", folder / "data" / "ct_rate" / "dataset"
     shutil.copy(next((cohort / "valid_fixed").rglob("*.nii.gz")), folder / "ct.nii.gz")
     for name in ("my_cts", "my_labels"):

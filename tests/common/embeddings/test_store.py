@@ -241,6 +241,17 @@ def test_an_identity_is_compared_as_far_as_both_sides_state_it() -> None:
         check_identity({"dim": 3}, {"dim": 4}, **about)
 
 
+def test_where_weights_were_found_is_kept_and_does_not_tell_embeddings_apart(tmp_path: Path) -> None:
+    for number, place in enumerate(("hub:owner/name@abc", "models/model.safetensors", None)):
+        origin = {} if place is None else {"weights": place}
+        with EmbeddingStoreWriter(tmp_path, IDENTITY | origin, "float32") as writer:
+            writer.add(f"v{number}", torch.zeros(2, 7), SPACING_MM)
+        if number == 0:
+            assert EmbeddingStore(tmp_path).identity == IDENTITY | origin | {"dim": 7, "dtype": "float32"}
+    assert EmbeddingStore(tmp_path).volumes == ["v0", "v1", "v2"]
+    check_identity({"weights": "a"}, {"weights": "b"}, of="these", source="those", remedy="None.")
+
+
 def test_volumes_of_no_store_are_none(tmp_path: Path) -> None:
     assert stored_volumes(tmp_path / "none") == set()
     (tmp_path / "x.embeddings.safetensors.partial").touch()

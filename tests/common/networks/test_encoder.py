@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from common.networks.encoder import (
     SaveEncoder,
     SlicesInferer,
+    Weights,
     cls_and_patches,
     encoder_id,
     load_encoder,
     save_encoder,
     slice_input,
-    start_from_timm,
 )
-from common.networks.weights_file import Weights
 from common.transforms.hounsfield import hu_window
 
 IDENTITY = {"patch_size_px": 8, "slice_axes": "yx"}
@@ -141,67 +140,6 @@ def test_encoder_id_follows_the_bytes_and_the_kind_of_slices():
     assert encoder_id(None, seed=7, layer_scale_init=0.5) == "random:7:layer_scale=0.5"
     wide = hu_window([-1000, 1000, 0, 500.5])
     assert encoder_id(None, seed=7, slice_axes="xy", window=wide) == "random:7:xy:-1000.0,1000.0,0.0,500.5"
-
-
-def test_an_encoder_that_is_not_timms_cannot_start_from_its_weights(tmp_path):
-    published = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28)
-    save_file(published.state_dict(), tmp_path / "timm.safetensors")
-    own = {"in_chans": 1, "num_classes": 0, "img_size": 28}
-    encoder = timm.create_model("vit_small_patch14_dinov2", **own)
-    start_from_timm(encoder, "vit_small_patch14_dinov2", tmp_path / "timm.safetensors")
-    torch.testing.assert_close(encoder.blocks[11].mlp.fc1.weight, published.blocks[11].mlp.fc1.weight)
-    torch.testing.assert_close(
-        encoder.patch_embed.proj.weight, published.patch_embed.proj.weight.sum(1, True)
-    )
-    shallow = timm.create_model("vit_small_patch14_dinov2", depth=1, **own)
-    with pytest.raises(ValueError, match="not timm's 'vit_small_patch14_dinov2'.*depth"):
-        start_from_timm(shallow, "vit_small_patch14_dinov2", tmp_path / "timm.safetensors")
-
-
-def test_no_source_leaves_the_random_weights():
-    encoder = tiny_vit()
-    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    assert start_from_timm(encoder, "vit_small_patch14_dinov2", None) is encoder
-    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
-
-
-def test_initial_weights_that_are_not_there_are_named():
-    with pytest.raises(FileNotFoundError, match="must be 'hub' or a file of timm's weights, got 'nowhere'"):
-        start_from_timm(tiny_vit(), "vit_small_patch14_dinov2", "nowhere")
-
-
-DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
-SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 56, "num_classes": 0}
-
-
-def published_weights(folder):
-    """A small network of the published architecture, saved under the published keys."""
-    torch.manual_seed(3)
-    published = timm.create_model(DINOV2, **SMALL).eval()
-    save_file(published.state_dict(), folder / "dinov2.safetensors")
-    return published, folder / "dinov2.safetensors"
-
-
-def test_one_channel_gives_what_a_grey_image_in_three_channels_gives(tmp_path):
-    published, path = published_weights(tmp_path)
-    assert {"cls_token", "reg_token", "pos_embed", "blocks.1.ls2.gamma", "norm.bias"} <= load_file(
-        path
-    ).keys()
-    encoder = timm.create_model(DINOV2, in_chans=1, dynamic_img_size=True, **SMALL).eval()
-    start_from_timm(encoder, DINOV2, path)
-    grey = torch.randn(2, 1, 28, 42)
-    expected = timm.create_model(DINOV2, dynamic_img_size=True, **SMALL).eval()
-    expected.load_state_dict(published.state_dict())
-    for found, wanted in zip(
-        cls_and_patches(encoder, grey), cls_and_patches(expected, grey.expand(-1, 3, -1, -1)), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_without_file_and_without_hub_the_error_says_which_weights_are_missing():
-    encoder = timm.create_model(DINOV2, in_chans=1, **SMALL)
-    with pytest.raises(FileNotFoundError, match=f"'{DINOV2}'.*'hub'.*Go online"):
-        start_from_timm(encoder, DINOV2, "hub")  # conftest keeps tests offline
 
 
 def run(path, stop: bool) -> None:

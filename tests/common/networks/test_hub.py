@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from common.networks.encoder import save_encoder
-from common.networks.weights_file import Weights, find_weights, stated_identity
+from common.networks.encoder import Weights, find_weights, save_encoder, stated_identity
 from tests.loopback_hub import COMMIT, LoopbackHub
 
 REPO = "Kentucky-Open-Science/DALE-CT-2S"
