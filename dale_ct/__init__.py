@@ -6,13 +6,15 @@ The names below are what a user may rely on; each is imported when it is first u
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from common import __version__
+
 if TYPE_CHECKING:
     from common.embeddings.store import EmbeddingStore
-    from common.engines.predict import predict
     from dale_ct.embedding import embed, embed_to_store
     from dale_ct.encoder import encoders, load_encoder
+    from dale_ct.prediction import predict
 
-__all__ = ["EmbeddingStore", "embed", "embed_to_store", "encoders", "load_encoder", "predict"]
+__all__ = ["EmbeddingStore", "__version__", "embed", "embed_to_store", "encoders", "load_encoder", "predict"]
 
 _HOMES = {
     "EmbeddingStore": "common.embeddings.store",
@@ -20,7 +22,7 @@ _HOMES = {
     "embed_to_store": "dale_ct.embedding",
     "encoders": "dale_ct.encoder",
     "load_encoder": "dale_ct.encoder",
-    "predict": "common.engines.predict",
+    "predict": "dale_ct.prediction",
 }
 
 
@@ -28,3 +30,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 (a module's attributes)
     if name not in _HOMES:
         raise AttributeError(f"module 'dale_ct' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,6 +3,7 @@
 What a command needs is imported when it runs, so that ``--help`` answers at once.
 """
 
+import re
 import runpy
 import shlex
 import sys
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-weights_app = typer.Typer(no_args_is_help=True, help="Put weights into a bundle, or write them for others.")
+weights_app = typer.Typer(no_args_is_help=True, help="Import or export weights.")
 app.add_typer(show.app, name="show", help="Draw what encoders make of CTs, and print tables of results.")
 app.add_typer(weights_app, name="weights")
 app.add_typer(data_app, name="data", help="Download datasets, write and audit shards, draw synthetic CTs.")
@@ -43,6 +44,16 @@ Weights = Annotated[
         help="File, hub:<owner>/<name>[@revision] or 'random'. Default: the bundle's own, else "
         "the authors' release."
     ),
+]
+SliceAxes = Annotated[
+    str | None,
+    typer.Option(
+        "--slice-axes", "--slice_axes", help="'yx', or 'xy' for transposed, of weights that do not say."
+    ),
+]
+HUWindow = Annotated[
+    str | None,
+    typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU; likewise."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu. Default: a GPU where there is one.")]
 
@@ -70,19 +81,36 @@ def embed(
     strategy: Annotated[
         str | None, typer.Option(help="How slices become images, a row of Table VI. Default: the bundle's.")
     ] = None,
-    patch_tokens: Annotated[bool, typer.Option(help="Store the patch tokens of each slice, too.")] = False,
+    patch_tokens: Annotated[
+        bool,
+        typer.Option("--patch-tokens", "--patch_tokens", help="Store the patch tokens, too."),
+    ] = False,
+    slice_axes: SliceAxes = None,
+    hu_window: HUWindow = None,
+    split: Annotated[str | None, typer.Option(help="Split of shards. Default: the bundle's.")] = None,
     device: Device = None,
+    num_workers: Annotated[
+        int, typer.Option("--num-workers", "--num_workers", help="Threads that read ahead.", min=0)
+    ] = 4,
+    max_rejected: Annotated[
+        float,
+        typer.Option("--max-rejected", "--max_rejected", help="Share of CTs that may fail.", min=0, max=1),
+    ] = 0.01,
 ) -> None:
     """Turn CTs into embeddings: one vector per slice, feet to head, or a grid of tokens per volume."""
     from dale_ct.encoder import bundle_folder, read_config
 
     folder = bundle_folder(encoder)
     takes_slices = "strategies" in read_config(folder)
-    knobs = {"dataset_dir": str(ct), "output_dir": str(out)}
-    knobs |= {"encoder_weights": "$None" if weights == "random" else weights} if weights else {}
-    knobs |= {"strategies": f"['{strategy}']"} if strategy else {}
+    texts = {"strategies": strategy and [strategy], "slice_axes": slice_axes, "split": split}
+    knobs = {"dataset_dir": word_of(ct), "output_dir": word_of(out)}
+    knobs |= {"encoder_weights": "$None" if weights == "random" else word_of(weights)} if weights else {}
+    knobs |= {name: word_of(value) for name, value in texts.items() if value}
+    knobs |= {"hu_window": word_of(window_of(hu_window))} if hu_window else {}
     knobs |= {"patch_tokens": "True"} if patch_tokens else {}
-    knobs |= {"device": f"$torch.device('{device}')"} if device else {}
+    knobs |= {"device": f"$torch.device({device!r})"} if device else {}
+    knobs |= {"num_workers": str(num_workers)} if num_workers != 4 else {}
+    knobs |= {"max_rejected": str(max_rejected)} if max_rejected != 0.01 else {}
     words = bundle_command(folder, "inference.json", knobs)
     if not takes_slices:
         run_module(words)
@@ -90,7 +118,18 @@ def embed(
     from dale_ct.embedding import embed_to_store
 
     embed_to_store(
-        ct, out, encoder, weights=weights, device=device, patch_tokens=patch_tokens, strategy=strategy
+        ct,
+        out,
+        encoder,
+        weights=weights,
+        device=device,
+        patch_tokens=patch_tokens,
+        strategy=strategy,
+        slice_axes=slice_axes,
+        hu_window=window_of(hu_window),
+        split=split,
+        num_workers=num_workers,
+        max_rejected=max_rejected,
     )
 
 
@@ -103,13 +142,18 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of tables, pages and embeddings.")] = Path("predictions"),
     encoder: Encoder = "dale_ct_2s",
     weights: Weights = None,
-    force: Annotated[bool, typer.Option(help="Go on with what does not look like a chest CT.")] = False,
+    force: Annotated[bool, typer.Option(help="Continue even if it does not look like a chest CT.")] = False,
 ) -> None:
     """Give the probabilities of a trained probe, with a page per CT. For research, not for diagnosis."""
     from dale_ct.encoder import BUNDLES, bundle_folder
 
-    knobs = {"encoder_bundle": str(bundle_folder(encoder)), "probe_dir": str(probe), "dataset_dir": str(ct)}
-    knobs |= {"output_dir": str(out)} | ({"force": "True"} if force else {})
+    paths = {
+        "encoder_bundle": bundle_folder(encoder),
+        "probe_dir": probe,
+        "dataset_dir": ct,
+        "output_dir": out,
+    }
+    knobs = {name: word_of(path) for name, path in paths.items()} | ({"force": "True"} if force else {})
     if weights:
         knobs["encoder_knobs"] = str({"encoder_weights": None if weights == "random" else weights})
     run_module(bundle_command(BUNDLES / "eval_ct_rate", "predict.json", knobs))
@@ -152,13 +196,13 @@ def doctor(
     ] = Path(),
     online: Annotated[bool, typer.Option(help="Ask the Hugging Face hub, too.")] = True,
 ) -> None:
-    """Look at this machine; each line is fine, or says what to do. The exit status is 1 if one is not."""
+    """Check this machine; a line that is not ok says what to do, and the exit status is 1."""
     from dale_ct.doctor import examine
 
     table = Table(box=None, show_header=False)
     findings = list(examine(folder, online))
     for name, is_fine, text in findings:
-        table.add_row("[green]ok[/green]" if is_fine else "[red]look[/red]", name, text)
+        table.add_row("[green]ok[/green]" if is_fine else "[red]fix[/red]", name, escape(text))
     console.print(table)
     raise typer.Exit(not all(finding.is_fine for finding in findings))
 
@@ -167,12 +211,8 @@ def doctor(
 def import_weights(
     source: Annotated[str, typer.Argument(help="File, checkpoint, or hub:<owner>/<name>[@revision].")],
     bundle: Annotated[str, typer.Option(help="Encoder, or folder of its bundle.")],
-    slice_axes: Annotated[
-        str, typer.Option("--slice-axes", "--slice_axes", help="'yx', or 'xy' for transposed slices.")
-    ] = "",
-    window: Annotated[
-        str, typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU.")
-    ] = "",
+    slice_axes: SliceAxes = None,
+    hu_window: HUWindow = None,
 ) -> None:
     """Check weights and put them into a bundle's models folder.
 
@@ -181,8 +221,7 @@ def import_weights(
     from dale_ct.encoder import bundle_folder
     from dale_ct.weights import import_weights as put_in
 
-    values = [float(value) for value in window.split(",")] if "," in window else window or None
-    typer.echo(put_in(source, bundle_folder(bundle), slice_axes or None, values))
+    typer.echo(put_in(source, bundle_folder(bundle), slice_axes, window_of(hu_window)))
 
 
 @weights_app.command("export", epilog="Example: dale-ct weights export --bundle dale_ct_2s --out export")
@@ -210,6 +249,23 @@ def export_onnx(
     from dale_ct.onnx_export import export_bundle
 
     typer.echo(export_bundle(bundle_folder(bundle), out, weights, size_px))
+
+
+def window_of(text: str | None) -> str | list[float] | None:
+    """Read a HU window: a name, or four numbers with commas between them."""
+    return [float(value) for value in text.split(",")] if text and "," in text else text
+
+
+def word_of(value: object) -> str:
+    """Write a value so that MONAI's command line, which reads Python, takes a text for a text.
+
+    Example:
+        >>> print(word_of("ct.nii.gz"), word_of("12345"), word_of("a,b"), word_of(["raw_144"]))
+        ct.nii.gz '12345' 'a,b' ['raw_144']
+    """
+    text = str(value)
+    is_name = re.fullmatch(r"[\w./:@~-]*[A-Za-z/_][\w./:@~-]*", text) and not re.fullmatch(r"[\d.e+-]+", text)
+    return text if is_name else repr(text if isinstance(value, Path) else value)
 
 
 def bundle_command(folder: Path, config: str, knobs: dict[str, str], show: bool = True) -> list[str]:

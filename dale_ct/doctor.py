@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -72,7 +73,8 @@ def _device() -> Finding:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         names = ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-        bf16 = "" if torch.cuda.is_bf16_supported() else "; no bfloat16: pass --amp_dtype float16"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = "" if has_bf16 else "; no bfloat16: pass --amp_dtype float32"
         return Finding("GPU", not bf16, f"{names}, CUDA {torch.version.cuda}{bf16}")
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists():
         return Finding(
@@ -98,11 +100,11 @@ def _memory() -> Finding:
 def _shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Finding("Shared memory", True, "not a Linux: data loaders use files")
+        return Finding("Shared memory", True, "not Linux: data loaders use files")
     free = shutil.disk_usage(folder).free / 1e9
     enough = free >= MIN_SHARED_MEMORY_GB
     less = "" if enough else ": pretraining wants 2 GB per GPU. Start containers with --shm-size 16g"
-    return Finding("Shared memory", enough, f"{free:.1f} GB free in {folder}{less}")
+    return Finding("Shared memory", enough, f"{free:.1f} GB free in {folder.resolve()}{less}")
 
 
 def _disk(folder: Path) -> Finding:
@@ -119,8 +121,9 @@ def _compiler() -> Finding:
 
 def _tracking() -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password, as reports are pasted into issues
     if not uri.startswith("http"):
-        return Finding("MLflow", True, f"{uri}; see runs with: mlflow ui --backend-store-uri {uri}")
+        return Finding("MLflow", True, f"{shown}; see runs with: mlflow ui --backend-store-uri {shown}")
     import requests
 
     try:
@@ -128,41 +131,38 @@ def _tracking() -> Finding:
     except requests.RequestException as error:
         reason = " ".join(str(error).split())[:120]
         return Finding(
-            "MLflow", False, f"no answer from MLFLOW_TRACKING_URI={uri} ({reason}). Is it running?"
+            "MLflow", False, f"no answer from MLFLOW_TRACKING_URI={shown} ({reason}). Is it running?"
         )
-    return Finding("MLflow", True, uri)
+    return Finding("MLflow", True, shown)
 
 
 def _hub() -> Iterator[Finding]:
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import HfApi, errors, get_token
 
+    from common.networks.hub import be_quiet
+
+    be_quiet()
     api = HfApi()
-    unreachable = (OSError, OfflineModeIsEnabled)
+    failed = (OSError, errors.HTTPError, errors.OfflineModeIsEnabled)
+    if get_token() is None:
+        text = "not logged in: released weights need no login, gated datasets need 'hf auth login'"
+        yield Finding("Hugging Face", True, text)
+        return
     try:
         yield Finding("Hugging Face", True, f"logged in as {api.whoami()['name']}")
-    except (LocalTokenNotFoundError, HfHubHTTPError):
-        text = "not logged in: 'hf auth login' is needed for the gated datasets, not for released weights"
-        yield Finding("Hugging Face", False, text)
-        return
-    except unreachable as error:
+    except failed as error:
         reason = " ".join(str(error).split())[:120]
-        yield Finding(
-            "Hugging Face", False, f"no answer ({reason}): weights must lie in the bundles' models/"
+        text = (
+            f"no answer ({reason}): check the token and the network, or place weights in the bundles' models/"
         )
+        yield Finding("Hugging Face", False, text)
         return
     for name, (kind, repository) in GATED.items():
         try:
             api.auth_check(repository, repo_type=kind)
             yield Finding(name, True, f"the terms of {repository} are accepted")
-        except GatedRepoError:
+        except errors.GatedRepoError:
             page = f"https://huggingface.co/{kind}s/{repository}"
             yield Finding(name, False, f"accept the terms on {page} to download it")
-        except (HfHubHTTPError, OSError) as error:
-            yield Finding(name, False, f"cannot be asked for: {' '.join(str(error).split())[:120]}")
+        except failed as error:
+            yield Finding(name, False, f"could not be checked: {' '.join(str(error).split())[:120]}")

@@ -3,17 +3,21 @@
 # B images of a batch, D embedding
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dale_ct.encoder import SliceEncoder, load_encoder
+from dale_ct.encoder import SliceEncoder, bundle_folder, load_encoder, read_config
 
 if TYPE_CHECKING:
     import torch
 
+    from common.ct.rejection import RejectedVolume
     from common.embeddings.ct_batches import SliceBatches
-    from common.embeddings.store import Embedding
+    from common.embeddings.store import Embedding, EmbeddingStore
+    from common.embeddings.work import CTSource
+    from common.handlers.embedding_writer import VolumeOutput
 
 logger = logging.getLogger("dale_ct")
 
@@ -26,52 +30,62 @@ def embed(
     device: str | None = None,
     patch_tokens: bool = False,
     strategy: str | None = None,
+    slice_axes: str | None = None,
+    hu_window: str | Sequence[float] | None = None,
     num_workers: int = 1,
 ) -> "Embedding | dict[str, Embedding]":
     """Embed chest CTs with an encoder of slices: one vector per slice, feet to head.
 
-    The same numbers as the encoder's bundle gives; the network stays loaded for the next call.
+    On a CPU the numbers are those of the encoder's bundle, bit by bit; on a GPU the bundle compiles the
+    network, which rounds differently. The network stays loaded for the next call.
 
     Args:
         path: a CT as NIfTI in HU, MetaImage, NRRD or npz, a DICOM series, or a folder or zip of these.
-        encoder: name of an encoder, see :func:`dale_ct.encoders`, or a bundle's folder.
+        encoder: name of a bundled encoder of slices, see :func:`dale_ct.encoders`, or a bundle's folder.
         weights: a file, ``hub:<owner>/<name>[@revision]`` or "random"; None for the bundle's own, else the
             authors' release.
         device: "cuda", "cpu"; None for a GPU where there is one.
         patch_tokens: whether to return the patch tokens of each slice, too.
         strategy: how slices become images, a name of Table VI; None for the bundle's.
+        slice_axes: "yx" or "xy", for weights of which it is not known.
+        hu_window: name or four numbers, for weights of which it is not known.
         num_workers: threads that read further CTs meanwhile.
 
     Returns:
         The embedding, if there is one CT in ``path``: ``tokens (slices, D)``, ``z_mm`` (positions of the
-        slices, feet to head), ``spacing_mm``, ``metadata``, ``patches (slices, P, D)`` or None. Of several
-        CTs, a dictionary by name.
+        slices, feet to head), ``patches (slices, P, D)`` or None, and ``metadata`` with ``spacing_mm`` (x, y,
+        z). Of several CTs, a dictionary by name; those that cannot be used are logged. Tiles give
+        ``(slices, 5 D)``.
 
     Raises:
-        FileNotFoundError: if there is no CT, or no weights can be had.
-        ValueError: if the encoder is unknown, or a CT cannot be used: says which and why.
+        FileNotFoundError: if there is no CT, or no weights can be found.
+        ValueError: if the encoder is unknown, or no CT can be used: says which and why.
     """
+    from common.ct.rejection import is_failure
     from common.embeddings.store import DTYPES
     from common.embeddings.work import ct_sources
-    from common.handlers.embedding_writer import VolumeOutputs, embedding_of
+    from common.handlers.embedding_writer import VolumeOutputs
 
-    open_encoder = load_encoder(encoder, weights, device, strategy)
     sources, rejected = ct_sources(path)
-    batches = _batches(
-        open_encoder, [one._replace(stores=(open_encoder.strategy.name,)) for one in sources], num_workers
-    )
-    outputs = VolumeOutputs(DTYPES[open_encoder.config["embedding_dtype"]])
+    opened = load_encoder(encoder, weights, device, strategy, slice_axes=slice_axes, hu_window=hu_window)
+    _check_patches(opened, patch_tokens)
+    work = [source._replace(stores=(opened.strategy.name,)) for source in sources]
+    batches = _batches(opened, work, num_workers)
+    outputs = VolumeOutputs(DTYPES[opened.config["embedding_dtype"]])
     found: dict[str, Embedding] = {}
-    for pieces, cls, patches in _encoded(open_encoder, batches, patch_tokens):
-        found |= {output.task.volume: embedding_of(output) for output in outputs.add(pieces, cls, patches)}
-    found |= {output.task.volume: embedding_of(output) for output in outputs.rest()}
+
+    with closing(_encoded(opened, batches, patch_tokens)) as encoded:
+        for pieces, cls, patches in encoded:
+            found |= _finite(outputs.add(pieces, cls, patches), batches.rejected)
+    found |= _finite(outputs.rest(), batches.rejected)
     rejected = [*rejected, *batches.rejected]
     for volume, reason, detail in rejected:
         logger.warning("'%s' is left out, %s: %s", volume, reason, detail)
     if not found:
         volume, reason, detail = rejected[0]
         raise ValueError(f"No CT of '{path}' can be used: '{volume}', {reason}: {detail}")
-    return next(iter(found.values())) if len(found) == 1 and not rejected else found
+    is_alone = len(found) == 1 and not any(map(is_failure, rejected))
+    return next(iter(found.values())) if is_alone else found
 
 
 def embed_to_store(
@@ -83,38 +97,56 @@ def embed_to_store(
     device: str | None = None,
     patch_tokens: bool = False,
     strategy: str | None = None,
+    slice_axes: str | None = None,
+    hu_window: str | Sequence[float] | None = None,
+    split: str | None = None,
     num_workers: int = 4,
     max_rejected: float = 0.01,
-) -> None:
-    """Embed the CTs of a folder that are not in the store yet; what a kill leaves is gone on with.
-
-    Arguments and errors as of :func:`embed`.
+) -> "EmbeddingStore":
+    """Embed the CTs of a folder that are not in the store yet; an interrupted run is resumed.
 
     Args:
-        path: CTs, as for :func:`embed`, or shards.
-        output_dir: folder of the store, opened by ``dale_ct.EmbeddingStore``.
-        encoder: name of an encoder of slices.
+        path: CTs, as for :func:`embed`, or a folder of shards.
+        output_dir: folder of the store.
+        encoder: as for :func:`embed`.
         weights: as for :func:`embed`.
         device: as for :func:`embed`.
         patch_tokens: whether to store patch tokens, too.
         strategy: as for :func:`embed`.
+        slice_axes: as for :func:`embed`.
+        hu_window: as for :func:`embed`.
+        split: split of the shards; None for the bundle's.
         num_workers: threads that read ahead.
         max_rejected: share of CTs that may fail.
+
+    Returns:
+        The store, opened.
+
+    Raises:
+        FileNotFoundError: as :func:`embed`.
+        ValueError: as :func:`embed`; if more CTs failed; if the store holds embeddings of another origin, has
+            patch tokens where none are asked for or the reverse, or holds another CT of the file's name.
+        BlockingIOError: if another process writes to the folder.
     """
+    from common.embeddings.store import EmbeddingStore
     from common.embeddings.work import ct_sources, embedding_work, store_folders
     from common.handlers.embedding_writer import EmbeddingWriter
     from common.run.process import claimed
 
-    sources, rejected = ct_sources(path)
-    open_encoder = load_encoder(encoder, weights, device, strategy)
-    folders = store_folders(output_dir, [open_encoder.strategy.name])
+    chosen = split or read_config(bundle_folder(encoder))["split"]
+    sources, rejected = ct_sources(path, chosen)
+    opened = load_encoder(encoder, weights, device, strategy, slice_axes=slice_axes, hu_window=hu_window)
+    _check_patches(opened, patch_tokens)
+    folders = store_folders(output_dir, [opened.strategy.name])
     with claimed(output_dir):
-        batches = _batches(open_encoder, embedding_work(sources, folders), num_workers)
+        work = embedding_work(sources, folders)
+        _check_store(Path(output_dir), path, sources, patch_tokens)
+        batches = _batches(opened, work, num_workers)
         writer = EmbeddingWriter(
             folders=folders,
             output_dir=output_dir,
-            identity=open_encoder.identity,
-            dtype=open_encoder.config["embedding_dtype"],
+            identity=opened.identity,
+            dtype=opened.config["embedding_dtype"],
             batches=batches,
             num_volumes=len(sources),
             rejected=rejected,
@@ -122,12 +154,64 @@ def embed_to_store(
         )
         writer.start()
         try:
-            for pieces, cls, patches in _encoded(open_encoder, batches, patch_tokens):
-                writer.take(pieces, cls, patches)
+            with closing(_encoded(opened, batches, patch_tokens)) as encoded:
+                for pieces, cls, patches in encoded:
+                    writer.take(pieces, cls, patches)
+            writer.finish()
         except BaseException:
             writer.close()
             raise
-        writer.finish()
+    return EmbeddingStore(output_dir)
+
+
+def _finite(volumes: Iterable["VolumeOutput"], rejected: list["RejectedVolume"]) -> dict[str, "Embedding"]:
+    """Put embeddings together; those with NaN or Inf are rejected, as the store does."""
+    from common.ct.rejection import RejectedError
+    from common.embeddings.store import check_finite
+    from common.handlers.embedding_writer import NOT_EMBEDDED, embedding_of
+
+    found = {}
+    for volume in volumes:
+        name, embedding = volume.task.volume, embedding_of(volume)
+        try:
+            for tensor, what in ((embedding.tokens, "tokens"), (embedding.patches, "patches")):
+                if tensor is not None:
+                    check_finite(tensor, what, name)
+        except ValueError as error:
+            rejected.append(RejectedError(NOT_EMBEDDED, str(error)).of(name))
+        else:
+            found[name] = embedding
+    return found
+
+
+def _check_patches(encoder: SliceEncoder, patch_tokens: bool) -> None:
+    """Refuse patch tokens of tiles, which have no place in the slice."""
+    if patch_tokens and encoder.strategy.is_tiled:
+        raise ValueError(f"patch_tokens must be False for tiles, got True for '{encoder.strategy.name}'.")
+
+
+def _check_store(folder: Path, path: str | Path, sources: Sequence["CTSource"], patch_tokens: bool) -> None:
+    """Refuse a store without the fields that are asked for, and another CT under the name of one file.
+
+    A single file is read again for that; of a folder, names count, as reading a cohort again takes hours.
+    """
+    from common.embeddings.store import EmbeddingStore, stored_volumes
+
+    known = stored_volumes(folder)
+    if not known:
+        return
+    store = EmbeddingStore(folder)
+    if ("patches" in store.fields) != patch_tokens:
+        has = "patch tokens" if "patches" in store.fields else "no patch tokens"
+        raise ValueError(f"The embeddings in '{folder}' have {has}. Ask for the same, or write elsewhere.")
+    for source in sources if Path(path).is_file() else ():
+        if source.volume in known:
+            stored = store.read(source.volume).metadata.get("sha256")
+            if stored not in (None, source.read().sha256):
+                raise ValueError(
+                    f"'{folder}' holds the embedding of another '{source.volume}'. Rename the file, or write "
+                    "elsewhere."
+                )
 
 
 def _batches(encoder: SliceEncoder, sources: list[Any], num_workers: int) -> "SliceBatches":
@@ -150,7 +234,7 @@ def _encoded(
     encoder: SliceEncoder,
     batches: "SliceBatches",
     patch_tokens: bool,
-) -> Iterator[tuple[Any, "torch.Tensor", "torch.Tensor | None"]]:
+) -> Generator[tuple[Any, "torch.Tensor", "torch.Tensor | None"]]:
     """Encode batch after batch; in halves, from when one does not fit into the GPU."""
     import torch
 
@@ -170,7 +254,7 @@ def _encoded(
                 if most == 0:
                     raise
                 torch.cuda.empty_cache()
-                logger.warning("The GPU's memory is too small for a batch: going on with %d images.", most)
+                logger.warning("A batch does not fit into the GPU's memory: continuing with %d images.", most)
         cls = torch.cat([output[0] for output in outputs])
         patches = (
             torch.cat([output[1] for output in outputs if output[1] is not None]) if patch_tokens else None

@@ -1,13 +1,14 @@
-"""The encoders that come along, and one of slices with its weights, ready to use."""
+"""The bundled encoders, and one of slices with its weights, ready to use."""
 
 # Z slices, H x W of a slice, I side of an image, D embedding
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Facts(NamedTuple):
 
 
 def encoders() -> dict[str, Facts]:
-    """List the encoders that come along, by name.
+    """List the bundled encoders, by name.
 
     Example:
         >>> encoders()["dale_ct_2s"].dim
@@ -60,18 +61,19 @@ def bundle_folder(encoder: str) -> Path:
     """Find the bundle of an encoder.
 
     Args:
-        encoder: name of an encoder that comes along, or a bundle's folder.
+        encoder: name of a bundled encoder, or a bundle's folder.
 
     Raises:
         ValueError: if there is no such encoder; names the nearest.
     """
+    encoder = str(encoder)
     for folder in (BUNDLES / encoder, Path(encoder)):
         if (folder / "configs" / "inference.json").is_file():
             return folder
     known = [*encoders()]
     nearest = get_close_matches(encoder, known, n=1)
     hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(known)}."
-    raise ValueError(f"Unknown encoder '{encoder}'. {hint} A bundle's folder will do, too.")
+    raise ValueError(f"Unknown encoder '{encoder}'. {hint} A bundle's folder works too.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -86,15 +88,26 @@ def _facts(folder: Path) -> Facts:
     output = metadata["network_data_format"]["outputs"]["pred"]
     own = folder / "models" / Path(config["weights_name"]).name
     weights = str(own) if own.is_file() else f"hub:{config['weights_repo']}"
+    licence = "yours, or that of their source" if _states_itself(own) else str(config["weights_licence"])
     return Facts(
         name=folder.name,
         takes="slices" if "strategies" in config else "volumes",
         dim=output["num_channels"],
         tokens=output["channel_def"]["0"],
         weights=weights,
-        licence="your own" if own.is_file() else str(config["weights_licence"]),
+        licence=licence,
         is_here=own.is_file() or _in_cache(config),
     )
+
+
+def _states_itself(path: Path) -> bool:
+    """Whether weights were trained or imported here; a file that says nothing is taken for the release."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.is_file()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return "identity" in (file.metadata() or {})
 
 
 def _in_cache(config: Mapping[str, Any]) -> bool:
@@ -110,7 +123,8 @@ class SliceEncoder:
     """An encoder of slices, its weights loaded.
 
     Args:
-        network: timm VisionTransformer in evaluation mode; images ``(N, 1, I, I)`` to CLS ``(N, D)``.
+        network: timm VisionTransformer in evaluation mode; images ``(N, 1, I, I)`` to CLS ``(N, D)``. It is
+            shared by all that load the same encoder: copy it before you change it.
         given: HU window and axes of the slices that it was trained on.
         strategy: how a slice becomes an image.
         identity: what embeddings are compared by.
@@ -130,7 +144,7 @@ class SliceEncoder:
 
         Args:
             hu: slices in HU, rows from front to back, columns from the patient's right to left, feet first,
-                as ``read_ct(...).hu``.
+                as ``read_ct(...).hu``. Rounded, and clipped to what a CT can hold.
 
         Shape:
             Input ``(Z, H, W)``; output float32 ``(Z, 1, I, I)``.
@@ -142,56 +156,98 @@ class SliceEncoder:
         from common.transforms.hounsfield import normalize_hu
         from common.transforms.slice_strategies import body_box, pad_to_square
 
-        slices = torch.from_numpy(pad_to_square(np.asarray(hu, np.int16), STORED_HU_RANGE[0]))
+        values = hu.cpu().numpy() if isinstance(hu, torch.Tensor) else np.asarray(hu)
+        whole = np.rint(values).clip(*STORED_HU_RANGE).astype(np.int16)
+        slices = torch.from_numpy(pad_to_square(whole, STORED_HU_RANGE[0]))
         region = self.strategy.region(slices, body_box(slices) if self.strategy.is_cropped else None)
         region = region.transpose(1, 2) if self.given.slice_axes == "xy" else region
         return normalize_hu(self.strategy(region.to(self.device)), self.given.window)
 
 
-@lru_cache(maxsize=2)
 def load_encoder(
     encoder: str = "dale_ct_2s",
     weights: str | None = None,
     device: str | None = None,
     strategy: str | None = None,
+    *,
+    slice_axes: str | None = None,
+    hu_window: "str | Sequence[float] | None" = None,
 ) -> SliceEncoder:
-    """Load an encoder of slices for one's own loop; a second call with the same arguments is at once done.
+    """Load an encoder of slices for your own loop; a second call for the same network returns at once.
 
     Args:
-        encoder: name of an encoder that comes along, or a bundle's folder.
+        encoder: name of a bundled encoder, or a bundle's folder.
         weights: a file, ``hub:<owner>/<name>[@revision]`` or "random"; None for those in the bundle's
             ``models`` folder, else the authors' release from the hub.
         device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
         strategy: how slices become images, a name of Table VI; None for the bundle's.
+        slice_axes: "yx" or "xy", for weights of which it is not known.
+        hu_window: name or four numbers, for weights of which it is not known.
 
     Raises:
-        ValueError: if there is no such encoder, it takes volumes, or the weights do not fit it.
-        FileNotFoundError: if the weights are neither on disk nor to be had from the hub.
+        ValueError: if there is no such encoder or device, it takes volumes, or the weights do not fit it.
+        FileNotFoundError: if the weights are neither on disk nor on the hub.
     """
+    import torch
+
+    from common.transforms.slice_strategies import slice_strategies
+
+    folder = bundle_folder(encoder).resolve()
+    config = read_config(folder)
+    if "strategies" not in config:
+        raise ValueError(
+            f"'{encoder}' encodes whole volumes, not slices. Run: dale-ct embed <ct> --encoder {encoder}"
+        )
+    own = folder / "models" / "model.safetensors"
+    file = own if weights is None else Path(weights)
+    inputs = (folder / "configs" / "inference.json", file)
+    changed = tuple(one.stat().st_mtime_ns if one.is_file() else 0 for one in inputs)
+    window = hu_window if hu_window is None or isinstance(hu_window, str) else tuple(hu_window)
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _one_at_a_time:
+        network, given, identity = _loaded(folder, weights, name, slice_axes, window, changed)
+    (chosen,) = slice_strategies([strategy or config["strategies"][0]], config["patch_size_px"])
+    return SliceEncoder(network, given, chosen, identity, config, torch.device(name))
+
+
+_one_at_a_time = Lock()
+
+
+@lru_cache(maxsize=2)
+def _loaded(
+    folder: Path,
+    weights: str | None,
+    device: str,
+    slice_axes: str | None,
+    hu_window: "str | tuple[float, ...] | None",
+    changed: tuple[int, ...],  # when the files that are read here were written: others are another encoder
+) -> "tuple[nn.Module, SliceInput, dict[str, Any]]":
+    """Build the network of a bundle without MONAI and its seconds of imports, and say what it expects."""
     import timm
     import torch
 
     from common.networks import encoder as networks
-    from common.transforms.slice_strategies import slice_strategies
 
-    folder = bundle_folder(encoder)
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"No device '{device}' here: {str(error).splitlines()[0]}") from error
     config = read_config(folder)
-    if "strategies" not in config:
-        raise ValueError(f"'{encoder}' encodes volumes: use dale_ct.embed, or its bundle.")
     own = folder / "models" / "model.safetensors"
-    found = networks.find_weights(
-        None if weights == RANDOM else weights or own,
-        bundle_weights=own,
-        **{name: config[name] for name in config if name.startswith("weights_") and name in TOLD},
-        facts=_resolved(config["weights"]["facts"], config),
-    )
-    given = networks.slice_input(found)
-    torch.manual_seed(config["seed"])
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = timm.create_model(**_resolved(_arguments(config["network_def"]), config)).to(where)
-    facts = {name: config.get(name) for name in config["identity"]}
-    facts |= {"slice_axes": given.slice_axes, "hu_window": list(given.window)}
-    networks.load_encoder(network, found.path, facts)
+    release = {name: config[name] for name in config if name in RELEASE}
+    facts = _resolved(config["weights"]["facts"], config)
+    asked = None if weights == RANDOM else weights or own
+    found = networks.find_weights(asked, bundle_weights=own, **release, facts=facts)
+    axes, window = slice_axes or config["slice_axes"], hu_window or config["hu_window"]
+    given = networks.slice_input(found, axes, window)
+    arguments = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(config["seed"])
+        network = timm.create_model(**_resolved(arguments, config)).to(where)
+    stated = {name: config.get(name) for name in config["identity"]}
+    stated |= {"slice_axes": given.slice_axes, "hu_window": list(given.window)}
+    networks.load_encoder(network, found.path, stated)
     encoder_id = networks.encoder_id(
         sha256=found.sha256,
         seed=config["seed"],
@@ -199,32 +255,20 @@ def load_encoder(
         window=given.window,
         layer_scale_init=config["layer_scale_init"],
     )
-    return SliceEncoder(
-        network=network.eval(),
-        given=given,
-        strategy=slice_strategies([strategy or config["strategies"][0]], config["patch_size_px"])[0],
-        identity={
-            "encoder": config["name"],
-            "encoder_id": encoder_id,
-            "weights": found.name,
-            "slice_order": "feet_to_head",
-            "token_kind": "slice",
-        },
-        config=config,
-        device=where,
-    )
+    identity = {"encoder": config["name"], "encoder_id": encoder_id, "weights": found.name}
+    return network.eval(), given, identity | {"slice_order": "feet_to_head", "token_kind": "slice"}
 
 
-TOLD = ("weights_repo", "weights_repo_type", "weights_revision", "weights_name", "weights_licence")
-
-
-def _arguments(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if not name.startswith("_")}
+RELEASE = ("weights_repo", "weights_repo_type", "weights_revision", "weights_name", "weights_licence")
 
 
 def _resolved(part: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Put in the knobs that a part of the config refers to, such as ``"@depth"``."""
-    return {
+    values = {
         name: config[value[1:]] if isinstance(value, str) and value.startswith("@") else value
         for name, value in part.items()
     }
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith(("$", "@")):
+            raise ValueError(f"'{name}' of the bundle is an expression, {value}: run it by monai.bundle.")
+    return values

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from common.run.config import USER_ERRORS
 from common.run.process import on_stop, raise_stopped
 from data_prep.cluster import ShowProgress
 
@@ -100,8 +101,9 @@ def run_app(app: typer.Typer) -> None:
     on_stop(stop)
     try:
         app()
-    except (ValueError, OSError) as error:
-        console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+    except (*USER_ERRORS, ImportError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        console.print(f"[red]Error:[/red] {escape(str(text))}", soft_wrap=True)
         sys.exit(2)
     except SystemExit:
         if not signals:

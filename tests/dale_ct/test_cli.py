@@ -1,4 +1,7 @@
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,13 @@ def test_embed_writes_a_store_and_says_what_monai_would_be_told(
     assert ours.identity == theirs.identity
     assert ours.checksums(ours.volumes) == theirs.checksums(ours.volumes)
     assert "Done: embeddings of 2 volumes in 'ours'" in " ".join(result.stderr.split())
+    # another CT of the name, and a store without the patch tokens that are asked for
+    shutil.copy(ct_folder / "b.nii.gz", tmp_path / "a.nii.gz")
+    options = ["--encoder", small_bundle, "--weights", "random", "--out", "ours"]
+    for words, named in ((["a.nii.gz"], "another 'a'"), ([ct_folder, "--patch-tokens"], "no patch tokens")):
+        result = dale_ct("embed", *words, *options)
+        assert result.returncode == 2
+        assert named in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -36,6 +46,11 @@ def test_embed_writes_a_store_and_says_what_monai_would_be_told(
         (["embed", "nowhere.nii.gz"], "nowhere.nii.gz"),
         (["embed", ".", "--encoder", "dale_ct_2x"], "dale_ct_2s"),
         (["train", "dale_ct"], "dale_ct_0"),
+        (
+            ["embed", ".", "--encoder", "dale_ct_2s", "--hu-window", "ct_rat", "--weights", "random"],
+            "No volumes",
+        ),
+        (["weights", "onnx", "--bundle", "nowhere", "--out", "x.onnx"], "nowhere"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(dale_ct, words, named):
@@ -50,10 +65,18 @@ def test_a_mistake_is_told_in_one_line(dale_ct, words, named):
 @pytest.mark.parametrize(
     "words", [["--help"], ["embed", "-h"], ["--version"], ["encoders"], ["data", "--help"]]
 )
-def test_help_and_lists_need_no_torch(dale_ct, words):
+def test_help_and_lists_answer(dale_ct, words):
     result = dale_ct(*words)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_command_line_itself_imports_nothing_heavy():
+    words = "import sys, dale_ct.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    answer = subprocess.run(
+        [sys.executable, "-c", words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "monai", "numpy", "matplotlib"} & set(answer.stdout.split())
 
 
 def test_the_doctor_looks_at_every_part(dale_ct):

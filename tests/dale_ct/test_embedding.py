@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dale_ct
+from common.embeddings.ct_batches import SliceBatches
 from common.networks.encoder import SlicesInferer
 from dale_ct.embedding import embed, embed_to_store
 
@@ -75,3 +76,35 @@ def test_batches_shrink_to_what_fits_into_the_gpu(small_bundle, ct_folder, monke
     np.testing.assert_allclose(shrunk.tokens.float(), whole.tokens.float(), atol=1e-3)
     np.testing.assert_allclose(shrunk.patches.float(), whole.patches.float(), atol=1e-3)
     assert [record.args for record in caplog.records if "memory" in record.msg] == [(3,), (1,)]
+
+
+def test_a_store_is_whole_after_a_stop(small_bundle, ct_folder, tmp_path, monkeypatch):
+    begin = SliceBatches.__iter__
+
+    def stopped(self):
+        yield next(begin(self))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SliceBatches, "__iter__", stopped)
+    options = {"encoder": str(small_bundle), "weights": "random", "num_workers": 0}
+    with pytest.raises(KeyboardInterrupt):
+        embed_to_store(ct_folder / "b.nii.gz", tmp_path / "store", **options)
+    monkeypatch.undo()
+    assert len(embed_to_store(ct_folder, tmp_path / "store", **options)) == 2
+
+
+def test_tiles_have_no_patch_tokens(small_bundle, ct_folder):
+    with pytest.raises(ValueError, match=r"patch_tokens.*tiled_5cut"):
+        embed(ct_folder, str(small_bundle), weights="random", strategy="tiled_5cut", patch_tokens=True)
+
+
+def test_embeddings_that_are_not_finite_are_rejected(small_bundle, ct_folder, monkeypatch):
+    encode = SlicesInferer.__call__
+
+    def overflowing(self, images, network, **options):
+        cls, patches = encode(self, images, network, **options)
+        return cls * 1e6, patches
+
+    monkeypatch.setattr(SlicesInferer, "__call__", overflowing)
+    with pytest.raises(ValueError, match="'b'"):
+        embed(ct_folder / "b.nii.gz", str(small_bundle), weights="random")

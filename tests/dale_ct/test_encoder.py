@@ -1,8 +1,12 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from common.ct.files import ct_file, read_ct
+from common.transforms.hounsfield import HU_WINDOWS
 from dale_ct import embed
 from dale_ct.encoder import BUNDLES, bundle_folder, encoders, load_encoder
 
@@ -36,5 +40,34 @@ def test_network_and_images_in_ones_own_loop_give_the_embedding(small_bundle, ct
     np.testing.assert_allclose(tokens, expected.float(), atol=2e-3)
 
 
-def test_a_second_call_returns_the_same_network(small_bundle):
-    assert load_encoder(str(small_bundle), "random") is load_encoder(str(small_bundle), "random")
+def test_a_second_call_returns_the_same_network_for_any_strategy(small_bundle):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = load_encoder(str(small_bundle), "random")
+    assert torch.equal(torch.rand(1), expected)  # the caller's random numbers are the caller's
+    assert (
+        load_encoder(encoder=str(small_bundle), weights="random", strategy="raw_16").network is first.network
+    )
+
+
+def test_what_a_bundle_says_of_its_slices_counts(small_bundle, tmp_path):
+    folder = tmp_path / "dale_ct_2s"
+    shutil.copytree(small_bundle, folder)
+    path = folder / "configs" / "inference.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"slice_axes": "xy", "hu_window": "dale_ct_0_l"}))
+    given = load_encoder(str(folder), "random").given
+    assert (given.slice_axes, given.window) == ("xy", HU_WINDOWS["dale_ct_0_l"])
+    path.write_text(json.dumps(config | {"depth": "$1 + 1"}))
+    with pytest.raises(ValueError, match=r"depth.*1 \+ 1"):
+        load_encoder(str(folder), "random")
+
+
+def test_values_beyond_a_ct_are_clipped_and_a_missing_device_is_named(small_bundle):
+    encoder = load_encoder(str(small_bundle), "random")
+    hu = torch.full((1, 40, 40), -1000.0)
+    hu[0, 10:30, 10:30] = 40_000.0
+    assert torch.equal(encoder.images(hu), encoder.images(hu.clamp(max=30_000)))
+    with pytest.raises(ValueError, match="cuda:99"):
+        load_encoder(str(small_bundle), "random", "cuda:99")
