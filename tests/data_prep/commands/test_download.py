@@ -133,7 +133,7 @@ def test_mistakes_end_in_one_line(start_hub, tmp_path, monkeypatch, capsys) -> N
     ):
         monkeypatch.setattr(sys, "argv", ["data_prep", "download", *arguments, *out])
         with pytest.raises(SystemExit) as left:
-            module.main()
+            module.run_app(module.app)
         assert left.value.code == 2
         printed = capsys.readouterr().err
         assert message in " ".join(printed.split())

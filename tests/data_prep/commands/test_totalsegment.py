@@ -171,7 +171,7 @@ def test_mistakes_end_in_one_line(weights, tmp_path, save_nifti, monkeypatch, ca
         monkeypatch.setattr(sys, "argv", ["data_prep", "totalsegment", *arguments])
         monkeypatch.setattr("requests.api.request", no_network)
         with pytest.raises(SystemExit) as left:
-            module.main()
+            module.run_app(module.app)
         assert left.value.code == 2
         printed = capsys.readouterr().err
         assert message in " ".join(printed.split())
