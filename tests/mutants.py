@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COPIED = ("common", "data_prep", "bundles", "tests", "pyproject.toml", "requirements.txt")
+COPIED = ("common", "dale_ct", "data_prep", "study", "bundles", "tests", "pyproject.toml", "requirements.txt")
 TWO_RANKS = "tests/distributed/test_two_ranks.py"
 LATE_RANKS = "tests/distributed/test_late_ranks.py"
 CHECKS = "tests/common/ct/test_checks.py"
