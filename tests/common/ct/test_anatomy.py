@@ -50,3 +50,15 @@ def test_a_body_is_as_wide_and_deep_as_its_box() -> None:
     assert width_over_depth(anatomy) == pytest.approx(30 * 4 / (20 * 3))
     assert not anatomy.lungs.any()
     assert find_anatomy(coarse_grid(np.full_like(hu, -1000), (4.0, 3.0, 5.0))) is None
+
+
+def test_bone_of_the_arms_is_no_spine() -> None:
+    """Arms lie beside the body for the whole scan; vertebrae leave gaps."""
+    hu = np.full((60, 80, 120), -1000, np.int16)
+    hu[:, 20:60, 10:110] = 40
+    hu[:, 36:46, 14:24] = hu[:, 36:46, 96:106] = 800
+    hu[::2, 46:56, 55:65] = 800
+    anatomy = find_anatomy(coarse_grid(hu, (4.0, 4.0, 5.0)))
+    row, column = anatomy.spine
+    assert 46 <= row <= 56
+    assert 55 <= column <= 65
