@@ -42,7 +42,11 @@ def test_a_stop_is_one_line_with_the_shells_status_after_what_must_be_tidied_up(
     ("code", "status"),
     [
         ("\ntry:\n    {kill}; time.sleep(9)\nexcept Exception: print('kept')", 130),
-        ("\ntry:\n    {kill}; time.sleep(9)\nfinally:\n    {kill}; print('late')", 130),
+        (
+            "\ntry:\n    try:\n        {kill}; time.sleep(9)\n    finally:\n        {kill}; time.sleep(9)\n"
+            "finally:\n    print('late')",
+            130,
+        ),
     ],
 )
 def test_a_stop_passes_what_handles_exceptions_and_a_second_signal_does_not_wait(code, status):
