@@ -32,7 +32,6 @@ app.add_typer(data_app, name="data", help="Download datasets, write and audit sh
 app.command(epilog="Example: dale-ct compare runs/dale_ct_0 runs/dale_ct_2s --out paired.csv")(show.compare)
 console = Console()
 errors = Console(stderr=True)
-COMPARE = "Example: dale-ct compare runs/dale_ct_0 runs/dale_ct_2s --out paired.csv"
 
 CT = Annotated[
     Path, typer.Argument(help="NIfTI in HU, MetaImage, NRRD, npz, DICOM series; a folder or zip of these.")
@@ -90,12 +89,12 @@ def embed(
     split: Annotated[str | None, typer.Option(help="Split of shards. Default: the bundle's.")] = None,
     device: Device = None,
     num_workers: Annotated[
-        int, typer.Option("--num-workers", "--num_workers", help="Threads that read ahead.", min=0)
-    ] = 4,
+        int | None, typer.Option("--num-workers", "--num_workers", help="Threads that read ahead.", min=0)
+    ] = None,
     max_rejected: Annotated[
-        float,
+        float | None,
         typer.Option("--max-rejected", "--max_rejected", help="Share of CTs that may fail.", min=0, max=1),
-    ] = 0.01,
+    ] = None,
 ) -> None:
     """Turn CTs into embeddings: one vector per slice, feet to head, or a grid of tokens per volume."""
     from dale_ct.encoder import bundle_folder, read_config
@@ -109,8 +108,8 @@ def embed(
     knobs |= {"hu_window": word_of(window_of(hu_window))} if hu_window else {}
     knobs |= {"patch_tokens": "True"} if patch_tokens else {}
     knobs |= {"device": f"$torch.device({device!r})"} if device else {}
-    knobs |= {"num_workers": str(num_workers)} if num_workers != 4 else {}
-    knobs |= {"max_rejected": str(max_rejected)} if max_rejected != 0.01 else {}
+    numbers = {"num_workers": num_workers, "max_rejected": max_rejected}
+    knobs |= {name: str(number) for name, number in numbers.items() if number is not None}
     words = bundle_command(folder, "inference.json", knobs)
     if not takes_slices:
         run_module(words)
@@ -168,12 +167,9 @@ def train(
     bundle: Annotated[str, typer.Argument(help="Bundle with a train.json: an encoder, or an evaluation.")],
 ) -> None:
     """Train a bundle; every option after its name is a knob of its train.json. Run it again to resume."""
-    from dale_ct.encoder import BUNDLES
+    from dale_ct.encoder import bundle_folder
 
-    folder = next((place for place in (BUNDLES / bundle, Path(bundle)) if (place / "configs").is_dir()), None)
-    if folder is None or not (folder / "configs" / "train.json").is_file():
-        known = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/train.json"))
-        raise ValueError(f"No bundle '{bundle}' that trains. Known: {', '.join(known)}.")
+    folder = bundle_folder(bundle, "train.json")
     run_module([*bundle_command(folder, "train.json", {}, show=False), *context.args])
 
 

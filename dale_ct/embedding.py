@@ -67,8 +67,15 @@ def embed(
     from common.handlers.embedding_writer import VolumeOutputs
 
     sources, rejected = ct_sources(path)
-    opened = load_encoder(encoder, weights, device, strategy, slice_axes=slice_axes, hu_window=hu_window)
-    _check_patches(opened, patch_tokens)
+    opened = load_encoder(
+        encoder,
+        weights,
+        device,
+        strategy,
+        slice_axes=slice_axes,
+        hu_window=hu_window,
+        patch_tokens=patch_tokens,
+    )
     work = [source._replace(stores=(opened.strategy.name,)) for source in sources]
     batches = _batches(opened, work, num_workers)
     outputs = VolumeOutputs(DTYPES[opened.config["embedding_dtype"]])
@@ -76,8 +83,8 @@ def embed(
 
     with closing(_encoded(opened, batches, patch_tokens)) as encoded:
         for pieces, cls, patches in encoded:
-            found |= _finite(outputs.add(pieces, cls, patches), batches.rejected)
-    found |= _finite(outputs.rest(), batches.rejected)
+            found |= _sound(outputs.add(pieces, cls, patches), batches.rejected)
+    found |= _sound(outputs.rest(), batches.rejected)
     rejected = [*rejected, *batches.rejected]
     for volume, reason, detail in rejected:
         logger.warning("'%s' is left out, %s: %s", volume, reason, detail)
@@ -100,8 +107,8 @@ def embed_to_store(
     slice_axes: str | None = None,
     hu_window: str | Sequence[float] | None = None,
     split: str | None = None,
-    num_workers: int = 4,
-    max_rejected: float = 0.01,
+    num_workers: int | None = None,
+    max_rejected: float | None = None,
 ) -> "EmbeddingStore":
     """Embed the CTs of a folder that are not in the store yet; an interrupted run is resumed.
 
@@ -116,8 +123,8 @@ def embed_to_store(
         slice_axes: as for :func:`embed`.
         hu_window: as for :func:`embed`.
         split: split of the shards; None for the bundle's.
-        num_workers: threads that read ahead.
-        max_rejected: share of CTs that may fail.
+        num_workers: threads that read ahead; None for the bundle's.
+        max_rejected: share of CTs that may fail; None for the bundle's.
 
     Returns:
         The store, opened.
@@ -133,15 +140,25 @@ def embed_to_store(
     from common.handlers.embedding_writer import EmbeddingWriter
     from common.run.process import claimed
 
-    chosen = split or read_config(bundle_folder(encoder))["split"]
-    sources, rejected = ct_sources(path, chosen)
-    opened = load_encoder(encoder, weights, device, strategy, slice_axes=slice_axes, hu_window=hu_window)
-    _check_patches(opened, patch_tokens)
+    knobs = {"split": split, "num_workers": num_workers, "max_rejected": max_rejected}
+    config = read_config(bundle_folder(encoder)) | {
+        name: knob for name, knob in knobs.items() if knob is not None
+    }
+    sources, rejected = ct_sources(path, config["split"])
+    opened = load_encoder(
+        encoder,
+        weights,
+        device,
+        strategy,
+        slice_axes=slice_axes,
+        hu_window=hu_window,
+        patch_tokens=patch_tokens,
+    )
     folders = store_folders(output_dir, [opened.strategy.name])
     with claimed(output_dir):
         work = embedding_work(sources, folders)
         _check_store(Path(output_dir), path, sources, patch_tokens)
-        batches = _batches(opened, work, num_workers)
+        batches = _batches(opened, work, config["num_workers"])
         writer = EmbeddingWriter(
             folders=folders,
             output_dir=output_dir,
@@ -150,7 +167,7 @@ def embed_to_store(
             batches=batches,
             num_volumes=len(sources),
             rejected=rejected,
-            max_rejected=max_rejected,
+            max_rejected=config["max_rejected"],
         )
         writer.start()
         try:
@@ -164,30 +181,22 @@ def embed_to_store(
     return EmbeddingStore(output_dir)
 
 
-def _finite(volumes: Iterable["VolumeOutput"], rejected: list["RejectedVolume"]) -> dict[str, "Embedding"]:
-    """Put embeddings together; those with NaN or Inf are rejected, as the store does."""
+def _sound(volumes: Iterable["VolumeOutput"], rejected: list["RejectedVolume"]) -> dict[str, "Embedding"]:
+    """Put embeddings together; what the store would refuse, such as NaN, is rejected."""
     from common.ct.rejection import RejectedError
-    from common.embeddings.store import check_finite
+    from common.embeddings.store import check_embedding
     from common.handlers.embedding_writer import NOT_EMBEDDED, embedding_of
 
     found = {}
     for volume in volumes:
-        name, embedding = volume.task.volume, embedding_of(volume)
+        embedding = embedding_of(volume)
         try:
-            for tensor, what in ((embedding.tokens, "tokens"), (embedding.patches, "patches")):
-                if tensor is not None:
-                    check_finite(tensor, what, name)
+            check_embedding(embedding)
         except ValueError as error:
-            rejected.append(RejectedError(NOT_EMBEDDED, str(error)).of(name))
+            rejected.append(RejectedError(NOT_EMBEDDED, str(error)).of(volume.task.volume))
         else:
-            found[name] = embedding
+            found[volume.task.volume] = embedding
     return found
-
-
-def _check_patches(encoder: SliceEncoder, patch_tokens: bool) -> None:
-    """Refuse patch tokens of tiles, which have no place in the slice."""
-    if patch_tokens and encoder.strategy.is_tiled:
-        raise ValueError(f"patch_tokens must be False for tiles, got True for '{encoder.strategy.name}'.")
 
 
 def _check_store(folder: Path, path: str | Path, sources: Sequence["CTSource"], patch_tokens: bool) -> None:

@@ -57,23 +57,23 @@ def encoders() -> dict[str, Facts]:
     return {folder.name: _facts(folder) for folder in folders}
 
 
-def bundle_folder(encoder: str) -> Path:
-    """Find the bundle of an encoder.
+def bundle_folder(bundle: str | Path, config: str = "inference.json") -> Path:
+    """Find the bundle of an encoder, or another that has some config.
 
     Args:
-        encoder: name of a bundled encoder, or a bundle's folder.
+        bundle: name of a bundled one, or its folder.
+        config: what it must have in ``configs``, such as "train.json".
 
     Raises:
-        ValueError: if there is no such encoder; names the nearest.
+        ValueError: if there is none; names the nearest.
     """
-    encoder = str(encoder)
-    for folder in (BUNDLES / encoder, Path(encoder)):
-        if (folder / "configs" / "inference.json").is_file():
+    for folder in (BUNDLES / bundle, Path(bundle)):
+        if (folder / "configs" / config).is_file():
             return folder
-    known = [*encoders()]
-    nearest = get_close_matches(encoder, known, n=1)
+    known = sorted(path.parents[1].name for path in BUNDLES.glob(f"*/configs/{config}"))
+    nearest = get_close_matches(str(bundle), known, n=1)
     hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(known)}."
-    raise ValueError(f"Unknown encoder '{encoder}'. {hint} A bundle's folder works too.")
+    raise ValueError(f"No bundle '{bundle}' with a {config}. {hint} A bundle's folder works too.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,10 +104,9 @@ def _states_itself(path: Path) -> bool:
     """Whether weights were trained or imported here; a file that says nothing is taken for the release."""
     if path.suffix != ".safetensors" or not path.is_file():
         return path.is_file()
-    from safetensors import safe_open
+    from common.networks.encoder import stated_identity  # torch, only where there are weights
 
-    with safe_open(path, framework="numpy") as file:
-        return "identity" in (file.metadata() or {})
+    return bool(stated_identity(path))
 
 
 def _in_cache(config: Mapping[str, Any]) -> bool:
@@ -153,15 +152,14 @@ class SliceEncoder:
         import torch
 
         from common.ct.geometry import STORED_HU_RANGE
-        from common.transforms.hounsfield import normalize_hu
+        from common.embeddings.ct_batches import images_of
         from common.transforms.slice_strategies import body_box, pad_to_square
 
         values = hu.cpu().numpy() if isinstance(hu, torch.Tensor) else np.asarray(hu)
         whole = np.rint(values).clip(*STORED_HU_RANGE).astype(np.int16)
         slices = torch.from_numpy(pad_to_square(whole, STORED_HU_RANGE[0]))
         region = self.strategy.region(slices, body_box(slices) if self.strategy.is_cropped else None)
-        region = region.transpose(1, 2) if self.given.slice_axes == "xy" else region
-        return normalize_hu(self.strategy(region.to(self.device)), self.given.window)
+        return images_of(region, self.strategy, self.given.window, self.given.slice_axes, self.device)
 
 
 def load_encoder(
@@ -172,6 +170,7 @@ def load_encoder(
     *,
     slice_axes: str | None = None,
     hu_window: "str | Sequence[float] | None" = None,
+    patch_tokens: bool = False,
 ) -> SliceEncoder:
     """Load an encoder of slices for your own loop; a second call for the same network returns at once.
 
@@ -183,9 +182,10 @@ def load_encoder(
         strategy: how slices become images, a name of Table VI; None for the bundle's.
         slice_axes: "yx" or "xy", for weights of which it is not known.
         hu_window: name or four numbers, for weights of which it is not known.
+        patch_tokens: whether patch tokens are to be kept, which tiles do not allow.
 
     Raises:
-        ValueError: if there is no such encoder or device, it takes volumes, or the weights do not fit it.
+        ValueError: if there is no such encoder, device or strategy, it takes volumes, or weights do not fit.
         FileNotFoundError: if the weights are neither on disk nor on the hub.
     """
     import torch
@@ -198,6 +198,8 @@ def load_encoder(
         raise ValueError(
             f"'{encoder}' encodes whole volumes, not slices. Run: dale-ct embed <ct> --encoder {encoder}"
         )
+    names = [strategy or config["strategies"][0]]
+    (chosen,) = slice_strategies(names, config["patch_size_px"], patch_tokens)
     own = folder / "models" / "model.safetensors"
     file = own if weights is None else Path(weights)
     inputs = (folder / "configs" / "inference.json", file)
@@ -206,7 +208,6 @@ def load_encoder(
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _one_at_a_time:
         network, given, identity = _loaded(folder, weights, name, slice_axes, window, changed)
-    (chosen,) = slice_strategies([strategy or config["strategies"][0]], config["patch_size_px"])
     return SliceEncoder(network, given, chosen, identity, config, torch.device(name))
 
 

@@ -149,7 +149,7 @@ def axial_slices(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tu
     """Show a stored volume as axial slices the radiological way: feet to head, front to back, right to left.
 
     The affine alone decides, so one scan stored as RAS, LPS, LAS or (Z, Y, X) gives the same slices. CT and
-    masks go through alike. Voxels are permuted and flipped, never resampled: the angle of an oblique scan
+    masks take the same path. Voxels are permuted and flipped, never resampled: the angle of an oblique scan
     stays in it.
 
     Args:

@@ -219,11 +219,7 @@ class SliceBatches:
         first = 0
         while first < len(region):
             chunk = region[first : first + batch.room]
-            if self.slice_axes == "xy":
-                chunk = chunk.transpose(1, 2)
-            if self.device.type == "cuda":
-                chunk = chunk.contiguous().pin_memory().to(self.device, non_blocking=True)
-            images = normalize_hu(strategy(chunk), self.window)
+            images = images_of(chunk, strategy, self.window, self.slice_axes, self.device)
             batch.images.append(images)
             batch.pieces.append(Piece(task, first * strategy.num_images, len(images)))
             batch.room -= len(chunk)
@@ -255,6 +251,25 @@ class _Waiting:
         batch = {"image": image, "pieces": self.pieces, "is_fixed": self.strategy.is_fixed}
         self.images, self.pieces, self.room = [], [], self.num_slices
         return batch
+
+
+def images_of(
+    region: torch.Tensor, strategy: SliceStrategy, window: HUWindow, slice_axes: str, device: torch.device
+) -> torch.Tensor:
+    """Turn slices of a strategy's region ``(S, H, H)`` in HU into what an encoder takes, on its device.
+
+    Args:
+        region: what :meth:`SliceStrategy.region` leaves of the slices, on the CPU.
+        strategy: how a slice becomes images.
+        window: HU window of the encoder.
+        slice_axes: "yx", or "xy" for transposed slices.
+        device: device on which the images are made.
+    """
+    if slice_axes == "xy":
+        region = region.transpose(1, 2)
+    if device.type == "cuda":
+        region = region.contiguous().pin_memory().to(device, non_blocking=True)
+    return normalize_hu(strategy(region), window)
 
 
 class VolumeBatches:

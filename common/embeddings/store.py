@@ -1,8 +1,7 @@
 """Embeddings of a cohort on disk: a folder of memory-mapped safetensors files, called parts.
 
-A part packs the volumes of about 64 MiB, so that 47,000 volumes are some hundred files; it appears only when
-it is whole, and every field of a volume has a checksum. Nothing in it is executed. The format was chosen by
-benchmarks/embedding_store.py.
+A part packs volumes of about 64 MiB, so that 47,000 are some hundred files; it appears only when it is whole.
+Each field of a volume has a checksum; nothing is executed. The format: benchmarks/embedding_store.py.
 """
 
 # N volumes, T tokens of a volume, S some of its slices, P patches of a slice, D embedding
@@ -272,9 +271,7 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
             None if patches is None else patches.detach().to("cpu", dtype).contiguous(),
         )
         fields = tuple(name for name in ("z_mm", "patches") if getattr(embedding, name) is not None)
-        _check_shapes(embedding)
-        for name in ("tokens", *fields):
-            check_finite(getattr(embedding, name), name, volume)
+        check_embedding(embedding)
         if volume in self._volumes:
             raise ValueError(f"Volume '{volume}' is already in '{self.folder}'.")
         self._agree({"dim": tokens.shape[1], "fields": fields}, self._facts)
@@ -326,8 +323,8 @@ class EmbeddingStoreWriter(AbstractContextManager["EmbeddingStoreWriter"]):
         self._facts = {**new, **known}
 
 
-def _check_shapes(embedding: Embedding) -> None:
-    """Refuse what a reader could not rely on."""
+def check_embedding(embedding: Embedding) -> None:
+    """Refuse what a reader could not rely on: shapes that disagree, NaN and Inf; raises ValueError."""
     tokens, z_mm, metadata, patches = embedding
     where, shape = f"for volume '{metadata['volume']}'", tuple(tokens.shape)
     if len(shape) != 2 or 0 in shape:
@@ -341,6 +338,9 @@ def _check_shapes(embedding: Embedding) -> None:
         raise ValueError(f"z_mm must rise in shape {shape[:1]}, got {tuple(z_mm.shape)} {where}.")
     if patches is not None and (patches.ndim != 3 or patches.shape[::2] != shape or 0 in patches.shape):
         raise ValueError(f"patches must be ({shape[0]}, P, {shape[1]}), got {tuple(patches.shape)} {where}.")
+    for name, tensor in (("tokens", tokens), ("z_mm", z_mm), ("patches", patches)):
+        if tensor is not None:
+            check_finite(tensor, name, metadata["volume"])
 
 
 def check_finite(tensor: torch.Tensor, name: str, volume: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from common.run.process import rank_and_ranks
+
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
@@ -23,7 +25,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 def num_ranks() -> int:
     """Return the number of processes that share the global batch; 1 outside torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return rank_and_ranks()[1]
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

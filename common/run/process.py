@@ -257,9 +257,10 @@ def gather_objects(item: Any) -> list[Any]:  # noqa: ANN401 (anything that can b
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
+    _, num_ranks = rank_and_ranks()
+    if num_ranks == 1:
         return [item]
-    items: list[Any] = [None] * dist.get_world_size()
+    items: list[Any] = [None] * num_ranks
     dist.all_gather_object(items, item, group=_meeting)
     return items
 
