@@ -22,7 +22,6 @@ from distributed import Client
 from common.ct.geometry import axial_slices
 from common.ct.npz import npz_affine
 from common.ct.rejection import EXCLUDED, RejectedVolume
-from common.shards.index import index_path, load_index
 from common.shards.shards import PARTS, ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands.prepare import finish
@@ -39,13 +38,35 @@ SHAPE_XYZ = (19, 17, 5)
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
 
 
+# What every Python process of the command runs first: a worker waits in the middle of its third volume, whose
+# tar has some bytes but no name yet, until the test lets it go on.
+HELD = """
+import os, tarfile, time
+from pathlib import Path
+
+ADD_FILE, OPENED = tarfile.TarFile.addfile, []
+
+def add_file(tar, *args):
+    ADD_FILE(tar, *args)
+    tar.fileobj.flush()
+    if tar not in OPENED:
+        OPENED.append(tar)
+    if len(OPENED) == 3:
+        held = Path(os.environ["HELD"])
+        (held / str(os.getpid())).touch()
+        while not (held / "go on").exists():
+            time.sleep(0.01)
+
+tarfile.TarFile.addfile = add_file
+"""
+
+
 @pytest.fixture
 def scans(tmp_path: Path, save_nifti: Save, tiny: Any) -> Path:
-    """Scans in a folder whose name needs quotes; writing every sixth takes long enough to be caught at it."""
+    """Scans in a folder whose name needs quotes."""
     rng = np.random.default_rng(0)
     for number in range(NUM_VOLUMES):
-        shape = (256, 255, 200) if number % 6 == 4 else (64, 63, 30)
-        hu = rng.integers(-1000, 1000, shape).astype(np.int16)
+        hu = rng.integers(-1000, 1000, (64, 63, 30)).astype(np.int16)
         save_nifti(tmp_path / "my scäns" / f"scan-{number:02d}.nii.gz", hu, tiny.affine())
     return tmp_path / "my scäns"
 
@@ -62,42 +83,31 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def start_and_freeze(scans: Path, out: Path) -> subprocess.Popen:
-    """Start the command as a terminal would; freeze it once 3 more volumes are written and one half written.
-
-    It is frozen first and looked at then, however slow the machine: a volume that became whole in between
-    lets it go on until the next.
-    """
+def start_and_freeze(scans: Path, out: Path, held: Path) -> subprocess.Popen:
+    """Start the command as a terminal would; freeze it once both workers have a volume half written."""
+    (held / "site").mkdir(parents=True)
+    (held / "site" / "sitecustomize.py").write_text(HELD, encoding="utf-8")
     command = [sys.executable, "-m", "data_prep", "nifti", str(scans), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--workers", "2", "--slices-per-shard", "240"],
         cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(held / "site"), "HELD": str(held)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    before = num_written(out)
-    while process.poll() is None:
-        if num_written(out) >= before + 3 and is_half_written(out):
-            os.killpg(process.pid, signal.SIGSTOP)
-            if is_half_written(out):
-                return process
-            os.killpg(process.pid, signal.SIGCONT)
-        time.sleep(0.005)
-    raise AssertionError(f"ended with {process.returncode} before it was caught: {process.stderr.read()}")
+    while len([path for path in held.iterdir() if path.name.isdigit()]) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGSTOP)
+    (held / "go on").touch()
+    assert len(half_written(out)) == 2
+    return process
 
 
-def num_written(out: Path) -> int:
-    """Volumes in parts of shards, and in whole shards; parts go when their shard is whole."""
-    parts = [path for path in out.rglob("*.npz") if path.parent != out]
-    shards = [path for path in out.glob("*.tar") if index_path(path).exists()]  # the tar comes first
-    return len(parts) + sum(len(load_index(path).volume) for path in shards)
-
-
-def is_half_written(out: Path) -> bool:
-    """Whether a tar in the making has some bytes but no index yet."""
-    asides = list((out / PARTS).glob("*.tar"))
-    return any(path.exists() and path.stat().st_size and not index_path(path).exists() for path in asides)
+def half_written(out: Path) -> list[Path]:
+    """Tars in the making, which already have some bytes."""
+    return [path for path in (out / PARTS).glob("*.tar.partial") if path.stat().st_size]
 
 
 def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(scans, tmp_path, dask) -> None:
@@ -105,14 +115,14 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(scans, tmp_
     out = tmp_path / "out"
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = start_and_freeze(scans, out)
+        process = start_and_freeze(scans, out, tmp_path / f"held-{number}")
         os.killpg(process.pid, number)  # as Ctrl-C does: to the command and its workers
         os.killpg(process.pid, signal.SIGCONT)
         printed = process.communicate(timeout=120)[1]
         assert process.returncode == 128 + number, printed
         assert printed.rstrip().endswith("Stopped. Run the same command again to resume.")
 
-    process = start_and_freeze(scans, out)
+    process = start_and_freeze(scans, out, tmp_path / "held")
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     os.killpg(process.pid, signal.SIGCONT)
