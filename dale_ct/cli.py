@@ -3,10 +3,13 @@
 What a command needs is imported when it runs, so that ``--help`` answers at once.
 """
 
+import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -132,12 +135,15 @@ def embed(
     )
 
 
-@app.command(
-    epilog="Example: dale-ct predict ct.nii.gz --probe bundles/eval_ct_rate/runs/dale_ct_2s --out results"
-)
+@app.command(epilog="Example: dale-ct predict ct.nii.gz --probe probes/dale_ct_2s --out results")
 def predict(
     ct: CT,
-    probe: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Output folder of eval_ct_rate.")],
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of a trained probe. Default: show what needs none."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of tables, pages and embeddings.")] = Path("predictions"),
     encoder: Encoder = "dale_ct_2s",
     weights: Weights = None,
@@ -152,10 +158,61 @@ def predict(
         "dataset_dir": ct,
         "output_dir": out,
     }
-    knobs = {name: word_of(path) for name, path in paths.items()} | ({"force": "True"} if force else {})
+    knobs = {name: word_of(path) for name, path in paths.items() if path is not None}
+    knobs |= {"force": "True"} if force else {}
     if weights:
         knobs["encoder_knobs"] = str({"encoder_weights": None if weights == "random" else weights})
     run_module(bundle_command(BUNDLES / "eval_ct_rate", "predict.json", knobs))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: dale-ct probe /data/ct_rate --out probes/dale_ct_2s",
+)
+def probe(
+    context: typer.Context,
+    ct_rate: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="CT-RATE, as 'dale-ct data download' leaves it."),
+    ],
+    encoder: Encoder = "dale_ct_2s",
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: probes/<encoder>.")] = None,
+) -> None:
+    """Train the probe of Table III: embed CT-RATE's two splits, train 20 probes, test the best.
+
+    Run it again to resume. Other options are knobs of eval_ct_rate's train.json.
+    """
+    from dale_ct.encoder import BUNDLES, bundle_folder
+
+    folder, here = bundle_folder(encoder), out or Path("probes") / Path(encoder).name
+    tables = ct_rate / "dataset" / "multi_abnormality_labels"
+    for path in (ct_rate / "dataset" / "train_fixed", ct_rate / "dataset" / "valid_fixed", tables):
+        if not path.is_dir():
+            fetch = f"dale-ct data download ct-rate --out {ct_rate} --split train, then --split valid"
+            raise FileNotFoundError(f"No folder '{path}'. Download CT-RATE first: {fetch}.")
+    given = {"encoder_weights": "$None" if weights == "random" else word_of(weights)} if weights else {}
+    steps = []
+    for split in ("train", "valid"):
+        paths: dict[str, object] = {"dataset_dir": ct_rate / "dataset" / f"{split}_fixed", "split": split}
+        paths |= {"output_dir": here / "embeddings" / split}
+        skipped = ct_rate / "dataset" / "metadata" / f"no_chest_{split}.txt"
+        paths |= {"skip_list": skipped} if skipped.is_file() else {}
+        steps.append((folder, "inference.json", paths, given))
+    paths = {"encoder_bundle": folder, "dataset_dir": ct_rate, "embeddings_dir": here / "embeddings"}
+    paths |= {"output_dir": here, "results_csv": here / "results.csv"}
+    steps.append((BUNDLES / "eval_ct_rate", "train.json", paths, {}))
+    for bundle, config, paths, knobs in steps:
+        knobs = {name: word_of(path) for name, path in paths.items()} | knobs
+        words = bundle_command(bundle, config, knobs, context.args if bundle != folder else ())
+        done = subprocess.run([sys.executable, "-m", *words], check=False)
+        if done.returncode:
+            raise typer.Exit(done.returncode)
+    about = json.loads((BUNDLES / "eval_ct_rate" / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    numbers = about["paper_macro_auroc"].get(folder.name, {}).items()
+    expected = ", ".join(f"{auroc:.4f} ({version})" for version, auroc in numbers) or "not reported"
+    errors.print(f"Macro AUROC in the paper: {expected}; ours: {here / 'results.csv'}.", soft_wrap=True)
+    errors.print(f"Now: dale-ct predict ct.nii.gz --probe {here} --encoder {encoder}", soft_wrap=True)
 
 
 @app.command(
@@ -170,7 +227,7 @@ def train(
     from dale_ct.encoder import bundle_folder
 
     folder = bundle_folder(bundle, "train.json")
-    run_module([*bundle_command(folder, "train.json", {}, show=False), *context.args])
+    run_module(bundle_command(folder, "train.json", {}, context.args))
 
 
 @app.command(epilog="Example: dale-ct encoders")
@@ -264,15 +321,13 @@ def word_of(value: object) -> str:
     return text if is_name else repr(text if isinstance(value, Path) else value)
 
 
-def bundle_command(folder: Path, config: str, knobs: dict[str, str], show: bool = True) -> list[str]:
-    """Say how MONAI's users would type a run of a bundle, and print it unless told otherwise."""
+def bundle_command(folder: Path, config: str, knobs: dict[str, str], more: Sequence[str] = ()) -> list[str]:
+    """Say how MONAI's users would type a run of a bundle, and print it; more are further words."""
     words = ["monai.bundle", "run", "--config_file", str(folder / "configs" / config)]
     words += ["--bundle_root", str(folder)]
-    words += [word for name, value in knobs.items() for word in (f"--{name}", value)]
-    if show:
-        errors.print(
-            f"[dim]$ {escape(shlex.join(['python', '-m', *words]))}[/dim]", soft_wrap=True, highlight=False
-        )
+    words += [*(word for name, value in knobs.items() for word in (f"--{name}", value)), *more]
+    command = escape(shlex.join(["python", "-m", *words]))
+    errors.print(f"[dim]$ {command}[/dim]", soft_wrap=True, highlight=False)
     return words
 
 

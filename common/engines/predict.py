@@ -6,57 +6,30 @@ import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from monai.utils import set_determinism
 from timm.models.vision_transformer import VisionTransformer
 
-from common.ct.rejection import Doubt, RejectedError, RejectedVolume
-from common.embeddings.ct_batches import Prepared, read_ahead
-from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
-from common.embeddings.store import EmbeddingStore, check_identity, stored_volumes
-from common.embeddings.work import REJECTED, CTSlices, CTSource
+from common.embeddings.work import CTSource
+from common.engines.chest_cts import MAX_SHOWN, EmbeddedCTs, embed_chest_cts
+from common.metrics.multilabel import auroc_and_average_precision
 from common.networks.mil_probe import load_probe
-from common.reports.ct_report import Finding, write_attended_slices, write_ct_report
+from common.reports.ct_report import (
+    WINDOWS_HU,
+    Finding,
+    Quality,
+    attended_slices,
+    jpeg_of,
+    write_ct_report,
+)
 from common.reports.ct_tokens import cls_attention_maps
+from common.reports.results import read_predictions
 from common.run.process import atomic_file
 
-NOT_CHEST_CT = "not a chest CT"
-
-MAX_SHOWN = 10
-"""Volumes whose table or reason is printed; of more, the files alone are named."""
-
 Predictions = dict[str, list[dict[str, Any]]]
-
-
-class ReadCT(NamedTuple):
-    """What is remembered of a volume that was read and used.
-
-    Args:
-        sha256: checksum of its files.
-        doubts: what seems wrong with it.
-        has_image: ``(Z,)`` which of its slices are not blank.
-    """
-
-    sha256: str
-    doubts: Sequence[Doubt]
-    has_image: np.ndarray
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader of the result must know about it."""
-        doubts = [doubt for doubt in self.doubts if doubt.rule != "blank"]
-        notes = [f"This does not look like a chest CT: {doubt.text}." for doubt in doubts if doubt.refused]
-        notes += [f"Please check: {doubt.text}." for doubt in doubts if not doubt.refused]
-        if blank := [str(z + 1) for z in np.flatnonzero(~self.has_image)]:
-            shares = f"{len(blank)} of {len(self.has_image)}"
-            numbers = ", ".join(blank)
-            notes.append(f"{shares} slices are blank and take no part in the result: {numbers}.")
-        return notes
 
 
 def predict(
@@ -78,8 +51,7 @@ def predict(
     ``predictions.csv`` has a row per volume and class, ``predictions.json`` the same by volume. The
     embeddings stay in ``output_dir/embeddings``; a second run embeds only what is new, and refuses another
     file of a name that is there. ``<volume>.html`` is a page of one volume: its slices, the probabilities,
-    how much each slice weighs in the probe's pooling, and where in the slice a vision transformer looks;
-    ``<volume>_attended.png`` shows the slices of largest weight.
+    how much each slice weighs in the probe's pooling, and where in the slice a vision transformer looks.
 
     A volume is read once; those that get a page twice, as their slices are too large to be kept meanwhile.
 
@@ -90,7 +62,7 @@ def predict(
         output_dir: folder to write.
         encoder_configs: further config files that change the encoder bundle's, as in training.
         encoder_knobs: knobs of the encoder bundle to set, such as ``encoder_weights`` or ``split``.
-        num_pages: volumes that get a page and a picture, the first by name; some 3 MB each.
+        num_pages: volumes that get a page, the first by name; some 3 MB each.
         force: whether to go on with what does not look like a chest CT; the page and the terminal say so.
 
     Returns:
@@ -105,110 +77,29 @@ def predict(
     if encoder_bundle is None or probe_dir is None:
         raise ValueError("Pass --encoder_bundle and --probe_dir, the folders of encoder and probe.")
     output = Path(output_dir)
-    folder = output / "embeddings"
     probe, card = load_probe(probe_dir)
-    knobs = {"dataset_dir": str(dataset_dir), "output_dir": str(folder), **(encoder_knobs or {})}
-    bundle = open_encoder_bundle(encoder_bundle, encoder_configs, knobs)
-    if "strategies" in bundle:
-        bundle.update({"strategies": [card["preprocessing"]]})
-    set_determinism(seed=bundle["seed"])
-    if "embedding_identity" in bundle:  # refuse before the CTs are read
-        _check_identity(card, bundle["embedding_identity"])
-    found, rejected = bundle["sources"]
-    cts: dict[str, ReadCT] = {}
-    sources = [source._replace(read=partial(read_chest_ct, source, force, cts)) for source in found]
-    rejected = [*rejected, *_compare_files(folder, sources, cts, bundle["num_workers"])]
-    left_out = {item.volume for item in rejected}
-    sources = [source for source in sources if source.volume not in left_out]
-    handlers = {"handlers::0::output_dir": str(output), "max_rejected": 1.0}
-    bundle.update({"sources": (sources, rejected), **handlers})
-    _ = bundle["run"]
-    rejected = bundle["dataloader"].rejected
-    embedded = stored_volumes(folder)
-    used = [source for source in found if source.volume in embedded and source.volume in cts]
-    if not used:
-        raise _nothing_left(rejected, dataset_dir)
-    store = EmbeddingStore(folder)
-    _check_identity(card, store.identity)
+    embedded = embed_chest_cts(
+        encoder_bundle,
+        dataset_dir,
+        output,
+        encoder_configs=encoder_configs,
+        encoder_knobs=encoder_knobs,
+        force=force,
+        card=card,
+    )
     predictions = {
-        source.volume: _scores(probe, card, _tokens(store, source.volume, cts[source.volume].has_image))
-        for source in used
+        source.volume: _scores(probe, card, embedded.tokens(source.volume)) for source in embedded.used
     }
     _write(output, predictions)
-    for source in used[:num_pages]:
-        ct, rows = cts[source.volume], predictions[source.volume]
-        _write_page(output, source, ct, bundle=bundle, store=store, probe=probe, rows=rows)
-    notes = {source.volume: cts[source.volume].notes for source in used}
-    sys.stdout.write(_summary(output, predictions, notes, rejected))
+    quality = validation_quality(probe_dir)
+    for source in embedded.used[:num_pages]:
+        findings = [
+            Finding(row["class"], row["probability"], row["threshold"], quality.get(row["class"]))
+            for row in predictions[source.volume]
+        ]
+        _write_page(output, source, embedded, probe=probe, card=card, findings=findings)
+    sys.stdout.write(_summary(output, predictions, embedded))
     return predictions
-
-
-def read_chest_ct(source: CTSource, force: bool, cts: dict[str, ReadCT]) -> CTSlices:
-    """Read a volume, refuse what does not look like a chest CT, and remember the rest.
-
-    Args:
-        source: the volume.
-        force: whether to use what does not look like a chest CT nonetheless.
-        cts: what is remembered, by volume.
-
-    Raises:
-        RejectedError: if it must not be used.
-    """
-    ct = source.read()
-    serious = [doubt.text for doubt in ct.doubts if doubt.refused]
-    if serious and not force:
-        raise RejectedError(NOT_CHEST_CT, "; ".join(serious))
-    has_image = ~np.isin(np.arange(len(ct.hu)), ct.blank)
-    cts[source.volume] = ReadCT(ct.sha256, ct.doubts, has_image)
-    return ct
-
-
-def _compare_files(
-    folder: Path, sources: Sequence[CTSource], cts: Mapping[str, ReadCT], num_workers: int
-) -> list[RejectedVolume]:
-    """Read the volumes that are embedded already, and refuse one that was embedded from another file."""
-    if not stored_volumes(folder):
-        return []
-    store = EmbeddingStore(folder)
-    memory = folder / "sources.json"  # of earlier versions
-    known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
-    known |= {volume: store.read(volume).metadata.get("sha256") for volume in store.volumes}
-    rejected: list[RejectedVolume] = []
-    again = [source for source in sources if source.volume in known]
-    for source, _ in read_ahead(again, _without_pixels, num_workers, rejected):
-        if known[source.volume] not in (None, cts[source.volume].sha256):
-            raise ValueError(
-                f"'{source.volume}' was embedded in '{folder}' from another file. Choose another "
-                "--output_dir, rename the file, or delete the folder."
-            )
-    return rejected
-
-
-def _without_pixels(source: CTSource) -> Prepared:
-    ct = source.read()
-    return Prepared(torch.empty(0), ct.spacing_mm, ct.notes)
-
-
-def _nothing_left(rejected: Sequence[RejectedVolume], dataset_dir: str | Path) -> ValueError:
-    volume, reason, detail = rejected[0]
-    others = f" {len(rejected) - 1} more are in '{REJECTED}'." if len(rejected) > 1 else ""
-    return ValueError(
-        f"No chest CT in '{dataset_dir}': '{volume}' is refused, {reason}: {detail}.{others} "
-        "Pass --force True to predict nonetheless what can be read."
-    )
-
-
-def _check_identity(card: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    remedy = "Pass the --encoder_bundle and weights that the probe was made for."
-    check_identity(identity, card, of="the embeddings", source="the probe needs", remedy=remedy)
-
-
-def _tokens(store: EmbeddingStore, volume: str, has_image: np.ndarray) -> torch.Tensor:
-    """Read the tokens of a volume, without those of its blank slices."""
-    tokens = store.view(volume).to(torch.float32)
-    if store.identity["token_kind"] != "slice":
-        return tokens
-    return tokens[torch.from_numpy(has_image).repeat_interleave(len(tokens) // len(has_image))]
 
 
 @torch.no_grad()
@@ -222,23 +113,39 @@ def _scores(probe: torch.nn.Module, card: Mapping[str, Any], tokens: torch.Tenso
     ]
 
 
+def validation_quality(probe_dir: str | Path) -> dict[str, Quality]:
+    """Say how well a probe did on its validation volumes, by class; empty if their predictions are not there.
+
+    Args:
+        probe_dir: output folder of an evaluation bundle.
+    """
+    path = Path(probe_dir) / "validation_predictions.csv"
+    if not path.is_file():
+        return {}
+    found = read_predictions(path)
+    numbers = np.stack([*auroc_and_average_precision(found.probabilities, found.labels), found.labels.sum(0)])
+    return {
+        name: Quality(auroc, auprc, int(positives), len(found.volumes))
+        for name, (auroc, auprc, positives) in zip(found.class_names, numbers.T.tolist(), strict=True)
+    }
+
+
 @torch.no_grad()
 def _write_page(
     output: Path,
     source: CTSource,
-    ct: ReadCT,
+    embedded: EmbeddedCTs,
     *,
-    bundle: EncoderBundle,
-    store: EmbeddingStore,
     probe: torch.nn.Module,
-    rows: list[dict[str, Any]],
+    card: Mapping[str, Any],
+    findings: list[Finding],
 ) -> None:
     """Show one volume; the weights of slices where its tokens are slices."""
+    bundle, store, ct = embedded.bundle, embedded.store, embedded.cts[source.volume]
     hu, spacing_mm = source.read()[:2]
-    z_mm = (np.arange(len(hu)) * spacing_mm[2]).tolist()
-    tokens = _tokens(store, source.volume, ct.has_image)
+    tokens = embedded.tokens(source.volume)
     pooler: Any = probe.pooler
-    weights, maps = None, None
+    weights, maps, tiles = None, None, {}
     if len(tokens) == ct.has_image.sum() and store.identity["token_kind"] == "slice":
         weights = np.zeros(len(hu), np.float32)
         weights[ct.has_image] = pooler.slice_weights(tokens).numpy().clip(0, 1)
@@ -246,18 +153,22 @@ def _write_page(
         if not strategy.is_tiled and isinstance(bundle.network, VisionTransformer):
             box = store.read(source.volume).metadata.get("box")
             maps = cls_attention_maps(bundle, strategy, hu, box)
-        write_attended_slices(output / f"{source.volume}_attended.png", source.volume, hu, z_mm, weights)
+        chosen = attended_slices(weights, np.arange(len(hu)) * spacing_mm[2])
+        tiles = {z: jpeg_of(hu[z], *WINDOWS_HU["lung"]) for z in chosen}
+    auprc = card.get("validation_macro_auprc")
+    auprc = "not known" if auprc is None else f"{auprc:.3f}"
     write_ct_report(
         output / f"{source.volume}.html",
         title=source.volume,
         hu=hu,
-        z_mm=z_mm,
-        facts=[f"{len(hu)} slices", " x ".join(f"{side:.2f}" for side in spacing_mm) + " mm"],
-        origin=f"Encoder {store.identity['encoder']}, {store.identity['encoder_id']}.",
-        findings=[Finding(row["class"], row["probability"], row["threshold"]) for row in rows],
+        spacing_mm=spacing_mm,
+        origin=embedded.origin,
+        findings=findings,
+        probe=f"Probe: {card['pooler'].replace('_', ' ')} pooling, macro AUPRC {auprc} on validation.",
         attention=weights,
         maps=maps,
-        warnings=ct.notes,
+        tiles=tiles,
+        warnings=[*filter(None, [card.get("note")]), *ct.notes],
     )
 
 
@@ -274,12 +185,7 @@ def _write(output: Path, predictions: Predictions) -> None:
         file.write(json.dumps(predictions, indent=2) + "\n")
 
 
-def _summary(
-    output: Path,
-    predictions: Predictions,
-    notes: Mapping[str, Sequence[str]],
-    rejected: Sequence[RejectedVolume],
-) -> str:
+def _summary(output: Path, predictions: Predictions, embedded: EmbeddedCTs) -> str:
     lines = []
     for volume, rows in list(predictions.items())[:MAX_SHOWN]:
         width = max(len(row["class"]) for row in rows)
@@ -289,13 +195,7 @@ def _summary(
             lines.append(f"{row['class']:{width}}  {row['probability']:11.3f}  {row['threshold']:9.3f}{mark}")
     if len(predictions) > MAX_SHOWN:
         lines.append(f"\nand {len(predictions) - MAX_SHOWN} volumes more")
-    doubtful = [f"{volume}: {' '.join(texts)}" for volume, texts in notes.items() if texts]
-    refused = [f"{volume}: {reason}: {detail}" for volume, reason, detail in rejected]
-    listed = {"were used in spite of doubts": doubtful, f"were refused, see '{output / REJECTED}'": refused}
-    for what, texts in listed.items():
-        if texts:
-            lines += [f"\n{len(texts)} volumes {what}:", *(f"  {text}" for text in texts[:MAX_SHOWN])]
-        if len(texts) > MAX_SHOWN:
-            lines.append(f"  and {len(texts) - MAX_SHOWN} more")
-    lines.append(f"\n{len(predictions)} volumes in '{output / 'predictions.csv'}'. Not for clinical use.\n")
+    lines += embedded.remarks(output)
+    where = output / "predictions.csv"
+    lines.append(f"\n{len(predictions)} volumes in '{where}'. For research, not for diagnosis.\n")
     return "\n".join(lines)

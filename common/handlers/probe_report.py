@@ -88,6 +88,7 @@ class ProbeCard(TypedDict):
     test: dict[str, float]  # macro metrics; null where undefined
     test_intervals: dict[str, tuple[float, float]]  # their 95 % intervals
     undefined_classes: dict[str, list[str]]  # metric to the classes left out of its mean
+    note: str  # what readers of its predictions must know
 
 
 class ProbeReport(EvaluationReport):
@@ -108,6 +109,7 @@ class ProbeReport(EvaluationReport):
         dataset_name: name of the data.
         ct_dir: CTs of the test volumes, a file, zip or folder as embedded, to show the slices of most weight
             where tokens are slices; None for the weights alone.
+        note: sentence that heads each page of the probe's predictions; empty for none.
         others: as :class:`EvaluationReport`.
 
     Raises:
@@ -121,10 +123,11 @@ class ProbeReport(EvaluationReport):
         protocol: str,
         dataset_name: str,
         ct_dir: str | Path | None,
+        note: str = "",
         **others: Any,  # noqa: ANN401 (EvaluationReport's)
     ) -> None:
         super().__init__(**others)
-        self.protocol, self.dataset_name, self.ct_dir = protocol, dataset_name, ct_dir
+        self.protocol, self.dataset_name, self.ct_dir, self.note = protocol, dataset_name, ct_dir, note
 
     def results(self, engine: ProbeGridTrainer) -> list[ResultRow]:
         """Return the result rows."""
@@ -184,6 +187,7 @@ class ProbeReport(EvaluationReport):
             "test": report["macro"],
             "test_intervals": engine.state.intervals["probe"]["macro"],
             "undefined_classes": report["undefined"],
+            "note": self.note,
         }
 
     def _show_attention(self, engine: ProbeGridTrainer) -> None:

@@ -224,14 +224,15 @@ def save_probe(folder: str | Path, probe: nn.Module, card: Mapping[str, Any], na
     with atomic_file(folder / f"{name}.safetensors") as file:
         file.write(save(tensors))
     with atomic_file(folder / f"{name}.json", "w", encoding="utf-8") as file:
-        file.write(json.dumps(_without_nan(card), indent=2, allow_nan=False) + "\n")
+        file.write(json.dumps(without_nan(card), indent=2, allow_nan=False) + "\n")
 
 
-def _without_nan(value: Any) -> Any:  # noqa: ANN401 (any of JSON's)
+def without_nan(value: Any) -> Any:  # noqa: ANN401 (any of JSON's)
+    """Return JSON values with null where they hold NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -74,8 +74,7 @@ def slice_grid(
         if row.scale:
             bar = ScalarMappable(Normalize(*row.limits), row.cmap)
             figure.colorbar(bar, ax=panels, shrink=0.8).set_label(row.scale, fontsize=8)
-    heading = [*textwrap.wrap(title, int(14 * width)), "Patient's right is on the left."]
-    figure.suptitle("\n".join(heading), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, int(14 * width))), fontsize=9)
     return figure, grid
 
 
@@ -101,6 +100,14 @@ def show_slice(axes: Axes, hu: ArrayLike, title: str = "") -> None:
     axes.imshow(np.asarray(hu).squeeze(), cmap="gray", vmin=SHOWN_HU[0], vmax=SHOWN_HU[1])
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8)
+    mark_sides(axes)
+
+
+def mark_sides(axes: Axes) -> None:
+    """Write the patient's right and left, front (A) and back (P) at the sides of a canonical slice."""
+    for text, x, y in (("R", 0.04, 0.5), ("L", 0.96, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)):
+        style = {"color": "white", "fontsize": 7, "ha": "center", "va": "center"}
+        axes.text(x, y, text, transform=axes.transAxes, **style)
 
 
 def class_colours(count: int) -> NDArray[np.float64]:

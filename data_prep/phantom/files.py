@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.run.process import atomic_file
-from data_prep.phantom.population import CT_RATE_LABELS, ScanId
-from data_prep.phantom.scan import Volume
+from data_prep.phantom.population import CT_RATE_LABELS, ScanId, roster
+from data_prep.phantom.scan import Volume, render
 from data_prep.phantom.scanner import Protocol
 from data_prep.phantom.scene import Finding
 
@@ -242,3 +242,17 @@ def write_volume(
     record = sidecar(volume, annotated)
     write_atomic(sidecar_path(out, scan), json.dumps(record, indent=1).encode("ascii"))
     return record
+
+
+def write_reference(folder: str | Path) -> Path:
+    """Write a synthetic chest without findings, always the same, unless it is there; returns its NIfTI file.
+
+    Patient 0 at 192 x 192 and 5 mm: a second to draw, and coarse enough to be embedded in passing.
+    """
+    path = Path(folder) / "SYNTHETIC_reference.nii.gz"
+    if not path.is_file():
+        volume = render(roster(1, seed=0)[0], matrix=192, slice_mm=(5.0, 5.0), labels={})
+        axcodes = volume.protocol.axcodes
+        affine = affine_of(volume.protocol, volume.hu.shape, axcodes)
+        write_atomic(path, nifti_bytes(stored_order(volume.hu, axcodes), affine, noisy=True))
+    return path

@@ -1,6 +1,13 @@
-"""Data on which pretraining steps are computed by hand."""
+"""Data on which pretraining steps are computed by hand, and CTs for a tiny encoder."""
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
 import numpy as np
+import pytest
 from torch.utils.data import Dataset
 
 from common.shards.slab_dataset import StepBatches, StepLoader
@@ -58,3 +65,39 @@ class StepSamples(Dataset):
 
 def step_loader() -> StepLoader:
     return StepLoader(StepSamples(), StepBatches(5, rank=0, world_size=1))
+
+
+TINY = {
+    **{"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    **{"layer_scale_init": 1.0, "amp_dtype": "float32", "embedding_dtype": "float32", "num_workers": 0},
+    **{"encoder_weights": None, "seed": 42},
+}
+"""Knobs of dale_ct_2s that take no time."""
+
+
+def save_ct(path: Path, hu: np.ndarray, spacing_mm: float = 8.0) -> None:
+    """Save canonical slices of 6 mm a pixel as LPS."""
+    path.parent.mkdir(exist_ok=True)
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-6.0, -6.0, spacing_mm, 1.0])), path)
+
+
+def trunk(seed: int, num_slices: int) -> np.ndarray:
+    """A body of 44 x 52 px, off the middle, with a spine, and lungs in all slices but the two at the ends."""
+    hu = np.full((num_slices, 64, 64), -1000, np.int16)
+    hu[:, 16:60, 8:60] = np.random.default_rng(seed).integers(-100, 200, (num_slices, 44, 52))
+    hu[:, 52:58, 30:35] = 400
+    hu[1:-1, 24:52, 14:30] = hu[1:-1, 24:52, 38:54] = -850
+    return hu
+
+
+@pytest.fixture
+def cts(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("p1", "p2")):
+        save_ct(tmp_path / "ct" / f"{name}.nii.gz", trunk(seed, 23 + seed))
+    return tmp_path / "ct"
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(r'type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    assert found
+    return json.loads(found[1])

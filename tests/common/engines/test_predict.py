@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -12,23 +13,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common.ct.rejection import Doubt, RejectedError
 from common.embeddings import work
 from common.embeddings.store import EmbeddingStore, stored_volumes
-from common.embeddings.work import CTSlices, CTSource
-from common.engines.predict import NOT_CHEST_CT, ReadCT, predict, read_chest_ct
+from common.engines.predict import predict, validation_quality
 from common.networks.mil_probe import MILProbe, save_probe
 from common.networks.poolers import build_pooler
+from common.reports.results import Predictions, write_predictions
+from tests.common.engines.conftest import TINY, data_of, save_ct, trunk
 
 BUNDLES = Path(__file__).resolve().parents[3] / "bundles"
 BUNDLE = BUNDLES / "dale_ct_2s"
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
-TINY = {
-    **{"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
-    **{"layer_scale_init": 1.0, "amp_dtype": "float32", "embedding_dtype": "float32", "num_workers": 0},
-    **{"encoder_weights": None, "seed": 42},
-}
 CARD = {
     "pooler": "average",
     "dim": 24,
@@ -40,34 +38,6 @@ CARD = {
     "slice_order": "feet_to_head",
     "token_kind": "slice",
 }
-
-
-def save_ct(path: Path, hu: np.ndarray, spacing_mm: float = 8.0) -> None:
-    """Save canonical slices of 6 mm a pixel as LPS."""
-    path.parent.mkdir(exist_ok=True)
-    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-6.0, -6.0, spacing_mm, 1.0])), path)
-
-
-def trunk(seed: int, num_slices: int) -> np.ndarray:
-    """A body of 44 x 52 px, off the middle, with a spine, and lungs in all slices but the two at the ends."""
-    hu = np.full((num_slices, 64, 64), -1000, np.int16)
-    hu[:, 16:60, 8:60] = np.random.default_rng(seed).integers(-100, 200, (num_slices, 44, 52))
-    hu[:, 52:58, 30:35] = 400
-    hu[1:-1, 24:52, 14:30] = hu[1:-1, 24:52, 38:54] = -850
-    return hu
-
-
-@pytest.fixture
-def cts(tmp_path: Path) -> Path:
-    for seed, name in enumerate(("p1", "p2")):
-        save_ct(tmp_path / "ct" / f"{name}.nii.gz", trunk(seed, 23 + seed))
-    return tmp_path / "ct"
-
-
-def data_of(page: Path) -> dict[str, Any]:
-    found = re.search(r'type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
-    assert found
-    return json.loads(found[1])
 
 
 def probe_dir(folder: Path, **changes: Any) -> Path:
@@ -109,12 +79,13 @@ def test_probabilities_are_the_probes_on_the_stored_embeddings(
 def test_a_page_shows_slices_probabilities_weights_and_maps(cts: Path, tmp_path: Path) -> None:
     probe = probe_dir(tmp_path / "probe")
     predictions = predict(BUNDLE, probe, cts, tmp_path / "out", encoder_knobs=TINY, num_pages=1)
-    shown = [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".html", ".png")]
-    assert sorted(shown) == ["p1.html", "p1_attended.png"]
+    shown = [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".html"]
+    assert shown == ["p1.html"]
     data = data_of(tmp_path / "out" / "p1.html")
     assert data["num_slices"] == 23
     assert data["z_mm"][:3] == [0, 8, 16]
     assert data["attention"] == pytest.approx([1 / 23] * 23, abs=1e-5)  # the probe averages
+    assert [place for place, _ in data["tiles"]] == [1, 5, 9, 13, 17, 21]
     assert [(finding["name"], finding["called"]) for finding in data["findings"]] == [
         (row["class"], bool(row["call"])) for row in predictions["p1"]
     ]
@@ -124,6 +95,54 @@ def test_a_page_shows_slices_probabilities_weights_and_maps(cts: Path, tmp_path:
     # the body is 52 px wide from column 8, and 44 px from row 16, so that its square begins at row 12
     assert data["map_box"] == [8 / 64, 12 / 64, 52 / 64, 52 / 64]
     assert "Not evidence for a finding" in data["map_note"]
+
+
+def test_a_page_says_how_good_the_probe_is_and_what_it_was_trained_on(cts: Path, tmp_path: Path) -> None:
+    note = "SYNTHETIC: <b>drawn</b> patients"
+    probe = probe_dir(tmp_path / "probe", note=note, validation_macro_auprc=0.8125, pooler="average")
+    rng = np.random.default_rng(0)
+    labels = np.stack([np.arange(9) % 2, np.arange(9) % 3 == 0, np.zeros(9)], axis=1).astype(float)
+    scores = rng.random((9, 3))
+    volumes = [f"v{number}" for number in range(9)]
+    write_predictions(
+        probe / "validation_predictions.csv",
+        Predictions("dale_ct_2s", volumes, CLASSES, scores, np.array([0.0, 0.5, 1.0]), labels),
+    )
+    predict(BUNDLE, probe, cts / "p1.nii.gz", tmp_path / "out", encoder_knobs=TINY)
+    data = data_of(tmp_path / "out" / "p1.html")
+    assert data["warnings"] == [note]
+    assert "average pooling, macro AUPRC 0.812" in data["origin"]
+    for place in range(2):
+        quality = data["findings"][place]["quality"]
+        assert quality["auroc"] == pytest.approx(roc_auc_score(labels[:, place], scores[:, place]))
+        assert quality["auprc"] == pytest.approx(average_precision_score(labels[:, place], scores[:, place]))
+        assert (quality["positives"], quality["volumes"]) == ([4, 3][place], 9)
+    none = {"auroc": None, "auprc": None, "positives": 0, "volumes": 9}  # no volume has the label
+    assert data["findings"][2]["quality"] == none
+    assert validation_quality(tmp_path) == {}
+
+
+@pytest.mark.parametrize("flips", [(), (0,), (1,), (2,), (0, 1, 2)])
+def test_the_patients_right_is_left_on_the_page_however_the_file_is_stored(
+    flips: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A plate on the patient's right shoulder, in front, at the head."""
+    hu = trunk(0, 23)
+    hu[18:, 18:22, 10:16] = 3000
+    array, affine = hu.transpose(2, 1, 0), np.diag([-6.0, -6.0, 8.0, 1.0])
+    for axis in flips:
+        affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+        affine[:3, axis] *= -1
+        array = np.flip(array, axis)
+    nib.save(nib.Nifti1Image(array, affine), tmp_path / "ct.nii.gz")
+    predict(
+        BUNDLE, probe_dir(tmp_path / "probe"), tmp_path / "ct.nii.gz", tmp_path / "out", encoder_knobs=TINY
+    )
+    slices = data_of(tmp_path / "out" / "ct.html")["windows"]["mediastinum"]
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2])))) for one in slices]
+    assert np.mean(pictures[20][19:21, 11:15]) > 240
+    assert np.mean(pictures[20][19:21, -15:-11]) < 240
+    assert np.mean(pictures[2][19:21, 11:15]) < 240
 
 
 def test_tiles_and_encoders_without_cls_attention_have_no_maps(cts: Path, tmp_path: Path) -> None:
@@ -219,21 +238,6 @@ def test_blank_slices_take_no_part_in_the_result_and_the_page_says_so(cts: Path,
     assert EmbeddingStore(tmp_path / "a" / "embeddings").doubts() == {}
 
 
-def test_a_volume_is_refused_with_its_reasons_unless_forced() -> None:
-    hu, serious, slight = trunk(0, 3), Doubt("back", "it is turned", True), Doubt("heart", "mirrored?", False)
-    sound = CTSource("a", lambda: CTSlices(hu, (1, 1, 1), "sum", [slight], [2]))
-    turned = CTSource("b", lambda: CTSlices(hu, (1, 1, 1), "", [slight, serious]))
-    cts: dict[str, ReadCT] = {}
-    assert read_chest_ct(sound, False, cts).hu is hu
-    with pytest.raises(RejectedError, match=f"{NOT_CHEST_CT}: it is turned$"):
-        read_chest_ct(turned, False, cts)
-    assert list(cts) == ["a"]
-    assert cts["a"].sha256 == "sum"
-    assert cts["a"].has_image.tolist() == [True, True, False]
-    read_chest_ct(turned, True, cts)
-    assert cts["b"].notes == ["This does not look like a chest CT: it is turned.", "Please check: mirrored?."]
-
-
 def test_a_volume_is_read_once_and_again_for_its_page(
     cts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +270,6 @@ def test_the_python_call_of_the_documentation_runs_as_written(
     monkeypatch.chdir(tmp_path)
     exec(call)
     assert Path("results/ct/ct.html").is_file()
-    assert Path("results/ct/ct_attended.png").is_file()
     assert EmbeddingStore("results/ct/embeddings").volumes == ["ct"]
 
 

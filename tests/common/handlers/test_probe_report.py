@@ -60,7 +60,7 @@ def run(engine: Engine, tmp_path: Path, ct_dir: Path | None = None) -> Path:
     """Write the report and return its folder."""
     facts = {"protocol": "mil_probe", "dataset_name": "ct_rate", "seed": 42, "settings": {"lr": 0.1}}
     paths = {"output_dir": tmp_path / "out", "results_csv": tmp_path / "results" / "all.csv"}
-    ProbeReport(**paths, **facts, ct_dir=ct_dir).attach(engine)
+    ProbeReport(**paths, **facts, ct_dir=ct_dir, note="drawn").attach(engine)
     engine.run([0], max_epochs=1)
     return tmp_path / "out"
 
@@ -90,6 +90,7 @@ def test_chosen_probe_is_saved_with_what_a_user_needs(engine: Engine, tmp_path: 
     assert {name: card[name] for name in expected} == expected
     assert card["thresholds"] == engine.best.thresholds.tolist()
     assert card["undefined_classes"]["auroc"] == ["Pleural effusion"]
+    assert card["note"] == "drawn"
 
 
 def test_card_is_strict_json_even_without_any_defined_class(engine: Engine, tmp_path: Path) -> None:

@@ -10,16 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
-from common.reports.ct_report import (
-    Finding,
-    attended_slices,
-    jpeg_of,
-    write_attended_slices,
-    write_ct_report,
-)
+from common.reports.ct_report import ChestMap, Finding, Quality, attended_slices, jpeg_of, write_ct_report
 from common.reports.ct_tokens import PatchMaps
 
 SLICES, SIDE = 5, 40
@@ -36,8 +29,7 @@ def page_of(folder: Path, **changes: object) -> str:
     given = {
         "title": "ct.nii.gz",
         "hu": rng.integers(-1000, 400, (SLICES, SIDE, SIDE)).astype(np.int16),
-        "z_mm": 2.5 * np.arange(SLICES),
-        "facts": ["5 slices"],
+        "spacing_mm": (0.7, 0.7, 2.5),
         "origin": "dale_ct_2s",
         "findings": [Finding("Emphysema", 0.75, 0.5), Finding("Lung nodule", 0.25, 0.5)],
         "attention": attention,
@@ -98,7 +90,7 @@ def test_slices_of_512_pixels_are_reduced_and_not_cropped(tmp_path: Path) -> Non
 
 def test_nothing_is_fetched_and_text_stays_text(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
-    page = page_of(tmp_path, title=evil, findings=[Finding("<b>bold</b>", 0.5, 0.1)], facts=[evil])
+    page = page_of(tmp_path, title=evil, findings=[Finding("<b>bold</b>", 0.5, 0.1)], warnings=[evil])
     assert page.count("<script") == 2
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!data:)", page)
     assert "default-src 'none'" in page
@@ -109,7 +101,6 @@ def test_nothing_is_fetched_and_text_stays_text(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"hu": np.zeros((5, 4, 3))}, r"hu must be square slices \(S, H, H\), got \(5, 4, 3\)"),
-        ({"z_mm": [1.0]}, "z_mm .* 5 heights.* got 1"),
         ({"attention": np.ones(4) / 4}, r"attention .* 5 entries.* got \(4,\)"),
         ({"attention": np.full(5, np.nan)}, "attention must be numbers from 0 to 1, got nan"),
         ({"maps": maps_of(np.full((5, 2, 2), 1.5))}, "maps must be numbers from 0 to 1, got 1.5"),
@@ -121,34 +112,73 @@ def test_what_does_not_fit_together_is_refused(changes: dict, message: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_the_viewer_runs_in_a_browser(tmp_path: Path) -> None:
-    page_of(tmp_path, title="</script><b>odd</b>", warnings=["Few slices."])
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+
+
+def browse(folder: Path, *options: str, fragment: str = "") -> str:
+    """Open the page in Chromium and return what it printed."""
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    for fragment, expected in (("", "slice 4 of 5"), ("#slice=2", "slice 2 of 5 from the feet, 2.5 mm")):
-        address = (tmp_path / "page.html").as_uri() + fragment
-        result = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
-        assert expected in result.stdout
-        assert '<h1 id="title">&lt;/script&gt;&lt;b&gt;odd&lt;/b&gt;</h1>' in result.stdout
-        assert '<tr class="called"><td>Emphysema</td>' in result.stdout
-        assert "Few slices." in result.stdout
-        assert 'id="map-card"><i></i><span id="map-note">Where it looks.</span>' in result.stdout
+    command += [f"--user-data-dir={folder / 'profile'}", *options, (folder / "page.html").as_uri() + fragment]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@needs_browser
+def test_the_viewer_runs_in_a_browser(tmp_path: Path) -> None:
+    quality = Quality(0.875, float("nan"), 3, 12)
+    findings = [Finding("Emphysema", 0.75, 0.5, quality), Finding("<i>odd</i>", 0.25, 0.5)]
+    page_of(tmp_path, title="</script><b>odd</b>", findings=findings, warnings=["Few slices."])
+    for fragment, expected in (
+        ("", "slice 4 of 5 from the feet, 7.5 mm, weight 50.00 %"),
+        ("#slice=2", "slice 2 of 5 from the feet, 2.5 mm"),
+    ):
+        shown = browse(tmp_path, "--dump-dom", fragment=fragment)
+        assert expected in shown
+        assert '<h1 id="title">&lt;/script&gt;&lt;b&gt;odd&lt;/b&gt;</h1>' in shown
+        assert '<tr class="called"><td>Emphysema</td><td class="number">0.750</td>' in shown
+        assert '≥ 0.500</td><td class="call">positive</td>' in shown
+        assert re.search(r">0.875</td><td [^>]*>undefined \(0.250\)</td></tr>", shown)
+        assert "<td>&lt;i&gt;odd&lt;/i&gt;</td>" in shown
+        assert "Few slices." in shown
+        assert re.search(r'id="map-card"><i></i><span id="map-note">Where it looks.</span>', shown)
+        assert '<section class="warning" id="chest-card" hidden="">' in shown
+
+
+@needs_browser
+def test_the_part_without_a_probe_says_what_its_facts_say(tmp_path: Path) -> None:
+    levels = [None, *({"slice": z, "z_mm": 9.0 * (z - 1), "cosine": 0.25 * z} for z in (3, 1, 2, 2))]
+    boxes = {"body": {"slices": [0, 5], "rows": [4, 34], "columns": [2, 32]}}
+    boxes["lungs"] = {"slices": [1, 4], "rows": [10, 30], "columns": [5, 25]}
+    reference = {"name": "SYNTHETIC<img src=x onerror=alert(1)>", "slices": 3}
+    facts = {"spacing_mm": [1, 1, 2.5], "boxes_px": boxes, "levels": levels, "reference": reference}
+    alike = np.corrcoef(np.random.default_rng(1).random((SLICES, 4)))
+    alike[0] = np.nan
+    tiles = {1: jpeg_of(np.zeros((8, 8)), -1, 1)}
+    nothing = {"attention": None, "maps": None, "findings": (), "tiles": tiles}
+    hu = np.full((3, SIDE, SIDE), -1000, np.int16)
+    page_of(tmp_path, chest=ChestMap(facts, alike, hu), **nothing)
+    shown = browse(tmp_path, "--dump-dom", fragment="#slice=2")
+    assert "slice 3 of 3 from the feet, 18.0 mm, cosine 0.75" in shown
+    assert "lungs: slices 2 to 4, 8 mm high" in shown
+    assert "SYNTHETIC&lt;img src=x onerror=alert(1)&gt;</span>" in shown
+    assert '<b class="stamp">SYNTHETIC, no patient</b>' in shown
+    assert '<section id="findings-card" hidden="">' in shown
+    assert '<section class="warning" id="chest-card">' in shown
+    assert "<figcaption>slice 2, 2.5 mm</figcaption>" in shown
+    assert shown.count('<b class="r">R</b><b class="l">L</b><b class="a">A</b><b class="p">P</b>') == 3
+    assert "none: this slice is blank" in browse(tmp_path, "--dump-dom", fragment="#slice=1")
+    # rows of canonical slices run to the back, columns to the patient's left
+    sides = re.findall(r"\.frame \.(\w) \{ (\w+): 4px; ", (tmp_path / "page.html").read_text())
+    assert sides == [("r", "left"), ("l", "right"), ("a", "top"), ("p", "bottom")]
+
+
+@needs_browser
 def test_a_map_is_painted_where_its_box_says_in_whole_patches(tmp_path: Path) -> None:
     maps = np.zeros((SLICES, 2, 4))
     maps[3, 1, 2] = 1  # of the slice that is shown first
     black = np.full((SLICES, SIDE, SIDE), -3000, np.int16)
     page_of(tmp_path, hu=black, maps=maps_of(maps, (0.25, 0.5, 0.5, 0.25)))
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1000"]
     picture = tmp_path / "page.png"
-    address = (tmp_path / "page.html").as_uri()
-    subprocess.run(
-        [*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120
-    )
+    browse(tmp_path, "--window-size=1200,1000", f"--screenshot={picture}")
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     red, green, blue = pixels.transpose(2, 0, 1)
     view = (green < 12) & (blue < 12)  # black, or black under red
@@ -183,33 +213,3 @@ def test_of_few_slices_there_are_few() -> None:
 
 def test_slices_of_equal_weight_are_spread_over_the_scan() -> None:
     assert attended_slices(np.full(12, 1 / 12, np.float32), Z_MM) == [1, 3, 5, 7, 9, 11]
-
-
-def test_the_picture_holds_these_slices_with_place_and_weight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def kept(figure: Figure, *args: object, **options: object) -> None:
-        figures.append(figure)
-        save(figure, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Figure, "savefig", kept)
-    weights = np.array([0.3, 0.05, 0.05, 0.05, 0.25, 0.05, 0.05, 0.2])
-    hu = np.full((8, 20, 20), -1350, np.int16) + 150 * np.arange(8, dtype=np.int16)[:, None, None]
-    write_attended_slices(tmp_path / "new" / "a.png", "train_1_a_1", hu, 8.0 * np.arange(8), weights)
-    (figure,) = figures
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[:3] == [
-        "slice 1 of 8, 0.0 mm, weight 30.00%",
-        "slice 5 of 8, 32.0 mm, weight 25.00%",
-        "slice 8 of 8, 56.0 mm, weight 20.00%",
-    ]
-    assert "train_1_a_1" in figure.get_suptitle()
-    assert "even: 12.50%" in figure.get_suptitle()
-    assert [axes.get_images()[0].get_array()[0, 0] for axes in figure.axes[:3]] == [-1350, -750, -300]
-    grey = np.asarray(Image.open(tmp_path / "new" / "a.png").convert("L"))
-    for expected in (0, 255 * 600 / 1500, 255 * 1050 / 1500):  # -600/1500
-        assert (np.abs(grey - expected) < 2).mean() > 0.05
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]

@@ -67,7 +67,17 @@ def test_long_titles_fit_into_the_picture(columns: int) -> None:
     figure.canvas.draw()
     (title,) = figure.texts
     assert title.get_window_extent().width < figure.bbox.width
-    assert "right is on the left" in title.get_text()
+
+
+def test_letters_stand_at_the_patients_sides() -> None:
+    """Columns run to the patient's left and rows to the back."""
+    _, grid = slice_grid([Row(np.zeros((1, 8, 8)))], "title")
+    axes = grid[0, 0]
+    places = {
+        text.get_text(): axes.transLimits.inverted().transform(text.get_position()) for text in axes.texts
+    }
+    assert places["R"][0] < 1 < 6 < places["L"][0]
+    assert places["A"][1] < 1 < 6 < places["P"][1]
 
 
 def test_neighbouring_classes_have_different_hues() -> None:

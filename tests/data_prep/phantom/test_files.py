@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from common.ct.files import find_cts, read_ct
 from data_prep.phantom.files import (
     affine_of,
     rad_name,
@@ -19,6 +20,7 @@ from data_prep.phantom.files import (
     stored_order,
     ts_path,
     volume_path,
+    write_reference,
     write_volume,
 )
 from data_prep.phantom.population import CT_RATE_LABELS, roster
@@ -187,3 +189,16 @@ def test_sidecar_says_what_was_drawn(volume, tmp_path) -> None:
     assert set(record["severity"]) == set(CT_RATE_LABELS)
     assert len(record["findings"]) == len(volume.findings)
     assert all(finding["num_voxels"] > 0 for finding in record["findings"])
+
+
+def test_the_reference_is_a_whole_chest_that_says_it_is_synthetic_and_is_drawn_once(tmp_path) -> None:
+    path = write_reference(tmp_path / "reference")
+    (file,), _ = find_cts(path)
+    ct = read_ct(file)
+    assert file.volume == "SYNTHETIC_reference"
+    assert not [doubt.text for doubt in ct.doubts if doubt.refused]
+    assert b"SYNTHETIC" in bytes(load(path).header["descrip"])
+    assert ct.spacing_mm[2] == 5
+    content, time = path.read_bytes(), path.stat().st_mtime_ns
+    assert write_reference(tmp_path / "reference").stat().st_mtime_ns == time
+    assert write_reference(tmp_path / "other").read_bytes() == content
