@@ -71,7 +71,9 @@ class EmbeddedCTs(NamedTuple):
     def origin(self) -> str:
         """Which encoder, with which weights, for the foot of a page."""
         known = self.store.identity
-        return f"Encoder {known['encoder']}, weights {known.get('weights', 'unknown')}, {known['encoder_id']}."
+        return (
+            f"Encoder {known['encoder']}, weights {known.get('weights', 'unknown')}, {known['encoder_id']}."
+        )
 
     def remarks(self, output: Path) -> list[str]:
         """List for the terminal what was used in spite of doubts, and what was refused."""

@@ -80,7 +80,9 @@ def overview(
     output = Path(output_dir)
     how: dict[str, Any] = {"encoder_configs": encoder_configs, "encoder_knobs": encoder_knobs}
     embedded = embed_chest_cts(encoder_bundle, dataset_dir, output, **how, force=force)
-    other = reference and embed_chest_cts(encoder_bundle, reference, output / "reference", **how, force=True)
+    other = None
+    if reference is not None:
+        other = embed_chest_cts(encoder_bundle, reference, output / "reference", **how, force=True)
     found = {}
     for number, source in enumerate(embedded.used):
         hu, spacing_mm = source.read()[:2]
@@ -147,12 +149,12 @@ def find_boxes(
         ``body`` and, where lungs are found, ``lungs``. They are sought on every n-th voxel, 3 to 4 mm apart.
     """
     top, left, side = body
-    ends = ([0, len(hu)], [top, top + side], [left, left + side])
-    boxes = {"body": dict(zip(("slices", "rows", "columns"), ends, strict=True))}
+    rows, columns = [top, top + side], [left, left + side]
+    boxes = {"body": {"slices": [0, len(hu)], "rows": rows, "columns": columns}}
     anatomy = find_anatomy(coarse_grid(hu, spacing_mm))
     if anatomy is not None and anatomy.lungs.any():
         places = zip(np.nonzero(anatomy.lungs), coarse_steps(spacing_mm), hu.shape, strict=True)
-        ends = tuple([int(at.min()) * n, min((int(at.max()) + 1) * n, size)] for at, n, size in places)
+        ends = [[int(at.min()) * n, min((int(at.max()) + 1) * n, size)] for at, n, size in places]
         boxes["lungs"] = dict(zip(("slices", "rows", "columns"), ends, strict=True))
     return boxes
 

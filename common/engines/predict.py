@@ -98,7 +98,8 @@ def predict(
             for row in predictions[source.volume]
         ]
         _write_page(output, source, embedded, probe=probe, card=card, findings=findings)
-    sys.stdout.write(_summary(output, predictions, embedded))
+    note = f"\n{card['note']}\n" if card.get("note") else ""
+    sys.stdout.write(_summary(output, predictions, embedded) + note)
     return predictions
 
 

@@ -166,7 +166,8 @@ def picture_of(values: np.ndarray) -> str:
     """Return values of 0 to 1, grey ``(H, W)`` or RGB ``(H, W, 3)``, as a ``data:`` address of a JPEG."""
     image = Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
     if max(image.size) > VIEW_PX:
-        image = image.resize([min(side, VIEW_PX) for side in image.size], Image.Resampling.BOX)
+        size = min(image.width, VIEW_PX), min(image.height, VIEW_PX)
+        image = image.resize(size, Image.Resampling.BOX)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + _base64(file.getvalue())

@@ -97,7 +97,9 @@ def test_a_page_shows_slices_probabilities_weights_and_maps(cts: Path, tmp_path:
     assert "Not evidence for a finding" in data["map_note"]
 
 
-def test_a_page_says_how_good_the_probe_is_and_what_it_was_trained_on(cts: Path, tmp_path: Path) -> None:
+def test_a_page_says_how_good_the_probe_is_and_what_it_was_trained_on(
+    cts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     note = "SYNTHETIC: <b>drawn</b> patients"
     probe = probe_dir(tmp_path / "probe", note=note, validation_macro_auprc=0.8125, pooler="average")
     rng = np.random.default_rng(0)
@@ -111,6 +113,7 @@ def test_a_page_says_how_good_the_probe_is_and_what_it_was_trained_on(cts: Path,
     predict(BUNDLE, probe, cts / "p1.nii.gz", tmp_path / "out", encoder_knobs=TINY)
     data = data_of(tmp_path / "out" / "p1.html")
     assert data["warnings"] == [note]
+    assert note in capsys.readouterr().out
     assert "average pooling, macro AUPRC 0.812" in data["origin"]
     for place in range(2):
         quality = data["findings"][place]["quality"]
