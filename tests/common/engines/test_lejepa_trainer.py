@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from torch.nn import functional
 
+from common.cohort.cohort import prior_logits
 from common.engines.lejepa_trainer import LeJEPATrainer
 from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, PretrainingModel, ProjectionHead
 from common.optimizers.adamw import adamw, warmup_cosine
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
+from common.transforms.render_views import count_labels
 from tests.common.conftest import tiny_vit
 from tests.common.engines.conftest import StepSamples, step_loader
 
@@ -29,9 +32,11 @@ def views_of(sample: dict) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return views
 
 
-def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> LeJEPATrainer:
+def trainer(
+    steps: int, auxiliary: bool = True, lr: float = 1e-3, priors: dict | None = None, **changes
+) -> LeJEPATrainer:
     vit = tiny_vit(embed_dim=12, depth=1)
-    head = AuxiliaryHead(12, 118, 14, train_auxiliary_head=True) if auxiliary else None
+    head = AuxiliaryHead(12, 118, 14, True, priors) if auxiliary else None
     network = PretrainingModel(vit, ProjectionHead(12, 9, 7), head, False)
     optimizer = adamw(network, lr=lr, weight_decay=0.04)
     weights = {"ts_pos_weight": TS_WEIGHT, "rex_pos_weight": REX_WEIGHT, "aux_weight": 0.1}
@@ -103,6 +108,26 @@ def test_the_loss_of_a_step_is_equation_3_computed_view_by_view():
     engine.run()
     output = engine.state.output[0]
     assert {name: float(output[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_read_outs_start_as_constant_predictions_and_teach_the_encoder_from_the_second_step_on():
+    priors = {"ts": prior_logits(torch.rand(118) / 9, TS_WEIGHT), "rex": prior_logits([0.1] * 14, REX_WEIGHT)}
+    engine = trainer(steps=2, priors=priors, loss_function=LeJEPALoss(SIGReg(16, 17, 3.0, False), 0))
+    first = Events.ITERATION_COMPLETED(once=1)
+    engine.add_event_handler(first, lambda: aux.append(float(engine.state.output[0]["aux"])))
+    aux: list[float] = []
+    batch, expected = StepSamples().step(1), []
+    targets = count_labels(batch, "presence")
+    for group in ("global", "local"):
+        for name, annotated in (("ts", batch["has_ts"]), ("rex", batch["has_rex"])):
+            logits, weight = torch.tensor(priors[name]), {"ts": TS_WEIGHT, "rex": REX_WEIGHT}[name]
+            for level in ("cls", "patch"):
+                target = targets[group][f"{name}_{level}"][annotated].flatten(0, -2)
+                expected += [bce(logits, share.double(), weight) for share in target.mean(0, keepdim=True)]
+    engine.run()
+    assert aux == [pytest.approx(float(sum(expected)) / 8, rel=1e-5)]
+    for parameters in (engine.network.auxiliary_head.parameters(), engine.network.encoder.parameters()):
+        assert all(parameter.grad.abs().sum() > 0 for parameter in parameters)
 
 
 def test_training_lowers_the_loss_and_moves_every_part_of_the_network():
