@@ -283,6 +283,14 @@ def clip_by_global_norm(network: nn.Module, largest: float) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def encoder_gradient_norm(network: nn.Module) -> torch.Tensor:
+    """Return the norm of the gradients of ``network.encoder``'s parameters, the same on every rank."""
+    whole: Any = network.module if isinstance(network, DistributedDataParallel) else network
+    gradients = [parameter.grad for parameter in whole.encoder.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 PEAK_BF16_FLOPS: Mapping[str, float] = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bfloat16 operations per second, by a part of the device's name. Source: the maker's data sheets."""
 

@@ -13,7 +13,7 @@ from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, PretrainingModel, ProjectionHead
 from common.optimizers.adamw import adamw, warmup_cosine
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
-from common.transforms.render_views import count_labels
+from common.transforms.render_views import count_labels, render_views
 from tests.common.conftest import tiny_vit
 from tests.common.engines.conftest import StepSamples, step_loader
 
@@ -56,6 +56,7 @@ def trainer(
         "amp_dtype": "float32",
         "micro_batch_size": None,
         "log_every": 1,
+        "grad_norms_every": 0,
         "output_dir": "unused",
     }
     return LeJEPATrainer(**arguments | changes)
@@ -207,3 +208,46 @@ def test_bfloat16_autocast_leaves_the_loss_in_float32():
 def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, auxiliary):
     engine = trainer(steps=1, auxiliary=auxiliary, log_every=2)
     fake_gpu.try_step(engine, StepSamples().step(1), *([engine.auxiliary_loss] if auxiliary else []))
+
+
+def gradient_norms_by_hand(engine: LeJEPATrainer) -> dict[str, float]:
+    """Each term on the untrained network, one ``torch.autograd.grad`` for each."""
+    batch = StepSamples().step(1)
+    output = engine.network(*render_views(batch, HU_WINDOWS["ct_rate"]))
+    lejepa = LOSS(output["projections"], num_global=2, step=1)
+    flags = {name: batch[name] for name in ("has_ts", "has_rex")}
+    auxiliary = engine.auxiliary_loss(output["logits"], count_labels(batch, "presence"), **flags)
+    terms = {"invariance": 0.98 * lejepa["invariance"], "sigreg": 0.02 * lejepa["sigreg"]}
+    terms |= {f"aux_{term}": 0.1 / 4 * auxiliary[term] for term in TERMS}
+    parameters = list(engine.network.encoder.parameters())
+    gradients = {
+        name: torch.autograd.grad(term, parameters, retain_graph=True) for name, term in terms.items()
+    }
+    return {
+        f"grad_norm_{n}": float(torch.cat([g.flatten() for g in gs]).norm()) for n, gs in gradients.items()
+    }
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_how_hard_each_term_pulls_at_the_encoder_is_what_autograd_says(micro_batch_size):
+    engine = trainer(steps=1, grad_norms_every=1, micro_batch_size=micro_batch_size)
+    expected = gradient_norms_by_hand(engine)
+    engine.run()
+    output = engine.state.output[0]
+    assert {name: float(output[name]) for name in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_measuring_gradients_changes_nothing_and_happens_when_asked():
+    silent, measured = trainer(steps=4), trainer(steps=4, log_every=2, grad_norms_every=2)
+    when: list[int] = []
+    measured.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda e: when.append(e.state.iteration) if "grad_norm_sigreg" in e.state.output[0] else None,
+    )
+    for engine in (silent, measured):
+        engine.run()
+    assert when == [1, 2, 4]
+    for name, tensor in silent.network.state_dict().items():
+        assert torch.equal(measured.network.state_dict()[name], tensor), name
+    for name, value in silent.state.output[0].items():
+        assert torch.equal(measured.state.output[0][name], value), name
