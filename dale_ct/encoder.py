@@ -227,7 +227,7 @@ def _loaded(
     import torch
 
     from common.networks import encoder as networks
-    from dale_ct.timm_alone import import_timm
+    from dale_ct.timm_network import build_network
 
     try:
         where = torch.device(device)
@@ -242,17 +242,8 @@ def _loaded(
     found = networks.find_weights(asked, bundle_weights=own, **release, facts=facts)
     axes, window = slice_axes or config["slice_axes"], hu_window or config["hu_window"]
     given = networks.slice_input(found, axes, window)
-    written = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
-    arguments = _resolved(written, config)
-    timm = import_timm()
-    with torch.device("meta"):  # without values: to draw a ViT-L's, all to be replaced, takes five seconds
-        network = timm.create_model(**arguments)
-    if found.path and not [*network.buffers()]:
-        network = network.to_empty(device=where)
-    else:
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-            torch.manual_seed(config["seed"])
-            network = timm.create_model(**arguments).to(where)
+    arguments = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
+    network = build_network(_resolved(arguments, config), config["seed"], found.path is None).to(where)
     stated = {name: config.get(name) for name in config["identity"]}
     stated |= {"slice_axes": given.slice_axes, "hu_window": list(given.window)}
     networks.load_encoder(network, found.path, stated)
