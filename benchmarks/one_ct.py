@@ -7,8 +7,9 @@ Plain is what one would write with nibabel, SciPy and a loop around timm, in ``o
 preprocessing and, which is asserted, the same images. Each way runs in processes of its own, in turns;
 figures are processor time in medians, so that a busy machine matters less. A stand-in takes the encoder's
 place but for a few slices, whose time is multiplied: both ways run the same network, with random weights from
-a file. ``bundle`` is ``python -m monai.bundle run`` of the same job up to the first images. Ends in a line of
-JSON an encoder; its ratios are the other way over ours.
+a file. To load is to import timm, build the network and read its weights. ``bundle`` is
+``python -m monai.bundle run`` of the same job up to the first images. Ends in a line of JSON an encoder; its
+ratios are the other way over ours.
 """
 
 # X Y Z stored axes

@@ -141,13 +141,15 @@ def twice(settings: Settings) -> None:
 
 def plain(settings: Settings) -> None:
     """Do the same with nibabel, SciPy and a loop around timm."""
+    import nibabel  # noqa: F401 (here, so that it counts as import)
+    import numpy as np
+    import torch
+    from scipy import ndimage  # noqa: F401
+
     watch = Watch(settings)
     hu = watch.timed("read", plain_slices)(settings["ct"])
     top, left, side = watch.timed("crop", plain_box)(hu)
     network = watch.timed("load", plain_network)(settings)
-    import numpy as np
-    import torch
-
     tokens = []
     for start in range(0, len(hu), settings["batch"]):
         region = hu[start : start + settings["batch"], top : top + side, left : left + side]

@@ -1,83 +1,63 @@
-"""Builds a network of timm in a fraction of the time that timm's import and random weights take."""
+"""Builds networks of timm without torch's compiler, and without random weights that a file replaces."""
+# ruff: noqa: ANN401 (values are torch's own)
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 COMPILER, UTILS = "torch._dynamo", "torch._dynamo.utils"
 
 
-def build_network(arguments: Mapping[str, Any], seed: int, is_drawn: bool) -> nn.Module:
-    """Build a network; the caller's random numbers stay as they are.
-
-    Args:
-        arguments: of ``timm.create_model``.
-        seed: seed of its random weights.
-        is_drawn: whether these are wanted; else they are to be replaced, all of them, and hold anything.
-    """
-    timm = import_timm()
+def build_network(arguments: Mapping[str, Any], seed: int, is_drawn: bool) -> torch.nn.Module:
+    """Call ``timm.create_model`` for weights that a seed draws, or else for any, which must be replaced."""
+    with compiler_left_out():
+        import timm
     with torch.random.fork_rng(devices=[]), nullcontext() if is_drawn else _Undrawn():
-        torch.manual_seed(seed)
-        network: nn.Module = timm.create_model(**arguments)
-    if not is_drawn and [*network.buffers()]:  # they may be in no file
-        return build_network(arguments, seed, True)
-    return network
+        torch.manual_seed(seed)  # the caller's random numbers stay as they are
+        network: torch.nn.Module = timm.create_model(**arguments)
+    in_no_file = not is_drawn and [*network.buffers()]
+    return build_network(arguments, seed, True) if in_no_file else network
 
 
 class _Undrawn(TorchFunctionMode):
     """Leaves out what is done to tensors in place: to draw a ViT-L's weights takes five seconds."""
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 (the function's)
-        name, options = getattr(function, "__name__", ""), dict(kwargs or {})
-        if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
-            return args[0] if args else options["tensor"]
-        return function(*args, **options)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = getattr(func, "__name__", ""), kwargs or {}
+        if not name.endswith("_") or name.endswith("__") or name == "requires_grad_":
+            return func(*args, **options)
+        return args[0] if args else options["tensor"]
 
 
-def import_timm() -> ModuleType:
-    """Import timm without torch's compiler, which takes longer to import than timm and torchvision.
-
-    These two use two of its functions while they are imported: stand-ins import the compiler when they are
-    called, and whatever else is asked of the compiler meanwhile imports it at once.
-    """
-    if COMPILER in sys.modules or "timm" in sys.modules:
-        return importlib.import_module("timm")
+@contextmanager
+def compiler_left_out() -> Iterator[None]:
+    """Import timm in here: torch's compiler takes longer to import, of which timm needs two functions."""
     standins = {name: ModuleType(name) for name in (COMPILER, UTILS)}
 
-    def stand_back() -> None:
-        for name, module in standins.items():
-            if sys.modules.get(name) is module:
-                del sys.modules[name]
-
-    def real(name: str, attribute: str) -> Any:  # noqa: ANN401 (the compiler's own)
+    def real(name: str, attribute: str) -> Any:
         if attribute.startswith("__") and (name, attribute) != (COMPILER, "__path__"):
             raise AttributeError(attribute)  # Python asks every module for its file and so on
         stand_back()
         return getattr(importlib.import_module(name), attribute)
 
-    def disable(function: Any = None, recursive: bool = True, reason: str | None = None) -> Any:  # noqa: ANN401
-        return torch._disable_dynamo(function, recursive)  # torch's own, which imports the compiler late
+    def stand_back() -> None:
+        for name in [name for name in standins if sys.modules.get(name) is standins[name]]:
+            del sys.modules[name]
 
-    standins[COMPILER].__dict__.update(disable=disable, __getattr__=lambda name: real(COMPILER, name))
-    standins[UTILS].__dict__.update(
-        is_compile_supported=lambda device: real(UTILS, "is_compile_supported")(device),
-        __getattr__=lambda name: real(UTILS, name),
-    )
-    sys.modules.update(standins)
+    for name, module in standins.items():  # what they lack is the compiler's, which it imports
+        vars(module)["__getattr__"] = partial(real, name)
+    vars(standins[COMPILER])["disable"] = lambda func, deep, reason: _disable_dynamo(func, deep)
+    vars(standins[UTILS])["is_compile_supported"] = lambda kind: real(UTILS, "is_compile_supported")(kind)
+    sys.modules.update({} if COMPILER in sys.modules else standins)
     try:
-        return importlib.import_module("timm")
+        yield
     finally:
         stand_back()

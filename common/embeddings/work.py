@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from common.ct.geometry import STORED_HU_RANGE, check_size
 from common.ct.rejection import Doubt, RejectedError, RejectedVolume, is_failure
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.process import atomic_file, gather_objects, rank_and_ranks, wait_for_ranks
+from common.shards.shards import SHARD_NAME, ShardSet
 from common.transforms.slice_strategies import pad_to_square
-
-if TYPE_CHECKING:
-    from common.shards.shards import ShardSet
 
 logger = logging.getLogger(__name__)
 REJECTED = "rejected.csv"
@@ -102,8 +100,8 @@ def ct_sources(
         raise FileNotFoundError(f"No file or folder '{root}' (--dataset_dir).")
     found: dict[str, Callable[[], CTSlices]]
     rejected: list[RejectedVolume] = []
-    shards = _shards_in(root, split) if root.is_dir() else None
-    if shards is not None:
+    if root.is_dir() and any(SHARD_NAME.fullmatch(name) for name in os.listdir(root)):
+        shards = ShardSet(root, split)
         found = {entry.volume: partial(_read_shard, shards, i) for i, entry in enumerate(shards.volumes)}
         places = {entry.volume: Path(entry.source) for entry in shards.volumes}
     else:
@@ -151,15 +149,7 @@ def _read_file(file: CTFile) -> CTSlices:
         raise RejectedError(error.reason, f"'{file.path}': {error.detail}") from error
 
 
-def _shards_in(root: Path, split: str) -> "ShardSet | None":
-    """Open a folder of shards; None for another."""
-    from common.shards.shards import SHARD_NAME, ShardSet  # with a codec that a single CT need not wait for
-
-    is_one = any(SHARD_NAME.fullmatch(name) for name in os.listdir(root))
-    return ShardSet(root, split) if is_one else None
-
-
-def _read_shard(shards: "ShardSet", volume_id: int) -> CTSlices:
+def _read_shard(shards: ShardSet, volume_id: int) -> CTSlices:
     entry = shards.volumes[volume_id]
     slab = shards.read_slab(volume_id, 0, entry.num_slices)
     hu = np.empty((entry.num_slices, *entry.shape), np.int16)
