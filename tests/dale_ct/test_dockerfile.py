@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -51,6 +52,16 @@ def left_out(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if not is_sent(Path(folder, name).relative_to(REPOSITORY))]
 
 
+def write_argparse(folder: Path) -> None:
+    """Write an empty wheel of argparse: required, but never installed for pip, as it is Python's own."""
+    folder.mkdir()
+    metadata = "Metadata-Version: 2.1\nName: argparse\nVersion: 1.4.0\n"
+    files = {"METADATA": metadata, "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n", "RECORD": ""}
+    with ZipFile(folder / "argparse-1.4.0-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(f"argparse-1.4.0.dist-info/{name}", text)
+
+
 @pytest.mark.slow
 def test_every_line_runs_and_the_entry_point_embeds_a_ct_as_an_ordinary_user(small_bundle, ct_folder):
     assert is_sent(Path("bundles/dale_ct_2s/configs/train.json"))
@@ -70,6 +81,7 @@ def test_every_line_runs_and_the_entry_point_embeds_a_ct_as_an_ordinary_user(sma
         venv.create(f"{root}/usr")
         (packages,) = Path(root, "usr", "lib").glob("python*/site-packages")
         (packages / "pinned.pth").write_text(sysconfig.get_paths()["purelib"])
+        write_argparse(Path(root, "wheels"))
         shutil.copytree(REPOSITORY, f"{root}/context", ignore=left_out)
         data = Path(root, "data")  # mounted
         shutil.copytree(small_bundle, data / "bundle")
@@ -83,7 +95,7 @@ def test_every_line_runs_and_the_entry_point_embeds_a_ct_as_an_ordinary_user(sma
         script += ["rm -r ../source", AS_USER.format(user) if os.geteuid() == 0 else "exec"]
         script[-1] += f" {json.loads(entry)[0]} embed a.nii.gz --encoder bundle --weights random"
         environment = {"PATH": f"{root}/usr/bin:/usr/bin:/bin", "CONTEXT": f"{root}/context"}
-        environment |= {"PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": f"{root}/wheels", "OMP_NUM_THREADS": "1"}
         command = ["bash", "-euxc", "\n".join(script)]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
