@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 COMPILER, UTILS = "torch._dynamo", "torch._dynamo.utils"
@@ -40,6 +39,11 @@ class _Undrawn(TorchFunctionMode):
 @contextmanager
 def compiler_left_out() -> Iterator[None]:
     """Import timm in here: torch's compiler takes longer to import, of which timm needs two functions."""
+    try:
+        from torch._compile import _disable_dynamo
+    except ImportError:  # a torch that does without; then timm brings its compiler
+        yield
+        return
     standins = {name: ModuleType(name) for name in (COMPILER, UTILS)}
 
     def real(name: str, attribute: str) -> Any:
