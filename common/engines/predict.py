@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from common.embeddings.work import CTSource
 from common.engines.chest_cts import MAX_SHOWN, EmbeddedCTs, embed_chest_cts
 from common.metrics.multilabel import auroc_and_average_precision
-from common.networks.mil_probe import load_probe
+from common.networks.mil_probe import MILProbe, load_probe
 from common.reports.ct_report import (
     WINDOWS_HU,
     Finding,
@@ -104,7 +104,7 @@ def predict(
 
 
 @torch.no_grad()
-def _scores(probe: torch.nn.Module, card: Mapping[str, Any], tokens: torch.Tensor) -> list[dict[str, Any]]:
+def _scores(probe: MILProbe, card: Mapping[str, Any], tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Score one volume of ``tokens (T, D)``: probability, threshold and call of each class."""
     mask = torch.ones(1, len(tokens), dtype=torch.bool)
     probabilities = torch.sigmoid(probe(tokens[None], mask))[0].tolist()
@@ -137,7 +137,7 @@ def _write_page(
     source: CTSource,
     embedded: EmbeddedCTs,
     *,
-    probe: torch.nn.Module,
+    probe: MILProbe,
     card: Mapping[str, Any],
     findings: list[Finding],
 ) -> None:
@@ -145,11 +145,10 @@ def _write_page(
     bundle, store, ct = embedded.bundle, embedded.store, embedded.cts[source.volume]
     hu, spacing_mm = source.read()[:2]
     tokens = embedded.tokens(source.volume)
-    pooler: Any = probe.pooler
     weights, maps, tiles = None, None, {}
     if len(tokens) == ct.has_image.sum() and store.identity["token_kind"] == "slice":
         weights = np.zeros(len(hu), np.float32)
-        weights[ct.has_image] = pooler.slice_weights(tokens).numpy().clip(0, 1)
+        weights[ct.has_image] = probe.slice_weights(tokens).numpy().clip(0, 1)
         (strategy,) = bundle.strategies
         if not strategy.is_tiled and isinstance(bundle.network, VisionTransformer):
             box = store.read(source.volume).metadata.get("box")

@@ -136,7 +136,7 @@ def test_the_viewer_runs_in_a_browser(tmp_path: Path) -> None:
         assert '<h1 id="title">&lt;/script&gt;&lt;b&gt;odd&lt;/b&gt;</h1>' in shown
         assert '<tr class="called"><td>Emphysema</td><td class="number">0.750</td>' in shown
         assert '≥ 0.500</td><td class="call">positive</td>' in shown
-        assert re.search(r">0.875</td><td [^>]*>undefined \(0.250\)</td></tr>", shown)
+        assert re.search(r">0.875</td><td [^>]*>– \(0.250\)</td></tr>", shown)
         assert "<td>&lt;i&gt;odd&lt;/i&gt;</td>" in shown
         assert "Few slices." in shown
         assert re.search(r'id="map-card"><i></i><span id="map-note">Where it looks.</span>', shown)
