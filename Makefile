@@ -29,7 +29,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip check
 	@touch $@
 
-demo: $(INSTALLED) ## the whole path on a synthetic cohort: 7 to 13 minutes on 2 cores
+demo: $(INSTALLED) ## the whole path on a synthetic cohort: some 20 minutes on 2 cores
 	PYTHON=$(BIN)/python bash demo/run.sh
 
 study: $(INSTALLED) ## every table of the paper on a synthetic cohort, resumable: SIZE=small or gpu

@@ -26,7 +26,8 @@ from torch.distributed.run import get_args_parser
 
 from common.run.config import executed_config
 from data_prep.__main__ import COMMANDS
-from study.stages import SIZES, all_stages
+from study.plan import SIZES
+from study.stages import all_stages
 from tests.released_weights import random_weights, timm_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
