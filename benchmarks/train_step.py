@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -33,8 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
 from benchmarks.loader import processor_seconds
 from common.cohort.cohort import pos_weights
+from common.engines import pretraining_trainer
 from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss, SIGReg
+from common.networks import pretraining_model
 from common.networks.pretraining_model import (
     AuxiliaryHead,
     PretrainingModel,
@@ -166,7 +170,7 @@ def demo_shards(folder: Path) -> Path:
         ("ct-rate", "--root", cohort, "--split", "train", "--out", shards, *masks),
     ):
         command = [sys.executable, "-m", "data_prep", *map(str, words)]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     return shards
 
 
@@ -197,6 +201,15 @@ def every_bit(planes: torch.Tensor, plane: torch.Tensor, cells: Any, num_classes
     return counts
 
 
+PLAIN = (
+    (pretraining_model, "_use_plain_products", lambda network, device: None),
+    (pretraining_trainer, "_keep_freed_memory", lambda: None),
+    (render_views, "patch_cells", every_cell),
+    (soft_labels, "_counts_of_what_is_shown", every_bit),
+)
+"""What the plain way does instead: fused attention, a convolution, memory given back, every cell counted."""
+
+
 def train_demo(shards: Path, steps: int, plain: bool, dtype: str) -> dict[str, Any]:
     """Train the first steps of `make demo`; views a second, processor time a step, and the losses."""
     config = ConfigParser()
@@ -205,29 +218,25 @@ def train_demo(shards: Path, steps: int, plain: bool, dtype: str) -> dict[str, A
     own |= {"bundle_root": str(ROOT / BUNDLE), "warmup_steps": 1, "amp_dtype": dtype}
     config.update(own | {"train::handlers": []} | ({"compiled": False} if plain else {}))
     set_determinism(seed=config.get_parsed_content("seed"))
-    trainer = config.get_parsed_content("train::trainer")
-    times, cpu, losses = [], [], []
+    marks, losses = [], []
 
     def note(engine: ignite.engine.Engine) -> None:
-        times.append(time.perf_counter())
-        cpu.append(processor_seconds())
+        if engine.state.iteration in (NOT_TIMED, steps):
+            marks.append((time.perf_counter(), processor_seconds()))
         losses.append(float(engine.state.output[0]["loss"]))
 
-    trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, note)
     with ExitStack() as stack:
         if plain:
-            encoder = trainer.network.encoder
-            encoder.patch_embed.proj.__class__ = nn.Conv2d
-            for block in encoder.blocks:
-                block.attn.fused_attn = True
-            stack.enter_context(patch.object(render_views, "patch_cells", every_cell))
-            stack.enter_context(patch.object(soft_labels, "_counts_of_what_is_shown", every_bit))
+            for where, name, before in PLAIN:
+                stack.enter_context(patch.object(where, name, before))
+        trainer = config.get_parsed_content("train::trainer")
+        trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, note)
         trainer.run()
     views = config["batch_size"] * (config["num_global"] + config["num_local"])
-    timed = steps - NOT_TIMED
+    clock_s, cpu_s = ((last - first) / (steps - NOT_TIMED) for first, last in zip(*marks, strict=True))
     return {
-        "views_per_s": views * timed / (times[-1] - times[NOT_TIMED - 1]),
-        "cpu_ms": 1e3 * (cpu[-1] - cpu[NOT_TIMED - 1]) / timed,
+        "views_per_s": views / clock_s,
+        "cpu_ms": 1e3 * cpu_s,
         "losses": losses,
         "products_ms": products_ms(trainer.network.encoder, config, getattr(torch, dtype)),
     }
@@ -257,11 +266,13 @@ def demo_on_cpu(repeats: int) -> dict[str, float]:
     dtype, cores = amp_dtype(), len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         shards = demo_shards(Path(folder))
-        exact = [train_demo(shards, NOT_TIMED, plain, "float32")["losses"] for plain in (True, False)]
-        runs: dict[bool, list[dict]] = {True: [], False: []}
-        for _ in range(repeats):
-            for plain in runs:
-                runs[plain].append(train_demo(shards, NOT_TIMED + 30, plain, dtype))
+        own = {"max_workers": 1, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
+        with ProcessPoolExecutor(**own) as alone:  # what one says of memory holds for its process
+            ways = [(NOT_TIMED + 1, "float32")] + [(NOT_TIMED + 30, dtype)] * repeats
+            tasks = [(shards, steps, plain, dtype) for steps, dtype in ways for plain in (True, False)]
+            results = list(alone.map(train_demo, *zip(*tasks, strict=True)))
+        exact = [result["losses"] for result in results[:2]]
+        runs = {True: results[2::2], False: results[3::2]}
     table = Table(title=f"make demo in {dtype}, {cores} cores, median of {repeats}")
     for column in ("", "plain", "ours", "ratio"):
         table.add_column(column, justify="right")
