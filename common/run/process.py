@@ -91,8 +91,10 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
             file.flush()
             os.fsync(file.fileno())
             aside.replace(final)
-        except BaseException:
+        except BaseException as error:
             aside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(final)  # a full disk names no file
             raise
     flush_folder(final.parent)
 
