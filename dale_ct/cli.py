@@ -165,7 +165,7 @@ def train(
         config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
         own = {name: config[name] for name in ("output_dir", "encoder_weights") if name in config}
         knobs = {name: str(value).replace("@bundle_root", repr(folder.name)) for name, value in own.items()}
-    given = {re.split("[ =]", word.lstrip("-"))[0] for word in context.args}
+    given = {word.lstrip("-").partition("=")[0] for word in context.args}
     knobs = {name: value for name, value in knobs.items() if name not in given}
     run_module(bundle_command(folder, "train.json", knobs, context.args))
 

@@ -230,9 +230,6 @@ def load_encoder(
         hu_window: name or four numbers, for weights of which it is not known.
         patch_tokens: whether patch tokens are to be kept, which tiles do not allow.
 
-    Returns:
-        What the encoder takes decides: slices, or a whole volume, for which the last four do not count.
-
     Raises:
         ValueError: if there is no such encoder, device or strategy, one of the last four is given for an
             encoder of volumes, or weights do not fit.

@@ -24,8 +24,7 @@ from common.transforms.slice_strategies import pad_to_square
 
 logger = logging.getLogger(__name__)
 REJECTED = "rejected.csv"
-ALL = "all"
-"""Says that every series is meant."""
+ALL = "all"  # series of a study
 
 
 class CTSlices(NamedTuple):

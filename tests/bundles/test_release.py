@@ -236,8 +236,8 @@ def test_monais_load_downloads_what_is_not_there(
     handler = functools.partial(QuietHandler, directory=str(folder / "served"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(scripts, "_get_git_release_url", lambda *_, filename, **__: f"{address}/{filename}")
+        at = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(scripts, "_get_git_release_url", lambda *_, filename, **__: at + filename)
         where = {"source": "github", "repo": "owner/repo/v0.2.0", "bundle_dir": str(folder / "new")}
         network = scripts.load(
             "dale_ct_2s",

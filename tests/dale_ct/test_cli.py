@@ -48,6 +48,10 @@ def test_embed_writes_a_store_and_says_what_monai_would_be_told(
         (["embed", ".", "--encoder", "dale_ct_2x"], "dale_ct_2s"),
         (["embed", "no.txt", "--weights", "random"], "no.txt"),
         (["embed", "no.nii", "--weights", "random"], "no.nii"),
+        (
+            ["embed", "no.nii"],
+            "https://huggingface.co/Kentucky-Open-Science/DALE-CT-2S/resolve/",
+        ),  # no network
         (["predict", ".", "--probe", ".", "--encoder", "dale_ct_2x"], "dale_ct_2s"),
         (["train", "dale_ct"], "dale_ct_0"),
         (
@@ -58,8 +62,8 @@ def test_embed_writes_a_store_and_says_what_monai_would_be_told(
     ],
 )
 def test_a_mistake_is_told_in_one_line(dale_ct, words, named, tmp_path):
-    for name in ("no.txt", "no.nii"):
-        (tmp_path / name).write_text("no CT")
+    if words[1].startswith("no."):
+        (tmp_path / words[1]).write_text("no CT")
     result = dale_ct(*words)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
