@@ -282,10 +282,15 @@ def _opened(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"No device '{device}' here: {str(error).splitlines()[0]}") from error
     config = read_config(folder)
-    is_plain = "." in config["network_def"]["_target_"] and "::" not in json.dumps(config)
+    network = {**config["network_def"]}
+    is_plain = "strategies" in config and "." in network["_target_"] and "::" not in json.dumps(config)
     given = {name: value for name, value in knobs if value is not None or name == "encoder_weights"}
     given |= {"device": where} | ({"compiled": False} if "strategies" in config else {})
-    bundle = open_encoder_bundle(folder, knobs=given, with_monai="strategies" not in config or not is_plain)
+    if is_plain and network["_target_"] == "timm.create_model":  # the same network, built sooner
+        arguments = {name: value for name, value in network.items() if not name.startswith("_")}
+        network = {"_target_": "dale_ct.timm_network.build_network", "arguments": arguments}
+        given["network_def"] = network | {"seed": "@seed", "is_drawn": "$@weights.path is None"}
+    bundle = open_encoder_bundle(folder, knobs=given, with_monai=not is_plain)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         _ = bundle.network
     return bundle
