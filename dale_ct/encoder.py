@@ -282,7 +282,7 @@ def _opened(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"No device '{device}' here: {str(error).splitlines()[0]}") from error
     config = read_config(folder)
-    network = {**config["network_def"]}
+    network: dict[str, Any] = config["network_def"]
     is_plain = "strategies" in config and "." in network["_target_"] and "::" not in json.dumps(config)
     given = {name: value for name, value in knobs if value is not None or name == "encoder_weights"}
     given |= {"device": where} | ({"compiled": False} if "strategies" in config else {})
