@@ -75,7 +75,7 @@ def test_weights_are_loaded_once_until_their_file_changes(
     small_bundle, weights, ct_folder, tmp_path, monkeypatch
 ):
     loads, load = [], networks.load_encoder
-    monkeypatch.setattr(networks, "load_encoder", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(networks, "load_encoder", lambda **given: loads.append(given) or load(**given))
     path, bundle = ct_folder / "a.nii.gz", str(small_bundle)
     first, second = (embed(path, bundle, weights=weights) for _ in range(2))
     store = embed_to_store(path, tmp_path / "store", bundle, weights=weights)
