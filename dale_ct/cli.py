@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -57,6 +57,10 @@ HUWindow = Annotated[
     str | None,
     typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU; likewise."),
 ]
+Series = Annotated[
+    str | None,
+    typer.Option(help="The one to use of several CTs, by name or UID; 'all' to take all series of a study."),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu. Default: a GPU where there is one.")]
 
 
@@ -89,6 +93,7 @@ def embed(
     ] = False,
     slice_axes: SliceAxes = None,
     hu_window: HUWindow = None,
+    series: Series = None,
     split: Annotated[str | None, typer.Option(help="Split of shards. Default: the bundle's.")] = None,
     device: Device = None,
     num_workers: Annotated[
@@ -100,39 +105,21 @@ def embed(
     ] = None,
 ) -> None:
     """Turn CTs into embeddings: one vector per slice, feet to head, or a grid of tokens per volume."""
-    from dale_ct.encoder import bundle_folder, read_config
+    from dale_ct.encoder import bundle_folder
 
-    folder = bundle_folder(encoder)
-    takes_slices = "strategies" in read_config(folder)
-    texts = {"strategies": strategy and [strategy], "slice_axes": slice_axes, "split": split}
+    options: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": window_of(hu_window), "series": series}
+    options |= {"split": split, "num_workers": num_workers, "max_rejected": max_rejected}
     knobs = {"dataset_dir": word_of(ct), "output_dir": word_of(out)}
     knobs |= {"encoder_weights": "$None" if weights == "random" else word_of(weights)} if weights else {}
-    knobs |= {name: word_of(value) for name, value in texts.items() if value}
-    knobs |= {"hu_window": word_of(window_of(hu_window))} if hu_window else {}
+    knobs |= {"strategies": word_of([strategy])} if strategy else {}
+    knobs |= {name: word_of(value) for name, value in options.items() if value is not None}
     knobs |= {"patch_tokens": "True"} if patch_tokens else {}
     knobs |= {"device": f"$torch.device({device!r})"} if device else {}
-    numbers = {"num_workers": num_workers, "max_rejected": max_rejected}
-    knobs |= {name: str(number) for name, number in numbers.items() if number is not None}
-    words = bundle_command(folder, "inference.json", knobs)
-    if not takes_slices:
-        run_module(words)
-        return
+    bundle_command(bundle_folder(encoder), "inference.json", knobs)
     from dale_ct.embedding import embed_to_store
 
-    embed_to_store(
-        ct,
-        out,
-        encoder,
-        weights=weights,
-        device=device,
-        patch_tokens=patch_tokens,
-        strategy=strategy,
-        slice_axes=slice_axes,
-        hu_window=window_of(hu_window),
-        split=split,
-        num_workers=num_workers,
-        max_rejected=max_rejected,
-    )
+    options |= {"weights": weights, "device": device, "strategy": strategy, "patch_tokens": patch_tokens}
+    embed_to_store(ct, out, encoder, **options)
 
 
 @app.command(epilog="Example: dale-ct predict ct.nii.gz --probe probes/dale_ct_2s --out results")
@@ -224,10 +211,18 @@ def train(
     bundle: Annotated[str, typer.Argument(help="Bundle with a train.json: an encoder, or an evaluation.")],
 ) -> None:
     """Train a bundle; every option after its name is a knob of its train.json. Run it again to resume."""
-    from dale_ct.encoder import bundle_folder
+    from dale_ct.encoder import BUNDLES, bundle_folder
 
     folder = bundle_folder(bundle, "train.json")
-    run_module(bundle_command(folder, "train.json", {}, context.args))
+    knobs: dict[str, str] = {}
+    if folder.parent == BUNDLES and not (BUNDLES.parent / "pyproject.toml").is_file():
+        # installed: what a checkout keeps in the bundle goes into a folder of its name here
+        config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
+        own = {name: config[name] for name in ("output_dir", "encoder_weights") if name in config}
+        knobs = {name: str(value).replace("@bundle_root", repr(folder.name)) for name, value in own.items()}
+    given = {word.lstrip("-").partition("=")[0] for word in context.args}
+    knobs = {name: value for name, value in knobs.items() if name not in given}
+    run_module(bundle_command(folder, "train.json", knobs, context.args))
 
 
 @app.command(epilog="Example: dale-ct encoders")
