@@ -30,7 +30,8 @@ BAD = RejectedVolume("train_9_a_1", "mask", "it has <another> shape")
 
 def patient(number: int, name: str) -> VolumeSlices:
     labels = {"Emphysema": number % 2, "Lung nodule": 1}
-    return drawn_patient(number, name, labels=labels, split=name.partition("_")[0])
+    fields = {"labels": labels, "split": name.partition("_")[0], "source_sha256": ""}  # no duplicates then
+    return drawn_patient(number, name, **fields)
 
 
 @pytest.fixture(scope="module")
