@@ -202,3 +202,11 @@ def test_folders_without_volumes_or_matching_masks_are_named(tmp_path) -> None:
     for wrong in (masks, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="masks must hold label maps"):
             find_volumes(folder, "train", wrong)
+
+
+@pytest.mark.real_ct
+def test_a_real_tree_is_one_series(real_ct_dir, dask) -> None:
+    """Its identifiers are blank, and NIfTI files lie beside it."""
+    (source,), rejected = find_series(real_ct_dir, "train", dask)
+    assert rejected == []
+    assert (len(source.ct.files), source.source) == (20, "totalseg_dicom_series")
