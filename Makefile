@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-fast check format bundles release
+.PHONY: help install demo study test test-fast check format bundles docs release
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV := .venv
@@ -29,7 +29,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip check
 	@touch $@
 
-demo: $(INSTALLED) ## the whole path on a synthetic cohort: 7 to 13 minutes on 2 cores
+demo: $(INSTALLED) ## the whole path on a synthetic cohort: some 20 minutes on 2 cores
 	PYTHON=$(BIN)/python bash demo/run.sh
 
 study: $(INSTALLED) ## every table of the paper on a synthetic cohort, resumable: SIZE=small or gpu
@@ -54,6 +54,9 @@ format: $(INSTALLED) ## sort imports and format in place
 
 bundles: $(INSTALLED) ## render bundles/_recipes into bundles/*/configs
 	$(BIN)/python bundles/render.py
+
+docs: $(INSTALLED) ## build the documentation into build/docs, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 release: $(INSTALLED) bundles ## pack every bundle into dist/; URL=... says where the archives will lie
 	$(BIN)/python bundles/pack.py --out dist --url "$(URL)"

@@ -47,7 +47,7 @@ def new_network(size: dict[str, int], device: torch.device, compiled: bool) -> P
         "vit_large_patch14_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, init_values=1e-5, **size
     )
     width = size["embed_dim"]
-    head = AuxiliaryHead(width, 118, 14, train_auxiliary_head=True)
+    head = AuxiliaryHead(width, 118, 14, train_auxiliary_head=True, prior_logits=None)
     network = PretrainingModel(encoder, ProjectionHead(width, 2048, 124), head, checkpoint_activations=False)
     distribute(network=network, blocks=encoder.blocks, sharding="ddp", compiled=compiled, device=device)
     return network

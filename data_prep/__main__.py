@@ -43,6 +43,7 @@ COMMANDS = {
     "hu-stats": Command(
         "statistics", "/data/shards --split train --volumes 1000 --out hu.json --picture hu.png"
     ),
+    "lesion-areas": Command("phantom", "--root /tmp/phantom --split train --out /tmp/lesion_areas/train"),
     "nifti": Command("prepare", "scans/ --out shards/ --masks label_maps/"),
     "phantom": Command("phantom", "--volumes 20 --out /tmp/phantom"),
     "pos-weights": Command("statistics", "/data/shards --split train --out weights/"),

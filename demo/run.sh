@@ -31,31 +31,41 @@ run "$PYTHON" -m monai.bundle run --config_file "['$ENCODER/configs/train.json',
     --dataset_dir "$OUT/shards" --output_dir "$OUT/dale_ct_2s" --encoder_weights "$OUT/dale_ct_2s/model.safetensors" \
     --amp_dtype $AMP
 
-step "4. Embed every slice of every volume, with the trained encoder and with the same one untrained"
+step "4. Embed every slice of every volume: with the trained encoder, and with what it must beat"
 for split in train valid; do
-    run "$PYTHON" -m monai.bundle run --config_file "['$ENCODER/configs/inference.json','demo/inference.json']" \
-        --bundle_root $ENCODER --dataset_dir "$OUT/cohort/dataset/${split}_fixed" --split $split --amp_dtype $AMP \
-        --encoder_weights "$OUT/dale_ct_2s/model.safetensors" --output_dir "$OUT/embeddings/dale_ct_2s/$split"
-    run "$PYTHON" -m monai.bundle run --config_file "['$ENCODER/configs/inference.json','demo/inference.json']" \
-        --bundle_root $ENCODER --dataset_dir "$OUT/cohort/dataset/${split}_fixed" --split $split --amp_dtype $AMP --name random_weights \
-        --encoder_weights '$None' --output_dir "$OUT/embeddings/random_weights/$split"
+    embed() { # name, weights, config
+        run "$PYTHON" -m monai.bundle run --config_file "['$ENCODER/configs/inference.json','$3']" --bundle_root $ENCODER \
+            --dataset_dir "$OUT/cohort/dataset/${split}_fixed" --split $split --amp_dtype $AMP --num_workers 1 --name "$1" \
+            --encoder_weights "$2" --output_dir "$OUT/embeddings/$1/$split"
+    }
+    embed random_weights '$None' demo/inference.json
+    embed intensity_histogram '$None' bundles/_overlays/floors/intensity_histogram.json
+    embed pixels '$None' bundles/_overlays/floors/pixels.json
+    embed dale_ct_2s "$OUT/dale_ct_2s/model.safetensors" demo/inference.json
+    # the ceiling: true areas of what was drawn for each label
+    run "$PYTHON" -m data_prep lesion-areas --root "$OUT/cohort" --split $split --out "$OUT/embeddings/lesion_areas/$split"
 done
 
-step "5. Twenty probes each, the best by validation AUPRC, tested once"
-for encoder in random_weights dale_ct_2s; do
-    run "$PYTHON" -m monai.bundle run --config_file "['$PROBE/configs/train.json','demo/eval.json']" --bundle_root $PROBE \
-        --embeddings_dir "$OUT/embeddings/$encoder" --labels_dir "$OUT/cohort/dataset/multi_abnormality_labels" \
-        --output_dir "$OUT/eval_ct_rate/$encoder" --results_csv "$OUT/results/eval_ct_rate.csv"
+step "5. Twenty probes each, the best by validation AUPRC, tested once: as in the paper, and on standardized tokens"
+for standardize in False True; do
+    for encoder in random_weights intensity_histogram pixels dale_ct_2s lesion_areas; do
+        run "$PYTHON" -m monai.bundle run --config_file "['$PROBE/configs/train.json','demo/eval.json']" --bundle_root $PROBE \
+            --embeddings_dir "$OUT/embeddings/$encoder" --labels_dir "$OUT/cohort/dataset/multi_abnormality_labels" \
+            --standardize $standardize --num_seeds 1 --results_csv "$OUT/results/eval_ct_rate.csv" \
+            --output_dir "$OUT/eval_ct_rate/$encoder$([ $standardize = False ] || echo _standardized)"
+    done
 done
 
 step "Table III at demo scale, on held-out SYNTHETIC volumes"
 "$PYTHON" -m dale_ct.cli show results "$OUT/results/eval_ct_rate.csv"
-"$PYTHON" -m dale_ct.cli compare "$OUT/eval_ct_rate/random_weights/test_predictions.csv" \
-    "$OUT/eval_ct_rate/dale_ct_2s/test_predictions.csv"
+echo "Differences from the histogram of grey values, all standardized:"
+for encoder in intensity_histogram random_weights pixels dale_ct_2s; do
+    echo "$OUT/eval_ct_rate/${encoder}_standardized/test_predictions.csv"
+done | xargs "$PYTHON" -m dale_ct.cli compare
 printf '\n%d min %02d s. To look further:\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
 cat <<TEXT
   .venv/bin/mlflow ui --backend-store-uri sqlite:///$OUT/mlflow.db     every run, its knobs, curves and files
   $OUT/dale_ct_2s/views.png                                  what the encoder trained on
-  $OUT/eval_ct_rate/dale_ct_2s/                              the chosen probe, its thresholds, scores by class
+  $OUT/eval_ct_rate/dale_ct_2s_standardized/                 the chosen probe, its thresholds, scores by class
   README.md, "Reproduce"                                          the same commands on CT-RATE
 TEXT

@@ -20,7 +20,8 @@ from common.cohort.cohort import table_rows
 from common.reports.results import FIELDS, ResultRow, read_rows
 from common.run.process import atomic_file
 from docs.render_results import PAPER, cell
-from study.stages import REPOSITORY, TABLE_ENCODERS, TURNS
+from study.plan import DENSE_ENCODERS, FLOORS, TABLE_ENCODERS
+from study.stages import REPOSITORY, TURNS
 
 KEPT = REPOSITORY / "docs" / "study"
 PAGE = REPOSITORY / "docs" / "results.md"
@@ -109,19 +110,21 @@ def _results(path: Path) -> Results:
     return results
 
 
-def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Lay out a table; a line without any number is left out."""
+def markdown(heads: Iterable[str], lines: Iterable[Iterable[str]], num_names: int = 1) -> str:
+    """Lay out a table; a line without any number after its names is left out."""
     heads = list(heads)
-    kept = [list(line) for line in lines]
-    return "\n".join(
-        f"| {' | '.join(line)} |"
-        for line in [heads, ["---"] * len(heads), *(line for line in kept if any(line[1:]))]
-    )
+    kept = [line for line in map(list, lines) if any(line[num_names:])]
+    if not kept:
+        return "Not measured in this run."
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *kept])
 
 
 def _short(text: str) -> str:
     """Return a cell without its interval."""
     return text.partition(" ")[0]
+
+
+IV_PROTOCOLS = ("frozen", "retrained", "retrained-frozen", "frozen_standardized", "retrained_standardized")
 
 
 class Page:
@@ -169,24 +172,30 @@ class Page:
         lines = []
         for kind, tokens in kinds.items():
             for task, labels in tasks.items():
-                for encoder in TABLE_ENCODERS:
+                for encoder in DENSE_ENCODERS:
                     protocol = f"dense_{kind} {task}"
                     line = [f"{tokens}, {labels}", f"`{encoder}`", *self.macro(encoder, protocol)[:2]]
+                    line += self.macro(encoder, f"dense_{kind}_standardized {task}")[:2]
                     line += [self.less(encoder, f"{kind} {task} auprc"), self.theirs("I", encoder, protocol)]
                     lines.append(line)
-        heads = ("tokens, labels", "encoder", "AUROC", "AUPRC", "AUPRC less 2S's", "paper: AUROC / AUPRC")
-        return markdown(heads, lines)
+        heads = ["tokens, labels", "encoder", "AUROC", "AUPRC", "standardized: AUROC", "AUPRC"]
+        heads += ["AUPRC less 2S's", "paper: AUROC / AUPRC"]
+        return markdown(heads, lines, num_names=2)
 
-    def table_iii(self) -> str:
+    def table_iii(self, kind: str = "") -> str:
         """MIL probes on site A."""
         lines = []
         for encoder in ("prevalence", *TABLE_ENCODERS):
-            seeds = self.macro(encoder, "mil_probe_seeds")[1]
-            less = self.less(encoder, "table_iii auprc")
-            theirs = self.theirs("III", encoder, "mil_probe")
-            lines.append([f"`{encoder}`", *self.macro(encoder, "mil_probe"), seeds, less, theirs])
-        heads = ("encoder", "AUROC", "AUPRC", "F1", "BA", "AUPRC, five seeds", "AUPRC less 2S's")
-        return markdown((*heads, "paper: AUROC / AUPRC"), lines)
+            seeds = self.macro(encoder, f"mil_probe{kind}_seeds")[1]
+            less = self.less(encoder, f"table_iii{kind} auprc")
+            theirs = [] if kind else [self.theirs("III", encoder, "mil_probe")]
+            lines.append([f"`{encoder}`", *self.macro(encoder, f"mil_probe{kind}"), seeds, less, *theirs])
+        heads = ["encoder", "AUROC", "AUPRC", "F1", "BA", "AUPRC, five seeds", "AUPRC less 2S's"]
+        return markdown(heads if kind else [*heads, "paper: AUROC / AUPRC"], lines)
+
+    def table_iii_standardized(self) -> str:
+        """The same probes on standardized tokens."""
+        return self.table_iii("_standardized")
 
     def beside_table_iii(self) -> str:
         """Other readers of the 2S's embeddings."""
@@ -201,10 +210,11 @@ class Page:
         """Frozen and retrained probes on site B."""
         lines = []
         for encoder in TABLE_ENCODERS:
-            for protocol in ("frozen", "retrained", "retrained-frozen"):
+            for protocol in IV_PROTOCOLS:
                 numbers = self.macro(encoder, protocol, "-" in protocol)
                 lines.append([f"`{encoder}`", protocol, *numbers, self.theirs("IV", encoder, protocol)])
-        return markdown(("encoder", "probe", "AUROC", "AUPRC", "F1", "BA", "paper: AUROC / AUPRC"), lines)
+        heads = ("encoder", "probe", "AUROC", "AUPRC", "F1", "BA", "paper: AUROC / AUPRC")
+        return markdown(heads, lines, num_names=2)
 
     def orientation(self) -> str:
         """What turned slices cost the frozen probe."""
@@ -214,16 +224,17 @@ class Page:
     def table_v(self) -> str:
         """Slabs against single slices."""
         slab, flat = "dale_ct_0", "dale_ct_0_single_slice"
+        names = (slab, flat, *FLOORS)
         paper = [self.paper["V", arm, "mil_probe"] for arm in ("slab", "flat")]
         lines = []
         for metric in ("auroc", "auprc"):
-            own = [self.cell(encoder, "mil_probe", f"macro_{metric}") for encoder in (slab, flat)]
+            own = [self.cell(encoder, "mil_probe", f"macro_{metric}") for encoder in names]
             row = self.differences.get((slab, f"table_v {metric}"))
             p = f"{float(row['p']):.2g}" if row else ""
             theirs = " and ".join(row[metric] for row in paper)
             lines.append([f"macro {metric.upper()}", *own, self.less(slab, f"table_v {metric}"), p, theirs])
         for measure in GEOMETRY:
-            own = [self.cell(encoder, "latent_geometry", measure) for encoder in (slab, flat)]
+            own = [self.cell(encoder, "latent_geometry", measure) for encoder in names]
             pair, tests = f"{slab} - {flat}", (measure, f"{measure}_p_wilcoxon", f"{measure}_p_permutation")
             difference, *ps = (self.rows.get((pair, "latent_geometry", name)) for name in tests)
             p = ", ".join(f"{row.value:.2g}" for row in ps if row)
@@ -231,7 +242,9 @@ class Page:
             lines.append(
                 [f"`{measure}`", *own, cell(difference.numbers if difference else None, True), p, theirs]
             )
-        return markdown(("measure", "12 mm slab", "single slice", "difference", "p", "paper"), lines)
+        floors = (name.replace("_", " ") for name in FLOORS)
+        heads = ("measure", "12 mm slab", "single slice", *floors, "slab less single slice", "p", "paper")
+        return markdown(heads, lines)
 
     def table_vi(self) -> str:
         """Preprocessing strategies, with what they cost."""

@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common.run.config import code_version
 from common.run.process import atomic_file
 from study.commands import start_command
-from study.stages import REPOSITORY, SIZES, Stage, all_stages
+from study.plan import SIZES
+from study.stages import REPOSITORY, Stage, all_stages
 
 OUR_CONFIG = re.compile(r"(?<![\w/.-])(?:bundles|demo|study)/(?!out/)[\w./-]+\.json")
 SHOWN_CHARACTERS = 60

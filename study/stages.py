@@ -8,76 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from study.plan import ABLATIONS, CEILING, DENSE_ENCODERS, FLOORS, TABLE_ENCODERS, TRAINED, Size
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENCODER = "bundles/dale_ct_2s"
 SIDES = {"train": "train", "test": "valid"}
 """What an evaluation calls a split, and what CT-RATE calls it."""
 TURNS = ("transposed", "flipped", "sagittal")
-
-TRAINED: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "dinov2_ct": ("dinov2_ct", [], {}),
-    "dale_ct_0": ("dale_ct_0", [], {}),
-    "dale_ct_0_single_slice": ("dale_ct_0", ["bundles/_overlays/single_slice.json"], {}),
-    "dale_ct_1s": ("dale_ct_1s", [], {}),
-    "dale_ct_2s": ("dale_ct_2s", [], {}),
-}
-"""Encoders of the tables: bundle, overlays after the size's, knobs."""
-
-ABLATIONS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
-    "2s_frozen_heads": ("dale_ct_2s", [], {"train_auxiliary_head": False}),
-    "2s_released_guidance": ("dale_ct_2s", [], {"guidance": "released"}),
-    "2s_fractional_rex": ("dale_ct_2s", [], {"rex_targets": "fraction"}),
-    "2s_wide_knots": ("dale_ct_2s", ["bundles/_overlays/wide_knots.json"], {}),
-    "2s_stream_shuffle": ("dale_ct_2s", ["study/stream_shuffle.json"], {}),
-}
-"""DALE-CT-2S with one thing changed each."""
-
-TABLE_ENCODERS = ("random_weights", *TRAINED)
-
-
-class Size(NamedTuple):
-    """How large the study is.
-
-    Args:
-        overlays: folder of the configs that shrink the bundles: train.json, train_dinov2.json, inference.json
-            and eval.json.
-        volumes: of site A and of site B.
-        matrix: slices of matrix x matrix pixels.
-        spacing_mm: range of the distance of slices.
-        views_px: sides of local and global views, as the overlays have them; patches are 16 px wide.
-        takes: how long, for the first line of output.
-    """
-
-    overlays: str
-    volumes: tuple[int, int]
-    matrix: int
-    spacing_mm: tuple[float, float]
-    views_px: tuple[int, int]
-    takes: str
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side of a global view."""
-        return self.views_px[1] // 16
-
-    @property
-    def strategies(self) -> list[str]:
-        """Table VI's, at the sizes of the views."""
-        sides = [f"{kind}_{side}" for side in (*self.views_px, "full") for kind in ("raw", "cropped")]
-        return [*sides, "tiled_5cut"]
-
-
-SIZES = {
-    "small": Size("demo", (340, 300), 192, (4, 6), (48, 96), "some 2 hours on 2 CPU cores"),
-    "gpu": Size(
-        "study/gpu",
-        (2000, 1200),
-        256,
-        (1.5, 3),
-        (64, 128),
-        "not measured; sized for one H200 and 16 CPU cores",
-    ),
-}
+STANDARDIZED = "eval_ct_rate_standardized"
+"""Folder of the MIL probes that standardize tokens, beside the paper's."""
 
 
 class Stage(NamedTuple):
@@ -149,21 +88,22 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
         needs: tuple[str, ...] = (f"table III {name}", "site b")
         stages.append(Stage(f"table IV {name}", _table_iv(name, size, out, amp_dtype), needs))
     pair = ("dale_ct_0", "dale_ct_0_single_slice")
-    needs = tuple(f"table {number} {name}" for number in ("I", "III") for name in pair)
+    needs = tuple(f"table {number} {name}" for number in ("I", "III") for name in (*pair, *FLOORS))
     stages.append(Stage("table V", [_table_v(out, labels)], needs))
     stages.append(Stage("table VI", _table_vi(size, out, labels, amp_dtype), ("train dale_ct_2s",)))
     stages.append(Stage("beside table III", _beside(size, out, labels), ("table III dale_ct_2s",)))
     stages.append(Stage("curves", [_curves(out)], tuple(f"train {name}" for name in TRAINED)))
     for name in ABLATIONS:
         stages += _encoder(name, size, out, labels, amp_dtype)
-    tested = [f"table {number} {name}" for number in ("I", "III") for name in (*TABLE_ENCODERS, *ABLATIONS)]
+    tested = [f"table I {name}" for name in (*DENSE_ENCODERS, *ABLATIONS)]
+    tested += [f"table III {name}" for name in (*TABLE_ENCODERS, *ABLATIONS)]
     stages.append(Stage("differences", _differences(size, out), (*tested, "table VI")))
     return stages
 
 
 def weights_of(name: str, out: Path) -> Path | None:
-    """Return the weights of an encoder, None for random ones."""
-    return None if name == "random_weights" else out / "encoders" / name / "model.safetensors"
+    """Return the weights of an encoder, None for random ones and for what has none."""
+    return None if name in (*FLOORS, CEILING) else out / "encoders" / name / "model.safetensors"
 
 
 def _site_a(size: Size, out: Path) -> list[list[str]]:
@@ -203,14 +143,15 @@ def _findings(out: Path) -> dict[str, Path]:
 
 
 def _encoder(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> list[Stage]:
-    """Train an encoder, where it is not random, and read its tokens by MIL and dense probes."""
+    """Train an encoder, where there is one to train, and read its tokens by MIL and dense probes."""
     stages, needs = [], ("site a",)
     if name in TRAINED | ABLATIONS:
         root, overlays, knobs = (TRAINED | ABLATIONS)[name]
         command = _train(name, root, overlays, knobs, size, out, amp_dtype)
         stages, needs = [Stage(f"train {name}", [command], ("shards",))], (f"train {name}",)
     stages.append(Stage(f"table III {name}", _table_iii(name, size, out, labels, amp_dtype), needs))
-    stages.append(Stage(f"table I {name}", _table_i(name, size, out, amp_dtype), needs))
+    if name != CEILING:
+        stages.append(Stage(f"table I {name}", _table_i(name, size, out, amp_dtype), needs))
     return stages
 
 
@@ -232,8 +173,12 @@ def _train(
 def _embed(
     name: str, volumes: Path, to: Path, size: Size, out: Path, amp_dtype: str, **knobs: object
 ) -> list[str]:
+    if name == CEILING:
+        return prep("lesion-areas", root=volumes, out=to, **knobs)
     root = (TRAINED | ABLATIONS).get(name, ("dale_ct_2s",))[0]
-    configs = [f"bundles/{root}/configs/inference.json", f"{size.overlays}/inference.json"]
+    is_floor = name in FLOORS and name != "random_weights"
+    smaller = f"bundles/_overlays/floors/{name}.json" if is_floor else f"{size.overlays}/inference.json"
+    configs = [f"bundles/{root}/configs/inference.json", smaller]
     own = {"name": name, "dataset_dir": volumes, "output_dir": to, "encoder_weights": weights_of(name, out)}
     return bundle(f"bundles/{root}", configs, **own, amp_dtype=amp_dtype, **knobs)
 
@@ -242,29 +187,38 @@ def _table_iii(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -
     embeddings = out / "embeddings" / name
     volumes = {split: out / "cohort" / "dataset" / f"{split}_fixed" for split in ("train", "valid")}
     commands = [
-        _embed(name, volumes[split], embeddings / split, size, out, amp_dtype, split=split)
+        _embed(
+            *(name, out / "cohort" if name == CEILING else volumes[split], embeddings / split),
+            *(size, out, amp_dtype),
+            split=split,
+        )
         for split in volumes
     ]
     configs = ["bundles/eval_ct_rate/configs/train.json", f"{size.overlays}/eval.json"]
-    own: dict[str, Any] = {"embeddings_dir": embeddings, "labels_dir": labels}
-    own["output_dir"] = out / "eval_ct_rate" / name
+    own: dict[str, Any] = {"embeddings_dir": embeddings, "labels_dir": labels, "ct_dir": volumes["valid"]}
     if name in ABLATIONS:
         own["num_seeds"] = 1
-    results = out / "results" / ("ablations.csv" if name in ABLATIONS else "eval_ct_rate.csv")
-    return [
-        *commands,
-        bundle("bundles/eval_ct_rate", configs, **own, results_csv=results, ct_dir=volumes["valid"]),
-    ]
+    own["results_csv"] = out / "results" / ("ablations.csv" if name in ABLATIONS else "eval_ct_rate.csv")
+    plain, standardized = (out / folder / name for folder in ("eval_ct_rate", STANDARDIZED))
+    commands.append(bundle("bundles/eval_ct_rate", configs, **own, output_dir=plain))
+    if name not in ABLATIONS:
+        own |= {"output_dir": standardized, "standardize": True}
+        commands.append(bundle("bundles/eval_ct_rate", configs, **own))
+    return commands
 
 
 def _table_iv(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str]]:
     root, embeddings = "bundles/eval_rad_chestct", out / "embeddings" / name / "site_b"
     turns = TURNS if name == "dale_ct_2s" else ()
-    commands = [
-        _embed(name, out / "ct" / turn, embeddings / turn, size, out, amp_dtype) for turn in ("right", *turns)
-    ]
+    volumes = {turn: out / "ct" / turn for turn in ("right", *turns)}
+    if name == CEILING:
+        volumes["right"] = out / "site_b"
+    commands = [_embed(name, volumes[turn], embeddings / turn, size, out, amp_dtype) for turn in volumes]
     shared = {"results_csv": out / "results" / "eval_rad_chestct.csv"}
-    retrained = out / "eval_rad_chestct" / name
+    retrained = {
+        "": out / "eval_rad_chestct" / name,
+        "_standardized": out / "eval_rad_chestct_standardized" / name,
+    }
     configs = [f"{root}/configs/train.json", f"{size.overlays}/eval.json"]
     own = {
         "max_steps": 600,
@@ -272,10 +226,14 @@ def _table_iv(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str
         "labels_dir": out,
         "train_embeddings_dir": embeddings / "right",
     }
-    commands.append(bundle(root, configs, **own, output_dir=retrained, ct_dir=None, **shared))
+    for kind, folder in retrained.items():
+        own |= {"output_dir": folder, "standardize": bool(kind)}
+        commands.append(bundle(root, configs, **own, ct_dir=None, **shared))
     tests = {f"{turn}_embeddings_dir": embeddings / turn for turn in turns}
     own = {"labels_csv": out / "rad_chestct_labels.csv", "test_embeddings_dir": embeddings / "right", **tests}
-    probes = {"frozen_probe": out / "eval_ct_rate" / name, "retrained_probe": retrained}
+    probes = {f"retrained{kind}_probe": folder for kind, folder in retrained.items()}
+    probes |= {"frozen_probe": out / "eval_ct_rate" / name}
+    probes |= {"frozen_standardized_probe": out / STANDARDIZED / name}
     return [*commands, bundle(root, [f"{root}/configs/evaluate.json"], **own, **probes, **shared)]
 
 
@@ -298,11 +256,18 @@ def _table_i(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str]
         "labels_dir": out / "dense_labels",
         "output_dir": out / "eval_dense_2d" / name,
     }
-    results = out / "results" / "eval_dense_2d.csv"
-    return [
+    shared: dict[str, Any] = {**folders, **probe, "results_csv": out / "results" / "eval_dense_2d.csv"}
+    if name in FLOORS and name != "random_weights":  # the crop and the grid that the labels have
+        own |= {"strategies": [f"cropped_{32 * size.grid}"], "patch_size_px": 32}
+    config = [f"{root}/configs/train.json"]
+    commands = [
         _embed(name, out / "cohort" / "dataset" / "valid_fixed", tokens, size, out, amp_dtype, **own),
-        bundle(root, [f"{root}/configs/train.json"], **folders, results_csv=results, **probe),
+        bundle(root, config, **shared),
     ]
+    if name not in ABLATIONS:
+        shared |= {"output_dir": out / "eval_dense_2d_standardized" / name, "standardize": True}
+        commands.append(bundle(root, config, **shared))
+    return commands
 
 
 def _table_v(out: Path, labels: Path) -> list[str]:
@@ -311,6 +276,7 @@ def _table_v(out: Path, labels: Path) -> list[str]:
         f"{arm}_embeddings_dir": out / "patch_tokens" / name
         for arm, name in zip(("slab", "flat"), pair, strict=True)
     }
+    floors = {"floor_embeddings_dirs": [str(out / "patch_tokens" / name) for name in FLOORS]}
     probes = {"probe_dirs": [str(out / "eval_ct_rate" / name) for name in pair]}
     read = {"dense_labels_dir": out / "dense_labels", "labels_csv": labels / "valid_predicted_labels.csv"}
     results = {
@@ -318,7 +284,8 @@ def _table_v(out: Path, labels: Path) -> list[str]:
         "results_csv": out / "results/eval_slab_depth.csv",
     }
     config = [f"{root}/configs/evaluate.json"]
-    return bundle(root, config, **tokens, **probes, **read, **results, output_dir=out / "eval_slab_depth")
+    inputs = {**tokens, **floors, **probes, **read}
+    return bundle(root, config, **inputs, **results, output_dir=out / "eval_slab_depth")
 
 
 def _table_vi(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[str]]:
@@ -383,13 +350,16 @@ def _curves(out: Path) -> list[str]:
 
 
 def _differences(size: Size, out: Path) -> list[list[str]]:
-    names = ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)
+    reference = "dale_ct_2s"
+    names = (reference, *TABLE_ENCODERS, *ABLATIONS)
     files = {name: out / "eval_ct_rate" / name / "test_predictions.csv" for name in names}
-    dense = [out / "eval_dense_2d" / name for name in ("dale_ct_2s", *TABLE_ENCODERS, *ABLATIONS)]
+    standardized = [out / STANDARDIZED / n / "test_predictions.csv" for n in (reference, *TABLE_ENCODERS)]
+    dense = [out / "eval_dense_2d" / name for name in (reference, *DENSE_ENCODERS, *ABLATIONS)]
     strategies = [out / "eval_preprocessing" / name / "test_predictions.csv" for name in size.strategies]
     differences, folder = partial(module, "dale_ct.cli", "compare"), out / "differences"
     return [
         differences(*files.values(), "--out", folder / "table_iii.csv"),
+        differences(*standardized, "--out", folder / "table_iii_standardized.csv"),
         differences(files["dale_ct_0_single_slice"], files["dale_ct_0"], "--out", folder / "table_v.csv"),
         differences(*strategies, "--out", folder / "table_vi.csv"),
         differences(*dense, "--out", folder / "table_i.csv"),

@@ -23,7 +23,10 @@ FIRST_PARTY = {*PACKAGES, "bundles", "docs", "tests"}
 # An __init__.py holds one docstring; this one also holds what its docstring says.
 SPEAKING_INITS = {"common/__init__.py", "dale_ct/__init__.py"}
 # Tests that stand for the whole repository or a folder of it rather than for one module.
-SWEEPING_TESTS = {"conftest.py", "test_wheel.py", "test_tokens_page.py", "test_dicom_independent.py"}
+SWEEPING_TESTS = {
+    *("conftest.py", "test_dicom_independent.py", "test_wheel.py", "test_dockerfile.py"),
+    *("test_tokens_page.py", "test_first_ct_notebook.py"),
+}
 
 
 def source_files() -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from common.ct.files import unique_names, volume_name
 from common.run.process import atomic_file
@@ -31,37 +32,85 @@ class Label(NamedTuple):
         name: the data set's name of the class.
         code: the data set's short code, empty where it has none.
         pos_weight: weight of a positive in binary cross entropy.
+        frequency: share of the class in all voxels; NaN where it is unknown.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody looks for here
     name: str
     code: str
     pos_weight: float
+    frequency: float
 
 
 def load_labels(name: str) -> list[Label]:
-    """Read a label list, ``common/labels/<name>.csv``.
+    """Read a label list: ``common/labels/<name>.csv``, or the path of another that ends in ``.csv``.
 
     ``ct_rate`` (18), ``rad_chestct`` (16): classes of the probes in the data set's order, unweighted.
     ``rexgroundingct`` (14): finding categories ``1a`` to ``2h``; weight 800 each, as DALE-CT's authors train.
     ``totalsegmentator`` (118): background and the 117 classes of TotalSegmentator 2's task ``total``, names
     from its class map; weights as DALE-CT's authors train: 1 for background and anatomy outside the chest,
-    elsewhere one over the share of the class in all voxels, at most 1000.
+    elsewhere one over the share of the class in all voxels, at most 1000. They did not publish the shares:
+    ``frequency`` is one over the weight (an upper bound where that is 1000, a guess for findings), what is
+    left for the background, and empty for other classes of weight 1. ``data_prep pos-weights`` measures both.
 
     Raises:
+        FileNotFoundError: if the path does not exist.
         ValueError: if there is no such list.
     """
-    path = LABEL_LISTS / f"{name}.csv"
+    path = Path(name) if name.endswith(".csv") else LABEL_LISTS / f"{name}.csv"
     known = sorted(file.stem for file in LABEL_LISTS.glob("*.csv"))
-    if name not in known:
-        raise ValueError(f"name must be one of {known}, got '{name}'.")
-    rows = table_rows(path, name, ("index", *Label._fields[1:]))
-    return [Label(int(row["index"]), row["name"], row["code"], float(row["pos_weight"])) for row in rows]
+    if path.parent == LABEL_LISTS and name not in known:
+        raise ValueError(f"name must be one of {known} or the path of a CSV file, got '{name}'.")
+    rows = table_rows(path, name, ("index", "name", "code", "pos_weight"))
+    return [
+        Label(
+            *(int(row["index"]), row["name"], row["code"]),
+            *(float(row["pos_weight"]), float(row.get("frequency") or "nan")),
+        )
+        for row in rows
+    ]
 
 
 def pos_weights(name: str) -> list[float]:
     """Return the positive weights of a label list, in its order, for a bundle's config."""
     return [label.pos_weight for label in load_labels(name)]
+
+
+UNKNOWN_PREVALENCE = 0.01
+"""Source: focal loss, arXiv:1708.02002, 4.1, for every class alike."""
+
+LEAST_PREVALENCE = 1e-5  # a class that was never seen may still occur
+
+
+def prior_logits(prevalence: ArrayLike, pos_weight: ArrayLike) -> np.ndarray:
+    """Return the constant logits with the least binary cross-entropy: log(w p / (1 - p)).
+
+    With a weight ``w`` on the positive part and mean target ``p`` the best constant probability is
+    ``w p / (w p + 1 - p)``. A read-out whose bias starts there need not learn it through its tokens.
+
+    Source: focal loss, arXiv:1708.02002, 3.3, extended to weights.
+
+    Args:
+        prevalence: ``(C,)`` in [0, 1], kept 0.00001 away from both ends; NaN, where unknown, stands for .01.
+        pos_weight: ``(C,)`` or one number; positive.
+
+    Returns:
+        ``(C,)`` float64.
+
+    Example:
+        >>> prior_logits([0.5, 0.01], [1, 99])
+        array([0., 0.])
+    """
+    share = np.asarray(prevalence, np.float64)
+    share = np.where(np.isnan(share), UNKNOWN_PREVALENCE, share).clip(LEAST_PREVALENCE, 1 - LEAST_PREVALENCE)
+    return np.log(np.asarray(pos_weight, np.float64)) + np.log(share) - np.log1p(-share)
+
+
+def list_prior_logits(name: str) -> list[float]:
+    """Return ``prior_logits`` of a label list, in its order, for a bundle's config."""
+    labels = load_labels(name)
+    logits = prior_logits([label.frequency for label in labels], [label.pos_weight for label in labels])
+    return list(logits.tolist())
 
 
 def table_rows(path: str | Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -223,6 +223,12 @@ class DrawnRows(Dataset[RowBatch]):
             self._targets.append(torch.from_numpy(cohort.soft_targets(kind, drawn)))
             self._places.append(torch.from_numpy(places.reshape(draws.shape).astype(np.int32)))
 
+    def prevalence(self) -> NDArray[np.float64]:
+        """Return the mean of the targets of the drawn rows ``(K, C)``."""
+        counts = [torch.bincount(places.flatten()).double() for places in self._places]
+        sums = (count @ rows.double() for count, rows in zip(counts, self._targets, strict=True))
+        return torch.stack(list(sums)).numpy() / (self.num_steps * self.batch_size)
+
     def __len__(self) -> int:
         return self.num_steps
 

@@ -181,11 +181,7 @@ class DenseProbeTrainer(ProbeTrainer):
     def validate(self, step: int) -> None:
         """Measure macro AUPRC of all probes and keep the best for each kind and task."""
         for number, kind in enumerate(TOKEN_KINDS):
-            weight, bias = (
-                torch.stack([parameter[number].detach() for parameter in parameters])
-                for parameters in (self.probes.weights, self.probes.biases)
-            )
-            values = validation_auprc(self.val_cohort, kind, weight, bias)
+            values = validation_auprc(self.val_cohort, kind, *self.probes.raw(number))
             for task, columns in self.probes.columns.items():
                 self._offer((kind, task), self._macro(values[:, columns], task), step)
 

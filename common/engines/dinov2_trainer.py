@@ -58,8 +58,10 @@ class DINOv2Trainer(PretrainingTrainer):
         self.teacher = teacher
         self.schedule = schedule
         self.ibot_loss = ibot_loss.to(self.state.device)
-        self.ibot_weight = ibot_weight
-        self.koleo_weight = koleo_weight
+        self.loss_modules.append(self.ibot_loss)
+        self.term_weights = {"dino": 1.0, "ibot": ibot_weight}
+        if koleo_weight:
+            self.term_weights["koleo"] = koleo_weight
 
     def compute(self, batch: Batch) -> tuple[Terms, dict[str, Any]]:
         """Compute the losses; the output is the teacher's."""
@@ -76,10 +78,9 @@ class DINOv2Trainer(PretrainingTrainer):
         ibot = self.ibot_loss(output["patch_logits"], target["patch_logits"], weights, num_views, temperature)
         terms = {"dino": dino.pop("loss"), **dino, "ibot": ibot["loss"]}
         terms["ibot_centre_norm"] = ibot["centre_norm"]
-        loss = terms["dino"] + self.ibot_weight * terms["ibot"]
-        if self.koleo_weight:
+        if "koleo" in self.term_weights:
             terms["koleo"] = koleo_loss(output["cls"])
-            loss = loss + self.koleo_weight * terms["koleo"]
+        loss = self.weighted(terms)
         loss.backward()
         return {"loss": loss, **terms}, target
 

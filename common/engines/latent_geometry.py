@@ -24,28 +24,33 @@ SAMPLINGS = ("stored", "matched")
 """All slices, as the paper scores them; and slices equally far apart in every volume."""
 
 
-def open_pair(slab_dir: str | Path, flat_dir: str | Path) -> dict[str, EmbeddingStore]:
+def open_encoders(
+    slab_dir: str | Path, flat_dir: str | Path, floor_dirs: Sequence[str | Path] = ()
+) -> dict[str, EmbeddingStore]:
     """Open the embeddings of an encoder pre-trained on slabs and of one on single slices, by encoder's name.
 
+    Floors, such as histograms, may follow: they are measured likewise, and compared with neither.
+
     Raises:
-        ValueError: if both are of one encoder, or one is not of slices.
+        ValueError: if two are of one encoder, or one is not of slices.
     """
-    stores = {}
-    for folder in (slab_dir, flat_dir):
+    stores: dict[str, EmbeddingStore] = {}
+    for folder in (slab_dir, flat_dir, *floor_dirs):
         store = EmbeddingStore(folder)
         name, kind = store.identity["encoder"], store.identity["token_kind"]
         if kind != "slice":
             raise ValueError(f"embeddings must be of slices, got tokens of kind '{kind}' in '{folder}'.")
         if name in stores:
             raise ValueError(
-                f"'{slab_dir}' and '{flat_dir}' both hold embeddings of '{name}'. Give those of two encoders."
+                f"'{stores[name].folder}' and '{folder}' both hold embeddings of '{name}'. Give those of two "
+                "encoders."
             )
         stores[name] = store
     return stores
 
 
 def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[str]:
-    """List the volumes that both encoders embedded with enough slices: 16 in the authors' re-created probe.
+    """List the volumes that all encoders embedded with enough slices: 16 in the authors' re-created probe.
 
     Raises:
         ValueError: if there is none, or encoders disagree on the number of slices of a volume.
@@ -61,18 +66,18 @@ def shared_volumes(stores: dict[str, EmbeddingStore], min_slices: int) -> list[s
     volumes = [volume for volume in shared if lengths[0][volume] >= min_slices]
     if not volumes:
         raise ValueError(
-            f"None of the {len(shared)} volumes that both encoders embedded has {min_slices} slices or more."
+            f"None of the {len(shared)} volumes that all encoders embedded has {min_slices} slices or more."
         )
     left_out = len(set().union(*lengths)) - len(volumes)
     if left_out:
         logger.warning(
-            "%d volumes left out: not embedded by both, or fewer than %d slices.", left_out, min_slices
+            "%d volumes left out: not embedded by all, or fewer than %d slices.", left_out, min_slices
         )
     return volumes
 
 
 class LatentGeometryEvaluator(Engine):
-    """Measure two encoders on the same volumes, one volume per iteration, and compare them at the end.
+    """Measure two encoders and floors on the same volumes, one per iteration, and compare the two at the end.
 
     ``engine.state.continuity``: encoder, sampling and distance to ``(N,)``. When completed,
     ``engine.state.table``: rows of ``encoder, measure, value, error, low, high, n`` in the order of Table V
@@ -84,7 +89,7 @@ class LatentGeometryEvaluator(Engine):
     Source: DALE-CT V-D, Table V and Figure 2; its released world-model probes.
 
     Args:
-        stores: embeddings from :func:`open_pair`.
+        stores: embeddings from :func:`open_encoders`; all after the second are floors.
         volumes: volumes from :func:`shared_volumes`.
         sample_mm: distance between slices in the matched sampling.
         gaps_mm: gaps of the distance-gap curve.
@@ -93,7 +98,7 @@ class LatentGeometryEvaluator(Engine):
         num_resamples: number of resamples of patients, R.
         seed: seed of the resamples.
         dense_labels_dir: labels from ``data_prep dense-labels``, for organ spans; None leaves these out.
-        probe_dirs: MIL probe of each encoder, for stride robustness; None leaves it out.
+        probe_dirs: MIL probe of each of the two encoders, for stride robustness; None leaves it out.
         labels_csv: labels of the probes' classes; needed with ``probe_dirs``.
         strides: distances in slices of the slices that the probes are given.
         handlers: Ignite handlers.
@@ -155,7 +160,7 @@ class LatentGeometryEvaluator(Engine):
         for (encoder, sampling, distance), scores in self.state.continuity.items():
             mean = mean_over_volumes(scores, self.volumes, self.num_resamples, self.seed)
             self._add(encoder, _continuity(sampling, distance), mean)
-        first, second = self.stores
+        first, second, *_ = self.stores
         for sampling, distance in product(SAMPLINGS, DISTANCES):
             one, other = (self.state.continuity[name, sampling, distance] for name in (first, second))
             comparison = compare_pairs(
@@ -179,7 +184,7 @@ class LatentGeometryEvaluator(Engine):
             labels_dir = self.dense_labels_dir
             world["organ_spans"] = organ_spans(store, self.split, labels_dir, self.num_resamples, self.seed)
             self._add_all(encoder, world["organ_spans"], "organ_span_{1}/{0}")
-        if self.probe_dirs is not None:
+        if self.probe_dirs is not None and place < len(self.probe_dirs):
             given = (self.probe_dirs[place], str(self.labels_csv), self.strides)
             world["strides"] = stride_scores(store, *given, self.num_resamples, self.seed)
             self._add_all(encoder, world["strides"], "stride_{0}_{1}")

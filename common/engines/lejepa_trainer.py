@@ -56,6 +56,10 @@ class LeJEPATrainer(PretrainingTrainer):
         self.lr_scheduler = lr_scheduler
         self.auxiliary_loss = None if auxiliary_loss is None else auxiliary_loss.to(self.state.device)
         self.micro_batch_size = micro_batch_size
+        self.term_weights = dict(self.loss_function.weights)
+        if self.auxiliary_loss is not None:
+            share = self.auxiliary_loss.aux_weight / len(self.auxiliary_loss.terms)
+            self.term_weights |= {f"aux_{term}": share for term in self.auxiliary_loss.terms}
 
     def compute(self, batch: Batch) -> tuple[Terms, dict[str, Any]]:
         """Compute Eq. 3, at once or in parts; see the class."""
@@ -82,9 +86,10 @@ class LeJEPATrainer(PretrainingTrainer):
         everything = slice(None)
         output = self._forward(views, everything)
         terms = self._lejepa(output["projections"], views)
-        terms = self._total(terms | self._auxiliary(batch, output["logits"], targets, everything))
-        terms["loss"].backward()
-        return terms, output
+        terms |= self._auxiliary(batch, output["logits"], targets, everything)
+        loss = self.weighted(terms)
+        loss.backward()
+        return {"loss": loss, **terms}, output
 
     def _in_parts(
         self, batch: Batch, views: Views, targets: Targets, size: int
@@ -96,18 +101,18 @@ class LeJEPATrainer(PretrainingTrainer):
             outputs = [self._forward(views, part) for part in parts]
         projections = torch.cat([output["projections"] for output in outputs], dim=1).requires_grad_()
         terms = self._lejepa(projections, views)
-        terms["lejepa"].backward()
+        self.weighted(terms).backward()
         gradient = cast(torch.Tensor, projections.grad)
         for part in parts:
             with gradients_stay_here(self.network, unless=part is parts[-1]):
                 output = self._forward(views, part)
                 auxiliary = self._auxiliary(batch, output["logits"], targets, part)
-                through = {"lejepa": (output["projections"] * gradient[:, part]).sum()}
-                self._total(through | auxiliary)["loss"].backward()
+                through = (output["projections"] * gradient[:, part]).sum()
+                (through + self.weighted(auxiliary)).backward()
             for name, value in auxiliary.items():
                 terms[name] = terms.get(name, torch.zeros_like(value)) + value.detach()
         cls = torch.cat([output["cls"] for output in outputs])
-        return self._total(terms), {"projections": projections, "cls": cls}
+        return {"loss": self.weighted(terms), **terms}, {"projections": projections, "cls": cls}
 
     def _forward(self, views: Views, part: slice) -> dict[str, Any]:
         with self.autocast():
@@ -131,9 +136,3 @@ class LeJEPATrainer(PretrainingTrainer):
             logits, targets, has_ts=batch["has_ts"], has_rex=batch["has_rex"], part=part
         )
         return {("aux" if name == "loss" else f"aux_{name}"): value for name, value in terms.items()}
-
-    def _total(self, terms: Terms) -> Terms:
-        loss = terms["lejepa"]
-        if self.auxiliary_loss is not None:
-            loss = loss + self.auxiliary_loss.aux_weight * terms["aux"]
-        return {"loss": loss, **terms}

@@ -20,7 +20,7 @@ from common.embeddings.ct_batches import Prepared, read_ahead
 from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
 from common.embeddings.store import EmbeddingStore, check_identity, stored_volumes
 from common.embeddings.work import REJECTED, CTSlices, CTSource
-from common.networks.mil_probe import load_probe
+from common.networks.mil_probe import MILProbe, load_probe
 from common.reports.ct_report import Finding, write_attended_slices, write_ct_report
 from common.reports.ct_tokens import cls_attention_maps
 from common.run.process import atomic_file
@@ -212,7 +212,7 @@ def _tokens(store: EmbeddingStore, volume: str, has_image: np.ndarray) -> torch.
 
 
 @torch.no_grad()
-def _scores(probe: torch.nn.Module, card: Mapping[str, Any], tokens: torch.Tensor) -> list[dict[str, Any]]:
+def _scores(probe: MILProbe, card: Mapping[str, Any], tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Score one volume of ``tokens (T, D)``: probability, threshold and call of each class."""
     mask = torch.ones(1, len(tokens), dtype=torch.bool)
     probabilities = torch.sigmoid(probe(tokens[None], mask))[0].tolist()
@@ -230,18 +230,17 @@ def _write_page(
     *,
     bundle: EncoderBundle,
     store: EmbeddingStore,
-    probe: torch.nn.Module,
+    probe: MILProbe,
     rows: list[dict[str, Any]],
 ) -> None:
     """Show one volume; the weights of slices where its tokens are slices."""
     hu, spacing_mm = source.read()[:2]
     z_mm = (np.arange(len(hu)) * spacing_mm[2]).tolist()
     tokens = _tokens(store, source.volume, ct.has_image)
-    pooler: Any = probe.pooler
     weights, maps = None, None
     if len(tokens) == ct.has_image.sum() and store.identity["token_kind"] == "slice":
         weights = np.zeros(len(hu), np.float32)
-        weights[ct.has_image] = pooler.slice_weights(tokens).numpy().clip(0, 1)
+        weights[ct.has_image] = probe.slice_weights(tokens).numpy().clip(0, 1)
         (strategy,) = bundle.strategies
         if not strategy.is_tiled and isinstance(bundle.network, VisionTransformer):
             box = store.read(source.volume).metadata.get("box")

@@ -5,7 +5,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ignite.distributed as idist
 import torch
@@ -15,7 +15,7 @@ from monai.inferers import Inferer
 from torch import nn
 from torch.optim import Optimizer
 
-from common.networks.pretraining_model import clip_by_global_norm
+from common.networks.pretraining_model import clip_by_global_norm, encoder_gradient_norm
 from common.transforms.hounsfield import HUWindow
 from common.transforms.view_batch import Batch
 
@@ -48,6 +48,10 @@ class PretrainingTrainer(SupervisedTrainer):
     means over all ranks; ``engine.state.cls`` the CLS tokens of the global views ``(B, Vg, D)``, detached.
     Nothing waits for the device except every ``log_every`` steps, when the losses since are looked at.
 
+    The loss is a weighted sum of terms, ``term_weights``. In the first and every ``grad_norms_every``-th step
+    ``grad_norm_<term>`` tells how hard each pulls at the encoder, its weight included: the norm of the global
+    batch's gradient, of one more pass per term in which all other weights are 0. Training stays the same.
+
     Args:
         device: device of network and batch.
         max_epochs: number of epochs, 1 in our recipes: MONAI asks for it.
@@ -60,12 +64,14 @@ class PretrainingTrainer(SupervisedTrainer):
         clip_norm: largest global norm of the gradient.
         amp_dtype: "bfloat16" for autocast, "float32" for none; losses are in float32 either way.
         log_every: steps between two measurements, and two looks at whether the losses are finite.
+        grad_norms_every: steps between two measurements of each term's gradient, a multiple of ``log_every``;
+            0 for none.
         output_dir: folder for the list of slabs of a step whose loss is not finite.
         inferer: how views go through the network.
         train_handlers: Ignite handlers.
 
     Raises:
-        ValueError: if ``amp_dtype`` is neither of the two.
+        ValueError: if ``amp_dtype`` is neither of the two, or ``grad_norms_every`` no multiple.
         FloatingPointError: in training, on every rank and before anything is saved, if the loss of a step is
             not finite; names the step and the file that lists the rank's slabs.
     """
@@ -84,12 +90,16 @@ class PretrainingTrainer(SupervisedTrainer):
         clip_norm: float,
         amp_dtype: str,
         log_every: int,
+        grad_norms_every: int,
         output_dir: str | Path,
         inferer: Inferer | None = None,
         train_handlers: Sequence[Any] = (),
     ) -> None:
         if amp_dtype not in AMP_DTYPES:
             raise ValueError(f"amp_dtype must be 'bfloat16' or 'float32', got {amp_dtype!r}.")
+        if grad_norms_every < 0 or grad_norms_every % log_every:
+            rule = f"grad_norms_every must be 0 or a multiple of log_every {log_every}"
+            raise ValueError(f"{rule}, got {grad_norms_every}.")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -105,6 +115,9 @@ class PretrainingTrainer(SupervisedTrainer):
         self.clip_norm = clip_norm
         self.amp_dtype = amp_dtype
         self.log_every = log_every
+        self.grad_norms_every = grad_norms_every
+        self.loss_modules: list[nn.Module] = [self.loss_function]
+        self.term_weights: dict[str, float] = {}
         self.output_dir = Path(output_dir)
         self.unchecked: list[Step] = []
         # Ignite iterates over the data after the first EPOCH_STARTED, when a checkpoint has been loaded
@@ -131,6 +144,8 @@ class PretrainingTrainer(SupervisedTrainer):
     def _iteration(self, engine: Engine, batchdata: Batch) -> list[Terms]:  # type: ignore[override]
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
+        step, every = engine.state.iteration, self.grad_norms_every
+        norms = self.gradient_norms(batchdata) if every and (step == 1 or step % every == 0) else {}
         terms, output = self.compute(batchdata)
         terms["grad_norm"] = clip_by_global_norm(self.network, self.clip_norm)
         self.optimizer.step()
@@ -138,10 +153,30 @@ class PretrainingTrainer(SupervisedTrainer):
         means = means_over_ranks(terms)
         self.remember_step(means["loss"], batchdata)
         self.state.cls = output["cls"].detach()
-        if engine.state.iteration % self.log_every == 0:
+        if step % self.log_every == 0:
             self.stop_if_not_finite()
             self.state.metrics |= self.measure(output)
-        return [means]
+        return [means | norms]
+
+    def weighted(self, terms: Terms) -> torch.Tensor:
+        """Return the weighted sum of those terms that are part of the loss; 0 if there is none."""
+        parts = (weight * terms[name] for name, weight in self.term_weights.items() if name in terms)
+        return cast(torch.Tensor, sum(parts))
+
+    def gradient_norms(self, batch: Batch) -> Terms:
+        """Measure how hard each term of the loss pulls at the encoder; see the class."""
+        weights, norms = self.term_weights, {}
+        for loss in self.loss_modules:  # the centres of the teacher's logits stay where they are
+            loss.eval()
+        for term in weights:
+            self.term_weights = {name: weight * (name == term) for name, weight in weights.items()}
+            self.compute(batch)
+            norms[f"grad_norm_{term}"] = encoder_gradient_norm(self.network)
+            self.optimizer.zero_grad(set_to_none=True)
+        for loss in self.loss_modules:
+            loss.train()
+        self.term_weights = weights
+        return norms
 
     def autocast(self) -> torch.autocast:
         """Return the context of one forward pass.

@@ -306,7 +306,8 @@ class ProbeGridTrainer(ProbeTrainer):
         first = self.grid.kinds[:place].count("fixed")
         fixed = self.fixed["train"][:, first : first + (self.grid.kinds[place] == "fixed")]
         labels, batch_size = self.train_bags.labels.to(self.state.device), self.batches.batch_size
-        shape = {"dim": self.grid.dim, "num_classes": self.grid.num_classes}
+        shape: dict[str, Any] = {"dim": self.grid.dim, "num_classes": self.grid.num_classes}
+        shape |= {"standardizer": self.grid.standardizer, "prior_logits": self.grid.prior_logits}
         grids = [
             ProbeGrid(poolers=[pooler], learning_rates=[learning_rate], **shape, seed=seed) for seed in seeds
         ]

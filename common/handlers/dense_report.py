@@ -38,8 +38,12 @@ class DenseReport(EvaluationReport):
     Files, for both kinds of token and both tasks: ``<kind>_<task>.safetensors`` and ``.json`` (see
     :func:`common.networks.dense_probe.load_dense_probe`), ``<kind>_<task>.csv`` and ``.png`` by class;
     ``resamples.npz`` for :mod:`common.reports.paired_differences`. Rows in the results CSV: protocol
-    ``dense_<kind>``, dataset the task, macro AUROC and AUPRC with intervals.
+    ``dense_<kind><suffix>``, dataset the task, macro AUROC and AUPRC with intervals.
     """
+
+    def __init__(self, *, suffix: str, **others: Any) -> None:  # noqa: ANN401 (EvaluationReport's)
+        super().__init__(**others)
+        self.suffix = suffix
 
     def results(self, engine: DenseProbeTrainer) -> list[ResultRow]:
         """Return the result rows."""
@@ -47,7 +51,7 @@ class DenseReport(EvaluationReport):
         for (kind, task), report in engine.state.reports.items():
             numbers = {f"macro_{metric}": (mean, *ends) for metric, (mean, ends) in report["macro"].items()}
             facts = {"encoder": cohort.identity["encoder"], "dataset": task, "n": len(cohort.volumes)}
-            rows += self.rows(numbers, protocol=f"dense_{kind}", **facts)
+            rows += self.rows(numbers, protocol=f"dense_{kind}{self.suffix}", **facts)
         return rows
 
     def write(self, engine: DenseProbeTrainer) -> None:

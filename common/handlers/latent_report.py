@@ -50,7 +50,7 @@ class LatentReport(EvaluationReport):
         self.dataset_name, self.figure_volumes = dataset_name, figure_volumes
 
     def results(self, engine: LatentGeometryEvaluator) -> list[ResultRow]:
-        """Return the result rows: each encoder's measures, and the differences between the two."""
+        """Return the result rows: each encoder's measures, and the differences between the first two."""
         facts = {"protocol": "latent_geometry", "dataset": self.dataset_name}
         rows = []
         for encoder in engine.stores:
@@ -66,7 +66,7 @@ class LatentReport(EvaluationReport):
                 f"{measure}_p_wilcoxon": (comparison.p_wilcoxon, NAN, NAN),
                 f"{measure}_p_permutation": (comparison.p_permutation, NAN, NAN),
             }
-            rows += self.rows(numbers, encoder=" - ".join(engine.stores), n=n, **facts)
+            rows += self.rows(numbers, encoder=" - ".join([*engine.stores][:2]), n=n, **facts)
         return rows
 
     def write(self, engine: LatentGeometryEvaluator) -> None:
@@ -109,7 +109,7 @@ class LatentReport(EvaluationReport):
             for metric, name in CLASSIFICATION.items()
         ]
         measured = {(row["encoder"], row["measure"]): row for row in engine.state.table}
-        first, second = engine.stores
+        first, *others = engine.stores
         for measure, comparison in engine.state.comparisons.items():
             cells = {
                 encoder: "{value:.4f} ± {error:.4f} ({low:.4f}-{high:.4f})".format(
@@ -123,5 +123,5 @@ class LatentReport(EvaluationReport):
                 f"{comparison.difference.high:+.4f}), p {comparison.p_wilcoxon:.2g} (Wilcoxon), "
                 f"{comparison.p_permutation:.2g} (permutation)"
             )
-            rows.append({"metric": "", first: difference, second: ""})
+            rows.append({"metric": "", first: difference, **dict.fromkeys(others, "")})
         return rows

@@ -197,7 +197,7 @@ class ProbeReport(EvaluationReport):
 
     def _show_attention(self, engine: ProbeGridTrainer) -> None:
         predictions, bags = engine.state.predictions, engine.test_bags
-        pooler: Any = engine.chosen_probe().cpu().pooler
+        probe = engine.chosen_probe().cpu()
         chosen = volumes_to_show(predictions)
         if not chosen:
             return
@@ -206,7 +206,7 @@ class ProbeReport(EvaluationReport):
             index = predictions.volumes.index(volume)
             with torch.no_grad():
                 bag = bags[index]["tokens"].float()
-                weights[volume] = np.asarray(pooler.slice_weights(bag), dtype=np.float64)
+                weights[volume] = np.asarray(probe.slice_weights(bag), dtype=np.float64)
             classes = zip(predictions.class_names, predictions.labels[index], strict=True)
             present = ", ".join(known for known, label in classes if label)
             captions[volume] = f"{volume}, shown for {name} (labels: {present})"

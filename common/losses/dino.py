@@ -85,13 +85,15 @@ class TeacherTargets(nn.Module):
     def forward(
         self, logits: torch.Tensor, temperature: float, valid: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the targets and move the centre; arguments as in ``sinkhorn_knopp``."""
+        """Return the targets and, in training mode, move the centre; arguments as in ``sinkhorn_knopp``."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.balance == "sinkhorn_knopp":
             targets = sinkhorn_knopp(logits, temperature, valid)
         else:
             targets = ((logits - self.centre) / temperature).softmax(-1)
         present = torch.ones_like(logits[:, 0]) if valid is None else valid.to(logits)
+        if not self.training:
+            return targets
         count = sum_over_ranks(present.sum())
         mean = sum_over_ranks(present @ logits) / count.clamp(min=1)
         moved = self.centre.to(mean).lerp(mean, 1 - CENTRE_MOMENTUM)

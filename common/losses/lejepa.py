@@ -27,6 +27,9 @@ class LeJEPALoss(nn.Module):
         Input ``(V, N, K)``, global views first. Output: dictionary of the scalars ``loss``, ``invariance``
         and, under its class's name in small letters, the regularizer's.
 
+    Attributes:
+        weights: weight of each of the two terms by its name.
+
     Raises:
         ValueError: if ``sigreg_weight`` lies outside [0, 1]; else as the regularizer and ``invariance_loss``.
     """
@@ -36,15 +39,16 @@ class LeJEPALoss(nn.Module):
         if not 0 <= sigreg_weight <= 1:
             raise ValueError(f"sigreg_weight must lie in [0, 1], got {sigreg_weight}.")
         self.regularizer = regularizer
-        self.sigreg_weight = sigreg_weight
+        self.name = type(regularizer).__name__.lower()
+        self.weights = {"invariance": 1 - sigreg_weight, self.name: sigreg_weight}
 
     def forward(self, projections: torch.Tensor, num_global: int, step: int) -> dict[str, torch.Tensor]:
         """Return the loss and its two terms; the step chooses the regularizer's random directions."""
-        invariance = invariance_loss(projections, num_global)
-        regularization = self.regularizer(projections, step)
-        loss = (1 - self.sigreg_weight) * invariance + self.sigreg_weight * regularization
-        name = type(self.regularizer).__name__.lower()
-        return {"loss": loss, "invariance": invariance, name: regularization}
+        terms = {
+            "invariance": invariance_loss(projections, num_global),
+            self.name: self.regularizer(projections, step),
+        }
+        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
 
 def invariance_loss(projections: torch.Tensor, num_global: int) -> torch.Tensor:

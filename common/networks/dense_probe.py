@@ -4,12 +4,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
-from common.networks.mil_probe import read_probe
+from common.networks.mil_probe import Standardizer, read_probe
 
 
 class DenseProbes(nn.Module):
@@ -27,6 +28,9 @@ class DenseProbes(nn.Module):
         learning_rates: peak learning rates; one parameter group for each.
         dim: D, width of the embeddings.
         seed: seed of the initial weights.
+        standardizers: one for each kind of token; none for tokens as they are, as in the paper.
+        prior_logits: ``(K, C)``; probes start at this constant prediction, their weights at 0. None for
+            PyTorch's random start, as in the paper.
 
     Shape:
         ``tokens (K, B, D)``: CLS tokens of B slices, and B patch tokens. Output: logits ``(K, L, B, C)``.
@@ -41,7 +45,13 @@ class DenseProbes(nn.Module):
     """
 
     def __init__(
-        self, tasks: Mapping[str, int], learning_rates: Sequence[float], dim: int, seed: int
+        self,
+        tasks: Mapping[str, int],
+        learning_rates: Sequence[float],
+        dim: int,
+        seed: int,
+        standardizers: Sequence[Standardizer] = (),
+        prior_logits: ArrayLike | None = None,
     ) -> None:
         super().__init__()
         if not tasks or min(tasks.values()) < 1:
@@ -58,6 +68,9 @@ class DenseProbes(nn.Module):
             layers = [nn.Linear(dim, ends[-1]) for _ in range(2)]  # CLS and patch tokens
         weight = torch.stack([layer.weight.detach() for layer in layers])
         bias = torch.stack([layer.bias.detach() for layer in layers])
+        if prior_logits is not None:
+            weight, bias = torch.zeros_like(weight), torch.tensor(prior_logits).to(bias)
+        self.standardizers = nn.ModuleList(standardizers)
         self.weights = nn.ParameterList(weight.clone() for _ in learning_rates)
         self.biases = nn.ParameterList(bias.clone() for _ in learning_rates)
 
@@ -69,16 +82,28 @@ class DenseProbes(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Classify with every probe; see the class."""
         weight, bias = torch.stack(list(self.weights), dim=1), torch.stack(list(self.biases), dim=1)
-        logits = tokens.to(weight.dtype) @ weight.flatten(1, 2).mT
+        tokens = tokens.to(weight.dtype)
+        if self.standardizers:
+            pairs = zip(self.standardizers, tokens, strict=True)
+            tokens = torch.stack([standardizer(of_kind) for standardizer, of_kind in pairs])
+        logits = tokens @ weight.flatten(1, 2).mT
         return logits.unflatten(2, weight.shape[1:3]).transpose(1, 2) + bias[:, :, None]
 
+    @torch.no_grad()
+    def raw(self, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight ``(L, C, D)`` and bias ``(L, C)`` of a kind of token that read it as it is stored."""
+        weight, bias = (torch.stack([p[kind] for p in of_rates]) for of_rates in (self.weights, self.biases))
+        if self.standardizers:
+            weight, bias = cast(Standardizer, self.standardizers[kind]).fold(weight, bias)
+        return weight, bias
+
     def layer(self, kind: int, rate: int, columns: slice) -> nn.Linear:
-        """Return a copy of one probe that works alone.
+        """Return a copy of one probe that works alone, on tokens as they are stored.
 
         ``kind`` is 0 for CLS and 1 for patch tokens, ``rate`` a place in ``learning_rates``, and ``columns``
         one of ``self.columns``.
         """
-        weight, bias = self.weights[rate][kind, columns], self.biases[rate][kind, columns]
+        weight, bias = (of_rates[rate, columns] for of_rates in self.raw(kind))
         layer = nn.Linear(self.dim, len(bias)).to(weight)
         layer.load_state_dict({"weight": weight, "bias": bias})
         return layer

@@ -5,11 +5,12 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -17,10 +18,52 @@ from common.networks.poolers import LearnedQueryAttentionPool, build_pooler, pad
 from common.run.process import atomic_file
 
 
-class MILProbe(nn.Module):
-    """Pool the slices of each volume and read the classes linearly from the result.
+class Standardizer(nn.Module):
+    """Gives every dimension of tokens mean 0 and standard deviation 1 over the training tokens.
 
-    Source: DALE-CT IV-B.
+    Measured in one pass, in float64, so that bags may be larger than memory. A dimension that is constant in
+    training says nothing: its ``std`` is infinite, and it becomes 0.
+
+    Args:
+        chunks: training tokens ``(n, D)``, some at a time; nothing to load the statistics instead.
+        dim: D.
+
+    Example:
+        >>> Standardizer([torch.tensor([[1.0, 7.0], [5.0, 7.0]])], dim=2)(torch.tensor([[7.0, 8.0]]))
+        tensor([[2., 0.]])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, chunks: Iterable[torch.Tensor], dim: int) -> None:
+        super().__init__()
+        total, square = torch.zeros(2, dim, dtype=torch.float64)
+        first, count = total, 0
+        for chunk in filter(len, chunks):
+            # from the first token, so that constants give zeros and no large numbers cancel
+            first = first if count else chunk[0].double()
+            tokens = chunk.double() - first
+            total, square, count = total + tokens.sum(0), square + tokens.square().sum(0), count + len(tokens)
+        mean = total / max(count, 1)
+        std = (square / max(count, 1) - mean.square()).clamp(min=0).sqrt()
+        self.register_buffer("mean", (first + mean).float())
+        self.register_buffer("std", std.where(std > 0, math.inf).float())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Standardize tokens ``(..., D)``."""
+        return (tokens - self.mean) / self.std
+
+    def fold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight ``(..., C, D)`` and bias ``(..., C)`` that read from tokens as they are."""
+        folded = weight.double() / self.std
+        return folded.to(weight), (bias - folded @ self.mean.double()).to(bias)
+
+
+class MILProbe(nn.Module):
+    """Pool the slices of each volume, standardized or as they are, and read the classes linearly from them.
+
+    Source: DALE-CT IV-B, without ``standardizer``.
 
     Shape:
         ``bags (B, S, D)`` of any floating type, ``mask (B, S)`` bool. Output: logits ``(B, C)``.
@@ -31,14 +74,23 @@ class MILProbe(nn.Module):
         torch.Size([2, 3])
     """
 
-    def __init__(self, pooler: nn.Module, dim: int, num_classes: int) -> None:
+    def __init__(
+        self, pooler: nn.Module, dim: int, num_classes: int, standardizer: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.pooler = pooler
         self.classifier = nn.Linear(dim, num_classes)
+        self.standardizer = standardizer or nn.Identity()
 
     def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Classify; see the class."""
-        return self.classifier(self.pooler(bags.to(self.classifier.weight.dtype), mask))
+        return self.classifier(self.pooler(self.standardizer(bags.to(self.classifier.weight.dtype)), mask))
+
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the share ``(S,)`` of each slice of a bag ``(S, D)`` in what is pooled."""
+        pooler: Any = self.pooler
+        weights: torch.Tensor = pooler.slice_weights(self.standardizer(bag))
+        return weights
 
 
 class ProbeGrid(nn.Module):
@@ -59,6 +111,9 @@ class ProbeGrid(nn.Module):
         dim: D, width of the embeddings.
         num_classes: C.
         seed: seed of the initial weights.
+        standardizer: applied to all tokens; None for tokens as they are, as in the paper.
+        prior_logits: ``(C,)``; classifiers start at this constant prediction, their weights at 0. None for
+            PyTorch's random start, as in the paper.
 
     Shape:
         ``fixed (B, F, D)`` rows of :meth:`fixed_features`, ``bags`` B tensors ``(S, D)``.
@@ -79,12 +134,15 @@ class ProbeGrid(nn.Module):
         dim: int,
         num_classes: int,
         seed: int,
+        standardizer: nn.Module | None = None,
+        prior_logits: ArrayLike | None = None,
     ) -> None:
         super().__init__()
         for name, values in (("poolers", poolers), ("learning_rates", learning_rates)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be given, each once, got {list(values)}.")
-        self.dim, self.num_classes = dim, num_classes
+        self.dim, self.num_classes, self.prior_logits = dim, num_classes, prior_logits
+        self.standardizer = standardizer or nn.Identity()
         self.names = [(pooler, learning_rate) for learning_rate in learning_rates for pooler in poolers]
         self.learning_rates = list(learning_rates)
         templates = [initial_probe(name, dim, num_classes, seed) for name in poolers]
@@ -99,6 +157,8 @@ class ProbeGrid(nn.Module):
         )
         weight = torch.stack([template.classifier.weight.detach() for template in templates])
         bias = torch.stack([template.classifier.bias.detach() for template in templates])
+        if prior_logits is not None:
+            weight, bias = torch.zeros_like(weight), torch.tensor(prior_logits).expand_as(bias).to(bias)
         self.weights = nn.ParameterList(weight.clone() for _ in learning_rates)
         self.biases = nn.ParameterList(bias.clone() for _ in learning_rates)
         queries = [pooler.queries.detach() for pooler in by_kind["queries"]]
@@ -124,8 +184,9 @@ class ProbeGrid(nn.Module):
         first = 0
         for group in _read_together(bags, weight.device):
             padded, mask = pad_bags(group)
+            padded = self.standardizer(padded.to(weight.dtype))
             for index, pooler in enumerate(self.fixed_poolers):
-                features[first : first + len(group), index] = pooler(padded.to(weight.dtype), mask)
+                features[first : first + len(group), index] = pooler(padded, mask)
             first += len(group)
         return features
 
@@ -155,7 +216,8 @@ class ProbeGrid(nn.Module):
             pooler = copy.deepcopy(self.fixed_poolers[nth])
         else:
             pooler = copy.deepcopy(self.trained_poolers[rate * self.kinds.count(kind) + nth])
-        probe = MILProbe(pooler, self.dim, self.num_classes).to(self.weights[0])
+        standardizer = copy.deepcopy(self.standardizer)
+        probe = MILProbe(pooler, self.dim, self.num_classes, standardizer).to(self.weights[0])
         with torch.no_grad():
             probe.classifier.weight.copy_(self.weights[rate][place])
             probe.classifier.bias.copy_(self.biases[rate][place])
@@ -169,7 +231,7 @@ class ProbeGrid(nn.Module):
         if not num_trained:
             return
         groups = [pad_bags(group) for group in _read_together(bags, weight.device)]
-        groups = [(padded.to(weight.dtype), mask) for padded, mask in groups]
+        groups = [(self.standardizer(padded.to(weight.dtype)), mask) for padded, mask in groups]
         for nth in range(num_trained):
             copies = self.trained_poolers[nth::num_trained]
             yield torch.stack([torch.cat([pooler(*group) for group in groups]) for pooler in copies])
@@ -185,7 +247,7 @@ class ProbeGrid(nn.Module):
     def _attend(self, queries: torch.Tensor, bags: Sequence[torch.Tensor]) -> torch.Tensor:
         """Sum over each learned pooler's queries of their attention output, ``(L * poolers, B, D)``."""
         lengths = [len(bag) for bag in bags]
-        slices = (bags[0] if len(bags) == 1 else torch.cat(list(bags))).to(queries.dtype)
+        slices = self.standardizer((bags[0] if len(bags) == 1 else torch.cat(list(bags))).to(queries.dtype))
         attention = segment_softmax(queries @ slices.mT, lengths)
         # the sum of a pooler's outputs over its queries is the output of its summed attention
         of_poolers = attention.unflatten(0, (len(self.learning_rates), -1)).split(self.num_queries, dim=1)
@@ -255,7 +317,9 @@ def load_probe(folder: str | Path) -> tuple[MILProbe, dict[str, Any]]:
         FileNotFoundError: if one of the two files does not exist.
     """
     weights, card = read_probe(folder)
-    probe = MILProbe(build_pooler(card["pooler"], card["dim"]), card["dim"], len(card["class_names"]))
+    dim, is_standardized = card["dim"], "standardizer.mean" in weights
+    standardizer = Standardizer([], dim) if is_standardized else None
+    probe = MILProbe(build_pooler(card["pooler"], dim), dim, len(card["class_names"]), standardizer)
     probe.load_state_dict(weights)
     return probe.eval(), card
 

@@ -1,6 +1,6 @@
 """The network that is pretrained: encoder and heads, its place on the ranks, and what a step of it costs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class AuxiliaryHead(nn.Module):
         num_rex_classes: ReXGroundingCT findings; 0 for none. DALE-CT-2S: 14, DALE-CT-1S: 0.
         train_auxiliary_head: whether it learns. The released code forgot to: its encoders serve a random
             read-out.
+        prior_logits: the constant logits ``ts (num_ts_classes)`` and ``rex (num_rex_classes)`` that read-outs
+            which learn start at, as ``common.cohort.cohort.prior_logits``; None for PyTorch's random start.
 
     Shape:
         Input ``(..., D)``. Output: dictionary of logits ``ts (..., num_ts_classes)`` and, if there are any
@@ -70,7 +72,12 @@ class AuxiliaryHead(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, num_ts_classes: int, num_rex_classes: int, train_auxiliary_head: bool
+        self,
+        embed_dim: int,
+        num_ts_classes: int,
+        num_rex_classes: int,
+        train_auxiliary_head: bool,
+        prior_logits: Mapping[str, Sequence[float]] | None,
     ) -> None:
         super().__init__()
         check_positive(embed_dim=embed_dim, num_ts_classes=num_ts_classes)
@@ -79,6 +86,11 @@ class AuxiliaryHead(nn.Module):
         self.readouts = nn.ModuleDict({"ts": nn.Linear(embed_dim, num_ts_classes)})
         if num_rex_classes:
             self.readouts["rex"] = nn.Linear(embed_dim, num_rex_classes)
+        if prior_logits is not None and train_auxiliary_head:
+            for source, readout in self.readouts.items():
+                nn.init.zeros_(readout.weight)
+                with torch.no_grad():
+                    readout.bias.copy_(torch.tensor(prior_logits[source]))
         self.requires_grad_(train_auxiliary_head)
 
     def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -268,6 +280,14 @@ def clip_by_global_norm(network: nn.Module, largest: float) -> torch.Tensor:
     rank.
     """
     norm = nn.utils.clip_grad_norm_(network.parameters(), largest).detach()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def encoder_gradient_norm(network: nn.Module) -> torch.Tensor:
+    """Return the norm of the gradients of ``network.encoder``'s parameters, the same on every rank."""
+    whole: Any = network.module if isinstance(network, DistributedDataParallel) else network
+    gradients = [parameter.grad for parameter in whole.encoder.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
+PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 """Colours of curves and bars that colour-blind readers can tell apart. Source: Paul Tol's "bright"."""
 
 SHOWN_HU = (-1000.0, 400.0)

@@ -20,14 +20,14 @@ def draw_continuity(
     continuity: Mapping[tuple[str, str, str], np.ndarray],
     comparisons: Mapping[str, Comparison],
 ) -> None:
-    """Draw the continuity of each volume by one encoder against the other; above the diagonal the first wins.
+    """Draw the continuity of each volume by one encoder against the next; above the diagonal the first wins.
 
     Args:
         path: PNG to write.
         continuity: encoder, sampling and distance to the scores of the volumes.
         comparisons: measure to the paired comparison, in the same order.
     """
-    first, second = dict.fromkeys(encoder for encoder, _, _ in continuity)
+    first, second, *_ = dict.fromkeys(encoder for encoder, _, _ in continuity)
     kinds = list(dict.fromkeys((sampling, distance) for _, sampling, distance in continuity))
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     grid = figure.subplots(2, -(-len(kinds) // 2), squeeze=False).ravel()

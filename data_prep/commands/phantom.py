@@ -1,7 +1,7 @@
-"""``phantom``: a synthetic cohort in the layouts of the real data sets."""
+"""``phantom``: a synthetic cohort in the layouts of the real data sets. ``lesion-areas``: its truth."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -41,3 +41,15 @@ def phantom(
         for done, _ in enumerate(write_cohort(out, volumes, settings, processes), start=1):
             progress("Drawing synthetic volumes", done, volumes)
     console.print(f"{volumes} synthetic volumes in {escape(str(out))}", soft_wrap=True)
+
+
+def lesion_areas(
+    root: Annotated[Path, typer.Option(help="Cohort of the command phantom.", exists=True)],
+    out: Annotated[Path, typer.Option(help="Folder of the embeddings to write.")],
+    split: Annotated[Literal["train", "valid"] | None, typer.Option(help="Split; both by default.")] = None,
+) -> None:
+    """Write a SYNTHETIC cohort's true lesion areas as embeddings: a ceiling for every encoder."""
+    from data_prep.phantom.truth import write_lesion_areas  # imports torch, which takes seconds
+
+    number = write_lesion_areas(root, out, split)
+    console.print(f"True lesion areas of {number} volumes in {escape(str(out))}", soft_wrap=True)

@@ -200,6 +200,8 @@ def sidecar(volume: Volume, annotated: list[Finding]) -> dict[str, Any]:
                 "location": finding.location,
                 "size_mm": round(finding.size_mm, 1),
                 "num_voxels": finding.region.num_voxels(),
+                "first_slice": int(finding.region.box[0].start),
+                "area_px": finding.region.mask.sum((1, 2)).tolist(),
             }
             for finding in volume.findings
         ],

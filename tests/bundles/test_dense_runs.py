@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 from scipy.sparse import csr_matrix
@@ -85,6 +86,22 @@ def test_table_i_in_one_command(dense: Make, tmp_path: Path) -> None:
         found.value, abs=1e-6
     )
     assert {"patch_rexgroundingct.png", "cls_totalsegmentator.csv", "executed_config.json"} <= files
+
+
+def test_standardized_dense_probes_from_the_prior_are_rows_of_their_own(dense: Make, tmp_path: Path) -> None:
+    evaluation = dense(standardize=True, prior_bias=True, learning_rates=[0.3])
+    trainer, losses = evaluation.trainer, []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: losses.append(e.state.output[0]["loss"]))
+    evaluation.run()
+    protocols = {row.protocol for row in read_rows(tmp_path / "results.csv")}
+    assert protocols == {f"dense_{kind}_standardized_prior_bias" for kind in ("cls", "patch")}
+    assert trainer.state.reports["patch", "rexgroundingct"]["macro"]["auroc"][0] > 0.9
+    targets = torch.cat([trainer.drawn[step]["targets"].double() for step in range(40)], dim=1)
+    rates = targets.mean(1).clamp(1e-5, 1 - 1e-5)[:, None]
+    first = trainer.drawn[0]["targets"].double()
+    of_classes = -(first * rates.log() + (1 - first) * (1 - rates).log()).mean(1)
+    constant = torch.stack([of_classes[:, :14].mean(1), of_classes[:, 14:].mean(1)]).mean()
+    assert float(losses[0]) == pytest.approx(float(constant), rel=1e-4)
 
 
 def test_dense_checkpoint_of_other_patients_is_refused(dense: Make) -> None:

@@ -22,8 +22,10 @@ TINY = {
     **{"batch_size": 4, "max_steps": 9, "warmup_steps": 2, "lr": 0.003, "amp_dtype": "float32"},
     **{"teacher_momentum": "[0.6,0.9]", "teacher_temp_warmup_steps": 4, "freeze_last_layer_steps": 2},
     **{"num_workers": 0, "log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 3, "balance": "centring"},
+    "grad_norms_every": 1,
 }
 TERMS = ("loss", "dino", "ibot", "koleo", "teacher_entropy", "kl", "centre_norm", "ibot_centre_norm")
+TERMS += ("grad_norm_dino", "grad_norm_ibot", "grad_norm_koleo")
 
 
 @pytest.fixture(scope="module")

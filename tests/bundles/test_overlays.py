@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from safetensors.torch import save_file
 
+from common.cohort.cohort import load_labels, prior_logits
 from common.losses.visreg import VISReg
 from common.shards.writer import VolumeSlices, write_shard
 
@@ -84,6 +85,26 @@ def test_the_second_version_of_1s_trains_without_an_overlay(shards: Path, tmp_pa
     trainer = trained("dale_ct_1s_v2", shards, tmp_path).parser.get_parsed_content("train::trainer")
     assert torch.isfinite(trainer.state.output[0]["loss"])
     assert trainer.state.output[0]["aux"] > 0
+
+
+@pytest.mark.parametrize("name", ["dale_ct_1s", "dale_ct_1s_v2", "dale_ct_2s"])
+def test_every_read_out_starts_at_the_priors_of_its_label_list(name: str, tmp_path: Path) -> None:
+    lists = {"ts": "totalsegmentator", "rex": "rexgroundingct"}
+    labels = load_labels(lists["ts"])
+    rows = (
+        "index,name,code,pos_weight,frequency",
+        *(f"{x.index},{x.name},,{1 + x.index},.25" for x in labels),
+    )
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    parser = ConfigParser(json.loads((BUNDLES / name / "configs" / "train.json").read_text()))
+    parser.update({**SMALL, "bundle_root": str(BUNDLES / name), "ts_labels": str(tmp_path / "mine.csv")})
+    head = parser.get_parsed_content("auxiliary_head")
+    expected = {"ts": np.log((1 + np.arange(118)) / 3)}
+    if name == "dale_ct_2s":
+        expected["rex"] = prior_logits([1 / 800] * 14, 800)
+    assert {source: readout.bias.tolist() for source, readout in head.readouts.items()} == {
+        source: pytest.approx(logits.tolist(), rel=1e-5, abs=1e-6) for source, logits in expected.items()
+    }
 
 
 def test_an_overlay_names_only_what_the_recipe_has_and_says_what_it_is() -> None:

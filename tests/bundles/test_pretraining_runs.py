@@ -21,7 +21,7 @@ BUNDLE = REPOSITORY / "bundles" / "dale_ct_2s"
 
 @pytest.fixture(scope="module")
 def runs(training_runs):
-    return training_runs("dale_ct_2s", TINY)
+    return training_runs("dale_ct_2s", TINY | {"grad_norms_every": 1})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_run_leaves_its_encoder_a_picture_of_its_views_and_a_record(runs, unbr
     assert run_record.data.params["embed_dim"] == "24"  # what ran, not what the bundle's file says
     terms = {"loss", "lejepa", "invariance", "sigreg", "aux", "aux_ts_cls", "aux_ts_patch", "aux_rex_cls"}
     others = {"aux_rex_patch", "lr", "grad_norm", "views_per_second", "data_wait_share", "cls_effective_rank"}
-    others |= {"projection_ks"}
+    others |= {"projection_ks", "grad_norm_invariance", "grad_norm_sigreg", "grad_norm_aux_rex_cls"}
     assert terms | others <= run_record.data.metrics.keys()
     values = run_record.data.metrics
     assert values["lejepa"] == pytest.approx(0.98 * values["invariance"] + 0.02 * values["sigreg"], rel=1e-5)
@@ -119,7 +119,7 @@ def test_however_a_global_batch_is_spread_the_run_is_the_same(runs, unbroken, tm
 def assert_same_course(runs, out: Path, unbroken: Path) -> None:
     """Weights and curves equal those of one process; another seed's differ by 1e-3, see the control."""
     assert_same_weights(out, unbroken, rtol=1e-3, atol=2e-5)
-    for term in ("loss", "sigreg", "aux_rex_patch", "grad_norm"):
+    for term in ("loss", "sigreg", "aux_rex_patch", "grad_norm", "grad_norm_sigreg", "grad_norm_aux_ts_cls"):
         curve = runs.curve(out, term)
         assert curve == pytest.approx(runs.curve(unbroken, term), rel=1e-3)
         assert len(curve) == TINY["max_steps"]

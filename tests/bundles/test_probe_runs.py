@@ -5,13 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from ignite.engine import Events
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigWorkflow
 
 from common.cohort.cohort import load_labels
+from common.embeddings.bags import BagReader
+from common.engines.probe_grid import probe_scores
 from common.networks.mil_probe import load_probe
-from common.reports.results import read_rows
+from common.reports.results import read_predictions, read_rows
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "eval_ct_rate"
 CLASSES = [label.name for label in load_labels("ct_rate")]
@@ -67,6 +72,32 @@ def test_evaluation_leaves_a_probe_pictures_and_rows(
     pictures = {"per_class", "roc", "precision_recall", "reliability", "attention"}
     expected = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
     assert {"probe.json", "probe.safetensors", *expected} <= files
+
+
+def test_standardized_probes_from_the_prior_are_rows_of_their_own_and_predict_as_saved(
+    evaluation: Callable[..., ConfigWorkflow], tmp_path: Path
+) -> None:
+    run = evaluation(standardize=True, prior_bias=True, poolers=["max", "learned_attention"])
+    trainer, losses = run.trainer, []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: losses.append(e.state.output[0]["loss"]))
+    run.run()
+    rows = read_rows(tmp_path / "results.csv")
+    assert {row.protocol for row in rows if row.encoder == "dale_ct_2s"} == {
+        "mil_probe_standardized_prior_bias",
+        "mil_probe_standardized_prior_bias_seeds",
+    }
+    bags = trainer.train_bags
+    tokens = np.concatenate([bags[index]["tokens"].numpy() for index in range(len(bags))]).astype(np.float64)
+    probe, _ = load_probe(tmp_path / "out")
+    np.testing.assert_allclose(probe.standardizer.mean, tokens.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(probe.standardizer.std, tokens.std(0), rtol=1e-5)
+    scores = probe_scores(probe, BagReader(trainer.test_bags, torch.device("cpu")))
+    written = read_predictions(tmp_path / "out" / "test_predictions.csv").probabilities
+    np.testing.assert_array_equal(scores, written)
+    first = bags.labels[trainer.batches.batch(0)].numpy().astype(np.float64)
+    rates = bags.labels.double().mean(0).numpy()
+    constant = -(first * np.log(rates) + (1 - first) * np.log(1 - rates)).mean()
+    assert float(losses[0]) == pytest.approx(constant, rel=1e-5)
 
 
 def test_checkpoint_of_other_data_is_refused(evaluation: Callable[..., ConfigWorkflow]) -> None:

@@ -51,7 +51,9 @@ class Model(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(WIDTH, WIDTH)
         self.projector = ProjectionHead(WIDTH, 11, 6)
-        self.auxiliary_head = AuxiliaryHead(WIDTH, NUM_TS, NUM_REX, train_auxiliary_head=True)
+        self.auxiliary_head = AuxiliaryHead(
+            WIDTH, NUM_TS, NUM_REX, train_auxiliary_head=True, prior_logits=None
+        )
 
     def forward(self, tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
         """Return the projections (V, B, K) and the logits of both groups."""

@@ -26,7 +26,8 @@ from torch.distributed.run import get_args_parser
 
 from common.run.config import executed_config
 from data_prep.__main__ import COMMANDS
-from study.stages import SIZES, all_stages
+from study.plan import SIZES
+from study.stages import all_stages
 from tests.released_weights import random_weights, timm_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,6 +48,7 @@ PROGRAMS = (
     "mlflow",
     "dask",
     "pip",
+    "docker",
 )
 GIVEN_BY_SLURM = {"SLURM_NNODES": "2"}
 
@@ -70,6 +72,8 @@ NOT_RUN = {
     r"RAD-ChestCT": ("on RAD-ChestCT's layout", "bundles/test_external_runs.py"),
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
     r"docs.render_results": ("the rows of all evaluations", "docs/test_render_results.py"),
+    r"^docs/elsewhere.md: (python|pip)": ("from a release", "bundles/test_release.py"),
+    r": docker ": ("every line of the Dockerfile", "dale_ct/test_dockerfile.py"),
     r"^docs/export.md": ("on small networks", "bundles/test_torchscript.py"),
     r": mlflow ": ("serves until it is stopped", "common/handlers/test_tracking.py"),
     r": (srun|sbatch|scontrol) ": ("SLURM", "bundles/test_slurm_runs.py"),
@@ -125,6 +129,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.write_text(json.dumps(config | small))
     for name in "common dale_ct data_prep benchmarks demo docs Makefile requirements.txt study".split():
         (folder / name).symlink_to(REPOSITORY / name)
+    for name in ("dale_ct_2s", "eval_ct_rate"):  # as downloaded
+        (folder / name).symlink_to(folder / "bundles" / name)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     for page in PAGES:  # the JSON files that a page has its readers write, by the name it gives them
@@ -158,7 +164,9 @@ def commands(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Com
 
 
 def module_of(words: list[str]) -> tuple[str, ...]:
-    """The module that a program of ours is."""
+    """The module that a program of ours is, in a container or not."""
+    if words[:2] == ["docker", "run"]:
+        words = words[words.index("dale-ct") :]
     return ("python", "-m", "dale_ct.cli", *words[1:]) if words[0] == "dale-ct" else tuple(words)
 
 
@@ -180,8 +188,8 @@ def check(words: list[str]) -> None:
         subprocess.run(["bash", "-n", REPOSITORY / rest[0]], check=True)
     elif program in ("mlflow", "dask"):
         check_server(program, rest)
-    elif program == "pip":
-        assert rest[0] == "install"
+    elif program in ("pip", "docker"):
+        assert rest[0] in ("install", "build")
     else:
         assert program in ("sbatch", "scontrol"), f"no check for '{program}'"
 
@@ -275,6 +283,14 @@ def test_every_command_of_the_study_is_understood_word_by_word(size, folder, mon
     assert len(commands) > 100
     for words in commands:
         check(["python", "-m", *words])
+
+
+def test_the_page_on_downloads_installs_what_the_bundle_asks_for() -> None:
+    metadata = json.loads((REPOSITORY / "bundles" / "dale_ct_2s" / "configs" / "metadata.json").read_text())
+    asked = {"monai": metadata["monai_version"], "torch": metadata["pytorch_version"]}
+    page = (REPOSITORY / "docs" / "elsewhere.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"([\w-]+)==(\S+)", page)) == asked | metadata["required_packages_version"]
+    assert f"dale_ct_2s_v{metadata['version']}.zip" in page
 
 
 def test_a_command_with_a_mistake_is_noticed(folder, monkeypatch) -> None:

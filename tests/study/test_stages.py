@@ -2,18 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from study.plan import ABLATIONS, CEILING, FLOORS, SIZES, TABLE_ENCODERS, TRAINED
 from study.run import keys_of
-from study.stages import (
-    ABLATIONS,
-    REPOSITORY,
-    SIZES,
-    TABLE_ENCODERS,
-    TRAINED,
-    Stage,
-    all_stages,
-    bundle,
-    prep,
-)
+from study.stages import REPOSITORY, Stage, all_stages, bundle, prep
 
 
 @pytest.fixture(params=SIZES)
@@ -32,9 +23,23 @@ def test_every_encoder_goes_through_its_tables(stages):
     names = {stage.name for stage in stages}
     assert {f"train {name}" for name in TRAINED | ABLATIONS} <= names
     for table in ("I", "III"):
-        assert {f"table {table} {name}" for name in (*TABLE_ENCODERS, *ABLATIONS)} <= names
+        assert {f"table {table} {name}" for name in (*FLOORS, *TRAINED, *ABLATIONS)} <= names
     assert {f"table IV {name}" for name in TABLE_ENCODERS} <= names
-    assert set(TABLE_ENCODERS) == {"random_weights", *TRAINED}
+    assert set(TABLE_ENCODERS) == {*FLOORS, *TRAINED, CEILING}
+    assert f"table III {CEILING}" in names
+    assert f"table I {CEILING}" not in names  # it has no patches
+
+
+def test_floors_are_read_at_the_grid_of_the_labels_plainly_and_standardized(stages):
+    by_name = {stage.name: stage.commands for stage in stages}
+    embed, plain, standardized = by_name["table I pixels"]
+    grid = next(words[words.index("--grid") + 1] for words in by_name["site a"] if "--grid" in words)
+    strategy = embed[embed.index("--strategies") + 1]
+    assert strategy == str([f"cropped_{32 * int(grid)}"])
+    assert "--standardize" not in plain
+    assert standardized[standardized.index("--standardize") + 1] == "True"
+    (table_v,) = by_name["table V"]
+    assert all(name in table_v[table_v.index("--floor_embeddings_dirs") + 1] for name in FLOORS)
 
 
 def test_every_config_file_is_there(stages):

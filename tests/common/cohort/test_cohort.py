@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 
 from common.cohort.cohort import (
     listed_names,
@@ -13,6 +14,7 @@ from common.cohort.cohort import (
     low_shot_split,
     natural_order,
     patient_of,
+    prior_logits,
     read_labels,
     split_by_patient,
     split_three_ways,
@@ -70,6 +72,42 @@ def test_totalsegmentator_weights_are_those_of_the_released_code() -> None:
     assert sum(value == 1000 for value in weight.values()) == 68
     assert sum(value == 1 for value in weight.values()) == 26
     assert min(weight.values()) == 1
+
+
+@pytest.mark.parametrize(("share", "weight"), [(0.3, 1), (0.002, 40), (0.02, 1000), (0.999, 0.5)])
+def test_the_prior_is_the_constant_with_the_least_weighted_cross_entropy(share, weight) -> None:
+    def loss(logit: float) -> float:
+        return weight * share * np.logaddexp(0, -logit) + (1 - share) * np.logaddexp(0, logit)
+
+    best = minimize_scalar(loss, bounds=(-20, 20), method="bounded", options={"xatol": 1e-9})
+    assert prior_logits([share], weight)[0] == pytest.approx(best.x, abs=1e-5)
+
+
+def test_a_prior_is_finite_for_a_class_never_or_always_seen_and_for_one_nobody_counted() -> None:
+    never, always, unknown = prior_logits([0, 1, np.nan], [1, 1, 99])
+    assert -12 < never < -11
+    assert always == pytest.approx(-never)
+    assert unknown == pytest.approx(0)
+
+
+def test_weights_that_are_one_over_a_share_have_a_prior_of_one_half() -> None:
+    """The paper's weights say what a prior would: only classes that weigh 1 start elsewhere."""
+    labels = load_labels("totalsegmentator") + load_labels("rexgroundingct")
+    priors = prior_logits([label.frequency for label in labels], [label.pos_weight for label in labels])
+    weighted = np.array([label.pos_weight for label in labels]) > 1
+    assert np.abs(priors[weighted]).max() < 0.04
+    assert priors[0] == pytest.approx(np.log(0.78 / 0.22))
+    assert np.all(priors[~weighted][1:] == pytest.approx(np.log(1 / 99)))
+
+
+def test_a_list_of_ones_own_is_read_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("index,name,code,pos_weight,frequency,cells\n0,liver,,4,0.25,9\n1,spleen,,1000,,0\n")
+    liver, spleen = load_labels(str(path))
+    assert (liver.name, liver.pos_weight, liver.frequency, spleen.pos_weight) == ("liver", 4, 0.25, 1000)
+    assert np.isnan(spleen.frequency)
+    with pytest.raises(FileNotFoundError, match="gone.csv"):
+        load_labels(str(tmp_path / "gone.csv"))
 
 
 def test_an_unknown_list_is_refused_with_the_known_ones() -> None:

@@ -47,6 +47,7 @@ def trainer(steps: int, **changes) -> DINOv2Trainer:
         "clip_norm": 3.0,
         "amp_dtype": "float32",
         "log_every": 1,
+        "grad_norms_every": 0,
         "output_dir": "unused",
     }
     return DINOv2Trainer(**arguments | changes)
@@ -148,3 +149,35 @@ def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, ba
     losses = {"loss_function": DINOLoss(K, balance), "ibot_loss": IBOTLoss(K, balance)}
     engine = trainer(steps=1, log_every=2, **losses)
     fake_gpu.try_step(engine, StepSamples().step(1), engine.teacher, engine.loss_function, engine.ibot_loss)
+
+
+def test_how_hard_each_term_pulls_at_the_encoder_is_what_autograd_says():
+    engine, batch = trainer(steps=1, grad_norms_every=1), StepSamples().step(1)
+    global_views, local_views = render_views(batch, WINDOW)
+    places = batch["masked_places"]
+    target = engine.teacher(global_views, None, None, places)
+    output = engine.network(global_views, local_views, batch["masks"], places)
+    ibot = IBOTLoss(K, "sinkhorn_knopp")(
+        output["patch_logits"], target["patch_logits"], batch["masked_weights"], 10, 0.04
+    )
+    dino = DINOLoss(K, "sinkhorn_knopp")(output["cls_logits"], target["cls_logits"], 0.04)
+    terms = {"dino": dino["loss"], "ibot": 0.5 * ibot["loss"], "koleo": 0.1 * koleo_loss(output["cls"])}
+    parameters, norms = list(engine.network.encoder.parameters()), {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True)
+        norms[f"grad_norm_{name}"] = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    engine.run()
+    output = engine.state.output[0]
+    assert {name: float(output[name]) for name in norms} == pytest.approx(norms, rel=1e-3)
+
+
+def test_measuring_gradients_changes_neither_student_nor_teacher_nor_centres():
+    engines = [
+        trainer(steps=3, grad_norms_every=every, loss_function=DINOLoss(K, "centring")) for every in (0, 1)
+    ]
+    for engine in engines:
+        engine.run()
+    for part in ("network", "teacher", "loss_function", "ibot_loss"):
+        silent, measured = (getattr(engine, part).state_dict() for engine in engines)
+        for name, tensor in silent.items():
+            assert torch.equal(measured[name], tensor), f"{part} {name}"

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
-from common.engines.latent_geometry import LatentGeometryEvaluator, open_pair, shared_volumes
+from common.engines.latent_geometry import LatentGeometryEvaluator, open_encoders, shared_volumes
 from common.metrics.slice_paths import latent_continuity
 
 Write = Callable[..., Path]
 
 
 def evaluator(write_paths: Write, shapes: tuple[str, str], **changes: object) -> LatentGeometryEvaluator:
-    stores = open_pair(*(write_paths(shape) for shape in shapes))
+    stores = open_encoders(*(write_paths(shape) for shape in shapes))
     arguments = {
         "sample_mm": 8.0,
         "gaps_mm": [10, 20],
@@ -49,6 +49,25 @@ def test_a_straight_line_beats_a_tangle(write_paths: Write) -> None:
     assert "organ_spans" not in engine.state.world["line"]
 
 
+def test_floors_are_measured_beside_the_two_and_change_nothing_of_them(write_paths: Write) -> None:
+    alone = evaluator(write_paths, ("circle", "tangle"))
+    alone.measure_all()
+    among = LatentGeometryEvaluator(
+        **{"stores": alone.stores | open_encoders(write_paths("line"), write_paths("organs"))},
+        **{"volumes": alone.volumes, "sample_mm": 8.0, "gaps_mm": [10, 20], "split_percent": [60, 10, 30]},
+        **{"split_seed": 42, "num_resamples": 60, "seed": 1, "strides": [1], "handlers": []},
+        **dict.fromkeys(("dense_labels_dir", "probe_dirs", "labels_csv")),
+    )
+    among.measure_all()
+    table = {(row["encoder"], row["measure"]): row["value"] for row in among.state.table}
+    assert table["line", "continuity_geodesic"] == pytest.approx(1, abs=1e-5)
+    assert {encoder for encoder, _ in table} == {"circle", "tangle", "line", "organs"}
+    assert (
+        table.items() >= {(row["encoder"], row["measure"]): row["value"] for row in alone.state.table}.items()
+    )
+    assert among.state.comparisons == alone.state.comparisons
+
+
 def test_scores_are_those_of_each_volume(write_paths: Write) -> None:
     engine = evaluator(write_paths, ("circle", "tangle"))
     engine.measure_all()
@@ -74,7 +93,7 @@ def test_organ_spans_are_measured_where_there_are_labels(write_paths: Write, wri
 def test_pairs_that_do_not_compare_are_refused(write_paths: Write, tmp_path: Path) -> None:
     line = write_paths("line")
     with pytest.raises(ValueError, match="both hold embeddings of 'line'"):
-        open_pair(line, line)
+        open_encoders(line, line)
     identity = EmbeddingStore(line).identity | {
         "encoder": "merlin",
         "token_kind": "grid",
@@ -83,7 +102,7 @@ def test_pairs_that_do_not_compare_are_refused(write_paths: Write, tmp_path: Pat
     with EmbeddingStoreWriter(tmp_path / "grid", identity, "float32") as writer:
         writer.add("valid_1_a_1", torch.randn(8, 3), (1, 1, 1), grid_shape=[2, 2, 2])
     with pytest.raises(ValueError, match="'grid' in .*grid"):
-        open_pair(line, tmp_path / "grid")
+        open_encoders(line, tmp_path / "grid")
 
 
 def test_volumes_must_be_shared_slice_by_slice(
@@ -96,9 +115,9 @@ def test_volumes_must_be_shared_slice_by_slice(
         with EmbeddingStoreWriter(tmp_path / name, identity, "float32") as writer:
             slices = lengths["valid_3_a_1"] + extra
             writer.add("valid_3_a_1", torch.randn(slices, 2), (1, 1, 1), z_mm=torch.arange(float(slices)))
-    assert shared_volumes(open_pair(line, tmp_path / "fits"), 16) == ["valid_3_a_1"]
+    assert shared_volumes(open_encoders(line, tmp_path / "fits"), 16) == ["valid_3_a_1"]
     assert "20 volumes left out" in caplog.text
     with pytest.raises(ValueError, match="None of the 1 volumes .* 99 slices"):
-        shared_volumes(open_pair(line, tmp_path / "fits"), 99)
+        shared_volumes(open_encoders(line, tmp_path / "fits"), 99)
     with pytest.raises(ValueError, match="different numbers of slices of 'valid_3_a_1'"):
-        shared_volumes(open_pair(line, tmp_path / "longer"), 16)
+        shared_volumes(open_encoders(line, tmp_path / "longer"), 16)

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from torch.nn import functional
 
+from common.cohort.cohort import prior_logits
 from common.engines.lejepa_trainer import LeJEPATrainer
 from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss, SIGReg
 from common.networks.pretraining_model import AuxiliaryHead, PretrainingModel, ProjectionHead
 from common.optimizers.adamw import adamw, warmup_cosine
 from common.transforms.hounsfield import HU_WINDOWS, normalize_hu
+from common.transforms.render_views import count_labels, render_views
 from tests.common.conftest import tiny_vit
 from tests.common.engines.conftest import StepSamples, step_loader
 
@@ -29,9 +32,11 @@ def views_of(sample: dict) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return views
 
 
-def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> LeJEPATrainer:
+def trainer(
+    steps: int, auxiliary: bool = True, lr: float = 1e-3, priors: dict | None = None, **changes
+) -> LeJEPATrainer:
     vit = tiny_vit(embed_dim=12, depth=1)
-    head = AuxiliaryHead(12, 118, 14, train_auxiliary_head=True) if auxiliary else None
+    head = AuxiliaryHead(12, 118, 14, True, priors) if auxiliary else None
     network = PretrainingModel(vit, ProjectionHead(12, 9, 7), head, False)
     optimizer = adamw(network, lr=lr, weight_decay=0.04)
     weights = {"ts_pos_weight": TS_WEIGHT, "rex_pos_weight": REX_WEIGHT, "aux_weight": 0.1}
@@ -51,6 +56,7 @@ def trainer(steps: int, auxiliary: bool = True, lr: float = 1e-3, **changes) -> 
         "amp_dtype": "float32",
         "micro_batch_size": None,
         "log_every": 1,
+        "grad_norms_every": 0,
         "output_dir": "unused",
     }
     return LeJEPATrainer(**arguments | changes)
@@ -103,6 +109,26 @@ def test_the_loss_of_a_step_is_equation_3_computed_view_by_view():
     engine.run()
     output = engine.state.output[0]
     assert {name: float(output[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_read_outs_start_as_constant_predictions_and_teach_the_encoder_from_the_second_step_on():
+    priors = {"ts": prior_logits(torch.rand(118) / 9, TS_WEIGHT), "rex": prior_logits([0.1] * 14, REX_WEIGHT)}
+    engine = trainer(steps=2, priors=priors, loss_function=LeJEPALoss(SIGReg(16, 17, 3.0, False), 0))
+    first = Events.ITERATION_COMPLETED(once=1)
+    engine.add_event_handler(first, lambda: aux.append(float(engine.state.output[0]["aux"])))
+    aux: list[float] = []
+    batch, expected = StepSamples().step(1), []
+    targets = count_labels(batch, "presence")
+    for group in ("global", "local"):
+        for name, annotated in (("ts", batch["has_ts"]), ("rex", batch["has_rex"])):
+            logits, weight = torch.tensor(priors[name]), {"ts": TS_WEIGHT, "rex": REX_WEIGHT}[name]
+            for level in ("cls", "patch"):
+                target = targets[group][f"{name}_{level}"][annotated].flatten(0, -2)
+                expected += [bce(logits, share.double(), weight) for share in target.mean(0, keepdim=True)]
+    engine.run()
+    assert aux == [pytest.approx(float(sum(expected)) / 8, rel=1e-5)]
+    for parameters in (engine.network.auxiliary_head.parameters(), engine.network.encoder.parameters()):
+        assert all(parameter.grad.abs().sum() > 0 for parameter in parameters)
 
 
 def test_training_lowers_the_loss_and_moves_every_part_of_the_network():
@@ -182,3 +208,46 @@ def test_bfloat16_autocast_leaves_the_loss_in_float32():
 def test_a_step_on_a_gpu_reads_nothing_from_it_until_it_is_measured(fake_gpu, auxiliary):
     engine = trainer(steps=1, auxiliary=auxiliary, log_every=2)
     fake_gpu.try_step(engine, StepSamples().step(1), *([engine.auxiliary_loss] if auxiliary else []))
+
+
+def gradient_norms_by_hand(engine: LeJEPATrainer) -> dict[str, float]:
+    """Each term on the untrained network, one ``torch.autograd.grad`` for each."""
+    batch = StepSamples().step(1)
+    output = engine.network(*render_views(batch, HU_WINDOWS["ct_rate"]))
+    lejepa = LOSS(output["projections"], num_global=2, step=1)
+    flags = {name: batch[name] for name in ("has_ts", "has_rex")}
+    auxiliary = engine.auxiliary_loss(output["logits"], count_labels(batch, "presence"), **flags)
+    terms = {"invariance": 0.98 * lejepa["invariance"], "sigreg": 0.02 * lejepa["sigreg"]}
+    terms |= {f"aux_{term}": 0.1 / 4 * auxiliary[term] for term in TERMS}
+    parameters = list(engine.network.encoder.parameters())
+    gradients = {
+        name: torch.autograd.grad(term, parameters, retain_graph=True) for name, term in terms.items()
+    }
+    return {
+        f"grad_norm_{n}": float(torch.cat([g.flatten() for g in gs]).norm()) for n, gs in gradients.items()
+    }
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_how_hard_each_term_pulls_at_the_encoder_is_what_autograd_says(micro_batch_size):
+    engine = trainer(steps=1, grad_norms_every=1, micro_batch_size=micro_batch_size)
+    expected = gradient_norms_by_hand(engine)
+    engine.run()
+    output = engine.state.output[0]
+    assert {name: float(output[name]) for name in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_measuring_gradients_changes_nothing_and_happens_when_asked():
+    silent, measured = trainer(steps=4), trainer(steps=4, log_every=2, grad_norms_every=2)
+    when: list[int] = []
+    measured.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda e: when.append(e.state.iteration) if "grad_norm_sigreg" in e.state.output[0] else None,
+    )
+    for engine in (silent, measured):
+        engine.run()
+    assert when == [1, 2, 4]
+    for name, tensor in silent.network.state_dict().items():
+        assert torch.equal(measured.network.state_dict()[name], tensor), name
+    for name, value in silent.state.output[0].items():
+        assert torch.equal(measured.state.output[0][name], value), name

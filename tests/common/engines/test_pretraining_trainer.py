@@ -30,6 +30,7 @@ class GivenLosses(PretrainingTrainer):
             "clip_norm": 3.0,
             "amp_dtype": "float32",
             "log_every": 1,
+            "grad_norms_every": 0,
             "output_dir": folder,
         }
         super().__init__(**arguments | changes)
@@ -92,3 +93,9 @@ def test_the_precision_is_one_of_two(amp_dtype, expected, tmp_path):
         assert engine.network(torch.zeros(1, 2)).dtype == expected
     with pytest.raises(ValueError, match="amp_dtype.* got 'float16'"):
         GivenLosses([1.0], tmp_path, amp_dtype="float16")
+
+
+def test_gradients_are_measured_in_steps_that_are_recorded(tmp_path):
+    for every in (3, -2):
+        with pytest.raises(ValueError, match=rf"grad_norms_every .* 2, got {every}\."):
+            GivenLosses([1.0], tmp_path, log_every=2, grad_norms_every=every)

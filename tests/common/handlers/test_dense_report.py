@@ -16,7 +16,9 @@ from common.reports.results import read_rows
 @pytest.fixture
 def trainer(build_dense: Any, dense_cohorts: Any, tmp_path: Path) -> DenseProbeTrainer:
     paths = {"output_dir": tmp_path / "out", "results_csv": tmp_path / "results.csv"}
-    return build_dense(dense_cohorts, 6, handlers=[DenseReport(**paths, seed=7, settings={"seed": 7})])
+    return build_dense(
+        dense_cohorts, 6, handlers=[DenseReport(**paths, suffix="", seed=7, settings={"seed": 7})]
+    )
 
 
 def test_probes_classes_and_rows_are_written(trainer: DenseProbeTrainer, tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.engines.latent_geometry import LatentGeometryEvaluator, open_pair, shared_volumes
+from common.engines.latent_geometry import LatentGeometryEvaluator, open_encoders, shared_volumes
 from common.handlers.latent_report import LatentReport
 from common.reports.results import ResultRow, add_rows, read_rows
 
 
 def run(write_paths: Callable[..., Path], out: Path, classification: Path | None) -> LatentGeometryEvaluator:
-    stores = open_pair(write_paths("circle"), write_paths("tangle"))
+    stores = open_encoders(write_paths("circle"), write_paths("tangle"), [write_paths("line")])
     report = LatentReport(
         **{"output_dir": out, "results_csv": out / "results.csv", "classification_csv": classification},
         **{"dataset_name": "ct_rate", "figure_volumes": None, "seed": 1, "settings": {"seed": 1}},
@@ -35,6 +35,7 @@ def test_table_v_joins_classification_and_geometry(
         table = {line["metric"]: line for line in csv.DictReader(file)}
     assert (table["Macro AUROC"]["circle"], table["Macro AUROC"]["tangle"]) == ("0.7838", "not run")
     value = engine.state.metrics["circle/continuity_cosine"]
+    assert table["continuity_geodesic"]["line"].startswith("1.0000 ± ")
     assert table["continuity_cosine"]["circle"].startswith(f"{value:.4f} ± ")
     assert "Table V, 21 volumes" in capsys.readouterr().out
     with (tmp_path / "out" / "comparisons.csv").open(newline="") as file:

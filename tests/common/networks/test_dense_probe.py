@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.networks.dense_probe import DenseProbes, load_dense_probe
-from common.networks.mil_probe import save_probe
+from common.networks.mil_probe import Standardizer, save_probe
 
 TASKS = {"rex": 3, "ts": 4}
 
@@ -32,6 +32,27 @@ def test_learning_rates_start_alike_and_have_a_group_each() -> None:
     again = DenseProbes(TASKS, [0.5], dim=5, seed=3)
     assert torch.equal(again.weights[0], probes.weights[0])
     assert float(probes.weights[0].detach().abs().max()) <= 5**-0.5
+
+
+def test_standardizing_is_folded_into_probes_that_work_alone() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 400, 5) * torch.tensor([1.0, 30.0, 0.0, 1e-2, 1.0]) + 3
+    standardizing = DenseProbes(TASKS, [0.1, 0.2], 5, 3, [Standardizer([of_kind], 5) for of_kind in tokens])
+    plain = DenseProbes(TASKS, [0.1, 0.2], 5, 3)
+    wide = tokens.double()
+    std = wide.std(1, keepdim=True, correction=0)
+    by_hand = torch.where(std > 0, (wide - wide.mean(1, keepdim=True)) / std, 0).float()
+    expected = plain(by_hand)
+    torch.testing.assert_close(standardizing(tokens), expected, rtol=1e-4, atol=1e-4)
+    for kind in range(2):
+        alone = standardizing.layer(kind, 1, slice(3, 7))
+        torch.testing.assert_close(alone(tokens[kind]), expected[kind, 1][:, 3:7], rtol=1e-3, atol=1e-3)
+
+
+def test_probes_that_start_at_the_prior_predict_it_for_any_token() -> None:
+    prior = torch.arange(14.0).reshape(2, 7) - 6
+    probes = DenseProbes(TASKS, [0.1, 0.2], 5, 3, prior_logits=prior.numpy())
+    assert torch.equal(probes(torch.randn(2, 11, 5)), prior[:, None, None].expand(2, 2, 11, 7))
 
 
 def test_a_saved_probe_is_loaded(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.cohort.cohort import prior_logits
 from common.networks import mil_probe
-from common.networks.mil_probe import MILProbe, ProbeGrid, load_probe, probe_name, save_probe
+from common.networks.mil_probe import MILProbe, ProbeGrid, Standardizer, load_probe, probe_name, save_probe
 from common.networks.poolers import (
     PAPER_POOLERS,
     POOLERS,
@@ -255,6 +257,67 @@ def test_saved_probe_comes_back_with_its_card(tmp_path: Path, name: str) -> None
     singles = [bag.float() for bag in bags()]
     assert torch.equal(loaded(*pad_bags(singles)), probe(*pad_bags(singles)))
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["probe.json", "probe.safetensors"]
+
+
+def test_standardizer_measures_all_tokens_once_and_silences_what_never_changes() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.normal([0.0, 1e4, -3.0, 0.1], [1.0, 1e-2, 1e3, 0.0], (5000, 4)).astype(np.float32)
+    parts = np.split(tokens, [1, 1, 17, 3000])  # one of them empty
+    standardizer = Standardizer(
+        (torch.from_numpy(part) for part in parts), dim=4
+    )  # a second pass finds nothing
+    wide = tokens.astype(np.float64)
+    np.testing.assert_allclose(standardizer.mean, wide.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(standardizer.std[:3], wide.std(0)[:3], rtol=1e-6)
+    new = torch.tensor([[1.0, 1e4, 5.0, 0.1], [0.0, 0.0, 0.0, 1e6]])
+    assert standardizer(new)[:, 3].tolist() == [0.0, 0.0]
+    expected = (new[:, :3].double() - standardizer.mean[:3]) / torch.from_numpy(wide.std(0)[:3])
+    torch.testing.assert_close(standardizer(new)[:, :3].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_standardizing_probes_are_plain_ones_on_standardized_bags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool
+) -> None:
+    read_together(monkeypatch, together)
+    raw = [bag * torch.linspace(1, 50, DIM).double() - 7 for bag in bags()]
+    for bag in raw:
+        bag[:, 2] = 4.0  # constant
+    joined = torch.cat(raw).numpy()
+    std = joined.std(0)
+    std[2] = np.inf
+    by_hand = [torch.from_numpy((bag.numpy() - joined.mean(0)) / std) for bag in raw]
+    names = ["max", *POOLERS.keys() - {"frozen", "max"}]
+    plain = grid(poolers=names, learning_rates=[0.1, 0.2])
+    standardizing = grid(poolers=names, learning_rates=[0.1, 0.2], standardizer=Standardizer(raw, DIM))
+    scramble(plain)
+    scramble(standardizing)
+    plain, standardizing = plain.double(), standardizing.double()
+    expected = plain(plain.fixed_features(by_hand), by_hand)
+    logits = standardizing(standardizing.fixed_features(raw), raw)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # statistics are float32
+    singles = [bag.float() for bag in raw]
+    for index, (name, _) in enumerate(standardizing.names):
+        probe = standardizing.probe(index).float()
+        card = {"pooler": name, "dim": DIM, "class_names": ["a", "b", "c"]}
+        save_probe(tmp_path / str(index), probe, card)
+        loaded, _ = load_probe(tmp_path / str(index))
+        assert torch.equal(loaded(*pad_bags(singles)), probe(*pad_bags(singles)))
+        torch.testing.assert_close(loaded(*pad_bags(singles)).double(), expected[index], rtol=1e-3, atol=1e-3)
+        weights = plain.probe(index).pooler.slice_weights(by_hand[0])
+        torch.testing.assert_close(loaded.slice_weights(singles[0]).double(), weights, rtol=1e-3, atol=1e-3)
+
+
+def test_a_grid_that_starts_at_the_prior_has_the_loss_of_the_constant_prediction() -> None:
+    labels = torch.tensor([[1, 0, 0], [0, 0, 1], [1, 0, 1], [1, 0, 1], [1, 0, 1.0]])
+    network = grid(prior_logits=prior_logits(labels.mean(0), 1.0)).double()
+    logits = network(network.fixed_features(bags()), bags())
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.double().expand_as(logits))
+    rates = np.array([0.8, 1e-5, 0.8])  # a class without a positive may still occur
+    constant = -(labels.numpy() * np.log(rates) + (1 - labels.numpy()) * np.log(1 - rates)).mean()
+    assert loss.item() == pytest.approx(constant, rel=1e-5)
+    loss.backward()
+    assert all(float(weight.grad.abs().max()) > 0 for weight in network.weights)
 
 
 def test_missing_probe_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def model(auxiliary: bool) -> PretrainingModel:
 
 
 def auxiliary_head(embed_dim: int = 12, num_ts_classes: int = 7, num_rex_classes: int = 5) -> AuxiliaryHead:
-    return AuxiliaryHead(embed_dim, num_ts_classes, num_rex_classes, train_auxiliary_head=True)
+    return AuxiliaryHead(
+        embed_dim, num_ts_classes, num_rex_classes, train_auxiliary_head=True, prior_logits=None
+    )
 
 
 def test_every_view_is_projected_and_read_out_alone():
