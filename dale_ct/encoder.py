@@ -224,10 +224,10 @@ def _loaded(
     changed: tuple[int, ...],  # when the files that are read here were written: others are another encoder
 ) -> "tuple[nn.Module, SliceInput, dict[str, Any]]":
     """Build the network of a bundle without MONAI and its seconds of imports, and say what it expects."""
-    import timm
     import torch
 
     from common.networks import encoder as networks
+    from dale_ct.timm_network import build_network
 
     try:
         where = torch.device(device)
@@ -243,9 +243,7 @@ def _loaded(
     axes, window = slice_axes or config["slice_axes"], hu_window or config["hu_window"]
     given = networks.slice_input(found, axes, window)
     arguments = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.manual_seed(config["seed"])
-        network = timm.create_model(**_resolved(arguments, config)).to(where)
+    network = build_network(_resolved(arguments, config), config["seed"], found.path is None).to(where)
     stated = {name: config.get(name) for name in config["identity"]}
     stated |= {"slice_axes": given.slice_axes, "hu_window": list(given.window)}
     networks.load_encoder(network, found.path, stated)

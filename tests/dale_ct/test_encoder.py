@@ -3,11 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
 from common.ct.files import ct_file, read_ct
+from common.networks import encoder as networks
 from common.transforms.hounsfield import HU_WINDOWS
-from dale_ct import embed
+from dale_ct import embed, embed_to_store
 from dale_ct.encoder import BUNDLES, bundle_folder, encoders, load_encoder
 
 
@@ -49,6 +52,45 @@ def test_a_second_call_returns_the_same_network_for_any_strategy(small_bundle):
     assert (
         load_encoder(encoder=str(small_bundle), weights="random", strategy="raw_16").network is first.network
     )
+
+
+@pytest.fixture
+def weights(small_bundle, tmp_path) -> str:
+    """A file of the weights that the bundle's seed draws."""
+    identity = {"slice_axes": "yx", "hu_window": list(HU_WINDOWS["ct_rate"])}
+    network = load_encoder(str(small_bundle), "random").network
+    networks.save_encoder(network.state_dict(), tmp_path / "drawn.safetensors", identity)
+    return str(tmp_path / "drawn.safetensors")
+
+
+def test_weights_are_loaded_once_until_their_file_changes(
+    small_bundle, weights, ct_folder, tmp_path, monkeypatch
+):
+    loads, load = [], networks.load_encoder
+    monkeypatch.setattr(networks, "load_encoder", lambda *given: loads.append(given) or load(*given))
+    path, bundle = ct_folder / "a.nii.gz", str(small_bundle)
+    first, second = (embed(path, bundle, weights=weights) for _ in range(2))
+    store = embed_to_store(path, tmp_path / "store", bundle, weights=weights)
+    assert len(loads) == 1
+    expected = embed(path, bundle, weights="random").tokens
+    for tokens in (first.tokens, second.tokens, store.read("a").tokens):
+        assert torch.equal(tokens, expected)
+    tensors = load_file(weights)
+    tensors["norm.bias"] += 1
+    networks.save_encoder(tensors, weights, networks.stated_identity(weights))
+    assert not torch.equal(embed(path, bundle, weights=weights).tokens, expected)
+
+
+def test_values_that_no_file_holds_are_made_with_the_network(small_bundle, weights, monkeypatch):
+    create = timm.create_model
+
+    def with_buffer(**options):
+        network = create(**options)
+        network.register_buffer("scale", torch.full((3,), 3.25), persistent=False)
+        return network
+
+    monkeypatch.setattr(timm, "create_model", with_buffer)
+    assert load_encoder(str(small_bundle), weights).network.scale.tolist() == [3.25] * 3
 
 
 def test_what_a_bundle_says_of_its_slices_counts(small_bundle, tmp_path):
