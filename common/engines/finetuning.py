@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from common.embeddings.bags import ShuffledBatches, check_disjoint
 from common.embeddings.ct_bags import CTBags
@@ -98,8 +99,8 @@ class FineTuner(ProbeTrainer):
         self.images: Iterator[torch.Tensor] = iter(())
         super().__init__(train_data_loader=train_data_loader, sampler=train_data_loader, **others)
 
-    def prepare(self) -> None:
-        """Start to read; a checkpoint has been loaded."""
+    def _start_data_at_this_step(self) -> None:
+        super()._start_data_at_this_step()
         steps = itertools.count(self.state.iteration)
         mine = (index for step in steps for index, _ in rank_share(self.sampler.batch(step)))
         self.images = self.cohorts["train"].read(mine)
@@ -195,6 +196,8 @@ class FineTuner(ProbeTrainer):
             index: self.inferer(next(images), self.network).double().sigmoid().cpu().numpy()
             for index, _ in share
         }
+        if isinstance(self.network, FSDPModule):  # as the backward pass would: its weights can be set again
+            self.network.reshard()
         by_index = {index: row for of_rank in gather_objects(found) for index, row in of_rank.items()}
         return np.stack([by_index[index] for index in range(len(bags))])
 
