@@ -2,29 +2,43 @@
 
 On a GPU: ViT-L/16, views of 256 and 144 px, 64 slabs, and how much of the device's peak goes into the
 network. On a CPU, where that says nothing, a small network shows that nothing breaks the compiled graph and
-that both ways agree.
+that both ways agree; then the training of `make demo`, from shards to the optimizer, against the plain way,
+in turns, and what the network's matrix products alone take. Run that on free cores: it is timed on the clock.
 """
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from unittest.mock import patch
 
+import ignite.engine
 import timm
 import torch
 import typer
+from monai.bundle import ConfigParser
+from monai.utils import set_determinism
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from benchmarks.loader import processor_seconds
 from common.cohort.cohort import pos_weights
+from common.engines import pretraining_trainer
 from common.losses.auxiliary import TERMS, AuxiliaryBCELoss
 from common.losses.lejepa import LeJEPALoss, SIGReg
+from common.networks import pretraining_model
 from common.networks.pretraining_model import (
     AuxiliaryHead,
     PretrainingModel,
@@ -35,7 +49,13 @@ from common.networks.pretraining_model import (
     training_flops,
 )
 from common.optimizers.adamw import adamw
+from common.transforms import render_views, soft_labels
+from common.transforms.multi_crop import nearest_cells
+from study.run import amp_dtype
 
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = "bundles/dale_ct_2s"
+NOT_TIMED = 10  # steps that compile, warm up and use what a worker read ahead
 VIT_L = {"patch_size": 16, "img_size": 512, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 SMALL = {"patch_size": 16, "img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 3}
 
@@ -139,6 +159,133 @@ def counted_flops(encoder: nn.Module, sizes: tuple[int, int], device: torch.devi
     return 3 * counter.get_total_flops()
 
 
+def demo_shards(folder: Path) -> Path:
+    """Draw and prepare a few volumes as demo/run.sh does its many."""
+    cohort, shards = folder / "cohort", folder / "shards"
+    rex = cohort / "rexgroundingct"
+    drawn = ("--volumes", 24, "--seed", 1, "--matrix", 192, "--spacing-mm", 4, 6, "--rex-share", 1)
+    masks = ("--rexgroundingct", rex / "dataset.json", "--rexgroundingct-masks", rex / "segmentations")
+    for words in (
+        ("phantom", "--out", cohort, *drawn),
+        ("ct-rate", "--root", cohort, "--split", "train", "--out", shards, *masks),
+    ):
+        command = [sys.executable, "-m", "data_prep", *map(str, words)]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return shards
+
+
+def every_cell(boxes: torch.Tensor, flips: torch.Tensor, shapes: torch.Tensor, **sizes: int) -> Any:  # noqa: ANN401
+    """Do what ``patch_cells`` did: look at every mask cell of a patch, however small cells are."""
+    axes: list[torch.Tensor] = []
+    for axis in (0, 1):
+        cells = nearest_cells(
+            boxes[:, 1 + axis], boxes[:, 3], sizes["size_px"], shapes[:, axis], sizes["grid"]
+        )
+        patches = torch.where(flips[:, None] & (axis == 1), cells.flip(1), cells)
+        patches = patches.unflatten(1, (-1, sizes["patch_size_px"]))
+        touched = patches.amin(2, keepdim=True) + torch.arange(sizes["most_cells"])
+        pixels = (patches[..., None, :] == touched[..., None]).sum(-1).float()
+        axes += [touched.clamp_(max=sizes["grid"] - 1), pixels]
+    return soft_labels.PatchCells(*axes, sizes["patch_size_px"])
+
+
+def every_bit(planes: torch.Tensor, plane: torch.Tensor, cells: Any, num_classes: int) -> torch.Tensor:  # noqa: ANN401
+    """Do what counting findings did: look at every patch of a plane that is not empty."""
+    shown = planes.flatten(1).any(1)[plane]
+    views = soft_labels.PatchCells(*(part[shown] for part in cells[:4]), cells.patch_size_px)
+    bits, pixels = soft_labels._cells_of_patches(planes, plane[shown], views)
+    counts = torch.zeros(len(plane), bits.shape[1], num_classes)
+    for k in range(num_classes):
+        if bool((planes >> k & 1).any()):
+            counts[shown, :, k] = (((bits >> k) & 1) * pixels).sum(2)
+    return counts
+
+
+PLAIN = (
+    (pretraining_model, "_use_plain_products", lambda network, device: None),
+    (pretraining_trainer, "_keep_freed_memory", lambda: None),
+    (render_views, "patch_cells", every_cell),
+    (soft_labels, "_counts_of_what_is_shown", every_bit),
+)
+"""What the plain way does instead: fused attention, a convolution, memory given back, every cell counted."""
+
+
+def train_demo(shards: Path, steps: int, plain: bool, dtype: str) -> dict[str, Any]:
+    """Train the first steps of `make demo`; views a second, processor time a step, and the losses."""
+    config = ConfigParser()
+    config.read_config([str(ROOT / BUNDLE / "configs" / "train.json"), str(ROOT / "demo" / "train.json")])
+    own = {"dataset_dir": str(shards), "output_dir": str(shards.parent / "run"), "max_steps": steps}
+    own |= {"bundle_root": str(ROOT / BUNDLE), "warmup_steps": 1, "amp_dtype": dtype}
+    config.update(own | {"train::handlers": []} | ({"compiled": False} if plain else {}))
+    set_determinism(seed=config.get_parsed_content("seed"))
+    marks, losses = [], []
+
+    def note(engine: ignite.engine.Engine) -> None:
+        if engine.state.iteration in (NOT_TIMED, steps):
+            marks.append((time.perf_counter(), processor_seconds()))
+        losses.append(float(engine.state.output[0]["loss"]))
+
+    with ExitStack() as stack:
+        if plain:
+            for where, name, before in PLAIN:
+                stack.enter_context(patch.object(where, name, before))
+        trainer = config.get_parsed_content("train::trainer")
+        trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, note)
+        trainer.run()
+    views = config["batch_size"] * (config["num_global"] + config["num_local"])
+    clock_s, cpu_s = ((last - first) / (steps - NOT_TIMED) for first, last in zip(*marks, strict=True))
+    return {
+        "views_per_s": views / clock_s,
+        "cpu_ms": 1e3 * cpu_s,
+        "losses": losses,
+        "products_ms": products_ms(trainer.network.encoder, config, getattr(torch, dtype)),
+    }
+
+
+def products_ms(encoder: nn.Module, config: ConfigParser, dtype: torch.dtype) -> float:
+    """Time of the products of a step's linear layers alone, forward and backward, at the demo's sizes."""
+    products = []
+    for views, size_px in (("num_global", "global_size_px"), ("num_local", "local_size_px")):
+        tokens = (config[size_px] // config["patch_size_px"]) ** 2 + 1
+        rows = config["batch_size"] * config[views] * tokens
+        for module in encoder.blocks.modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight.detach().to(dtype)
+                products.append([torch.randn(rows, side).to(dtype) for side in weight.shape] + [weight])
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for output, rows, weight in products:
+            rows @ weight.T, output @ weight, output.T @ rows
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def demo_on_cpu(repeats: int) -> dict[str, float]:
+    """Train the demo the plain way and ours, in turns; print a table and return what it says."""
+    dtype, cores = amp_dtype(), len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        shards = demo_shards(Path(folder))
+        own = {"max_workers": 1, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
+        with ProcessPoolExecutor(**own) as alone:  # what one says of memory holds for its process
+            ways = [(NOT_TIMED + 1, "float32")] + [(NOT_TIMED + 30, dtype)] * repeats
+            tasks = [(shards, steps, plain, dtype) for steps, dtype in ways for plain in (True, False)]
+            results = list(alone.map(train_demo, *zip(*tasks, strict=True)))
+        exact = [result["losses"] for result in results[:2]]
+        runs = {True: results[2::2], False: results[3::2]}
+    table = Table(title=f"make demo in {dtype}, {cores} cores, median of {repeats}")
+    for column in ("", "plain", "ours", "ratio"):
+        table.add_column(column, justify="right")
+    line = {}
+    for name, better in (("views_per_s", 1), ("cpu_ms", -1), ("products_ms", -1)):
+        plain, ours = (statistics.median(run[name] for run in runs[which]) for which in (True, False))
+        ratios = [(our[name] / their[name]) ** better for their, our in zip(*runs.values(), strict=True)]
+        line |= {f"demo_{name}": ours, f"demo_{name}_ratio": statistics.median(ratios)}
+        table.add_row(name, f"{plain:.1f}", f"{ours:.1f}", f"{min(ratios):.2f}-{max(ratios):.2f}")
+    Console(stderr=True).print(table)
+    return line | {"demo_max_rel_error_float32": max(abs(b / a - 1) for a, b in zip(*exact, strict=True))}
+
+
 def main(
     batch_size: Annotated[int, typer.Option(help="Slabs a step. Default: 64 on a GPU, 4 on a CPU.")] = 0,
     repeats: Annotated[int, typer.Option(help="Steps timed; the median counts.", min=3)] = 10,
@@ -167,8 +314,7 @@ def main(
         error = abs(flops / counted_flops(network.encoder, sizes, device) - 1)
         del network, step, plain
     (eager_s, eager_losses), (ours_s, ours_losses) = results["eager autocast"], results["ours"]
-    rate, peak = batch_size * flops / ours_s, peak_bf16_flops(device)
-    gemm = gemm_flops(device)
+    rate, peak, gemm = batch_size * flops / ours_s, peak_bf16_flops(device), gemm_flops(device)
     table = Table(title=f"{'ViT-L/16' if on_gpu else 'Small ViT, no GPU: not the claim'}, {batch_size} slabs")
     for column in ("", "eager autocast", "ours"):
         table.add_column(column, justify="right")
@@ -189,6 +335,8 @@ def main(
     if on_gpu:
         line |= {"mfu": rate / peak if peak else None, "memory_gib": memory["ours"]}
         line |= {"memory_ratio": memory["eager autocast"] / memory["ours"]}
+    else:
+        line |= demo_on_cpu(3)
     typer.echo(
         json.dumps(
             {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}

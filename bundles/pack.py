@@ -14,6 +14,7 @@ entries are sorted and have no time.
 
 import argparse
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -26,6 +27,32 @@ BUNDLES = Path(__file__).resolve().parent
 REPOSITORY = BUNDLES.parent
 PARTS = ("LICENSE", "large_files.yml", "configs/*", "docs/*", "models/*")
 CODE = tuple(f"common/**/*.{suffix}" for suffix in ("py", "csv", "html", "json"))
+HERE = """\
+`common/` in this folder is the code that it runs on. `dale-ct`, `data_prep`, `make` and `bundles/_overlays`
+are in the repository; its `pip install .` brings the first two.
+
+"""
+IN_PYTHON = """In Python, from any folder:
+
+```python
+from monai.bundle import create_workflow
+
+root = "{name}"  # where this folder lies
+workflow = create_workflow(
+    config_file=f"{{root}}/configs/inference.json",
+    workflow_type="inference",
+    bundle_root=root,
+    dataset_dir="ct.nii.gz",
+    output_dir="embeddings",
+)
+workflow.run()
+```
+
+`monai.bundle.load("{name}", bundle_dir=".", workflow_type="inference", args_file={{"bundle_root": root}})`
+gives the network, from the folder above this one, if `models/model.pt` is here: weights trained with the
+bundle travel with it. Released ones are found when the workflow runs.
+
+"""
 NO_TIME = (1980, 1, 1, 0, 0, 0)
 HUB_HEADER = "---\nlibrary_name: monai\nlicense: apache-2.0\ntags: [monai, medical, ct, chest]\n---\n\n"
 
@@ -33,15 +60,28 @@ HUB_HEADER = "---\nlibrary_name: monai\nlicense: apache-2.0\ntags: [monai, medic
 def contents(bundle: Path) -> dict[str, bytes]:
     """Return the files that travel with a bundle, by their path inside it, sorted.
 
-    Links of its documents that lead out of the bundle become plain text.
+    Links of its documents that lead out of the bundle become plain text, and paths those from its own folder,
+    with other bundles beside it. Weights are there twice, as MONAI's ``load`` reads ``models/model.pt``.
     """
     files: dict[str, bytes] = {}
     for root, patterns in ((bundle, PARTS), (REPOSITORY, CODE)):
         for path in sorted(match for pattern in patterns for match in root.glob(pattern)):
             if path.is_file() and "__pycache__" not in path.parts:
                 files[path.relative_to(root).as_posix()] = path.read_bytes()
+    is_encoder = b'"weights_name"' in files.get("configs/inference.json", b"")
     for name in [name for name in files if name.endswith(".md")]:
-        files[name] = re.sub(rb"\[([^\]]+)\]\((?:\.\./){2}[^)]*\)", rb"\1", files[name])
+        text = re.sub(r"\[([^\]]+)\]\((?:\.\./){2}[^)]*\)", r"\1", files[name].decode())
+        text = text.replace("From the root of the repository", "From the folder of this bundle")
+        text = text.replace(f"bundles/{bundle.name}/", "").replace(f"bundles/{bundle.name}", ".")
+        text = re.sub(r"\bbundles/(?=[a-z])", "../", text)  # not _overlays, which stay in the repository
+        here = HERE + (IN_PYTHON.format(name=bundle.name) if is_encoder else "")
+        files[name] = text.replace("## Inputs and outputs", f"{here}## Inputs and outputs", 1).encode()
+    if weights := files.get("models/model.safetensors"):
+        import torch
+        from safetensors.torch import load
+
+        torch.save(load(weights), file := io.BytesIO())
+        files["models/model.pt"] = file.getvalue()
     return dict(sorted(files.items()))
 
 

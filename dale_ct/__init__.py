@@ -4,9 +4,18 @@ The names below are what a user may rely on; each is imported when it is first u
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import __version__
+_spec = importlib.util.find_spec("common")
+_place = _spec and (_spec.origin or next(iter(_spec.submodule_search_locations or ()), None))
+if Path(_place or "").resolve().parent != Path(__file__).resolve().parents[1] / "common":
+    raise ImportError(
+        f"'{_place}' hides the package 'common' of dale-ct. Rename it, or start Python in another folder."
+    )
+
+from common import __version__  # noqa: E402 (see above)
 
 if TYPE_CHECKING:
     from common.embeddings.store import EmbeddingStore

@@ -3,12 +3,14 @@
 What a command needs is imported when it runs, so that ``--help`` answers at once.
 """
 
+import json
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,6 +56,10 @@ HUWindow = Annotated[
     str | None,
     typer.Option("--hu-window", "--hu_window", help="Name, or 'min,max,mean,std' in HU; likewise."),
 ]
+Series = Annotated[
+    str | None,
+    typer.Option(help="The one to use of several CTs, by name or UID; 'all' to take all series of a study."),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu. Default: a GPU where there is one.")]
 
 
@@ -86,6 +92,7 @@ def embed(
     ] = False,
     slice_axes: SliceAxes = None,
     hu_window: HUWindow = None,
+    series: Series = None,
     split: Annotated[str | None, typer.Option(help="Split of shards. Default: the bundle's.")] = None,
     device: Device = None,
     num_workers: Annotated[
@@ -97,39 +104,21 @@ def embed(
     ] = None,
 ) -> None:
     """Turn CTs into embeddings: one vector per slice, feet to head, or a grid of tokens per volume."""
-    from dale_ct.encoder import bundle_folder, read_config
+    from dale_ct.encoder import bundle_folder
 
-    folder = bundle_folder(encoder)
-    takes_slices = "strategies" in read_config(folder)
-    texts = {"strategies": strategy and [strategy], "slice_axes": slice_axes, "split": split}
+    options: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": window_of(hu_window), "series": series}
+    options |= {"split": split, "num_workers": num_workers, "max_rejected": max_rejected}
     knobs = {"dataset_dir": word_of(ct), "output_dir": word_of(out)}
     knobs |= {"encoder_weights": "$None" if weights == "random" else word_of(weights)} if weights else {}
-    knobs |= {name: word_of(value) for name, value in texts.items() if value}
-    knobs |= {"hu_window": word_of(window_of(hu_window))} if hu_window else {}
+    knobs |= {"strategies": word_of([strategy])} if strategy else {}
+    knobs |= {name: word_of(value) for name, value in options.items() if value is not None}
     knobs |= {"patch_tokens": "True"} if patch_tokens else {}
     knobs |= {"device": f"$torch.device({device!r})"} if device else {}
-    numbers = {"num_workers": num_workers, "max_rejected": max_rejected}
-    knobs |= {name: str(number) for name, number in numbers.items() if number is not None}
-    words = bundle_command(folder, "inference.json", knobs)
-    if not takes_slices:
-        run_module(words)
-        return
+    bundle_command(bundle_folder(encoder), "inference.json", knobs)
     from dale_ct.embedding import embed_to_store
 
-    embed_to_store(
-        ct,
-        out,
-        encoder,
-        weights=weights,
-        device=device,
-        patch_tokens=patch_tokens,
-        strategy=strategy,
-        slice_axes=slice_axes,
-        hu_window=window_of(hu_window),
-        split=split,
-        num_workers=num_workers,
-        max_rejected=max_rejected,
-    )
+    options |= {"weights": weights, "device": device, "strategy": strategy, "patch_tokens": patch_tokens}
+    embed_to_store(ct, out, encoder, **options)
 
 
 @app.command(
@@ -167,10 +156,18 @@ def train(
     bundle: Annotated[str, typer.Argument(help="Bundle with a train.json: an encoder, or an evaluation.")],
 ) -> None:
     """Train a bundle; every option after its name is a knob of its train.json. Run it again to resume."""
-    from dale_ct.encoder import bundle_folder
+    from dale_ct.encoder import BUNDLES, bundle_folder
 
     folder = bundle_folder(bundle, "train.json")
-    run_module([*bundle_command(folder, "train.json", {}, show=False), *context.args])
+    knobs: dict[str, str] = {}
+    if folder.parent == BUNDLES and not (BUNDLES.parent / "pyproject.toml").is_file():
+        # installed: what a checkout keeps in the bundle goes into a folder of its name here
+        config = json.loads((folder / "configs" / "train.json").read_text(encoding="utf-8"))
+        own = {name: config[name] for name in ("output_dir", "encoder_weights") if name in config}
+        knobs = {name: str(value).replace("@bundle_root", repr(folder.name)) for name, value in own.items()}
+    given = {word.lstrip("-").partition("=")[0] for word in context.args}
+    knobs = {name: value for name, value in knobs.items() if name not in given}
+    run_module(bundle_command(folder, "train.json", knobs, context.args))
 
 
 @app.command(epilog="Example: dale-ct encoders")
@@ -264,15 +261,13 @@ def word_of(value: object) -> str:
     return text if is_name else repr(text if isinstance(value, Path) else value)
 
 
-def bundle_command(folder: Path, config: str, knobs: dict[str, str], show: bool = True) -> list[str]:
-    """Say how MONAI's users would type a run of a bundle, and print it unless told otherwise."""
+def bundle_command(folder: Path, config: str, knobs: dict[str, str], more: Sequence[str] = ()) -> list[str]:
+    """Say how MONAI's users would type a run of a bundle, and print it; more are further words."""
     words = ["monai.bundle", "run", "--config_file", str(folder / "configs" / config)]
     words += ["--bundle_root", str(folder)]
-    words += [word for name, value in knobs.items() for word in (f"--{name}", value)]
-    if show:
-        errors.print(
-            f"[dim]$ {escape(shlex.join(['python', '-m', *words]))}[/dim]", soft_wrap=True, highlight=False
-        )
+    words += [*(word for name, value in knobs.items() for word in (f"--{name}", value)), *more]
+    command = escape(shlex.join(["python", "-m", *words]))
+    errors.print(f"[dim]$ {command}[/dim]", soft_wrap=True, highlight=False)
     return words
 
 

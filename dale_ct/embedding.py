@@ -8,13 +8,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dale_ct.encoder import SliceEncoder, bundle_folder, load_encoder, read_config
+from dale_ct.encoder import SliceEncoder, VolumeEncoder, bundle_folder, load_encoder, read_config
 
 if TYPE_CHECKING:
     import torch
 
     from common.ct.rejection import RejectedVolume
-    from common.embeddings.ct_batches import SliceBatches
+    from common.embeddings.ct_batches import SliceBatches, VolumeBatches
     from common.embeddings.store import Embedding, EmbeddingStore
     from common.embeddings.work import CTSource
     from common.handlers.embedding_writer import VolumeOutput
@@ -32,51 +32,50 @@ def embed(
     strategy: str | None = None,
     slice_axes: str | None = None,
     hu_window: str | Sequence[float] | None = None,
+    series: str | None = None,
     num_workers: int = 1,
 ) -> "Embedding | dict[str, Embedding]":
-    """Embed chest CTs with an encoder of slices: one vector per slice, feet to head.
+    """Embed chest CTs: one vector per slice, feet to head, or a grid of tokens per volume.
 
     On a CPU the numbers are those of the encoder's bundle, bit by bit; on a GPU the bundle compiles the
     network, which rounds differently. The network stays loaded for the next call.
 
     Args:
         path: a CT as NIfTI in HU, MetaImage, NRRD or npz, a DICOM series, or a folder or zip of these.
-        encoder: name of a bundled encoder of slices, see :func:`dale_ct.encoders`, or a bundle's folder.
+        encoder: name of a bundled encoder, see :func:`dale_ct.encoders`, or a bundle's folder.
         weights: a file, ``hub:<owner>/<name>[@revision]`` or "random"; None for the bundle's own, else the
             authors' release.
         device: "cuda", "cpu"; None for a GPU where there is one.
-        patch_tokens: whether to return the patch tokens of each slice, too.
+        patch_tokens: whether to return the patch tokens of each slice, too. This and the next three are for
+            encoders of slices.
         strategy: how slices become images, a name of Table VI; None for the bundle's.
         slice_axes: "yx" or "xy", for weights of which it is not known.
         hu_window: name or four numbers, for weights of which it is not known.
+        series: the one to embed of several CTs in ``path``, by name or SeriesInstanceUID; "all" to take all
+            where they are of one study.
         num_workers: threads that read further CTs meanwhile.
 
     Returns:
         The embedding, if there is one CT in ``path``: ``tokens (slices, D)``, ``z_mm`` (positions of the
         slices, feet to head), ``patches (slices, P, D)`` or None, and ``metadata`` with ``spacing_mm`` (x, y,
-        z). Of several CTs, a dictionary by name; those that cannot be used are logged. Tiles give
-        ``(slices, 5 D)``.
+        z). Tiles give ``(slices, 5 D)``, an encoder of volumes ``tokens (G0 G1 G2, D)``, row-major, the grid
+        in ``metadata["grid_shape"]`` and its axes in ``metadata["axcodes"]``, no ``z_mm``. Of several CTs, a
+        dictionary by name; those that cannot be used are logged.
 
     Raises:
         FileNotFoundError: if there is no CT, or no weights can be found.
-        ValueError: if the encoder is unknown, or no CT can be used: says which and why.
+        ValueError: if the encoder is unknown; if ``path`` holds nothing but several series of one study, with
+            a table of them; or if no CT can be used: says which and why.
     """
     from common.ct.rejection import is_failure
     from common.embeddings.store import DTYPES
-    from common.embeddings.work import ct_sources
+    from common.embeddings.work import ALL, ct_sources
     from common.handlers.embedding_writer import VolumeOutputs
 
-    sources, rejected = ct_sources(path)
-    opened = load_encoder(
-        encoder,
-        weights,
-        device,
-        strategy,
-        slice_axes=slice_axes,
-        hu_window=hu_window,
-        patch_tokens=patch_tokens,
-    )
-    work = [source._replace(stores=(opened.strategy.name,)) for source in sources]
+    sources, rejected = ct_sources(path, series=series)
+    given: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": hu_window, "patch_tokens": patch_tokens}
+    opened = load_encoder(encoder, weights, device, strategy, **given)
+    work = [source._replace(stores=(_store_name(opened),)) for source in sources]
     batches = _batches(opened, work, num_workers)
     outputs = VolumeOutputs(DTYPES[opened.config["embedding_dtype"]])
     found: dict[str, Embedding] = {}
@@ -91,7 +90,7 @@ def embed(
     if not found:
         volume, reason, detail = rejected[0]
         raise ValueError(f"No CT of '{path}' can be used: '{volume}', {reason}: {detail}")
-    is_alone = len(found) == 1 and not any(map(is_failure, rejected))
+    is_alone = len(found) == 1 and (series not in (None, ALL) or not any(map(is_failure, rejected)))
     return next(iter(found.values())) if is_alone else found
 
 
@@ -106,6 +105,7 @@ def embed_to_store(
     strategy: str | None = None,
     slice_axes: str | None = None,
     hu_window: str | Sequence[float] | None = None,
+    series: str | None = None,
     split: str | None = None,
     num_workers: int | None = None,
     max_rejected: float | None = None,
@@ -122,6 +122,7 @@ def embed_to_store(
         strategy: as for :func:`embed`.
         slice_axes: as for :func:`embed`.
         hu_window: as for :func:`embed`.
+        series: as for :func:`embed`.
         split: split of the shards; None for the bundle's.
         num_workers: threads that read ahead; None for the bundle's.
         max_rejected: share of CTs that may fail; None for the bundle's.
@@ -144,17 +145,10 @@ def embed_to_store(
     config = read_config(bundle_folder(encoder)) | {
         name: knob for name, knob in knobs.items() if knob is not None
     }
-    sources, rejected = ct_sources(path, config["split"])
-    opened = load_encoder(
-        encoder,
-        weights,
-        device,
-        strategy,
-        slice_axes=slice_axes,
-        hu_window=hu_window,
-        patch_tokens=patch_tokens,
-    )
-    folders = store_folders(output_dir, [opened.strategy.name])
+    sources, rejected = ct_sources(path, config["split"], series=series)
+    given: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": hu_window, "patch_tokens": patch_tokens}
+    opened = load_encoder(encoder, weights, device, strategy, **given)
+    folders = store_folders(output_dir, [_store_name(opened)])
     with claimed(output_dir):
         work = embedding_work(sources, folders)
         _check_store(Path(output_dir), path, sources, patch_tokens)
@@ -223,10 +217,18 @@ def _check_store(folder: Path, path: str | Path, sources: Sequence["CTSource"], 
                 )
 
 
-def _batches(encoder: SliceEncoder, sources: list[Any], num_workers: int) -> "SliceBatches":
-    """Batches of images of the CTs."""
-    from common.embeddings.ct_batches import SliceBatches
+def _store_name(encoder: SliceEncoder | VolumeEncoder) -> str:
+    return encoder.strategy.name if isinstance(encoder, SliceEncoder) else encoder.identity["preprocessing"]
 
+
+def _batches(
+    encoder: SliceEncoder | VolumeEncoder, sources: list[Any], num_workers: int
+) -> "SliceBatches | VolumeBatches":
+    """Batches of images of the CTs, or one volume after another."""
+    from common.embeddings.ct_batches import SliceBatches, VolumeBatches
+
+    if isinstance(encoder, VolumeEncoder):
+        return VolumeBatches(sources, encoder.transform, encoder.config["axcodes"], num_workers)
     return SliceBatches(
         work=sources,
         strategies=[encoder.strategy],
@@ -240,32 +242,17 @@ def _batches(encoder: SliceEncoder, sources: list[Any], num_workers: int) -> "Sl
 
 
 def _encoded(
-    encoder: SliceEncoder,
-    batches: "SliceBatches",
-    patch_tokens: bool,
+    encoder: SliceEncoder | VolumeEncoder, batches: "SliceBatches | VolumeBatches", patch_tokens: bool
 ) -> Generator[tuple[Any, "torch.Tensor", "torch.Tensor | None"]]:
-    """Encode batch after batch; in halves, from when one does not fit into the GPU."""
+    """Encode batch after batch; in smaller parts, from when one does not fit into the GPU."""
     import torch
 
     from common.networks.encoder import SlicesInferer
 
-    infer = SlicesInferer(encoder.config["amp_dtype"], compiled=False, patch_tokens=patch_tokens)
-    most: int | None = None
+    infer: Any = SlicesInferer(encoder.config["amp_dtype"], compiled=False, patch_tokens=patch_tokens)
+    if isinstance(encoder, VolumeEncoder):
+        infer = encoder.inferer
     for batch in batches:
-        images = batch["image"]
-        while True:
-            try:
-                with torch.inference_mode():
-                    outputs = [infer(part, encoder.network) for part in images.split(most or len(images))]
-                break
-            except torch.cuda.OutOfMemoryError:
-                most = (most or len(images)) // 2
-                if most == 0:
-                    raise
-                torch.cuda.empty_cache()
-                logger.warning("A batch does not fit into the GPU's memory: continuing with %d images.", most)
-        cls = torch.cat([output[0] for output in outputs])
-        patches = (
-            torch.cat([output[1] for output in outputs if output[1] is not None]) if patch_tokens else None
-        )
-        yield batch["pieces"], cls, patches
+        with torch.inference_mode():
+            encoded, patches = infer(batch["image"].to(encoder.device), encoder.network)
+        yield batch["pieces"], encoded, patches

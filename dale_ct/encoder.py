@@ -1,9 +1,9 @@
-"""The bundled encoders, and one of slices with its weights, ready to use."""
+"""The bundled encoders, and one with its weights, ready to use."""
 
-# Z slices, H x W of a slice, I side of an image, D embedding
+# Z slices, H x W of a slice, I side of an image, D embedding, G0 G1 G2 grid of a volume's tokens
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from common.embeddings.encoder_bundle import EncoderBundle
     from common.networks.encoder import SliceInput
     from common.transforms.slice_strategies import SliceStrategy
 
@@ -53,8 +54,7 @@ def encoders() -> dict[str, Facts]:
         >>> encoders()["dale_ct_2s"].dim
         1024
     """
-    folders = sorted(path.parents[1] for path in BUNDLES.glob("*/configs/inference.json"))
-    return {folder.name: _facts(folder) for folder in folders}
+    return {name: _facts(BUNDLES / name) for name in _bundles("inference.json")}
 
 
 def bundle_folder(bundle: str | Path, config: str = "inference.json") -> Path:
@@ -68,12 +68,23 @@ def bundle_folder(bundle: str | Path, config: str = "inference.json") -> Path:
         ValueError: if there is none; names the nearest.
     """
     for folder in (BUNDLES / bundle, Path(bundle)):
-        if (folder / "configs" / config).is_file():
+        if _is_of_kind(folder / "configs" / config):
             return folder
-    known = sorted(path.parents[1].name for path in BUNDLES.glob(f"*/configs/{config}"))
+    known = _bundles(config)
     nearest = get_close_matches(str(bundle), known, n=1)
     hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(known)}."
     raise ValueError(f"No bundle '{bundle}' with a {config}. {hint} A bundle's folder works too.")
+
+
+def _bundles(config: str) -> list[str]:
+    return sorted(path.parents[1].name for path in BUNDLES.glob(f"*/configs/{config}") if _is_of_kind(path))
+
+
+def _is_of_kind(path: Path) -> bool:
+    """Whether a config is there, and one of an encoder if it is an inference.json: evaluations' predict."""
+    return path.is_file() and (
+        path.name != "inference.json" or "weights_name" in read_config(path.parents[1])
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -148,18 +159,53 @@ class SliceEncoder:
         Shape:
             Input ``(Z, H, W)``; output float32 ``(Z, 1, I, I)``.
         """
-        import numpy as np
         import torch
 
-        from common.ct.geometry import STORED_HU_RANGE
         from common.embeddings.ct_batches import images_of
-        from common.transforms.slice_strategies import body_box, pad_to_square
+        from common.transforms.slice_strategies import body_box
 
-        values = hu.cpu().numpy() if isinstance(hu, torch.Tensor) else np.asarray(hu)
-        whole = np.rint(values).clip(*STORED_HU_RANGE).astype(np.int16)
-        slices = torch.from_numpy(pad_to_square(whole, STORED_HU_RANGE[0]))
+        slices = torch.from_numpy(_whole_squares(hu))
         region = self.strategy.region(slices, body_box(slices) if self.strategy.is_cropped else None)
         return images_of(region, self.strategy, self.given.window, self.given.slice_axes, self.device)
+
+
+@dataclass(frozen=True)
+class VolumeEncoder:
+    """An encoder of whole volumes, its weights loaded.
+
+    Args:
+        network: as of :class:`SliceEncoder`, and so the last three.
+        inferer: calls it on one volume ``(1, 1, ...)``: a grid of tokens ``(1, D, G0, G1, G2)``, and None.
+        transform: MONAI's transforms of the bundle.
+    """
+
+    network: "nn.Module"
+    inferer: "Callable[[torch.Tensor, nn.Module], tuple[torch.Tensor, None]]"
+    transform: "Callable[[dict[str, Any]], dict[str, Any]]"
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    device: "torch.device"
+
+    def image(self, hu: "np.ndarray | torch.Tensor", spacing_mm: Sequence[float]) -> "torch.Tensor":
+        """Turn slices, as for :meth:`SliceEncoder.images`, ``spacing_mm`` (x, y, z) apart, into a volume."""
+        from common.embeddings.ct_batches import lps_volume
+        from common.embeddings.work import CTSlices
+
+        x, y, z = map(float, spacing_mm)
+        volume = lps_volume(CTSlices(_whole_squares(hu), (x, y, z)))
+        return self.transform({"image": volume})["image"][None].to(self.device)
+
+
+def _whole_squares(hu: "np.ndarray | torch.Tensor") -> "np.ndarray":
+    """Slices as inference reads them from a file: whole numbers of a CT's range, padded to squares."""
+    import numpy as np
+    import torch
+
+    from common.ct.geometry import STORED_HU_RANGE
+    from common.transforms.slice_strategies import pad_to_square
+
+    values = hu.cpu().numpy() if isinstance(hu, torch.Tensor) else np.asarray(hu)
+    return pad_to_square(np.rint(values).clip(*STORED_HU_RANGE).astype(np.int16), STORED_HU_RANGE[0])
 
 
 def load_encoder(
@@ -171,8 +217,8 @@ def load_encoder(
     slice_axes: str | None = None,
     hu_window: "str | Sequence[float] | None" = None,
     patch_tokens: bool = False,
-) -> SliceEncoder:
-    """Load an encoder of slices for your own loop; a second call for the same network returns at once.
+) -> SliceEncoder | VolumeEncoder:
+    """Load an encoder for your own loop; a second call for the same network returns at once.
 
     Args:
         encoder: name of a bundled encoder, or a bundle's folder.
@@ -185,7 +231,8 @@ def load_encoder(
         patch_tokens: whether patch tokens are to be kept, which tiles do not allow.
 
     Raises:
-        ValueError: if there is no such encoder, device or strategy, it takes volumes, or weights do not fit.
+        ValueError: if there is no such encoder, device or strategy, one of the last four is given for an
+            encoder of volumes, or weights do not fit.
         FileNotFoundError: if the weights are neither on disk nor on the hub.
     """
     import torch
@@ -194,80 +241,56 @@ def load_encoder(
 
     folder = bundle_folder(encoder).resolve()
     config = read_config(folder)
-    if "strategies" not in config:
-        raise ValueError(
-            f"'{encoder}' encodes whole volumes, not slices. Run: dale-ct embed <ct> --encoder {encoder}"
-        )
-    names = [strategy or config["strategies"][0]]
-    (chosen,) = slice_strategies(names, config["patch_size_px"], patch_tokens)
-    own = folder / "models" / "model.safetensors"
-    file = own if weights is None else Path(weights)
+    window = hu_window if hu_window is None or isinstance(hu_window, str) else tuple(hu_window)
+    knobs: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": window}
+    for option, value in {**knobs, "strategy": strategy, "patch_tokens": patch_tokens or None}.items():
+        if value is not None and "strategies" not in config:
+            raise ValueError(f"{option} must be left out for '{encoder}' (volumes), got {value!r}.")
+    file = folder / "models" / Path(config["weights_name"]).name if weights is None else Path(weights)
     inputs = (folder / "configs" / "inference.json", file)
     changed = tuple(one.stat().st_mtime_ns if one.is_file() else 0 for one in inputs)
-    window = hu_window if hu_window is None or isinstance(hu_window, str) else tuple(hu_window)
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if weights is not None:
+        knobs["encoder_weights"] = None if weights == RANDOM else weights
     with _one_at_a_time:
-        network, given, identity = _loaded(folder, weights, name, slice_axes, window, changed)
-    return SliceEncoder(network, given, chosen, identity, config, torch.device(name))
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        bundle = _opened(folder, where, tuple(knobs.items()), changed)
+    network, identity, place = (bundle[part] for part in ("network", "embedding_identity", "device"))
+    if "strategies" not in config:
+        return VolumeEncoder(network, bundle["inferer"], bundle["preprocessing"], identity, config, place)
+    names = [strategy or bundle["strategies"][0]]
+    (chosen,) = slice_strategies(names, bundle.patch_size_px, patch_tokens)
+    return SliceEncoder(network, bundle["input"], chosen, identity, config, place)
 
 
 _one_at_a_time = Lock()
 
 
 @lru_cache(maxsize=2)
-def _loaded(
+def _opened(
     folder: Path,
-    weights: str | None,
     device: str,
-    slice_axes: str | None,
-    hu_window: "str | tuple[float, ...] | None",
+    knobs: tuple[tuple[str, Any], ...],
     changed: tuple[int, ...],  # when the files that are read here were written: others are another encoder
-) -> "tuple[nn.Module, SliceInput, dict[str, Any]]":
-    """Build the network of a bundle without MONAI and its seconds of imports, and say what it expects."""
+) -> "EncoderBundle":
+    """Open a bundle and build its network; without MONAI and its seconds of imports where it takes slices."""
     import torch
 
-    from common.networks import encoder as networks
-    from dale_ct.timm_network import build_network
+    from common.embeddings.encoder_bundle import open_encoder_bundle
 
     try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
+        where = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"No device '{device}' here: {str(error).splitlines()[0]}") from error
     config = read_config(folder)
-    own = folder / "models" / "model.safetensors"
-    release = {name: config[name] for name in config if name in RELEASE}
-    facts = _resolved(config["weights"]["facts"], config)
-    asked = None if weights == RANDOM else weights or own
-    found = networks.find_weights(asked, bundle_weights=own, **release, facts=facts)
-    axes, window = slice_axes or config["slice_axes"], hu_window or config["hu_window"]
-    given = networks.slice_input(found, axes, window)
-    arguments = {name: value for name, value in config["network_def"].items() if not name.startswith("_")}
-    network = build_network(_resolved(arguments, config), config["seed"], found.path is None).to(where)
-    stated = {name: config.get(name) for name in config["identity"]}
-    stated |= {"slice_axes": given.slice_axes, "hu_window": list(given.window)}
-    networks.load_encoder(network, found.path, stated)
-    encoder_id = networks.encoder_id(
-        sha256=found.sha256,
-        seed=config["seed"],
-        slice_axes=given.slice_axes,
-        window=given.window,
-        layer_scale_init=config["layer_scale_init"],
-    )
-    identity = {"encoder": config["name"], "encoder_id": encoder_id, "weights": found.name}
-    return network.eval(), given, identity | {"slice_order": "feet_to_head", "token_kind": "slice"}
-
-
-RELEASE = ("weights_repo", "weights_repo_type", "weights_revision", "weights_name", "weights_licence")
-
-
-def _resolved(part: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Put in the knobs that a part of the config refers to, such as ``"@depth"``."""
-    values = {
-        name: config[value[1:]] if isinstance(value, str) and value.startswith("@") else value
-        for name, value in part.items()
-    }
-    for name, value in values.items():
-        if isinstance(value, str) and value.startswith(("$", "@")):
-            raise ValueError(f"'{name}' of the bundle is an expression, {value}: run it by monai.bundle.")
-    return values
+    network: dict[str, Any] = config["network_def"]
+    is_plain = "strategies" in config and "." in network["_target_"] and "::" not in json.dumps(config)
+    given = {name: value for name, value in knobs if value is not None or name == "encoder_weights"}
+    given |= {"device": where} | ({"compiled": False} if "strategies" in config else {})
+    if is_plain and network["_target_"] == "timm.create_model":  # the same network, built sooner
+        arguments = {name: value for name, value in network.items() if not name.startswith("_")}
+        network = {"_target_": "dale_ct.timm_network.build_network", "arguments": arguments}
+        given["network_def"] = network | {"seed": "@seed", "is_drawn": "$@weights.path is None"}
+    bundle = open_encoder_bundle(folder, knobs=given, with_monai=not is_plain)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        _ = bundle.network
+    return bundle

@@ -1,8 +1,10 @@
 """Settings and fixtures that all tests share."""
 
 import importlib.util
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -26,12 +28,14 @@ from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
 
+from common.shards.writer import VolumeSlices, write_shard  # noqa: E402 (see above)
 from study.commands import start_command  # noqa: E402 (see above)
 from tests.loopback_hub import LoopbackHub  # noqa: E402 (see above)
 
 collect_ignore = ["fuzz.py", "fuzz_dicom.py", "fuzz_kinds.py", "fuzz_wrong.py", "mutants.py"]  # programs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL_VIT = {"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 DICOM_SPACING_MM = (0.7, 0.8, 1.5)
 
 
@@ -210,3 +214,55 @@ def series_of(
 def write_series() -> Callable[..., list[Path]]:
     """Return :func:`series_of`."""
     return series_of
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dale_ct_2s with a network of one block, computing in float32."""
+    folder = tmp_path_factory.mktemp("bundles") / "dale_ct_2s"
+    shutil.copytree(REPOSITORY / "bundles" / "dale_ct_2s", folder)
+    path = folder / "configs" / "inference.json"
+    config = json.loads(path.read_text())
+    config |= {**SMALL_VIT, "strategies": ["cropped_32"], "amp_dtype": "float32", "slices_per_batch": 7}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def ct_folder(tmp_path: Path, save_nifti) -> Path:
+    """Two CTs of 11 and 5 slices: a body of soft tissue in air."""
+    folder = tmp_path / "cts"
+    folder.mkdir()
+    affine = np.diag([-2.0, -2.0, 3.0, 1.0])
+    affine[:3, 3] = 40.0, 50.0, -60.0
+    for name, num_slices in (("a", 11), ("b", 5)):
+        rng = np.random.default_rng(num_slices)
+        hu = rng.integers(-1010, -990, (40, 48, num_slices)).astype(np.int16)
+        hu[8:32, 10:38] = rng.integers(-200, 200, (24, 28, num_slices))
+        save_nifti(folder / f"{name}.nii.gz", hu, affine)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def noise_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven little volumes of noise with masks, two of them ReX-annotated."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+
+    def volume(index: int, rex: bool) -> VolumeSlices:
+        slices = 6 + index
+        return VolumeSlices(
+            volume=f"train_{index}_a_1",
+            ct=rng.integers(-1000, 1000, (slices, 40, 48)).astype(np.int16),
+            ts=rng.integers(0, 118, (slices, 128, 128)).astype(np.uint8),
+            rex=(rng.random((slices, 128, 128)) < 0.01).astype(np.uint16) * 5 if rex else None,
+            spacing_mm=(0.8, 0.8, 3.0),
+            original_shape=(48, 40, slices),
+            original_axcodes="LPS",
+            labels={"Lung nodule": index % 2},
+            split="train",
+        )
+
+    write_shard(folder / "train-000000.tar", [volume(index, rex=False) for index in range(5)])
+    write_shard(folder / "train-rex-000000.tar", [volume(index, rex=True) for index in range(5, 7)])
+    return folder

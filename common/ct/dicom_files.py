@@ -30,6 +30,7 @@ TAGS = (
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "StudyInstanceUID", "FileSetID"),
     *("ImageType", "VolumeBasedCalculationTechnique", *PLANE_TAGS, *FRAME_TAGS),
 )
+DESCRIBED_BY = ("StudyInstanceUID", "SeriesDescription", "ConvolutionKernel")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 SERIES_UID = re.compile(r"[0-9][0-9.]{0,63}")
 COMPUTED = re.compile(
@@ -122,6 +123,13 @@ def _may_be_axial(orientation: Sequence[float] | None) -> bool:
     except (TypeError, ValueError):
         return True
     return bool(np.abs(np.cross(*cosines)).argmax() == 2)
+
+
+def study_and_description(path: Path) -> tuple[str, str]:
+    """Read the study that a file is of, and what its series is called: description and kernel."""
+    dataset = parse(path, stop_before_pixels=True, specific_tags=[*DESCRIBED_BY])
+    study, *described = (str(dataset.get(tag) or "").strip() for tag in DESCRIBED_BY)
+    return study, " ".join(" ".join(described).split())
 
 
 def sort_series(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from common.ct import dicom, nifti, npz
 from common.ct.checks import check_ct
-from common.ct.dicom_files import NO_IMAGE, FoundFile, look_at_each, sort_series
+from common.ct.dicom_files import NO_IMAGE, FoundFile, look_at_each, sort_series, study_and_description
 from common.ct.geometry import CT, Grid
 from common.ct.itk import open_itk
 from common.ct.nifti import Rescale, VolumeFile, open_nifti
@@ -189,6 +189,12 @@ def read_grid(ct: CTFile, form: str = "v2", rescale: Rescale | None = None) -> G
             return npz.read_grid(paths[0], rescale.spacing_mm[0] if rescale else npz.SPACING_MM)
         with open_volume(paths[0]) as file:
             return nifti.grid_of(file.header, form, rescale)[0]
+
+
+def study_of(ct: CTFile) -> tuple[str, str]:
+    """Return the study that a DICOM series is of, and what it is called; nothing for other volumes."""
+    with _files_of(ct) as paths:
+        return study_and_description(paths[0]) if ct.is_series else ("", "")
 
 
 def read_ct(ct: CTFile, form: str = "v2", rescale: Rescale | None = None) -> CT:

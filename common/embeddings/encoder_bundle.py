@@ -3,19 +3,24 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from monai.bundle import ConfigParser
 from torch import nn
 
-from common.run.config import first_cause, merged_config
+from common.run.config import PlainConfig, first_cause, merged_config
 from common.transforms.hounsfield import HUWindow
 from common.transforms.slice_strategies import FULL_PX, SliceStrategy
 
+if TYPE_CHECKING:  # takes 5 s to import
+    from monai.bundle import ConfigParser
+
 
 def open_encoder_bundle(
-    folder: str | Path, configs: Sequence[str | Path] = (), knobs: Mapping[str, Any] | None = None
+    folder: str | Path,
+    configs: Sequence[str | Path] = (),
+    knobs: Mapping[str, Any] | None = None,
+    with_monai: bool = True,
 ) -> "EncoderBundle":
     """Open an encoder bundle as ``python -m monai.bundle run`` would; nothing of it is built yet.
 
@@ -23,6 +28,8 @@ def open_encoder_bundle(
         folder: folder of the bundle.
         configs: further config files, such as demo/inference.json.
         knobs: values of single knobs, such as ``{"slice_axes": "xy"}``.
+        with_monai: False to do without its seconds of imports, for the network of an encoder of slices and
+            what it expects; without further files.
 
     Raises:
         FileNotFoundError: if the bundle or a further file does not exist.
@@ -33,6 +40,8 @@ def open_encoder_bundle(
         raise FileNotFoundError(f"No encoder bundle in '{folder}': it has no configs/inference.json.")
     known = json.loads(path.read_text(encoding="utf-8"))
     knobs = {"bundle_root": str(folder), **(knobs or {})}
+    if not with_monai:
+        return EncoderBundle(PlainConfig(known | knobs))
     return EncoderBundle(merged_config(known, [str(path), *map(str, configs)], knobs))
 
 
@@ -49,7 +58,7 @@ class EncoderBundle:
         KeyError: if a part is asked for that the bundle does not have.
     """
 
-    def __init__(self, parser: ConfigParser) -> None:
+    def __init__(self, parser: "ConfigParser | PlainConfig") -> None:
         self.parser = parser
 
     def __contains__(self, name: str) -> bool:

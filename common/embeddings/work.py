@@ -14,8 +14,8 @@ import numpy as np
 
 from common.cohort.cohort import listed_names
 from common.ct.checks import find_doubts
-from common.ct.files import CTFile, Places, find_cts, find_named, read_ct
-from common.ct.geometry import STORED_HU_RANGE, check_size
+from common.ct.files import CTFile, Places, find_cts, find_named, read_ct, read_grid, study_of
+from common.ct.geometry import STORED_HU_RANGE, check_size, shown_mm
 from common.ct.rejection import Doubt, RejectedError, RejectedVolume, is_failure
 from common.embeddings.store import EmbeddingStore, stored_volumes
 from common.run.process import atomic_file, gather_objects, rank_and_ranks, wait_for_ranks
@@ -24,6 +24,7 @@ from common.transforms.slice_strategies import pad_to_square
 
 logger = logging.getLogger(__name__)
 REJECTED = "rejected.csv"
+ALL = "all"  # series of a study
 
 
 class CTSlices(NamedTuple):
@@ -70,6 +71,7 @@ def ct_sources(
     split: str = "",
     subset_csv: str | Path | None = None,
     skip_list: str | Path | None = None,
+    series: str | None = None,
 ) -> tuple[list[CTSource], list[RejectedVolume]]:
     """List the volumes of a file or folder.
 
@@ -86,6 +88,8 @@ def ct_sources(
         split: split of the shards.
         subset_csv: table or text file of the volumes to use, see ``listed_names``; None for all.
         skip_list: table or text file of volumes to leave out, as CT-RATE's ``no_chest_*.txt``.
+        series: the one volume to use, by name or SeriesInstanceUID; "all" to take several series of one
+            study, which are refused otherwise.
 
     Returns:
         The volumes, sorted by name, and what was left out: two of one name, damaged files and zips, series
@@ -94,6 +98,8 @@ def ct_sources(
     Raises:
         FileNotFoundError: if there is no such file, folder or list, no volume, none but series that are no
             axial CT, or none of the subset.
+        ValueError: if nothing but several series of one study is there, with a table of them, or ``series``
+            is none of the volumes.
     """
     root = Path(dataset_dir)
     if not root.exists():
@@ -106,6 +112,8 @@ def ct_sources(
         places = {entry.volume: Path(entry.source) for entry in shards.volumes}
     else:
         cts, rejected = find_cts(root)
+        if series is None and subset_csv is None:
+            _refuse_one_study(cts, root)
         found = {ct.volume: partial(_read_file, ct) for ct in cts}
         places = {item.volume: Path() for item in rejected if item.reason == "duplicate"}
         places |= {ct.volume: ct.path for ct in cts}
@@ -119,11 +127,44 @@ def ct_sources(
     skipped = set() if skip_list is None else _named(skip_list, "skip_list", places, root)
     if not chosen and subset_csv is not None:
         raise FileNotFoundError(f"None of the names in subset_csv '{subset_csv}' is in '{root}'.")
+    if series not in (None, ALL):
+        named, _ = find_named([series], {volume: Path() for volume in chosen})
+        if not named:
+            some = ", ".join(sorted(chosen)[:10])
+            raise ValueError(
+                f"series must be one of the {len(chosen)} volumes of '{root}', got '{series}': {some}."
+            )
+        chosen &= named
     used = [CTSource(volume, found[volume]) for volume in sorted(found.keys() & chosen - skipped)]
     logger.info("%d of %d volumes in '%s' are chosen.", len(used), len(found), root)
     # a damaged file has no volume's name: it may belong to any
     others = places.keys() - (chosen - skipped)
     return used, [item for item in rejected if item.volume not in others]
+
+
+def _refuse_one_study(cts: Sequence[CTFile], root: Path) -> None:
+    """Refuse several series of one study: one is meant, and a scan counted twice is worse than a question."""
+    descriptions, studies = [], set()
+    for ct in cts:
+        study, description = study_of(ct)
+        studies.add(study)
+        if not study or len(studies) > 1:
+            return
+        descriptions.append(description)
+    if len(cts) < 2:
+        return
+    rows = [("series", "slices", "spacing in mm", "description", "path")]
+    for ct, description in zip(cts, descriptions, strict=True):
+        try:
+            grid = read_grid(ct)
+            size = str(grid.shape[2]), shown_mm(np.linalg.norm(grid.affine[:3, :3], axis=0))
+        except RejectedError as error:
+            size = "-", error.reason
+        rows.append((ct.volume, *size, description, str(ct.path)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    how = f"Choose one with --series <name>, or take all with --series {ALL}:"
+    raise ValueError("\n  ".join([f"'{root}' holds {len(cts)} series of one study. {how}", *table]))
 
 
 def _named(listing: str | Path, knob: str, places: Places, root: Path) -> set[str]:

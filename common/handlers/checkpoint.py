@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from common.networks.encoder import save_encoder
 from common.run.process import atomic_file, on_stop, raise_stopped
 
 logger = logging.getLogger(__name__)
@@ -158,3 +160,30 @@ class Checkpoint:
         if asked:
             engine.state.exit_status = 128 + asked  # type: ignore[attr-defined]
             engine.terminate()
+
+
+class SaveEncoder:
+    """Save the encoder, without projector and heads, when training has completed all its steps.
+
+    Args:
+        encoder: timm VisionTransformer under training, sharded over the ranks or not.
+        path: safetensors file, in plain timm keys.
+        identity: facts of :func:`common.networks.encoder.save_encoder`, to which the steps are added.
+    """
+
+    def __init__(self, encoder: nn.Module, path: str | Path, identity: Mapping[str, Any]) -> None:
+        self.encoder = encoder
+        self.path = path
+        self.identity = identity
+
+    def attach(self, engine: Engine) -> None:
+        """Register with an Ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        if getattr(engine.state, "exit_status", 0):
+            return
+        # every rank takes part: each may hold a shard of every tensor
+        weights = cast(dict[str, torch.Tensor], get_model_state_dict(self.encoder, options=WHOLE))
+        if idist.get_rank() == 0:
+            save_encoder(weights, self.path, {**self.identity, "steps": engine.state.iteration})

@@ -9,6 +9,8 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowSplitter
 from torch import nn
 
+from common.networks.encoder import FittingParts
+
 
 class VolumeInferer(Inferer):
     """Encode one volume in one pass and give its grid of tokens.
@@ -24,13 +26,14 @@ class VolumeInferer(Inferer):
         None in place of the patches that encoders of slices give.
 
     Raises:
-        ValueError: if more than one volume comes at a time, or the network's output is neither a grid nor a
-            sequence.
+        ValueError: if more than one volume comes at a time, the network's output is neither a grid nor a
+            sequence, or the GPU's memory is too small for one volume, or one window.
     """
 
     def __init__(self, amp_dtype: str) -> None:
         super().__init__()
         self.amp_dtype = amp_dtype
+        self._parts = FittingParts()
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         """Encode; see the class."""
@@ -39,7 +42,8 @@ class VolumeInferer(Inferer):
                 f"inputs must hold one volume, got {len(inputs)}. Set the loader's batch_size to 1."
             )
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        return self._grid(volume, network).float(), None
+        (grid,) = self._parts(lambda whole: self._grid(whole, network), volume)
+        return grid.float(), None
 
     def _grid(self, volumes: torch.Tensor, network: nn.Module) -> torch.Tensor:
         """Encode volumes ``(B, 1, ...)`` to grids ``(B, D, G0, G1, G2)``."""
@@ -91,9 +95,10 @@ class WindowsInferer(VolumeInferer):
                 "Pad it in the preprocessing."
             )
         windows, starts = zip(*self.splitter(volumes), strict=True)
-        tokens = [
-            super(WindowsInferer, self)._grid(torch.cat(windows[i : i + step]), network).flatten(2).mean(2)
-            for i in range(0, len(windows), step)
-        ]
+        encode = super()._grid
+        tokens: list[torch.Tensor] = []
+        for i in range(0, len(windows), step):
+            batch = torch.cat(windows[i : i + step])
+            tokens += self._parts(lambda part: encode(part, network).flatten(2).mean(2), batch)
         counts = [len(set(axis)) for axis in zip(*starts, strict=True)]
         return torch.cat(tokens).T.reshape(1, -1, *counts)

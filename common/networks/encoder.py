@@ -4,9 +4,10 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,13 +17,11 @@ from torch import nn
 from common.embeddings.store import check_identity
 from common.networks.hub import HUB, download, sha256_of
 from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
-from common.run.process import atomic_file, rank_and_ranks
+from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
-if TYPE_CHECKING:
-    from ignite.engine import Engine
-
 logger = logging.getLogger(__name__)
+Output = TypeVar("Output")
 
 
 class SliceInput(NamedTuple):
@@ -76,6 +75,37 @@ def cls_and_patches(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Ten
     return tokens[:, 0], tokens[:, encoder.num_prefix_tokens :]
 
 
+class FittingParts:
+    """Encode a batch whole, or in smaller parts from when it does not fit into the GPU's memory.
+
+    A warning says once how large the parts are. What one item gives does not depend on the others, so that
+    the parts change nothing but rounding.
+    """
+
+    def __init__(self) -> None:
+        self.most = sys.maxsize
+
+    def __call__(self, encode: Callable[[torch.Tensor], Output], batch: torch.Tensor) -> list[Output]:
+        """Return what ``encode`` makes of each part; raises ValueError if one item alone does not fit."""
+        size = whole = min(self.most, len(batch))
+        while True:
+            try:
+                outputs = [encode(part) for part in batch.split(size)]
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise ValueError(
+                        f"The memory of {batch.device} cannot hold one {tuple(batch.shape[1:])} at a time "
+                        f"({str(error).splitlines()[0][:200]}). Free some, or compute on another --device."
+                    ) from error
+            else:
+                if size < whole:
+                    self.most = size
+                    logger.warning("%d at a time do not fit into the GPU's memory: now %d.", whole, size)
+                return outputs
+            size //= 2
+            torch.cuda.empty_cache()
+
+
 class SlicesInferer:
     """Encode a batch of images: CLS, and patch tokens on demand.
 
@@ -94,6 +124,7 @@ class SlicesInferer:
         self.patch_tokens = patch_tokens
         self.compiled = compiled
         self._encode = torch.compile(_encode, dynamic=False) if compiled else _encode
+        self._parts = FittingParts()
 
     def __call__(
         self, inputs: torch.Tensor, network: nn.Module, is_fixed: bool = True
@@ -101,7 +132,11 @@ class SlicesInferer:
         """Encode; see the class. Batches that do not share a shape are never compiled for."""
         encode = self._encode if is_fixed else _encode
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp_dtype == "bfloat16"):
-            return encode(network, inputs, self.patch_tokens)
+            outputs = self._parts(lambda part: encode(network, part, self.patch_tokens), inputs)
+        if len(outputs) == 1:
+            return outputs[0]
+        cls, patches = zip(*outputs, strict=True)
+        return torch.cat(cls), torch.cat(patches) if self.patch_tokens else None
 
 
 def _encode(
@@ -125,40 +160,6 @@ def save_encoder(weights: Mapping[str, torch.Tensor], path: str | Path, identity
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_file(path) as file:
         file.write(save(tensors, metadata={"identity": json.dumps(identity, sort_keys=True)}))
-
-
-class SaveEncoder:
-    """Save the encoder, without projector and heads, when training has completed all its steps.
-
-    Args:
-        encoder: timm VisionTransformer under training, sharded over the ranks or not.
-        path: safetensors file, in plain timm keys.
-        identity: facts of :func:`save_encoder`, to which the number of steps is added.
-    """
-
-    def __init__(self, encoder: nn.Module, path: str | Path, identity: dict[str, Any]) -> None:
-        self.encoder = encoder
-        self.path = path
-        self.identity = identity
-
-    def attach(self, engine: "Engine") -> None:
-        """Register with an Ignite engine."""
-        from ignite.engine import Events
-
-        engine.add_event_handler(Events.COMPLETED, self._save)
-
-    def _save(self, engine: "Engine") -> None:
-        if getattr(engine.state, "exit_status", 0):
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        # every rank takes part: each may hold a shard of every tensor
-        tensors = get_model_state_dict(
-            self.encoder, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-        if rank_and_ranks()[0] == 0:
-            weights = cast(dict[str, torch.Tensor], tensors)
-            save_encoder(weights, self.path, self.identity | {"steps": engine.state.iteration})
 
 
 def find_weights(

@@ -6,6 +6,7 @@ import ast
 import difflib
 import json
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -91,6 +92,39 @@ def merged_config(known: dict[str, Any], files: Sequence[str], overrides: dict[s
     parser.read_config(files)
     parser.update(pairs=overrides)
     return parser
+
+
+class PlainConfig(dict[str, Any]):
+    """A bundle's config, resolved as MONAI's ConfigParser does, without MONAI's seconds of imports.
+
+    For components with dotted paths, and references to parts at the top: ``@part``, or ``@part`` in a
+    ``$expression``; each is built when it is first asked for. ``_requires_`` is left out: the code is here.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self._built: dict[str, Any] = {}
+
+    def get_parsed_content(self, name: str) -> Any:  # noqa: ANN401 (whatever the config makes)
+        """Return a part, built."""
+        if name not in self._built:
+            self._built[name] = self._resolve(self[name])
+        return self._built[name]
+
+    def _resolve(self, part: Any) -> Any:  # noqa: ANN401
+        if isinstance(part, list):
+            return [self._resolve(item) for item in part]
+        if isinstance(part, dict):
+            values = {name: self._resolve(value) for name, value in part.items() if not name.startswith("_")}
+            return pydoc.locate(part["_target_"])(**values) if "_target_" in part else values  # type: ignore[operator]
+        if not isinstance(part, str) or part[:1] not in ("@", "$"):
+            return part
+        text = part.removeprefix("$")
+        names = {f"_{name}": self.get_parsed_content(name) for name in re.findall(r"@(\w+)", text)}
+        for statement in self.get("imports", ()):
+            if re.search(rf"\b{re.split(r'[ .]', statement)[-1]}\b", text):
+                exec(statement.removeprefix("$"), names)
+        return eval(text.replace("@", "_"), names)
 
 
 def read_knobs(argv: Sequence[str]) -> dict[str, Any]:
@@ -229,7 +263,10 @@ def short_errors() -> None:
 
     MONAI wraps an error of a component in one of its own for each reference on the way, the last line of
     which tells how to debug MONAI. With ``DALE_CT_TRACEBACK=1`` in the environment everything is shown.
+    Notebooks and interactive sessions, which live on after Ctrl-C, keep their own way.
     """
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+        return
     on_stop(raise_stopped)
     sys.excepthook = _show
     for category, start in NOISE:
@@ -245,9 +282,13 @@ def first_cause(error: BaseException) -> BaseException | None:
         error: any error.
     """
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, USER_ERRORS):
+    while cause is not None and not isinstance(cause, USER_ERRORS) and not _is_out_of_memory(cause):
         cause = cause.__cause__
     return cause
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # of torch, which is not imported for this
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -267,6 +308,8 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
         traceback.print_exception(error)
         return
     message = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
+    if _is_out_of_memory(cause):
+        message = f"{str(cause).splitlines()[0][:300]} Lower --batch_size, or use a larger GPU."
     sys.stderr.write(f"{type(cause).__name__}: {message} (DALE_CT_TRACEBACK=1 shows where.)\n")
 
 

@@ -85,15 +85,19 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
     """
     final = Path(path)
     aside = final.with_name(f"{final.name}.partial")
-    with open(aside, mode, opener=_open_alone, **options) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            aside.replace(final)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+    try:
+        with open(aside, mode, opener=_open_alone, **options) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                aside.replace(final)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        error.filename = error.filename or str(final)  # a full disk names no file, and closing meets it again
+        raise
     flush_folder(final.parent)
 
 

@@ -38,8 +38,8 @@ def render_views(batch: Batch, window: HUWindow) -> tuple[torch.Tensor, torch.Te
 
     Antialiased resize of each crop, not rounded; mirrored where so drawn; gamma and blur in view pixels
     (``photometric``); z-score. On a GPU each group of views is a few batched kernels and nothing waits for
-    them. On the CPU the resize is sparse products, a tenth of the time of dense ones, and a sample is
-    finished while its views are in the cache. Both give the same numbers to the precision of float32.
+    them. On the CPU the resize is sparse products, a tenth of the time of dense ones, and a few samples are
+    finished while their views are in the cache. Both give the same numbers to the precision of float32.
 
     Args:
         batch: all its tensors on one device.
@@ -121,19 +121,20 @@ def render_at_once(views: CutViews, window: HUWindow) -> torch.Tensor:
 
 
 def render_by_sample(views: CutViews, window: HUWindow) -> torch.Tensor:
-    """Render a group of views ``(B, V, 1, S, S)`` one sample after the other; what CPUs do."""
+    """Render a group of views ``(B, V, 1, S, S)`` a few samples at a time, 1 MB of them; what CPUs do."""
     batch_size, num_views = views.sides_px.shape
-    rendered = torch.empty(batch_size, num_views, 1, views.size_px, views.size_px)
-    hu = np.empty((1, num_views, views.size_px, views.size_px), np.float32)
-    pixels, sides, flips = views.pixels.numpy(), views.sides_px.tolist(), views.flips.tolist()
-    end = 0
-    for sample in range(batch_size):
-        for view, (side, flip) in enumerate(zip(sides[sample], flips[sample], strict=True)):
+    side_px, pixels, end = views.size_px, views.pixels.numpy(), 0
+    rendered = torch.empty(batch_size, num_views, 1, side_px, side_px)
+    at_once = max(1, 2**18 // (num_views * side_px**2))
+    for few in (slice(first, first + at_once) for first in range(0, batch_size, at_once)):
+        sides, flips = views.sides_px[few].flatten().tolist(), views.flips[few].flatten().tolist()
+        hu = np.empty((len(sides), side_px, side_px), np.float32)
+        for view, side, flip in zip(hu, sides, flips, strict=True):
             first, end = end, end + side * side
-            resized = resize_square(pixels[first:end].reshape(side, side), views.size_px)
-            hu[0, view] = resized[:, ::-1] if flip else resized
-        gamma, blur_sigma = views.gamma[sample, None], views.blur_sigma[sample, None]
-        rendered[sample] = photometric(torch.from_numpy(hu), gamma, blur_sigma, window)[0]
+            resized = resize_square(pixels[first:end].reshape(side, side), side_px)
+            view[:] = resized[:, ::-1] if flip else resized
+        batch = torch.from_numpy(hu).unflatten(0, (-1, num_views))
+        rendered[few] = photometric(batch, views.gamma[few], views.blur_sigma[few], window)
     return rendered
 
 

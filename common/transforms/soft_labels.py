@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from common.transforms.multi_crop import nearest_cells
@@ -18,6 +17,7 @@ class PatchCells(NamedTuple):
 
     The nearest resize of a mask is separable, so that a pixel's cell is its row's and its column's. A patch
     touches few cells: with 16 pixels a side at the paper's scales at most 9 x 9, where it has 256 pixels.
+    Where cells are smaller than pixels, D is ``patch_size_px``: each pixel's cell, with 1 pixel over it.
 
     ``rows``, ``columns`` int64 (N, G, D): cells, clipped to the grid. ``row_pixels``, ``column_pixels``
     float32 (N, G, D): pixels over each, ``patch_size_px`` in all; 0 for cells that the patch does not touch.
@@ -80,6 +80,9 @@ def patch_cells(
         if axis == 1:
             cells = torch.where(flips[:, None], cells.flip(1), cells)
         patches = cells.unflatten(1, (-1, patch_size_px))
+        if most_cells >= patch_size_px:  # there are no more pixels than that to look at
+            axes += [patches, torch.ones_like(patches, dtype=torch.float32)]
+            continue
         touched = patches.amin(2, keepdim=True) + torch.arange(most_cells, device=boxes.device)
         pixels = (patches[..., None, :] == touched[..., None]).sum(-1).float()
         axes += [touched.clamp_(max=grid - 1), pixels]
@@ -176,7 +179,7 @@ def _finding_counts(
 def _counts_of_what_is_shown(
     planes: torch.Tensor, plane: torch.Tensor, cells: PatchCells, num_classes: int
 ) -> torch.Tensor:
-    """Count bits in planes that are not empty alone: most are, and the others have few bits."""
+    """Count bits in planes and patches that are not empty alone: most are, and the others have few bits."""
     shown = planes.flatten(1).any(1)[plane]
     counts = torch.zeros(len(plane), cells.rows.shape[1] * cells.columns.shape[1], num_classes)
     if shown.any():
@@ -185,15 +188,15 @@ def _counts_of_what_is_shown(
             rows[shown], row_pixels[shown], columns[shown], column_pixels[shown], patch_size_px
         )
         bits, pixels = _cells_of_patches(planes, plane[shown], views)
-        anywhere = int(np.bitwise_or.reduce(planes.numpy(), axis=None))
-        for k in range(num_classes):
-            if anywhere >> k & 1:
-                counts[shown, :, k] = _pixels_with(bits, pixels, k)
+        where = torch.zeros(counts.shape[:2], dtype=torch.bool)
+        where[shown] = bits.any(2)
+        bits, pixels = bits[where[shown]], pixels[where[shown]]
+        counts[where] = torch.stack([_pixels_with(bits, pixels, k) for k in range(num_classes)], dim=-1)
     return counts
 
 
 def _pixels_with(bits: torch.Tensor, pixels: torch.Tensor, k: int) -> torch.Tensor:
-    return (((bits >> k) & 1) * pixels).sum(2)
+    return (((bits >> k) & 1) * pixels).sum(-1)
 
 
 def _shares(counts: torch.Tensor, patch_size_px: int) -> tuple[torch.Tensor, torch.Tensor]:

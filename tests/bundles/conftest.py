@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from common.cohort.class_map import class_map
 from common.cohort.cohort import load_labels
 from common.embeddings.store import EmbeddingStoreWriter
-from common.shards.writer import VolumeSlices, write_shard
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 TINY = {
@@ -115,31 +114,6 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shown = {name: [int(y[places].max()) for places in class_map(ct_rate, rad)] for name, y in labels.items()}
     embed_labels(embeddings / "rad_chestct", labels, rad, root / "rad" / "rad_chestct_labels.csv", shown)
     return root
-
-
-@pytest.fixture(scope="session")
-def noise_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven little volumes of noise with masks, two of them ReX-annotated."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-
-    def volume(index: int, rex: bool) -> VolumeSlices:
-        slices = 6 + index
-        return VolumeSlices(
-            volume=f"train_{index}_a_1",
-            ct=rng.integers(-1000, 1000, (slices, 40, 48)).astype(np.int16),
-            ts=rng.integers(0, 118, (slices, 128, 128)).astype(np.uint8),
-            rex=(rng.random((slices, 128, 128)) < 0.01).astype(np.uint16) * 5 if rex else None,
-            spacing_mm=(0.8, 0.8, 3.0),
-            original_shape=(48, 40, slices),
-            original_axcodes="LPS",
-            labels={"Lung nodule": index % 2},
-            split="train",
-        )
-
-    write_shard(folder / "train-000000.tar", [volume(index, rex=False) for index in range(5)])
-    write_shard(folder / "train-rex-000000.tar", [volume(index, rex=True) for index in range(5, 7)])
-    return folder
 
 
 class TrainingRuns:

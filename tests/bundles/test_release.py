@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +18,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import requests
+import torch
 from monai.bundle import scripts
 
+from common.embeddings.encoder_bundle import open_encoder_bundle
+from common.embeddings.store import EmbeddingStore
+from common.networks.encoder import save_encoder
 from common.shards.writer import VolumeSlices, write_shard
+from common.transforms.hounsfield import HU_WINDOWS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1].name for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
+SMALL = {"img_size_px": 32, "patch_size_px": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 TINY = ("--img_size_px", "32", "--embed_dim", "24", "--depth", "1", "--num_heads", "2")
 
 
@@ -163,12 +171,99 @@ def test_the_checksums_beside_a_release_are_those_of_its_archives(dist: Path) ->
     assert {name: digest for digest, name in lines} == archives
 
 
-@pytest.mark.slow
-def test_metadata_pass_monais_check_against_a_schema(
-    monai: Callable[..., None], downloaded: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_packed_bundle_passes_what_the_model_zoo_verifies(dist: Path, name: str, tmp_path: Path) -> None:
+    """As its verify_bundle.py; the network's checks are in test_volume_runs.py and test_torchscript.py."""
+    folder = dist / "huggingface" / name
+    assert (folder / "LICENSE").is_file()
+    assert (folder / "large_files.yml").is_file() == (not name.startswith("eval_"))
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
     schema = shutil.copy(Path(__file__).parent / "meta_schema.json", tmp_path)
-    monai("verify_metadata", "--meta_file", "configs/metadata.json", "--filepath", schema, cwd=downloaded)
+    scripts.verify_metadata(meta_file=str(folder / "configs" / "metadata.json"), filepath=str(schema))
+    for path in (REPOSITORY / "bundles" / name / "configs").iterdir():
+        assert (folder / "configs" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_the_paths_of_a_packed_card_hold_where_it_lies(dist: Path, name: str) -> None:
+    folder = dist / "huggingface" / name
+    card = (folder / "docs" / "README.md").read_text()
+    assert f"bundles/{name}" not in card
+    named = re.findall(r"--config_file \"?\[?'?([\w./]+\.json)", card)
+    assert named
+    for path in named:
+        assert (folder / path).resolve().is_relative_to(folder.parent)
+        assert (folder / path).is_file(), path
+    roots = re.findall(r"--(?:bundle_root|encoder_bundle) (\S+)", card)
+    assert all((folder / root / "configs" / "metadata.json").is_file() for root in roots), roots
+
+
+@pytest.fixture
+def trained(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict]:
+    """A small encoder with weights of its own, packed, in a folder of the name it has there."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    bundle = shutil.copytree(small_bundle, tmp_path / "made" / "dale_ct_2s")
+    network = open_encoder_bundle(bundle, knobs={"encoder_weights": None, "seed": 3}).network
+    identity = {"slice_axes": "yx", "hu_window": list(HU_WINDOWS["ct_rate"]), "patch_size_px": 8}
+    save_encoder(network.state_dict(), bundle / "models" / "model.safetensors", identity)
+    spec = importlib.util.spec_from_file_location("pack", REPOSITORY / "bundles" / "pack.py")
+    packer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(packer)
+    files = packer.contents(bundle)
+    (tmp_path / "served").mkdir()
+    packer.write_zip(tmp_path / "served" / "dale_ct_2s_v0.2.0.zip", "dale_ct_2s", files)
+    packer.write_hub_folder(tmp_path / "here" / "dale_ct_2s", files)
+    return tmp_path, network.state_dict()
+
+
+@pytest.mark.parametrize("workflow_type", ["inference", "train"])
+def test_monais_load_gives_the_network_with_its_weights(
+    trained: tuple[Path, dict], workflow_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = trained
+    monkeypatch.chdir(folder)
+    knobs = {"bundle_root": "here/dale_ct_2s", **SMALL}
+    network = scripts.load("dale_ct_2s", bundle_dir="here", workflow_type=workflow_type, args_file=knobs)
+    assert network.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+
+
+def test_monais_load_downloads_what_is_not_there(
+    trained: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = trained
+    handler = functools.partial(QuietHandler, directory=str(folder / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(scripts, "_get_git_release_url", lambda *_, filename, **__: at + filename)
+        where = {"source": "github", "repo": "owner/repo/v0.2.0", "bundle_dir": str(folder / "new")}
+        network = scripts.load(
+            "dale_ct_2s",
+            version="0.2.0",
+            workflow_type="inference",
+            args_file={"bundle_root": str(folder / "new" / "dale_ct_2s")},
+            **where,
+        )
+        server.shutdown()
+    assert torch.equal(network.state_dict()["cls_token"], expected["cls_token"])
+
+
+def test_the_cards_python_makes_a_workflow_that_embeds(
+    trained: tuple[Path, dict], ct_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = trained
+    card = (folder / "here" / "dale_ct_2s" / "docs" / "README.md").read_text()
+    (block,) = re.findall(r"```python\nfrom monai.bundle(.*?)```", card, re.S)
+    monkeypatch.chdir(folder / "here")
+    shutil.copy(ct_folder / "a.nii.gz", "ct.nii.gz")
+    names: dict = {}
+    exec(f"from monai.bundle{block}", names)
+    assert names["workflow"].network_def.embed_dim == 24
+    store = EmbeddingStore("embeddings")
+    assert store.read("ct").tokens.shape == (11, 24)
+    assert store.identity["encoder_id"].startswith("sha256:")
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ def test_configs_hold_no_macro_no_lambda_and_are_ascii(path):
 
 def test_both_configs_of_an_encoder_build_the_same_network():
     for path in CONFIGS:
-        if path.stem == "train" and (path.parent / "inference.json") in CONFIGS:
+        is_encoder = not path.parts[-3].startswith("eval_")
+        if path.stem == "train" and is_encoder and (path.parent / "inference.json") in CONFIGS:
             train, inference = (
                 json.loads(path.read_text()),
                 json.loads((path.parent / "inference.json").read_text()),
@@ -80,6 +81,11 @@ def test_variants_differ_in_exactly_what_the_paper_says_of_them(config, one, oth
         json.loads((BUNDLES / name / "configs" / f"{config}.json").read_text()) for name in (one, other)
     )
     assert {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)} == expected
+
+
+def test_predict_is_found_under_the_name_that_monais_users_look_for():
+    configs = BUNDLES / "eval_ct_rate" / "configs"
+    assert (configs / "inference.json").read_text() == (configs / "predict.json").read_text()
 
 
 def test_dale_ct_0_is_the_recipe_itself():

@@ -1,3 +1,4 @@
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,6 +46,13 @@ def test_embed_writes_a_store_and_says_what_monai_would_be_told(
     [
         (["embed", "nowhere.nii.gz"], "nowhere.nii.gz"),
         (["embed", ".", "--encoder", "dale_ct_2x"], "dale_ct_2s"),
+        (["embed", "no.txt", "--weights", "random"], "no.txt"),
+        (["embed", "no.nii", "--weights", "random"], "no.nii"),
+        (
+            ["embed", "no.nii"],
+            "https://huggingface.co/Kentucky-Open-Science/DALE-CT-2S/resolve/",
+        ),  # no network
+        (["predict", ".", "--probe", ".", "--encoder", "dale_ct_2x"], "dale_ct_2s"),
         (["train", "dale_ct"], "dale_ct_0"),
         (
             ["embed", ".", "--encoder", "dale_ct_2s", "--hu-window", "ct_rat", "--weights", "random"],
@@ -53,7 +61,9 @@ def test_embed_writes_a_store_and_says_what_monai_would_be_told(
         (["weights", "onnx", "--bundle", "nowhere", "--out", "x.onnx"], "nowhere"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(dale_ct, words, named):
+def test_a_mistake_is_told_in_one_line(dale_ct, words, named, tmp_path):
+    if words[1].startswith("no."):
+        (tmp_path / words[1]).write_text("no CT")
     result = dale_ct(*words)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
@@ -83,3 +93,16 @@ def test_the_doctor_looks_at_every_part(dale_ct):
     result = dale_ct("doctor", "--no-online")
     for part in ("Python", "torch", "GPU", "Memory", "Disk", "MLflow"):
         assert part in result.stdout
+
+
+def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(
+    stop_and_resume, small_bundle, ct_folder, tmp_path
+):
+    for number in range(400):
+        (ct_folder / f"c{number}.nii.gz").hardlink_to(ct_folder / "b.nii.gz")
+    words = ["embed", ct_folder, "--encoder", small_bundle, "--weights", "random", "--out", tmp_path / "out"]
+    said = stop_and_resume(
+        ["dale_ct.cli", *words], lambda text: re.search(r"[1-9]\d*/402", text), tmp_path / "out"
+    )
+    assert "Done: embeddings of 402 volumes" in " ".join(said.split())
+    assert len(EmbeddingStore(tmp_path / "out")) == 402

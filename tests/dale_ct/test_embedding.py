@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -5,29 +6,58 @@ import pytest
 import torch
 
 import dale_ct
+from common.ct.files import ct_file, read_ct
 from common.embeddings.ct_batches import SliceBatches
 from common.networks.encoder import SlicesInferer
 from dale_ct.embedding import embed, embed_to_store
+from dale_ct.encoder import load_encoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def store_of_the_bundle(small_bundle, ct_folder, python_m, tmp_path) -> dale_ct.EmbeddingStore:
-    """Embeddings that the bundle's own command writes."""
-    words = ["monai.bundle", "run", "--config_file", small_bundle / "configs" / "inference.json"]
-    words += ["--bundle_root", small_bundle, "--dataset_dir", ct_folder, "--output_dir", tmp_path / "bundle"]
-    words += ["--encoder_weights", "$None", "--patch_tokens", "True", "--num_workers", "0"]
-    result = python_m(words, tmp_path, PYTHONPATH=str(REPOSITORY))
-    assert result.returncode == 0, result.stderr
-    return dale_ct.EmbeddingStore(tmp_path / "bundle")
+def store_of_the_bundle(python_m, tmp_path):
+    """Return ``run(bundle, ct, *words)``: embeddings that the bundle's own command writes."""
+
+    def run(bundle: Path, ct: Path, *words: str) -> dale_ct.EmbeddingStore:
+        command = ["monai.bundle", "run", "--config_file", bundle / "configs" / "inference.json"]
+        command += ["--bundle_root", bundle, "--dataset_dir", ct, "--output_dir", tmp_path / "bundle"]
+        command += ["--encoder_weights", "$None", "--num_workers", "0", *words]
+        result = python_m(command, tmp_path, PYTHONPATH=str(REPOSITORY))
+        assert result.returncode == 0, result.stderr
+        return dale_ct.EmbeddingStore(tmp_path / "bundle")
+
+    return run
+
+
+def test_one_call_gives_the_grid_that_an_encoder_of_volumes_gives(
+    store_of_the_bundle, small_volume_bundle, ct_folder, tmp_path
+):
+    expected = store_of_the_bundle(small_volume_bundle, ct_folder)
+    options = {"encoder": str(small_volume_bundle), "weights": "random"}
+    store = embed_to_store(ct_folder, tmp_path / "store", **options)
+    found = embed(ct_folder / "a.nii.gz", **options)
+    assert found.tokens.shape == (4 * 5 * 3, 36)
+    assert found.metadata["grid_shape"] == [4, 5, 3]
+    assert found.metadata["axcodes"] == "RAS"
+    assert found.z_mm is None
+    assert store.identity == expected.identity
+    assert found.metadata == store.read("a").metadata == expected.read("a").metadata
+    assert torch.equal(found.tokens, expected.read("a").tokens)
+    assert store.checksums(["a", "b"]) == expected.checksums(["a", "b"])
+    # and in a loop of one's own
+    encoder = load_encoder(**options)
+    ct = read_ct(ct_file(ct_folder / "a.nii.gz"))
+    with torch.inference_mode():
+        grid, _ = encoder.inferer(encoder.image(ct.hu, ct.spacing_mm), encoder.network)
+    assert torch.equal(grid[0].flatten(1).T.half(), found.tokens)
 
 
 def test_one_call_gives_what_the_bundle_gives(store_of_the_bundle, small_bundle, ct_folder, tmp_path):
+    store_of_the_bundle = store_of_the_bundle(small_bundle, ct_folder, "--patch_tokens", "True")
     options = {"encoder": str(small_bundle), "weights": "random", "patch_tokens": True}
     found = embed(ct_folder, **options)
-    embed_to_store(ct_folder, tmp_path / "store", **options)
-    store = dale_ct.EmbeddingStore(tmp_path / "store")
+    store = embed_to_store(ct_folder, tmp_path / "store", **options)
     assert store.identity == store_of_the_bundle.identity
     assert set(found) == set(store.volumes) == {"a", "b"}
     for volume, embedding in found.items():
@@ -62,20 +92,20 @@ def test_a_second_run_adds_what_is_new(small_bundle, ct_folder, tmp_path):
     assert len(dale_ct.EmbeddingStore(tmp_path / "store")) == 2
 
 
-def test_batches_shrink_to_what_fits_into_the_gpu(small_bundle, ct_folder, monkeypatch, caplog):
-    whole = embed(ct_folder / "a.nii.gz", str(small_bundle), weights="random", patch_tokens=True)
-    fits = SlicesInferer.__call__
+def test_batches_shrink_to_what_fits_into_the_gpu(small_bundle, ct_folder, caplog):
+    options = {"encoder": str(small_bundle), "weights": "random", "patch_tokens": True}
+    whole = embed(ct_folder / "a.nii.gz", **options)
 
-    def too_much(self, images, network, **options):
-        if len(images) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return fits(self, images, network, **options)
+    def too_much(_, inputs):
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(SlicesInferer, "__call__", too_much)
-    shrunk = embed(ct_folder / "a.nii.gz", str(small_bundle), weights="random", patch_tokens=True)
+    hook = load_encoder(str(small_bundle), "random").network.patch_embed.register_forward_pre_hook(too_much)
+    shrunk = embed(ct_folder / "a.nii.gz", **options)
+    hook.remove()
     np.testing.assert_allclose(shrunk.tokens.float(), whole.tokens.float(), atol=1e-3)
     np.testing.assert_allclose(shrunk.patches.float(), whole.patches.float(), atol=1e-3)
-    assert [record.args for record in caplog.records if "memory" in record.msg] == [(3,), (1,)]
+    assert [record.args for record in caplog.records if "memory" in record.msg] == [(7, 1)]
 
 
 def test_a_store_is_whole_after_a_stop(small_bundle, ct_folder, tmp_path, monkeypatch):
@@ -108,3 +138,26 @@ def test_embeddings_that_are_not_finite_are_rejected(small_bundle, ct_folder, mo
     monkeypatch.setattr(SlicesInferer, "__call__", overflowing)
     with pytest.raises(ValueError, match="'b'"):
         embed(ct_folder / "b.nii.gz", str(small_bundle), weights="random")
+
+
+def test_one_of_several_cts_is_chosen_by_name(small_bundle, ct_folder, tmp_path):
+    options = {"encoder": str(small_bundle), "weights": "random", "series": "b"}
+    assert embed(ct_folder, **options).tokens.shape == (5, 24)
+    assert embed_to_store(ct_folder, tmp_path / "store", **options).volumes == ["b"]
+    with pytest.raises(ValueError, match=r"series.*'c'.*a, b"):
+        embed(ct_folder, **options | {"series": "c"})
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(small_bundle, ct_folder, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"encoder": str(small_bundle), "weights": "random"}
+    try:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (200, limits[1])
+        )  # the kernel refuses more, as of a full disk
+        with pytest.raises(OSError, match=str(tmp_path / "store")):
+            embed_to_store(ct_folder, tmp_path / "store", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "store").glob("*.safetensors*"))
+    assert len(embed_to_store(ct_folder, tmp_path / "store", **options)) == 2

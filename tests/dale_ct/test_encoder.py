@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.ct.files import ct_file, read_ct
+from common.embeddings.encoder_bundle import open_encoder_bundle
 from common.networks import encoder as networks
 from common.transforms.hounsfield import HU_WINDOWS
 from dale_ct import embed, embed_to_store
@@ -16,7 +17,8 @@ from dale_ct.encoder import BUNDLES, bundle_folder, encoders, load_encoder
 
 def test_every_encoder_bundle_is_listed():
     known = encoders()
-    assert set(known) == {path.parents[1].name for path in BUNDLES.glob("*/configs/inference.json")}
+    inference = {path.parents[1].name for path in BUNDLES.glob("*/configs/inference.json")}
+    assert set(known) == inference - {"eval_ct_rate"}
     assert known["dale_ct_2s"].takes == "slices"
     assert known["merlin"].takes == "volumes"
     assert known["ct_fm"].dim == 512
@@ -25,11 +27,17 @@ def test_every_encoder_bundle_is_listed():
 def test_an_unknown_encoder_is_named_with_the_nearest():
     with pytest.raises(ValueError, match=r"dale_ct_2x.*dale_ct_2s"):
         bundle_folder("dale_ct_2x")
+    with pytest.raises(ValueError, match="eval_ct_rate"):  # has an inference.json, and is no encoder
+        bundle_folder("eval_ct_rate")
 
 
-def test_an_encoder_of_volumes_is_refused():
-    with pytest.raises(ValueError, match=r"merlin"):
-        load_encoder("merlin")
+@pytest.mark.parametrize(
+    "option", [{"strategy": "raw_144"}, {"patch_tokens": True}, {"hu_window": (1, 2, 3, 4)}]
+)
+def test_what_is_of_slices_is_refused_for_an_encoder_of_volumes(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"{name}.*merlin"):
+        load_encoder("merlin", "random", **option)
 
 
 def test_network_and_images_in_ones_own_loop_give_the_embedding(small_bundle, ct_folder):
@@ -67,7 +75,7 @@ def test_weights_are_loaded_once_until_their_file_changes(
     small_bundle, weights, ct_folder, tmp_path, monkeypatch
 ):
     loads, load = [], networks.load_encoder
-    monkeypatch.setattr(networks, "load_encoder", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(networks, "load_encoder", lambda **given: loads.append(given) or load(**given))
     path, bundle = ct_folder / "a.nii.gz", str(small_bundle)
     first, second = (embed(path, bundle, weights=weights) for _ in range(2))
     store = embed_to_store(path, tmp_path / "store", bundle, weights=weights)
@@ -101,9 +109,31 @@ def test_what_a_bundle_says_of_its_slices_counts(small_bundle, tmp_path):
     path.write_text(json.dumps(config | {"slice_axes": "xy", "hu_window": "dale_ct_0_l"}))
     given = load_encoder(str(folder), "random").given
     assert (given.slice_axes, given.window) == ("xy", HU_WINDOWS["dale_ct_0_l"])
-    path.write_text(json.dumps(config | {"depth": "$1 + 1"}))
-    with pytest.raises(ValueError, match=r"depth.*1 \+ 1"):
-        load_encoder(str(folder), "random")
+    path.write_text(
+        json.dumps(config | {"depth": "$1 + int(math.pi)", "imports": [*config["imports"], "$import math"]})
+    )
+    assert len(load_encoder(str(folder), "random").network.blocks) == 4
+
+
+@pytest.mark.parametrize("name", [name for name, facts in encoders().items() if facts.takes == "slices"])
+def test_parts_are_those_that_monai_makes(name):
+    knobs = {"encoder_weights": None, "embed_dim": 24, "num_heads": 2, "depth": 1, "seed": 7}
+    knobs |= {
+        "patch_size_px": 8,
+        "img_size_px": 32,
+        "device": torch.device("cpu"),
+        "hu_window": "dale_ct_0_l",
+    }
+    monais, ours = (
+        open_encoder_bundle(BUNDLES / name, (), knobs, with_monai) for with_monai in (True, False)
+    )
+    for part in ("weights", "input", "window", "axes", "identity", "embedding_identity", "facts", "compiled"):
+        if part in monais:
+            assert ours[part] == monais[part], part
+    expected = monais.network.state_dict()
+    found = ours.network.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_values_beyond_a_ct_are_clipped_and_a_missing_device_is_named(small_bundle):

@@ -307,3 +307,42 @@ def test_the_last_line_of_a_run_says_what_lies_where_and_what_of_it_is_doubtful(
     )
     assert f"3 volumes in '{tmp_path}', 2 of them doubtful; 2 rejected" in line
     assert f"'{tmp_path / 'rejected.csv'}'" in line
+
+
+def two_series(write_series: Callable[..., list[Path]], folder: Path, same_study: bool = True) -> None:
+    hu = np.random.default_rng(0).integers(-900, 300, (7, 6, 9)).astype(np.int16)
+    for number, (uid, kernel) in enumerate({"1.2.84.7": "B30f", "1.2.84.8": ["Br40f", "3"]}.items()):
+
+        def describe(z: int, dataset: Dataset, kernel: object = kernel, number: int = number) -> None:
+            dataset.StudyInstanceUID = f"1.2.84.{0 if same_study else number}"
+            dataset.SeriesDescription, dataset.ConvolutionKernel = "THORAX", kernel
+
+        write_series(folder / f"s{number}", hu[: 7 - number], series=uid, edit=describe)
+
+
+def test_several_series_of_one_study_are_shown_in_a_table_and_one_is_chosen(
+    write_series: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    two_series(write_series, tmp_path / "study")
+    with pytest.raises(ValueError, match="--series") as caught:
+        ct_sources(tmp_path / "study")
+    rows = [line.split() for line in str(caught.value).splitlines()[-2:]]
+    assert [(row[0], row[1]) for row in rows] == [("1_2_84_7", "7"), ("1_2_84_8", "6")]
+    assert " ".join(rows[0][2:]) == f"(0.7, 0.8, 1.5) THORAX B30f {tmp_path / 'study' / 's0'}"
+    assert " ".join(rows[1][5:]) == f"THORAX ['Br40f', '3'] {tmp_path}/study/s1"
+    for chosen, volumes in (
+        ("1_2_84_8", ["1_2_84_8"]),
+        ("1.2.84.7", ["1_2_84_7"]),
+        ("all", ["1_2_84_7", "1_2_84_8"]),
+    ):
+        found, _ = ct_sources(tmp_path / "study", series=chosen)
+        assert [source.volume for source in found] == volumes
+    with pytest.raises(ValueError, match=r"series.*1\.2\.84\.9.*1_2_84_7, 1_2_84_8"):
+        ct_sources(tmp_path / "study", series="1.2.84.9")
+
+
+def test_series_of_several_studies_are_a_cohort(
+    write_series: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    two_series(write_series, tmp_path, same_study=False)
+    assert len(ct_sources(tmp_path)[0]) == 2

@@ -6,9 +6,10 @@ import signal
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from safetensors import safe_open
 from torch import nn
 
-from common.handlers.checkpoint import Checkpoint
+from common.handlers.checkpoint import Checkpoint, SaveEncoder
 from common.run.process import Stopped
 
 
@@ -215,3 +216,26 @@ def test_ctrl_c_after_the_last_step_ends_what_handlers_do_then(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002.pt"]
+
+
+def save_at_the_end(path, stop: bool) -> None:
+    def step(engine, _):
+        if stop:
+            engine.state.exit_status = 143
+            engine.terminate()
+
+    engine = Engine(step)
+    SaveEncoder(nn.Linear(2, 3), path, {"name": "tiny"}).attach(engine)
+    engine.run([0, 0], max_epochs=1, epoch_length=2)
+
+
+def test_a_completed_run_leaves_its_weights_and_their_identity(tmp_path):
+    save_at_the_end(tmp_path / "model.safetensors", stop=False)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["identity"] == '{"name": "tiny", "steps": 2}'
+        assert set(file.keys()) == {"weight", "bias"}
+
+
+def test_an_interrupted_run_leaves_none(tmp_path):
+    save_at_the_end(tmp_path / "model.safetensors", stop=True)
+    assert not (tmp_path / "model.safetensors").exists()

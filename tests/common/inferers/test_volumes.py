@@ -103,3 +103,19 @@ def test_a_gpu_is_asked_for_no_value(fake_gpu, inferer):
     with fake_gpu.mode:
         grid, _ = inferer(volume, Patches())
     assert grid.device.type == "cuda"
+
+
+def test_windows_that_do_not_fit_together_go_one_by_one_and_a_volume_cannot(caplog):
+    class Large(Patches):
+        def forward(self, volumes):
+            if volumes.numel() > 200:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(volumes)
+
+    volume = torch.randn(1, 1, 8, 6, 8)
+    infer = WindowsInferer((4, 6, 8), overlap=0.5, windows_per_batch=2, amp_dtype="float32")
+    expected, _ = infer(volume, Patches())
+    torch.testing.assert_close(infer(volume, Large())[0], expected)
+    assert [record.args for record in caplog.records] == [(2, 1)]
+    with pytest.raises(ValueError, match=r"cpu.*\(1, 8, 6, 8\)"):
+        VolumeInferer("float32")(volume, Large())

@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from ignite.engine import Engine
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.networks.encoder import (
-    SaveEncoder,
     SlicesInferer,
     Weights,
     cls_and_patches,
@@ -142,29 +139,6 @@ def test_encoder_id_follows_the_bytes_and_the_kind_of_slices():
     assert encoder_id(None, seed=7, slice_axes="xy", window=wide) == "random:7:xy:-1000.0,1000.0,0.0,500.5"
 
 
-def run(path, stop: bool) -> None:
-    def step(engine, _):
-        if stop:
-            engine.state.exit_status = 143
-            engine.terminate()
-
-    engine = Engine(step)
-    SaveEncoder(torch.nn.Linear(2, 3), path, {"name": "tiny"}).attach(engine)
-    engine.run([0, 0], max_epochs=1, epoch_length=2)
-
-
-def test_a_completed_run_leaves_its_weights_and_their_identity(tmp_path):
-    run(tmp_path / "model.safetensors", stop=False)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert file.metadata()["identity"] == '{"name": "tiny", "steps": 2}'
-        assert set(file.keys()) == {"weight", "bias"}
-
-
-def test_an_interrupted_run_leaves_none(tmp_path):
-    run(tmp_path / "model.safetensors", stop=True)
-    assert not (tmp_path / "model.safetensors").exists()
-
-
 @pytest.fixture(scope="module")
 def encoder() -> torch.nn.Module:
     torch.manual_seed(0)
@@ -241,3 +215,26 @@ def test_a_gpu_is_asked_for_no_value(encoder: torch.nn.Module, fake_gpu: Any) ->
         found = SlicesInferer("float32", compiled=False, patch_tokens=True)(images, on_gpu)
     assert [tuple(tokens.shape) for tokens in found] == [(3, 24), (3, 4 * 5, 24)]
     assert {tokens.device.type for tokens in found} == {"cuda"}
+
+
+def test_a_batch_too_large_for_the_gpu_goes_in_parts_from_then_on(encoder, caplog):
+    images = torch.randn(7, 1, 32, 32)
+    infer = SlicesInferer("float32", compiled=False, patch_tokens=True)
+    cls, patches = infer(images, encoder)
+    tried = []
+
+    def forward(part, at_most):
+        tried.append(len(part))
+        if len(part) > at_most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+
+    hook = encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: forward(inputs[0], 2))
+    for _ in range(2):
+        torch.testing.assert_close(infer(images, encoder), (cls, patches), rtol=1e-5, atol=1e-5)
+    hook.remove()
+    assert tried == [7, 3, 1, 1, 1, 1, 1, 1, 1, *[1] * 7]
+    assert [record.args for record in caplog.records] == [(7, 1)]
+    hook = encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: forward(inputs[0], 0))
+    with pytest.raises(ValueError, match=r"cpu.*\(1, 32, 32\).*3 GiB.*--device"):
+        infer(images, encoder)
+    hook.remove()

@@ -130,6 +130,7 @@ def network(checkpoint_activations: bool = False) -> PretrainingModel:
 def gradients(model: PretrainingModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     views = [torch.randn(3, n, 1, size, size, generator=generator) for n, size in ((2, 16), (4, 8))]
+    views = [view.to(next(model.parameters())) for view in views]
     model(*views)["projections"].square().sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -137,6 +138,16 @@ def gradients(model: PretrainingModel) -> dict[str, torch.Tensor]:
 def spread(model: PretrainingModel, **changes) -> PretrainingModel:
     options = {"sharding": "ddp", "compiled": False, "device": torch.device("cpu")}
     return distribute(network=model, blocks=model.encoder.blocks, **options | changes)
+
+
+def test_attention_and_patches_of_a_cpu_are_the_sums_of_the_plain_network():
+    ours, plain = spread(network()).double(), network().double()
+    assert not ours.encoder.blocks[0].attn.fused_attn
+    assert type(ours.encoder.patch_embed.proj) is not type(plain.encoder.patch_embed.proj)
+    found, expected = gradients(ours), gradients(plain)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.slow

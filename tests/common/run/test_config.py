@@ -220,6 +220,10 @@ def stderr_of(script: str, **environment: str) -> str:
         ("KeyError('no such window.')", "KeyError: no such window."),
         ("PermissionError(13, 'denied', '/a')", "PermissionError: [Errno 13] denied: '/a'"),
         ("BlockingIOError('in use')", "BlockingIOError: in use"),
+        (
+            "type('OutOfMemoryError', (RuntimeError,), {})('CUDA')",
+            "OutOfMemoryError: CUDA Lower --batch_size, or use a larger GPU.",
+        ),
     ],
 )
 def test_a_wrapped_user_error_is_one_line(error, line):
