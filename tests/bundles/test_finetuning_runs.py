@@ -78,7 +78,7 @@ def finetune(workflow: Any, cohort: Path, out: Path, weights: Path | None, **kno
 
 
 def test_the_frozen_mode_trains_the_probe_of_the_grid(workflow, cohort, weights, tmp_path) -> None:
-    knobs = {"mode": "probe", "probe_lr": 0.1, "warmup_steps": 0, "final_share": 0.0, "clip_norm": None}
+    knobs = {"mode": "probe", "probe_lr": 0.1, "warmup_steps": 0, "clip_norm": None}
     tuned = finetune(workflow, cohort, tmp_path / "tuned", weights, **knobs)
     stores = {}
     for split in ("train", "valid"):
