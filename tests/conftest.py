@@ -23,7 +23,6 @@ import nibabel as nib  # noqa: E402 (see above)
 import numpy as np  # noqa: E402 (see above)
 import pytest  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
-from huggingface_hub import constants as hub_constants  # noqa: E402 (see above)
 from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
@@ -147,25 +146,29 @@ def stop_and_resume(python_m: Callable, tmp_path: Path) -> Callable[..., str]:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """Replace the Hugging Face hub, in this process, by one on this machine, with an empty cache."""
     server = LoopbackHub()
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_TELEMETRY", False)
-    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    monkeypatch.setattr(hub_constants, "ENDPOINT", server.url)
-    template = hub_constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
-    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    server.be_the_hub(tmp_path / "hub_cache", monkeypatch)
     yield server
     server.close()
 
 
+def touch(folder: Path, *names: str) -> Path:
+    """Make empty files in a folder; return it."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
+    """Save an array as NIfTI; return its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
 @pytest.fixture
 def save_nifti() -> Callable[[Path, np.ndarray, np.ndarray], Path]:
-    """Save an array as NIfTI; return its file."""
-
-    def save(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(array, affine), path)
-        return path
-
+    """Return :func:`save`."""
     return save
 
 

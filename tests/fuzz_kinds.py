@@ -22,13 +22,14 @@ from common.embeddings.work import ct_sources
 from common.reports.results import FIELDS, PREDICTION_COLUMNS, read_predictions, read_rows
 from common.run.config import executed_config
 from common.shards.shards import ShardSet
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
 from data_prep.audit.shard import ShardTask, audit_shard
 from data_prep.sources.ct_rate import METADATA_COLUMNS, read_metadata
 from data_prep.sources.rexgroundingct import read_annotations
 from data_prep.sources.totalsegmentator import read_label_map
 from data_prep.splits import read_split
 from tests.conftest import series_of
+from tests.noise_volume import noise_volume
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLES = sorted(path.parents[1] for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
@@ -96,17 +97,7 @@ def read_label_maps(folder: Path) -> None:
 def shards(folder: Path) -> None:
     for first in (0, 2):
         volumes = [
-            VolumeSlices(
-                volume=f"train_{first + n}_a_1",
-                ct=RNG.integers(-1000, 1000, (4, 20, 24)).astype(np.int16),
-                ts=RNG.integers(0, 118, (4, 128, 128)).astype(np.uint8),
-                rex=(RNG.random((4, 128, 128)) < 0.01).astype(np.uint16) if first else None,
-                spacing_mm=(0.8, 0.8, 3.0),
-                original_shape=(24, 20, 4),
-                original_axcodes="LPS",
-                labels={"Lung nodule": n},
-                split="train",
-            )
+            noise_volume(f"train_{first + n}_a_1", 4, (20, 24), rex=first > 0, labels={"Lung nodule": n})
             for n in range(2)
         ]
         write_shard(folder / f"train-{'rex-' * bool(first)}000000.tar", volumes)

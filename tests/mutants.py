@@ -180,7 +180,7 @@ MUTANTS = (
     Mutant("common/metrics/bootstrap.py", "2 * (1 + smaller)", "2 * smaller"),
     Mutant("common/metrics/bootstrap.py", "if not is_merged:", "if is_merged:"),
     Mutant("common/metrics/bootstrap.py", "level[chosen], groups[chosen]", "level[chosen], level[chosen]"),
-    Mutant("common/metrics/bootstrap.py", "(1 - confidence) / 2, ", "(1 - confidence), "),
+    Mutant("common/metrics/bootstrap.py", "[0.025, 0.975]", "[0.05, 0.95]"),
     Mutant("common/metrics/multilabel.py", ", weights=bins.counts", ""),
     Mutant("common/metrics/spread.py", "centred - centred.mean(0)", "centred"),
     Mutant("common/metrics/slice_paths.py", "prepend=0).min() / 2", "prepend=0).min()"),

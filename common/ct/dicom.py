@@ -71,7 +71,7 @@ def read_ct(files: Sequence[Path]) -> CT:
                 read_hu(dataset, headers[z], out=stored[z], kept=kept)
         digests.append(_digest(path))
     if not kept.parts:
-        detail = f"a CT must have pixels that are no padding, got none in {headers[0].name}"
+        detail = f"a CT must have pixels besides its padding, got none in {headers[0].name}"
         raise RejectedError("no image", detail)
     slices, spacing_mm = axial_slices(stored.transpose(2, 1, 0), grid.affine)
     return CT(slices, spacing_mm, grid, hashlib.sha256(b"".join(digests)).hexdigest(), kept)

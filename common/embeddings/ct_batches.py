@@ -4,7 +4,7 @@
 # X Y Z voxels of a volume: to the left, to the back, to the head
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,7 +69,7 @@ class Prepared(NamedTuple):
 
 
 def read_ahead(
-    work: Sequence[CTSource],
+    work: Iterable[CTSource],
     prepare: Callable[[CTSource], Prepared],
     num_workers: int,
     rejected: list[RejectedVolume],

@@ -70,6 +70,31 @@ class EvaluationReport(ABC):
     def write(self, engine: Any) -> None:  # noqa: ANN401 (each report's)
         """Write the files."""
 
+    def macro_rows(self, state: Any, encoder: str, **facts: Any) -> list[ResultRow]:  # noqa: ANN401 (the engine's)
+        """Make the rows of macro means, of the encoder and of the floor "prevalence"."""
+        rows = []
+        for subject, name, seeds in (("probe", encoder, str(self.seed)), ("prevalence", "prevalence", "")):
+            ends = state.intervals[subject]["macro"]
+            macro = state.reports[subject]["macro"]
+            numbers = {f"macro_{metric}": (value, *ends[metric]) for metric, value in macro.items()}
+            rows += self.rows(numbers, encoder=name, seeds=seeds, **facts)
+        return rows
+
+    def write_evaluation(self, state: Any, title: str) -> None:  # noqa: ANN401 (the engine's)
+        """Write predictions, tables and pictures of a tested probe."""
+        write_predictions(self.output_dir / "test_predictions.csv", state.predictions)
+        write_predictions(self.output_dir / "validation_predictions.csv", state.validation)
+        for name, rows in (
+            ("per_class", class_rows(state.reports, state.intervals, state.predictions)),
+            ("thresholds", threshold_rows(state.validation, state.predictions)),
+        ):
+            write_table(self.output_dir / f"{name}.csv", rows)
+        per_class = state.intervals["probe"]["per_class"]
+        draw_per_class(self.output_dir / "per_class.png", state.reports, state.intervals, title)
+        for kind in KINDS:
+            path = self.output_dir / f"{kind}.png"
+            draw_classes(path, kind=kind, predictions=state.predictions, intervals=per_class, title=title)
+
     def rows(self, numbers: Numbers, **facts: Any) -> list[ResultRow]:  # noqa: ANN401 (of result_rows)
         """Make result rows of this run; facts are further arguments of ``result_rows``."""
         return result_rows(numbers, config=self.settings, **{"seeds": str(self.seed), **facts})
@@ -131,18 +156,13 @@ class ProbeReport(EvaluationReport):
 
     def results(self, engine: ProbeGridTrainer) -> list[ResultRow]:
         """Return the result rows."""
-        state, encoder = engine.state, engine.test_bags.identity["encoder"]
+        encoder = engine.test_bags.identity["encoder"]
         facts = {"dataset": self.dataset_name, "n": len(engine.test_bags)}
-        rows = []
-        for subject, name, seeds in (("probe", encoder, str(self.seed)), ("prevalence", "prevalence", "")):
-            ends = state.intervals[subject]["macro"]
-            macro = state.reports[subject]["macro"]
-            numbers = {f"macro_{metric}": (value, *ends[metric]) for metric, value in macro.items()}
-            rows += self.rows(numbers, encoder=name, protocol=self.protocol, seeds=seeds, **facts)
+        rows = self.macro_rows(engine.state, encoder, protocol=self.protocol, **facts)
         if engine.further_seeds:
             spread = {}
-            for metric in state.reports["probe"]["macro"]:
-                values = [report["macro"][metric] for report in state.seed_reports]
+            for metric in engine.state.reports["probe"]["macro"]:
+                values = [report["macro"][metric] for report in engine.state.seed_reports]
                 spread[f"macro_{metric}"] = (fmean(values), min(values), max(values))
             seeds = " ".join(map(str, [self.seed, *engine.further_seeds]))
             protocol = f"{self.protocol}_seeds"
@@ -154,23 +174,12 @@ class ProbeReport(EvaluationReport):
         state, bags = engine.state, engine.test_bags
         origin = {name: value for name, value in bags.identity.items() if name != "dtype"}
         save_probe(self.output_dir, engine.chosen_probe(), {**self._card(engine), **origin})
-        write_predictions(self.output_dir / "test_predictions.csv", state.predictions)
-        write_predictions(self.output_dir / "validation_predictions.csv", state.validation)
         seeds = [self.seed, *engine.further_seeds]
-        for name, rows in (
-            ("per_class", class_rows(state.reports, state.intervals, state.predictions)),
-            ("thresholds", threshold_rows(state.validation, state.predictions)),
-            ("seeds", seed_rows(seeds, state.seed_reports)),
-        ):
-            write_table(self.output_dir / f"{name}.csv", rows)
+        write_table(self.output_dir / "seeds.csv", seed_rows(seeds, state.seed_reports))
         best, encoder = engine.best, bags.identity["encoder"]
         pooler, learning_rate = engine.grid.names[best.index]
         title = f"{encoder}: {len(bags)} test volumes, {pooler}, lr {learning_rate:g}, step {best.step}"
-        per_class = state.intervals["probe"]["per_class"]
-        draw_per_class(self.output_dir / "per_class.png", state.reports, state.intervals, title)
-        for kind in KINDS:
-            path = self.output_dir / f"{kind}.png"
-            draw_classes(path, kind=kind, predictions=state.predictions, intervals=per_class, title=title)
+        self.write_evaluation(state, title)
         self._show_attention(engine)
 
     def _card(self, engine: ProbeGridTrainer) -> ProbeCard:

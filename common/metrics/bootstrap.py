@@ -171,13 +171,13 @@ def macro_means(values: ArrayLike) -> FloatArray:
     return ratio(np.nansum(array, -1), (~np.isnan(array)).sum(-1))
 
 
-def interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval (ours: 95 %) over resamples ``(R,)`` in which a metric is defined."""
+def interval(values: ArrayLike) -> tuple[float, float]:
+    """Return the 95 % percentile interval over resamples ``(R,)`` in which a metric is defined."""
     array = np.asarray(values, dtype=np.float64)
     defined = array[~np.isnan(array)]
     if not len(defined):
         return float("nan"), float("nan")
-    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(defined, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -2,10 +2,8 @@
 
 # N images, B images of a batch, P patches of one, D embedding
 
-import hashlib
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common.embeddings.store import check_identity
-from common.networks.hub import HUB, download
+from common.networks.hub import HUB, download, sha256_of
 from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
 from common.run.process import atomic_file
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
@@ -236,20 +234,6 @@ def _known(
     return Weights(path, name, digest, stated or (facts if release else {}))
 
 
-def sha256_of(path: Path) -> str:
-    """Return a file's digest in hexadecimal.
-
-    Raises:
-        ValueError: if the file lies in the hub's cache under another digest.
-    """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    blob = path.resolve()  # the cache names large files by their digest
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.name != digest:
-        raise ValueError(f"'{blob}' is damaged: its SHA-256 is another. Delete it, and run this again.")
-    return digest
-
-
 def stated_identity(path: str | Path) -> dict[str, Any]:
     """Read what a weights file says of itself; nothing for a file that was not written here.
 
@@ -325,8 +309,8 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: Mapping[
 
     Args:
         encoder: timm VisionTransformer built from the bundle's ``network_def``.
-        path: safetensors file, in timm's keys or those of transformers' Dinov2; None keeps the random initial
-            weights, with a warning.
+        path: safetensors file, in timm's keys or those of transformers' Dinov2, or what LoRA learned, which
+            names the file it belongs to; None keeps the random initial weights, with a warning.
         identity: facts of the bundle. Each one that the file also states must agree.
 
     Returns:
@@ -341,10 +325,17 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: Mapping[
         return encoder
     remedy = "Use the bundle of these weights, or pass the value that they state."
     about = {"of": f"'{path}'", "source": "this bundle states", "remedy": remedy}
-    check_identity(stated_identity(path), identity, **about)
-    tensors = load_file(path)
+    tensors, stated = load_file(path), stated_identity(path)
+    check_identity(stated, identity, **about)
+    learned, adapter = tensors, stated.get("adapter")
+    if adapter:
+        from common.networks.finetuned import base_of, merged_lora  # here: few weights are LoRA's
+
+        tensors = load_file(base_of(path, adapter))
     if TRANSFORMERS in tensors and TRANSFORMERS not in encoder.state_dict():
         tensors = to_timm_keys(tensors)
+    if adapter:
+        tensors = merged_lora(tensors, learned, adapter["scale"])
     load_strictly(encoder, tensors, path)
     return encoder
 

@@ -145,7 +145,7 @@ class ProbeGrid(nn.Module):
         self.standardizer = standardizer or nn.Identity()
         self.names = [(pooler, learning_rate) for learning_rate in learning_rates for pooler in poolers]
         self.learning_rates = list(learning_rates)
-        templates = [_initial_probe(name, dim, num_classes, seed) for name in poolers]
+        templates = [initial_probe(name, dim, num_classes, seed) for name in poolers]
         self.kinds = [_kind(template.pooler) for template in templates]
         by_kind: dict[str, list[Any]] = {"fixed": [], "queries": [], "trained": []}
         for kind, template in zip(self.kinds, templates, strict=True):
@@ -332,7 +332,8 @@ def _kind(pooler: nn.Module) -> str:
     return "trained" if any(True for _ in pooler.parameters()) else "fixed"
 
 
-def _initial_probe(name: str, dim: int, num_classes: int, seed: int) -> MILProbe:
+def initial_probe(name: str, dim: int, num_classes: int, seed: int) -> MILProbe:
+    """Return a probe with the initial weights that a seed gives to this pooler."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MILProbe(build_pooler(name, dim), dim, num_classes)

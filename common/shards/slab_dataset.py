@@ -241,30 +241,27 @@ class StepBatches(Sampler[list[int]]):
     """Endless batches of slabs: at each step this rank's share of the global batch.
 
     Step t covers the places t * world * B to (t + 1) * world * B of ``SlabViews``; rank r takes the r-th run
-    of B of them. Use as the ``batch_sampler`` of ``StepLoader``.
+    of B of them. Use as the ``batch_sampler`` of ``StepLoader``. To resume, set ``start_step`` before
+    iterating.
 
     Args:
         batch_size: samples per rank and step, B.
         rank: number of this process.
         world_size: number of processes.
-        start_step: first step. Set the attribute before iterating to resume.
 
     Raises:
-        ValueError: if ``batch_size`` is not positive, ``rank`` not in [0, world_size) or ``start_step``
-            negative.
+        ValueError: if ``batch_size`` is not positive or ``rank`` not in [0, world_size).
     """
 
-    def __init__(self, batch_size: int, rank: int, world_size: int, start_step: int = 0) -> None:
+    def __init__(self, batch_size: int, rank: int, world_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got {rank} and {world_size}.")
-        if start_step < 0:
-            raise ValueError(f"start_step must not be negative, got {start_step}.")
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self.start_step = start_step
+        self.start_step = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in count(self.start_step):

@@ -154,30 +154,31 @@ def pad_to_square(slices: np.ndarray, fill: int) -> np.ndarray:
     return np.pad(slices, margins, constant_values=fill)
 
 
+BODY_HU = -500  # what the body exceeds
+OPENING_PX = 25  # side of the square that a body must hold, odd
 BITS = 8  # slices whose masks are eroded at once: the bits of a byte
 
 
-def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 25) -> tuple[int, int, int]:
+def body_box(hu: torch.Tensor) -> tuple[int, int, int]:
     """Find the square around the body over all slices of a volume.
 
-    The mask above the threshold is opened per slice with a square of ``opening_px``, which drops table and
-    blanket; the bounding box of the union over slices is made square about its centre and shifted inside the
-    image. No opened mask is made: dilation by half the square only moves the bounding box of the eroded mask,
-    and the masks of eight slices are eroded at once, as the bits of a byte.
+    The mask above ``BODY_HU`` is opened per slice with a square of ``OPENING_PX``, which drops table and
+    blanket; the image border does not erode; the bounding box of the union over slices is made square about
+    its centre and shifted inside the image. No opened mask is made: dilation by half the square only moves
+    the bounding box of the eroded mask, and the masks of eight slices are eroded at once, as the bits of a
+    byte.
 
     Source: DALE-CT IV-A2 and its released preprocessing (threshold, opening). One box per volume, whatever
     the batch size, is our choice: the released code makes one per chunk of slices.
 
     Args:
         hu: CT in HU, square slices ``(S, H, H)``.
-        threshold_hu: HU that the body exceeds.
-        opening_px: side of the square structuring element, odd. The image border does not erode.
 
     Returns:
         (top, left, side) in pixels; the whole image if no body is left.
 
     Raises:
-        ValueError: if the slices are not square, there is none, or ``opening_px`` is even or not positive.
+        ValueError: if the slices are not square, or there is none.
 
     Example:
         >>> hu = torch.full((2, 64, 64), -1000)
@@ -185,8 +186,6 @@ def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 2
         >>> body_box(hu)
         (10, 0, 40)
     """
-    if opening_px < 1 or opening_px % 2 == 0:
-        raise ValueError(f"opening_px must be odd and positive, got {opening_px}.")
     if hu.ndim != 3 or hu.shape[1] != hu.shape[2] or 0 in hu.shape:
         raise ValueError(f"hu must have shape (S, H, H), got {tuple(hu.shape)}. Pad slices to squares.")
     size = hu.shape[-1]
@@ -194,12 +193,12 @@ def body_box(hu: torch.Tensor, threshold_hu: float = -500.0, opening_px: int = 2
     for slices in hu.split(BITS):
         body = torch.zeros_like(kept)
         for bit, plane in enumerate(slices):
-            body.add_(plane > threshold_hu, alpha=1 << bit)
-        kept |= _erode(_erode(body, opening_px, dim=0), opening_px, dim=1)
+            body.add_(plane > BODY_HU, alpha=1 << bit)
+        kept |= _erode(_erode(body, OPENING_PX, dim=0), OPENING_PX, dim=1)
     if not kept.any():
         return 0, 0, size
-    top, bottom = _extent(kept.any(1), opening_px // 2)
-    left, right = _extent(kept.any(0), opening_px // 2)
+    top, bottom = _extent(kept.any(1), OPENING_PX // 2)
+    left, right = _extent(kept.any(0), OPENING_PX // 2)
     side = max(bottom - top, right - left)
     return _shifted_inside(top, bottom, side, size), _shifted_inside(left, right, side, size), side
 

@@ -136,10 +136,11 @@ class TrainingRuns:
         paths = {"bundle_root": self.bundle, "dataset_dir": self.shards, "output_dir": out}
         paths |= {"run_name": out.name, "encoder_weights": out / "model.safetensors"}
         paths |= {"tracking_uri": f"sqlite:///{out.parent}/mlflow.db"}
-        pairs = {**paths, **self.knobs, **knobs}
+        config = self.bundle / "configs" / "train.json"
+        known = json.loads(config.read_text())
+        pairs = {**{name: path for name, path in paths.items() if name in known}, **self.knobs, **knobs}
         words = [word for name, value in pairs.items() for word in (f"--{name}", str(value))]
-        config = str(self.bundle / "configs" / "train.json")
-        return ["monai.bundle", "run", "--config_file", config, *words]
+        return ["monai.bundle", "run", "--config_file", str(config), *words]
 
     def start(self, out: Path, ranks: int = 1, **knobs: Any) -> subprocess.Popen:
         """Start a run from another folder than the repository's: the bundle finds its code by itself."""

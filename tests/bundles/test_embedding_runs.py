@@ -1,7 +1,6 @@
 """``python -m monai.bundle run`` on the inference config: however a CT is stored, its embeddings agree."""
 
 import csv
-import gzip
 import re
 import signal
 import subprocess
@@ -151,21 +150,6 @@ def test_another_plane_or_window_does_not_go_into_the_same_store(run, embedded, 
     assert "must be 'random:42:layer_scale=1' as in" in result.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_seven_strategies_share_a_run(run, embedded, tmp_path):
-    names = [
-        *("raw_32", "raw_64", "raw_full", "cropped_32", "cropped_64", "cropped_full"),
-        *("tiled_5cut", "tiled_5cut_items"),
-    ]
-    result = run(embedded / "ct" / "LPS.nii.gz", tmp_path / "out", strategies=names)
-    assert result.returncode == 0, result.stderr[-3000:]
-    shapes = {name: tuple(EmbeddingStore(tmp_path / "out" / name).read("LPS").tokens.shape) for name in names}
-    assert shapes == dict.fromkeys(names, (11, 24)) | {"tiled_5cut": (11, 120), "tiled_5cut_items": (55, 24)}
-    alone = EmbeddingStore(embedded / "out").read("LPS").tokens
-    shared = EmbeddingStore(tmp_path / "out" / "cropped_32").read("LPS").tokens
-    np.testing.assert_allclose(shared, alone, rtol=0, atol=1e-6)
-
-
 KILLED = """
 import os, runpy, signal, sys
 from common.embeddings import store
@@ -204,40 +188,6 @@ def test_two_ranks_finish_a_killed_run_to_what_one_process_gives(run, embedded, 
         theirs.read(name).metadata for name in theirs.volumes
     ]
     assert (out / "rejected.csv").read_text() == (embedded / "out" / "rejected.csv").read_text()
-
-
-def zip_with(path: Path, name: str, data: bytes) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, data)
-
-
-def test_a_folder_of_hostile_files_ends_with_their_list_alone(run, tmp_path, write_series, monkeypatch):
-    hu = np.random.default_rng(0).integers(-1000, 1000, (5, 17, 19)).astype(np.int16)
-    folder = tmp_path / "ct"
-    write_series(folder / "missing", hu, series="1.2.3")[2].unlink()
-    write_series(folder / "twice", hu, series="1.2.4")
-    write_series(folder / "twice", hu[:2] + np.int16(1), series="1.2.4")
-    header = nib.Nifti2Image(hu.T, np.diag([-0.8, -0.8, 1.5, 1])).header
-    header.set_data_shape((10**6, 10**6, 10**6))
-    header["vox_offset"] = 544
-    (folder / "terabytes.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(100)))
-    np.savez(folder / "trn1.npz", volume=hu)
-    zip_with(folder / "bomb.zip", "scan.nii", bytes(2**24))
-    zip_with(folder / "outside.zip", "../../x.nii", b"")
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    result = run(folder, tmp_path / "out")
-    assert result.returncode != 0
-    assert "100.00% of the volumes were rejected" in result.stderr.strip().splitlines()[-1]
-    with (tmp_path / "out" / "rejected.csv").open() as file:
-        reasons = {row["volume"]: row["reason"] for row in csv.DictReader(file)}
-    assert reasons == {
-        **{"1_2_3": "missing slices", "1_2_4": "duplicate", "terabytes": "unreadable", "trn1": "unreadable"},
-        **{"bomb.zip": "unreadable", "outside.zip": "unreadable"},
-    }
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "rejected.csv"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ct", "out", "temporary"]
-    assert not list((tmp_path / "temporary").glob("*dale-ct*"))
 
 
 def test_a_zipped_series_is_embedded(run, tmp_path, write_series):

@@ -16,7 +16,7 @@ from common.transforms.hounsfield import HU_WINDOWS, hu_window
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1] for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
-ENCODERS = [bundle for bundle in BUNDLES if not bundle.name.startswith("eval_")]
+ENCODERS = [bundle for bundle in BUNDLES if not bundle.name.startswith(("eval_", "finetune_"))]
 VOLUME_ENCODERS = [bundle for bundle in ENCODERS if bundle.name in {"ct_fm", "ct_clip", "merlin", "colipri"}]
 SLICE_ENCODERS = [bundle for bundle in ENCODERS if bundle not in VOLUME_ENCODERS]
 
@@ -139,24 +139,6 @@ def test_large_files_can_be_fetched_and_checked(bundle: Path) -> None:
     assert large_files_of(text) or text.startswith("#")
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"hash_val": ""},
-        {"hash_type": "md5"},
-        {"url": "http://example.org/x"},
-        {"path": "../model.safetensors"},
-        {"sha256": "0"},
-    ],
-)
-def test_a_large_file_that_cannot_be_checked_is_refused(wrong: dict[str, str]) -> None:
-    right = {"path": "models/model.safetensors", "url": "https://example.org/model.safetensors"}
-    right |= {"hash_type": "sha256", "hash_val": "0123456789abcdef" * 4}
-    assert large_files_of(yaml.safe_dump({"large_files": [right]})) == [right]
-    with pytest.raises(AssertionError):
-        large_files_of(yaml.safe_dump({"large_files": [right | wrong]}))
-
-
 @each_bundle
 def test_a_bundle_holds_the_files_of_the_model_zoo_and_nothing_large(bundle: Path) -> None:
     ignored = {"models", "runs", "embeddings", "predictions"}  # what runs write; git ignores it
@@ -226,14 +208,7 @@ def test_volume_encoder_and_its_inference_config_agree(bundle: Path) -> None:
     metadata, image = metadata_of(bundle), tensors_of(bundle)["image"]
     config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
     assert config["name"] == bundle.name
-    for here, there in (
-        ("orientation", "axcodes"),
-        ("spacing_mm", "spacing_mm"),
-        ("size_vox", "size_vox"),
-        ("hu_range", "hu_range"),
-    ):
-        assert metadata[here] == config[there]
-    assert image["value_range"] == config["value_range"]
+    assert image["value_range"] == config["value_range"]  # and see test_volume_geometry.py
     assert metadata["weights"]["repository"] == (
         "datasets/" * (config["weights_repo_type"] == "dataset") + config["weights_repo"]
     )

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from common.cohort.cohort import load_labels, prior_logits
 from common.losses.visreg import VISReg
 from common.shards.writer import VolumeSlices, write_shard
+from tests.noise_volume import noise_volume
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 OVERLAYS = sorted(path.stem for path in (BUNDLES / "_overlays").glob("*.json"))
@@ -26,20 +27,10 @@ SMALL |= {"batch_size": 3, "max_steps": 2, "warmup_steps": 0, "log_every": 1, "a
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
 
     def volume(index: int, annotated: bool) -> VolumeSlices:
-        return VolumeSlices(
-            volume=f"train_{index}_a_1",
-            ct=rng.integers(-1000, 1000, (5, 64, 64)).astype(np.int16),
-            ts=rng.integers(0, 118, (5, 128, 128)).astype(np.uint8),
-            rex=(rng.random((5, 128, 128)) < 0.01).astype(np.uint16) if annotated else None,
-            spacing_mm=(0.8, 0.8, 4.0),
-            original_shape=(64, 64, 5),
-            original_axcodes="LPS",
-            labels={"Lung nodule": index % 2},
-            split="train",
-        )
+        fields = {"spacing_mm": (0.8, 0.8, 4.0), "labels": {"Lung nodule": index % 2}}
+        return noise_volume(f"train_{index}_a_1", 5, (64, 64), rex=annotated, **fields)
 
     write_shard(folder / "train-000000.tar", [volume(index, False) for index in range(3)])
     write_shard(folder / "train-rex-000000.tar", [volume(3, True)])

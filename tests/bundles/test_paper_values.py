@@ -8,9 +8,6 @@ import timm
 import torch
 from monai.bundle import ConfigParser
 
-from common.cohort.cohort import load_labels
-from common.transforms.hounsfield import HU_WINDOWS
-
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 
 PAPER = [  # bundle, config, knob, value, where it is stated
@@ -175,16 +172,3 @@ def test_the_baselines_encoder_has_registers_and_the_released_shape():
     assert shapes["pos_embed"] == (1, 37 * 37, 1024)
     assert shapes["patch_embed.proj.weight"] == (1024, 1, 14, 14)
     assert shapes["blocks.23.ls1.gamma"] == (1024,)
-
-
-def test_the_ct_rate_window_is_the_papers():
-    assert tuple(HU_WINDOWS["ct_rate"]) == (-997.0, 888.0, -142.39, 360.97)
-
-
-def test_positive_weights_are_the_papers():
-    organs, findings = load_labels("totalsegmentator"), load_labels("rexgroundingct")
-    assert {label.pos_weight for label in findings} == {800.0}  # III-C2
-    assert organs[0].name == "background"
-    assert organs[0].pos_weight == 1
-    assert max(label.pos_weight for label in organs) == 1000
-    assert next(label.pos_weight for label in organs if label.name == "liver") == 30.53

@@ -113,10 +113,6 @@ def test_rendering_changes_the_form_of_json_only():
     assert all(len(line) <= 110 for line in dumped(content).splitlines())
 
 
-def test_bundles_hold_no_python():
-    assert [path for path in BUNDLES.glob("*/**/*.py") if path.is_file()] == []
-
-
 def test_recipes_are_all_rendered_or_used():
     used = set()
     for path in (BUNDLES / "_recipes").glob("*.json"):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from common.embeddings.dense_labels import DenseLabels, write_dense_labels
 from common.embeddings.store import EmbeddingStoreWriter
+from common.reports.results import Predictions
 from common.shards.index import VolumeEntry
 from common.shards.slab_dataset import SlabViews
 from common.transforms.multi_crop import RandSlabMultiCrop
@@ -24,6 +25,16 @@ LEJEPA = json.loads((Path(__file__).parents[2] / "bundles" / "_recipes" / "lejep
 CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
 WriteCohort = Callable[..., tuple[Path, Path]]
+
+
+def predictions(size: int = 40, seed: int = 0) -> Predictions:
+    """What a probe answers for volumes whose last class never occurs."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((size, 3)) < 0.4).astype(float)
+    labels[:, 2] = 0
+    scores = (0.5 * labels + 0.5 * rng.random((size, 3))).round(1)
+    volumes = [f"valid_{index}_a_1" for index in range(size)]
+    return Predictions("dale_ct_2s", volumes, CLASSES, scores, np.array([0.6, 0.4, 0.5]), labels)
 
 
 @pytest.fixture

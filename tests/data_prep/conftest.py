@@ -9,20 +9,26 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-import nibabel as nib
 import numpy as np
 import psutil
 import pytest
 from distributed import Client, LocalCluster
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 from typer.testing import CliRunner, Result
 
 from common.cohort.cohort import load_labels
+from common.shards.writer import VolumeSlices
+from data_prep.phantom.population import roster
+from data_prep.phantom.scan import render
+from tests.conftest import save
+from tests.loopback_hub import LoopbackServer, ReplyHandler
+from tests.noise_volume import noise_volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE_XYZ = (19, 17, 5)
@@ -92,18 +98,34 @@ class TinyCTRate:
         write_csv(folder / f"{split}_predicted_labels.csv", self.labels)
 
 
-def save(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, affine), path)
-    return path
-
-
 def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder by its path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+def cells_of(planes: np.ndarray) -> np.ndarray:
+    """Slices (Z, H, W) at the centres of 128 x 128 cells."""
+    rows, columns = (((2 * np.arange(128) + 1) * size // 256) for size in planes.shape[1:])
+    return planes[:, rows[:, None], columns]
+
+
+def drawn_patient(number: int, name: str, **changes: Any) -> VolumeSlices:
+    """A synthetic patient in few and thick slices, with organs and without findings."""
+    drawn = render(roster(4, seed=2)[number], "a", 64, (8.0, 8.0), {})
+    spacing_mm = (drawn.protocol.pixel_mm, drawn.protocol.pixel_mm, 8.0)
+    ct, ts = drawn.hu.clip(-1024, 3071), cells_of(drawn.ts).astype(np.uint8)
+    return noise_volume(name, ct=ct, spacing_mm=spacing_mm)._replace(ts=ts, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +145,22 @@ def run_command() -> Callable[..., Result]:
     from data_prep.__main__ import app
 
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "250"})
+
+
+@pytest.fixture
+def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Run a command as a terminal does, which must end with status 2; return the line that it says."""
+    from data_prep.__main__ import app, run_app
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            run_app(app)
+        said = capsys.readouterr().err
+        assert (left.value.code, "Traceback" in said) == (2, False)
+        return " ".join(said.split())
+
+    return run
 
 
 @pytest.fixture
@@ -208,7 +246,7 @@ def write_rex(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     return write
 
 
-class LoopbackHub:
+class LoopbackHub(LoopbackServer):
     """A server on this machine that answers as the Hugging Face hub does, as far as a download asks.
 
     Small files are served by the hub itself, large ones by redirecting to another origin, the content store.
@@ -232,22 +270,14 @@ class LoopbackHub:
         self.page_size = 1000
         self.requests: list[tuple[str, str, str]] = []
         self.headers: list[tuple[str, dict[str, str]]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-        self._server.hub = self  # where the handler finds what to answer
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self.store = f"http://localhost:{self._server.server_port}/store/"
+        super().__init__(HubHandler)
+        self.store = f"{self.url.replace('127.0.0.1', 'localhost')}/store/"
 
-    def __enter__(self) -> "LoopbackHub":
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Stop serving, what it holds back too."""
         for event in self.stall.values():
             event.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(10)
+        super().close()
 
     def asked(self, method: str, path: str) -> list[str]:
         """Ranges of the requests for a file's bytes."""
@@ -284,15 +314,8 @@ class LoopbackHub:
         return list(entries.values())
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class HubHandler(ReplyHandler):
     """Answers the requests to a ``LoopbackHub``."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         hub = self.server.hub
@@ -321,14 +344,6 @@ class HubHandler(BaseHTTPRequestHandler):
             self.reply_json({})
         else:
             self.refuse(404, "RevisionNotFound")
-
-    def reply(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
 
     def refuse(self, status: int, code: str) -> None:
         self.reply(status, {"X-Error-Code": code} if code else {})
@@ -388,22 +403,14 @@ class HubHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def start_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], LoopbackHub]]:
     """Start a hub that has one dataset and let huggingface_hub in this process know of no other."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
     with ExitStack() as stack:
 
         def start(repo_id: str) -> LoopbackHub:
-            hub = stack.enter_context(LoopbackHub(repo_id))
-            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-            template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            hub = stack.enter_context(closing(LoopbackHub(repo_id)))
+            hub.be_the_hub(tmp_path / "no_cache", monkeypatch)
             return hub
 
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)  # a download has to see to it
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no_cache"))
         monkeypatch.setenv("HF_TOKEN", LoopbackHub.TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")

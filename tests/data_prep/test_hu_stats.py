@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from common.shards.shards import ShardSet
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
 from data_prep.hu_stats import (
     LOWEST_HU,
     NUM_BINS,
@@ -17,6 +17,7 @@ from data_prep.hu_stats import (
     hu_statistics,
     sample_volumes,
 )
+from tests.noise_volume import noise_volume
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -42,10 +43,7 @@ CTS = {f"train_{n}_a_1": body(n, num_slices=2 + n) for n in (1, 2, 3, 10)}
 def write(folder: Path, cts: dict[str, np.ndarray], shards: list[list[str]]) -> Path:
     folder.mkdir(exist_ok=True)
     for number, names in enumerate(shards):
-        volumes = [
-            VolumeSlices(name, ct, None, None, (0.7, 0.8, 1.5), (46, 40, len(ct)), "LPS", None, "train")
-            for name, ct in ((name, cts[name]) for name in names)
-        ]
+        volumes = [noise_volume(name, ts=False, ct=cts[name]) for name in names]
         write_shard(folder / f"train-{number:06d}.tar", volumes)
     return folder
 
@@ -142,20 +140,6 @@ def test_the_sample_depends_on_the_seed_and_not_on_how_volumes_lie_in_shards(tmp
 def test_a_sample_of_nothing_is_refused(shards, volumes, stride, name) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
         sample_volumes(shards, volumes, 42, stride)
-
-
-def test_a_damaged_volume_is_left_out_and_named(tmp_path, dask) -> None:
-    folder = write(tmp_path / "shards", CTS, [[name] for name in CTS])
-    tasks = sample_volumes(ShardSet(folder, "train"), 4, seed=42, slice_stride=1)
-    shard = folder / "train-000001.tar"
-    content = bytearray(shard.read_bytes())
-    content[512:700] = bytes(188)
-    shard.write_bytes(content)
-    counts, failed = count_volumes(dask, tasks, quiet)
-    assert list(failed) == ["train_2_a_1"]
-    assert "is damaged at ct.blosc2 of sample 0" in failed["train_2_a_1"]
-    others = {name: ct for name, ct in CTS.items() if name != "train_2_a_1"}
-    assert hu_statistics(counts).num_foreground == len(voxels(others))
 
 
 @pytest.mark.parametrize("hu", [-1025, 3072])

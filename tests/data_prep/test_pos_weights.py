@@ -11,6 +11,7 @@ from data_prep.pos_weights import (
     count_shards,
     write_weights,
 )
+from tests.noise_volume import noise_volume
 
 NUM_TS, NUM_REX = 118, 14
 
@@ -25,11 +26,8 @@ def volume(name: str, num_slices: int, with_ts: bool = True, annotated: bool = F
     for bit in range(NUM_REX - 1):
         rex |= (rng.random(rex.shape) < 0.001 * bit).astype(np.uint16) << bit
     rex[-1] = 0
-    ct = np.full((num_slices, 8, 9), -1000, np.int16)
-    return VolumeSlices(
-        *(name, ct, ts if with_ts else None, rex if annotated else None, (0.7, 0.8, 1.5)),
-        *((9, 8, num_slices), "LPS", None, "train"),
-    )
+    masks = {"ts": ts if with_ts else None, "rex": rex if annotated else None}
+    return noise_volume(name, num_slices)._replace(**masks)
 
 
 SHARDS = {

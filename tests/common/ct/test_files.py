@@ -39,6 +39,7 @@ from common.ct.files import (
 from common.ct.rejection import RejectedError, RejectedVolume
 from common.embeddings.work import ct_sources
 from tests import fuzz
+from tests.conftest import touch
 
 LPS = np.diag([-0.7, -0.8, 1.5, 1.0])
 Save = Callable[[Path, np.ndarray, np.ndarray], Path]
@@ -507,13 +508,6 @@ PLACES = {
 def test_a_list_names_volumes_by_name_or_by_path(text: str, volume: str | None) -> None:
     found, absent = find_named([text], PLACES)
     assert (found, absent) == (({volume}, []) if volume else (set(), [text]))
-
-
-def touch(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
 
 
 def test_files_of_users_come_in_order_without_those_of_systems(

@@ -280,7 +280,6 @@ def edited(path: Path, sform: np.ndarray | None, qform: np.ndarray | None, **fie
     return path
 
 
-MICRONS = np.diag([-700.0, -800, 1500, 1])
 PIXDIM = [1, 0.7, 0.8, 1.5, 0, 0, 0, 0]
 
 

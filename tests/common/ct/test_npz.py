@@ -7,12 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.ct.geometry import axial_slices
 from common.ct.npz import npz_affine, read_ct, read_grid
 from common.ct.rejection import RejectedError
-from data_prep.phantom.files import npz_bytes, rad_chestct_array
-from data_prep.phantom.population import roster
-from data_prep.phantom.scan import render
 
 
 def save(path: Path, **arrays: np.ndarray) -> Path:
@@ -34,26 +30,6 @@ def test_slices_are_shown_from_the_feet_and_not_turned(tmp_path: Path) -> None:
     assert ct.spacing_mm == pytest.approx((0.8, 0.8, 0.8))
     assert ct.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert read_ct(path, spacing_mm=2.5).spacing_mm == pytest.approx((2.5, 2.5, 2.5))
-
-
-def test_a_scan_stored_both_ways_is_the_same(tmp_path: Path) -> None:
-    """The phantom as NIfTI in LPS and as npz, of which nibabel makes the one out of the other."""
-    phantom = render(roster(1, seed=2)[0], "b", 40, (8.0, 8.0), {})
-    phantom = phantom._replace(
-        hu=phantom.hu.clip(-1000, 1000), protocol=phantom.protocol._replace(pixel_mm=0.8, slice_mm=0.8)
-    )
-    lps = nib.Nifti1Image(phantom.hu.T, np.diag([-0.8, -0.8, 0.8, 1]))
-    (tmp_path / "trn00001.npz").write_bytes(npz_bytes(rad_chestct_array(phantom, 0.8)))
-    from_nifti, nifti_mm = axial_slices(np.asarray(lps.dataobj), lps.affine)
-    ct = read_ct(tmp_path / "trn00001.npz")
-    np.testing.assert_array_equal(ct.hu, from_nifti)
-    assert ct.spacing_mm == pytest.approx(nifti_mm)
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(ct.grid.affine), nib.orientations.axcodes2ornt("LPS")
-    )
-    with np.load(tmp_path / "trn00001.npz") as arrays:
-        turned = nib.Nifti1Image(arrays["ct"], ct.grid.affine).as_reoriented(turn)
-    np.testing.assert_array_equal(np.asarray(turned.dataobj), phantom.hu.T)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,8 @@ from common.embeddings.work import (
     report_rejected,
     store_folders,
 )
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
+from tests.noise_volume import noise_volume
 
 STRATEGIES = ["raw_32", "cropped_32"]
 SOURCES = [
@@ -113,10 +113,7 @@ def test_one_file_is_enough(folder: Path) -> None:
 
 
 def test_shards_are_read_like_the_files_they_came_from(tmp_path: Path) -> None:
-    volumes = [
-        VolumeSlices(name, hu(seed), None, None, (0.7, 0.8, 1.5), SHAPE_ZYX[::-1], "LPS", None, "train")
-        for seed, name in enumerate(("v2", "v1"))
-    ]
+    volumes = [noise_volume(name, ts=False, ct=hu(seed)) for seed, name in enumerate(("v2", "v1"))]
     write_shard(tmp_path / "train-000000.tar", volumes)
     sources, rejected = ct_sources(tmp_path, split="train")
     assert rejected == []
@@ -152,21 +149,8 @@ def test_a_csv_names_a_subset_and_a_list_leaves_out(
     assert f"1 of 1 names in skip_list '{skip}' are no volume" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "text", ["scan.NII.GZ\ntrn1\n", "VolumeName\r\n'scan'\r\nct/trn1.npz\r\n", "volume,n\nscan,1\ntrn1,2\n"]
-)
-def test_a_list_loses_no_volume_with_or_without_a_heading(folder: Path, tmp_path: Path, text: str) -> None:
-    for suffix in (".csv", ".txt"):
-        if suffix == ".csv" or "," not in text:
-            listing = tmp_path / f"list{suffix}"
-            listing.write_bytes(text.encode())
-            assert [one.volume for one in ct_sources(folder, subset_csv=listing)[0]] == ["scan", "trn1"]
-            assert [one.volume for one in ct_sources(folder, skip_list=listing)[0]] == ["1_2_840_99_7"]
-
-
 def test_a_list_names_volumes_of_shards_too(tmp_path: Path) -> None:
-    ct = hu(), None, None, (0.7, 0.8, 1.5), SHAPE_ZYX[::-1], "LPS", None, "train"
-    volumes = [VolumeSlices(name, *ct, source=f"{name}/ct.nii.gz") for name in ("s0", "s1", "s2")]
+    volumes = [noise_volume(name, ts=False, source=f"{name}/ct.nii.gz") for name in ("s0", "s1", "s2")]
     (tmp_path / "in").mkdir()
     write_shard(tmp_path / "in" / "train-000000.tar", volumes)
     (tmp_path / "list.txt").write_text("s0/ct.nii.gz\ns2.nii\n")
@@ -199,31 +183,6 @@ def test_a_subset_without_a_volume_of_the_folder_is_refused(folder: Path, tmp_pa
         ct_sources(folder, subset_csv="none.csv")
 
 
-def test_damaged_dicom_other_series_and_files_of_one_name_are_left_out(
-    folder: Path, write_series: Callable[..., list[Path]], save_nifti: Callable[..., Path]
-) -> None:
-    def scout(z: int, dataset: Dataset) -> None:
-        dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
-
-    write_series(folder / "scout", hu(), series="1.2.3", edit=scout)
-    (folder / "broken.dcm").write_text("none")
-    save_nifti(folder / "a" / "scan.nii", hu().T, LPS)
-    sources, rejected = ct_sources(folder)
-    assert [source.volume for source in sources] == ["1_2_840_99_7", "trn1"]
-    assert {(item.volume, item.reason) for item in rejected} == {
-        ("broken.dcm", "unreadable"),
-        ("1_2_3", "not an axial CT"),
-        ("scan", "duplicate"),
-    }
-
-
-def test_a_mask_is_no_ct(tmp_path: Path, save_nifti: Callable[..., Path]) -> None:
-    save_nifti(tmp_path / "mask.nii.gz", np.ones((3, 4, 5), np.uint8), LPS)
-    ((source,), _) = ct_sources(tmp_path)
-    with pytest.raises(RejectedError, match="not in HU: .*nothing is as dark as air"):
-        source.read()
-
-
 def test_a_folder_of_scouts_alone_is_an_error(
     tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
@@ -248,20 +207,6 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
         ct_sources(tmp_path)
     with pytest.raises(FileNotFoundError, match="none'"):
         ct_sources(tmp_path / "none")
-
-
-@pytest.mark.real_ct
-def test_real_scans_are_read(real_ct_dir: Path) -> None:
-    sources, _ = ct_sources(real_ct_dir)
-    read = {}
-    for source in sources:
-        if "seg" not in source.volume.removeprefix("totalseg"):
-            read[source.volume] = source.read()
-    assert len(read) == 7
-    image = nib.load(real_ct_dir / "totalseg_example_ct_sm_3mm.nii.gz")
-    ct = read["totalseg_example_ct_sm_3mm"]
-    assert ct.hu.size >= np.prod(image.shape)
-    assert ct.spacing_mm == pytest.approx((3, 3, 3), abs=1e-3)
 
 
 CUT = RejectedError("unreadable", "cut\noff").of("b")

@@ -19,10 +19,9 @@ from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import ProbeGrid, load_probe
 from common.networks.poolers import pad_bags
 from common.reports.results import Predictions, read_predictions, read_rows
+from tests.common.conftest import CLASSES, predictions
 
 pytestmark = pytest.mark.usefixtures("any_values")
-
-CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
 
 
 @pytest.fixture
@@ -193,18 +192,8 @@ def test_results_are_rows_of_the_encoder_the_floor_and_the_seeds(engine: Engine,
 N = 40
 
 
-def predictions() -> Predictions:
-    """The last class never occurs."""
-    rng = np.random.default_rng(0)
-    labels = (rng.random((N, 3)) < 0.4).astype(float)
-    labels[:, 2] = 0
-    scores = (0.5 * labels + 0.5 * rng.random((N, 3))).round(1)
-    volumes = [f"valid_{index}_a_1" for index in range(N)]
-    return Predictions("dale_ct_2s", volumes, CLASSES, scores, np.array([0.6, 0.4, 0.5]), labels)
-
-
 def test_volumes_to_show_are_the_surest_true_positives() -> None:
-    p = predictions()
+    p = predictions(N)
     chosen = volumes_to_show(p)
     for volume, name in chosen.items():
         row, column = p.volumes.index(volume), CLASSES.index(name)

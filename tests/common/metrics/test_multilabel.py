@@ -10,7 +10,6 @@ from sklearn.calibration import calibration_curve
 
 from common.metrics.multilabel import (
     auroc,
-    auroc_and_average_precision,
     average_precision,
     balanced_accuracy,
     expected_calibration_error,
@@ -59,31 +58,6 @@ def test_metrics_are_those_of_scikit_learn(ours: Callable, theirs: Callable, dec
     scores, targets = cohort(decimals)
     expected = by_class(theirs, scores >= THRESHOLDS if ours in DECISIONS else scores, targets)
     np.testing.assert_allclose(measured(ours, scores, targets), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("decimals", DECIMALS)
-def test_areas_are_those_of_their_definitions(decimals: int) -> None:
-    """AUROC: share of pairs in the right order; AUPRC: area under the steps of precision over recall."""
-    scores, targets = cohort(decimals)
-    for label, values in enumerate(np.stack(auroc_and_average_precision(scores, targets), 1)):
-        positive, negative = (scores[targets[:, label] == wanted, label] for wanted in (1, 0))
-        pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
-        assert values[0] == pytest.approx(sum(pairs) / len(pairs), rel=1e-13)
-        area = recall_before = 0.0
-        for threshold in sorted(set(scores[:, label]), reverse=True):
-            chosen = scores[:, label] >= threshold
-            hits = targets[chosen, label].sum()
-            recall = hits / targets[:, label].sum()
-            area += (recall - recall_before) * hits / chosen.sum()
-            recall_before = recall
-        assert values[1] == pytest.approx(area, rel=1e-12)
-
-
-def test_constant_scores_have_chance_auroc_and_the_prevalence_as_average_precision() -> None:
-    _, targets = cohort()
-    constant = np.full((N, C), 0.3)
-    np.testing.assert_array_equal(auroc(constant, targets), np.full(C, 0.5))
-    np.testing.assert_allclose(average_precision(constant, targets), targets.mean(0), rtol=1e-15)
 
 
 def test_rankings_do_not_change_with_the_scale_of_scores_or_the_order_of_samples() -> None:

@@ -34,17 +34,6 @@ def sums_of(parts: list[np.ndarray]) -> list[np.ndarray]:
     return [moments(part, np.zeros((len(part), 1))).features for part in parts]
 
 
-def test_a_line_a_circle_and_a_cloud_use_one_two_and_all_directions() -> None:
-    t = np.linspace(0, 2 * np.pi, 200, endpoint=False)
-    line = np.outer(t, [1.0, 2, 0, -1])
-    circle = np.stack([np.cos(t), np.sin(t), 0 * t, 0 * t], axis=1)
-    cloud = np.random.default_rng(0).standard_normal((20_000, 4))
-    for shape, directions, tolerance in ((line, 1, 1e-6), (circle, 2, 1e-6), (cloud, 4, 0.01)):
-        covariance = np.cov(shape.T, bias=True)
-        assert participation_ratio(covariance) == pytest.approx(directions, abs=tolerance)
-        assert spectral_effective_rank(covariance) == pytest.approx(directions, abs=tolerance)
-
-
 def test_both_agree_with_the_spectrum() -> None:
     tokens = np.random.default_rng(1).standard_normal((61, 9)) @ np.diag(np.arange(9) + 0.5)
     values = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False) ** 2

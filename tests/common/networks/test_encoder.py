@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -20,22 +19,9 @@ from common.networks.encoder import (
     slice_input,
 )
 from common.transforms.hounsfield import hu_window
+from tests.common.conftest import tiny_vit
 
 IDENTITY = {"patch_size_px": 8, "slice_axes": "yx"}
-
-
-def tiny_vit(embed_dim: int = 12, registers: str = "vit_large_patch14_dinov2") -> torch.nn.Module:
-    return timm.create_model(
-        registers,
-        in_chans=1,
-        num_classes=0,
-        dynamic_img_size=True,
-        img_size=32,
-        patch_size=8,
-        embed_dim=embed_dim,
-        depth=1,
-        num_heads=2,
-    )
 
 
 def weights(**facts: Any) -> Weights:
@@ -48,16 +34,11 @@ def test_cls_and_patches_are_the_tokens_after_the_final_norm_in_row_major_order(
     vit = tiny_vit().eval()
     images = torch.randn(3, 1, 16, 24)
     cls, patches = cls_and_patches(vit, images)
-    assert cls.shape == (3, 12)
-    assert patches.shape == (3, 2 * 3, 12)
+    assert cls.shape == (3, 16)
+    assert patches.shape == (3, 2 * 3, 16)
     torch.testing.assert_close(cls, vit(images), rtol=1e-4, atol=1e-4)  # timm's own pooled output
     tokens = vit.norm(vit.forward_intermediates(images, norm=False, intermediates_only=False)[0])
     torch.testing.assert_close(patches, tokens[:, 1:], rtol=1e-4, atol=1e-4)
-
-
-def test_register_tokens_are_not_patches():
-    vit = tiny_vit(registers="vit_large_patch14_reg4_dinov2").eval()
-    assert cls_and_patches(vit, torch.randn(2, 1, 16, 16))[1].shape == (2, 4, 12)
 
 
 def test_saved_weights_have_plain_timm_keys_and_load_into_the_same_tokens(tmp_path):
@@ -77,7 +58,7 @@ def test_weights_for_another_input_are_refused(tmp_path):
     save_encoder(tiny_vit().state_dict(), path, IDENTITY)
     with pytest.raises(ValueError, match=r"slice_axes of '.*'xy'.* got 'yx'"):
         load_encoder(tiny_vit(), path, {"slice_axes": "xy"})
-    with pytest.raises(ValueError, match=r"model\.safetensors.*\b12\b.*\b14\b"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*\b16\b.*\b14\b"):
         load_encoder(tiny_vit(embed_dim=14), path, IDENTITY)
 
 
@@ -141,11 +122,7 @@ def test_encoder_id_follows_the_bytes_and_the_kind_of_slices():
 
 @pytest.fixture(scope="module")
 def encoder() -> torch.nn.Module:
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    return timm.create_model(
-        "vit_large_patch14_reg4_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, **sizes
-    ).eval()
+    return tiny_vit("vit_large_patch14_reg4_dinov2", img_size=32, embed_dim=24).eval()
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ from common.networks.poolers import (
 LENGTHS = (5, 2, 3)
 DIM = 7
 each_pooler = pytest.mark.parametrize("name", POOLERS)
-WITHOUT_PLACE = sorted(POOLERS.keys() - {"transformer"})
 
 
 def ragged(seed: int = 0) -> list[torch.Tensor]:
@@ -121,13 +120,6 @@ def test_padding_never_matters(name: str) -> None:
         assert torch.equal(pooler(*padded(ragged(), padding)), zeros)
 
 
-@pytest.mark.parametrize("name", WITHOUT_PLACE)
-def test_order_of_slices_does_not_matter(name: str) -> None:
-    pooler = build_pooler(name, DIM).double()
-    backwards = [bag.flip(0) for bag in ragged()]
-    torch.testing.assert_close(pooler(*padded(backwards)), pooler(*padded(ragged())), rtol=1e-12, atol=0)
-
-
 def test_the_transformer_sees_which_way_up_a_volume_is_and_not_its_spacing() -> None:
     pooler, (bag, *_) = build_pooler("transformer", DIM).double(), ragged()
     upright, turned = pooler(*pad_bags([bag])), pooler(*pad_bags([bag.flip(0)]))
@@ -140,13 +132,6 @@ def test_the_transformer_sees_which_way_up_a_volume_is_and_not_its_spacing() -> 
 def test_layers_of_the_transformer_start_from_weights_of_their_own() -> None:
     first, second = TransformerPool(DIM).layers
     assert not torch.equal(first.linear1.weight, second.linear1.weight)
-
-
-@pytest.mark.parametrize("name", WITHOUT_PLACE)
-def test_one_slice_is_its_own_pooling(name: str) -> None:
-    slices = torch.randn(3, 1, DIM)
-    pooled = build_pooler(name, DIM)(slices, torch.ones(3, 1, dtype=torch.bool))
-    torch.testing.assert_close(pooled, slices[:, 0])
 
 
 @pytest.mark.parametrize("name", PAPER_POOLERS)

@@ -66,24 +66,6 @@ def test_pictures_show_an_encoder_the_slices_that_its_weights_state(
     assert stated.window == (-940.8, 923.1, -25.03, 246.87)
 
 
-def test_attention_reproduces_what_the_last_block_does(
-    ct_path: Path, open_small: Callable[..., EncoderBundle]
-) -> None:
-    encoder = open_small()
-    hu = read_images(ct_path, 32).hu[:3]
-    maps = cls_attention(encoder, hu)
-    assert maps.shape == (3, 3, 4, 4)
-    # the block's own output for CLS is the same mean of its values
-    block, seen = encoder.network.blocks[-1].attn, {}
-    block.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs[0], output=output))
-    with torch.no_grad():
-        encoder.network.forward_features(normalize_hu(hu, encoder.window))
-        values = block.qkv(seen["inputs"]).unflatten(-1, (3, 3, 8))[:, :, 2]  # (S, T, N, 8)
-        weights = torch.cat([1 - maps.flatten(2).sum(-1, keepdim=True), maps.flatten(2)], -1)
-        mixed = torch.einsum("snt,stnd->snd", weights, values).flatten(1)
-        torch.testing.assert_close(block.proj(mixed), seen["output"][:, 0], rtol=1e-4, atol=1e-5)
-
-
 def test_images_are_the_crop_that_is_embedded(ct_path: Path) -> None:
     whole = read_images(ct_path, 60)
     top, left, side = whole.box

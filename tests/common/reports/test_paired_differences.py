@@ -71,15 +71,6 @@ def test_an_encoder_does_not_differ_from_itself() -> None:
         assert (row["difference"], row["low"], row["high"], row["p"]) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_pairing_narrows_the_interval_of_encoders_that_agree() -> None:
-    first = predictions("first", 0.4, seed=1)
-    noise = 0.02 * np.random.default_rng(3).standard_normal((N, 2))
-    second = first._replace(encoder="second", probabilities=first.probabilities + noise)
-    paired = paired_differences(first, [second], 200, "patients")[0]
-    unrelated = paired_differences(first, [predictions("other", 0.4, seed=9)], 200, "patients")[0]
-    assert paired["high"] - paired["low"] < (unrelated["high"] - unrelated["low"]) / 3
-
-
 def test_other_volumes_classes_and_labels_are_refused() -> None:
     first = predictions("first", 0.4, seed=1)
     renamed = first._replace(encoder="b", volumes=["valid_99_a_1", *VOLUMES[1:]])

@@ -21,18 +21,7 @@ from common.reports.probe_pictures import (
     threshold_rows,
 )
 from common.reports.results import Predictions
-
-CLASSES = ["Emphysema", "Lung nodule", "Pleural effusion"]
-
-
-def predictions(size: int = 40, seed: int = 0) -> Predictions:
-    """The last class never occurs."""
-    rng = np.random.default_rng(seed)
-    labels = (rng.random((size, 3)) < 0.4).astype(float)
-    labels[:, 2] = 0
-    scores = (0.5 * labels + 0.5 * rng.random((size, 3))).round(1)
-    volumes = [f"valid_{index}_a_1" for index in range(size)]
-    return Predictions("dale_ct_2s", volumes, CLASSES, scores, np.array([0.6, 0.4, 0.5]), labels)
+from tests.common.conftest import CLASSES, predictions
 
 
 def reports(p: Predictions) -> tuple[dict, dict]:

@@ -1,8 +1,5 @@
 import io
 import re
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import blosc2
@@ -75,22 +72,6 @@ def test_any_reader_of_blosc2_opens_a_slice() -> None:
     assert array.schunk.cparams.filters[:2] == [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA]
 
 
-def test_differences_of_neighbouring_bytes_are_what_is_compressed() -> None:
-    """Without its filters a block is the low bytes, then the high ones, each less the one before it.
-
-    131 is no multiple of the 16 that a processor takes at once: the bytes are those of every machine.
-    """
-    ct = ct_like((1, 131))
-    ct[:, 20:120] = 40  # so that it is worth compressing
-    array = blosc2.ndarray_from_cframe(encode_ct(ct))
-    chunk = bytearray(array.schunk.get_chunk(0))
-    assert list(chunk[16:18]) == [blosc2.Filter.SHUFFLE.value, blosc2.Filter.BYTEDELTA.value]
-    chunk[16:22] = bytes(6)
-    stored = np.frombuffer(blosc2.decompress2(bytes(chunk), nthreads=1), np.uint8)
-    planes = ct.astype("<i2").view(np.uint8).reshape(131, 2).T
-    np.testing.assert_array_equal(stored, np.diff(planes, prepend=np.uint8(0)).ravel())
-
-
 def test_noise_costs_its_entropy_and_little_more() -> None:
     """A slice of white noise that spans 256 values holds one byte a pixel, its constant high byte nothing."""
     noise = np.random.default_rng(0).integers(0, 256, (512, 512), np.int16)
@@ -102,30 +83,6 @@ def test_one_slice_has_one_encoding() -> None:
     assert encode_ct(ct_like()) == encode_ct(np.asfortranarray(ct_like()))
     mask = ct_like().astype(np.uint16)
     assert encode_mask(mask) == encode_mask(mask.copy())
-
-
-def test_threads_decode_at_the_same_time() -> None:
-    """While one slice is decoded another thread has many turns, not only those before and after."""
-    frame = encode_ct(np.random.default_rng(0).normal(0, 40, (4096, 4096)).astype(np.int16))
-    stop, turns = threading.Event(), [0]
-
-    def count() -> None:
-        while not stop.is_set():
-            turns[0] += 1
-            time.sleep(0)
-
-    def turns_during(decode: Callable[[bytes], np.ndarray]) -> int:
-        before = turns[0]
-        decode(frame)
-        return turns[0] - before
-
-    thread = threading.Thread(target=count)
-    thread.start()
-    try:
-        assert max(turns_during(decode_ct) for _ in range(5)) > 20
-    finally:
-        stop.set()
-        thread.join()
 
 
 @pytest.mark.parametrize(

@@ -4,28 +4,14 @@ import numpy as np
 import pytest
 
 from common.shards.index import SCHEMA_VERSION, ShardIndex, index_path, load_index, save_index, volume_entries
-from common.shards.writer import VolumeSlices, write_shard
-
-
-def volume(name: str, num_slices: int, labels: dict[str, int] | None) -> VolumeSlices:
-    return VolumeSlices(
-        volume=name,
-        ct=np.zeros((num_slices, 11, 13), np.int16),
-        ts=None,
-        rex=None,
-        spacing_mm=(0.7, 0.8, 1.5),
-        original_shape=(13, 11, num_slices),
-        original_axcodes="LPS",
-        labels=labels,
-        split="train",
-        source=f"in/{name}.nii.gz",
-        source_sha256="5f" * 32,
-    )
+from common.shards.writer import write_shard
+from tests.noise_volume import noise_volume
 
 
 def write(folder: Path) -> tuple[Path, ShardIndex]:
     shard = folder / "train-000000.tar"
-    return shard, write_shard(shard, [volume("a", 1, None), volume("b", 2, {"x": 0, "y": 1})])
+    labelled = noise_volume("b", 2, ts=False, labels={"x": 0, "y": 1}, source_sha256="5f" * 32)
+    return shard, write_shard(shard, [noise_volume("a", 1, ts=False), labelled])
 
 
 def change(folder: Path, **changes: object) -> Path:

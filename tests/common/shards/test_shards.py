@@ -13,27 +13,18 @@ import pytest
 from common.shards import shards as shards_module
 from common.shards.shards import ShardSet
 from common.shards.writer import VolumeSlices, write_shard
+from tests.noise_volume import noise_volume
 
 
 def volume(name: str, num_slices: int, annotated: bool = False, with_ts: bool = True) -> VolumeSlices:
-    rng = np.random.default_rng(sum(name.encode()))
-    ts = rng.integers(0, 118, (num_slices, 128, 128)).astype(np.uint8)
-    ts[0] = 0
-    rex = rng.integers(0, 2**14, (num_slices, 128, 128)).astype(np.uint16)
-    rex[-1] = 0
-    return VolumeSlices(
-        volume=name,
-        ct=rng.integers(-1024, 3071, (num_slices, 17, 19)).astype(np.int16),
-        ts=ts if with_ts else None,
-        rex=rex if annotated else None,
-        spacing_mm=(0.7, 0.8, 1.5 + num_slices),
-        original_shape=(19, 17, num_slices),
-        original_axcodes="LPS",
-        labels={"x": num_slices % 2} if with_ts else None,
-        split="train",
-        source=f"dataset/{name}.nii.gz",
-        source_sha256=f"{num_slices:064d}",
-    )
+    made = noise_volume(name, num_slices, (17, 19), ts=with_ts, rex=annotated)
+    if with_ts:
+        made.ts[0] = 0
+    if annotated:
+        made.rex[-1] = 0
+    labels = {"x": num_slices % 2} if with_ts else None
+    fields = {"source": f"dataset/{name}.nii.gz", "source_sha256": f"{num_slices:064d}"}
+    return made._replace(spacing_mm=(0.7, 0.8, 1.5 + num_slices), labels=labels, **fields)
 
 
 FIRST = [volume("train_1_a_1", 5), volume("train_2_a_1", 3, with_ts=False)]

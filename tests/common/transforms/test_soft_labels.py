@@ -144,22 +144,6 @@ def test_findings_are_max_or_average_pooling_of_every_bit(name):
         assert torch.equal(patches, row_major(pool(bits, case.patch_size_px)))
 
 
-def test_one_cell_makes_a_finding_present_in_its_patch_alone():
-    case = Case(28, 7, 28, ((0, 0, 0, 28),), ((28, 28),), (False,))
-    rex = torch.zeros(1, 28, 28, dtype=torch.int16)
-    rex[0, 7 + 1, 3 * 7] = 1 << 13
-    cls, patches = labels_of(finding_presence, rex, case, 14)
-    assert cls.nonzero().tolist() == [[0, 13]]
-    assert patches.nonzero().tolist() == [[0, 4 + 3, 13]]  # second row of four patches, fourth column
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_pixels_of_a_patch_are_all_counted(name):
-    cells = cells_of(CASES[name])
-    for pixels in (cells.row_pixels, cells.column_pixels):
-        assert (pixels.sum(-1) == CASES[name].patch_size_px).all()
-
-
 @pytest.mark.parametrize(("side", "size"), [(512, 256), (307, 144), (154, 144)])
 def test_the_bound_of_cells_is_reached_or_one_too_many(side, size):
     starts = range(0, 512 - side + 1)

@@ -1,11 +1,9 @@
 """A folder of small shards and its tables, damaged in one way at a time."""
 
 import csv
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.ct.rejection import RejectedVolume
@@ -14,27 +12,14 @@ from common.shards.writer import VolumeSlices, write_shard
 from data_prep.audit.checks import Tally
 from data_prep.audit.cohort import check_identity, check_labels, check_tables, load_indices, volumes_of
 from data_prep.shards.tables import write_manifest, write_rejected
+from tests.noise_volume import noise_volume
 
 BAD = RejectedVolume("train_9_a_1", "spacing", "it is 0.035 mm")
 
 
 def volume(name: str, **changes: object) -> VolumeSlices:
-    digest = hashlib.sha256(name.encode()).hexdigest()
-    rng = np.random.default_rng(int(digest, 16))
-    fields = {
-        "volume": name,
-        "ct": rng.integers(-1024, 3072, (2, 11, 13)).astype(np.int16),
-        "ts": None,
-        "rex": None,
-        "spacing_mm": (0.7, 0.8, 1.5),
-        "original_shape": (13, 11, 2),
-        "original_axcodes": "LPS",
-        "labels": {"Emphysema": 1, "Lung nodule": 0},
-        "split": name.partition("_")[0],
-        "source": f"{name}.nii.gz",
-        "source_sha256": digest,
-    }
-    return VolumeSlices(**fields | changes)
+    fields = {"labels": {"Emphysema": 1, "Lung nodule": 0}, "split": name.partition("_")[0]}
+    return noise_volume(name, 2, ts=False, **fields | changes)
 
 
 @pytest.fixture

@@ -7,9 +7,7 @@ from common.ct.checks import judge
 from common.ct.geometry import axial_slices
 from data_prep.audit.checks import RULES
 from data_prep.audit.organs import measure_organs, organ_voxels
-from data_prep.phantom.population import roster
-from data_prep.phantom.scan import render
-from data_prep.sources.mask_alignment import cell_voxels
+from tests.data_prep.conftest import cells_of, drawn_patient
 
 SLICE_MM = 8.0
 
@@ -23,11 +21,8 @@ def reasons(measures: dict[str, float]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def patient() -> Planes:
     """CT and label map of a patient on the masks' grid, shape and spacing of the slices."""
-    volume = render(roster(1, seed=2)[0], "a", 64, (SLICE_MM, SLICE_MM), {})
-    shape = volume.hu.shape[1:]
-    rows, columns = map(cell_voxels, shape)
-    hu, ts = (array[:, rows[:, None], columns] for array in (volume.hu, volume.ts))
-    return hu, ts.astype(np.uint8), shape, (volume.protocol.pixel_mm, volume.protocol.pixel_mm, SLICE_MM)
+    drawn = drawn_patient(0, "a")
+    return cells_of(drawn.ct), drawn.ts, drawn.ct.shape[1:], drawn.spacing_mm
 
 
 def test_distances_are_in_millimetres(patient) -> None:
@@ -93,8 +88,7 @@ def test_a_real_label_map_stored_in_another_order_lies_on_its_scan(real_ct_dir) 
         nib.load(real_ct_dir / f"totalseg_{name}_native.nii.gz") for name in ("dicom_ct", "dicom_seg117")
     ]
     (hu, spacing_mm), (ts, _) = (axial_slices(np.asarray(image.dataobj), image.affine) for image in stored)
-    rows, columns = map(cell_voxels, hu.shape[1:])
-    planes = [array[:, rows[:, None], columns] for array in (hu.astype(np.int16), ts.astype(np.uint8))]
+    planes = [cells_of(hu.astype(np.int16)), cells_of(ts.astype(np.uint8))]
     assert reasons(measure_organs(*planes, hu.shape[1:], spacing_mm)) == {}
     mirrored = measure_organs(planes[0], planes[1][:, :, ::-1], hu.shape[1:], spacing_mm)
     assert {"organs_bones", "organs_side", "organs_named"} <= reasons(mirrored).keys()

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
 from data_prep.audit.pictures import GAP_PX, TILE_PX, PictureTask, chosen_slices, draw_volume
-from data_prep.phantom.population import roster
-from data_prep.phantom.scan import render
-from data_prep.sources.mask_alignment import cell_voxels
+from tests.data_prep.conftest import drawn_patient
 
 SLICE_MM = 8.0
 HEIGHT = 2 * TILE_PX + GAP_PX
@@ -19,23 +17,11 @@ HEIGHT = 2 * TILE_PX + GAP_PX
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> PictureTask:
     """A patient with one finding in the right lower chest, a few pixels large."""
-    volume = render(roster(1, seed=2)[0], "a", 64, (SLICE_MM, SLICE_MM), {})
-    rows, columns = map(cell_voxels, volume.hu.shape[1:])
-    rex = np.zeros((len(volume.hu), 128, 128), np.uint16)
+    slices = drawn_patient(0, "p")
+    rex = np.zeros(slices.ts.shape, np.uint16)
     rex[10:12, 70:76, 30:36] = 1 << 9
+    slices = slices._replace(rex=rex)
     path = tmp_path_factory.mktemp("shards") / "train-rex-000000.tar"
-    pixel_mm = volume.protocol.pixel_mm
-    slices = VolumeSlices(
-        volume="p",
-        ct=volume.hu.clip(-1024, 3071),
-        ts=volume.ts[:, rows[:, None], columns].astype(np.uint8),
-        rex=rex,
-        spacing_mm=(pixel_mm, pixel_mm, SLICE_MM),
-        original_shape=(64, 64, len(volume.hu)),
-        original_axcodes="LPS",
-        labels=None,
-        split="train",
-    )
     write_shard(path, [slices, slices._replace(volume="q", ct=slices.ct[:7], ts=slices.ts[:7], rex=rex[:7])])
     return PictureTask(path, "p")
 

@@ -22,30 +22,16 @@ from data_prep.audit.run import (
 )
 from data_prep.audit.shard import draw
 from data_prep.audit.volume import VolumeContent
-from data_prep.phantom.population import roster
-from data_prep.phantom.scan import render
 from data_prep.shards.tables import write_manifest, write_rejected
-from data_prep.sources.mask_alignment import cell_voxels
+from tests.data_prep.conftest import drawn_patient
 
-SLICE_MM = 8.0
 BAD = RejectedVolume("train_9_a_1", "mask", "it has <another> shape")
 
 
-def patient(number: int, name: str, **changes: object) -> VolumeSlices:
-    volume = render(roster(4, seed=2)[number], "a", 64, (SLICE_MM, SLICE_MM), {})
-    rows, columns = map(cell_voxels, volume.hu.shape[1:])
-    pixel_mm = volume.protocol.pixel_mm
-    return VolumeSlices(
-        volume=name,
-        ct=volume.hu.clip(-1024, 3071),
-        ts=volume.ts[:, rows[:, None], columns].astype(np.uint8),
-        rex=None,
-        spacing_mm=(pixel_mm, pixel_mm, SLICE_MM),
-        original_shape=volume.hu.shape[::-1],
-        original_axcodes="LPS",
-        labels={"Emphysema": number % 2, "Lung nodule": 1},
-        split=name.partition("_")[0],
-    )._replace(**changes)
+def patient(number: int, name: str) -> VolumeSlices:
+    labels = {"Emphysema": number % 2, "Lung nodule": 1}
+    fields = {"labels": labels, "split": name.partition("_")[0], "source_sha256": ""}  # no duplicates then
+    return drawn_patient(number, name, **fields)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from data_prep.audit.shard import (
     draw,
     read_samples,
 )
+from tests.noise_volume import noise_volume
 
 SIZES = {"a": 4, "b_1": 3}
 NAME = "train-rex-000000.tar"
@@ -33,17 +34,8 @@ def volume(name: str) -> VolumeSlices:
     rex[1, 3:5, 4] = 1 << 9
     ts = np.zeros((num_slices, 128, 128), np.uint8)
     ts[:2, 9, 9] = 117
-    return VolumeSlices(
-        volume=name,
-        ct=np.random.default_rng(7).integers(-1024, 3072, (num_slices, 11, 13)).astype(np.int16),
-        ts=ts,
-        rex=rex,
-        spacing_mm=(0.7, 0.8, 1.5),
-        original_shape=(13, 11, num_slices),
-        original_axcodes="LPS",
-        labels={"Emphysema": 1, "Lung nodule": 0},
-        split="train",
-    )
+    labels = {"Emphysema": 1, "Lung nodule": 0}
+    return noise_volume(name, num_slices)._replace(ts=ts, rex=rex, labels=labels)
 
 
 @pytest.fixture

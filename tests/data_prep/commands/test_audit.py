@@ -1,23 +1,18 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
+from tests.noise_volume import noise_volume
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    volume = VolumeSlices(
-        *("train_1_a_1", rng.integers(-1024, 3072, (3, 11, 13)).astype(np.int16), None, None),
-        *((0.7, 0.8, 1.5), (13, 11, 3), "LPS", None, "train"),
-    )
-    write_shard(folder / "train-000000.tar", [volume])
+    write_shard(folder / "train-000000.tar", [noise_volume(ts=False)])
     write_manifest(folder, "train", [], {})
     write_rejected(folder, "train", [])
     return folder

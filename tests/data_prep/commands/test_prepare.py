@@ -31,6 +31,7 @@ from data_prep.phantom.population import roster
 from data_prep.phantom.scan import Volume, render
 from data_prep.shards.write import Summary, write_shards
 from data_prep.sources.folders import find_volumes
+from tests.data_prep.conftest import cells_of, checksums
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 NUM_VOLUMES = 24
@@ -74,13 +75,6 @@ def scans(tmp_path: Path, save_nifti: Save, tiny: Any) -> Path:
 def write(scans: Path, out: Path, client: Client, **options: Any) -> Summary:
     sources, rejected = find_volumes(scans, "train", None)
     return write_shards(sources, rejected, out, "train", client, slices_per_shard=240, **options)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
 
 
 def start_and_freeze(scans: Path, out: Path, held: Path) -> subprocess.Popen:
@@ -256,17 +250,6 @@ def test_the_form_is_the_users_to_state(form, status, tiny_v1, tmp_path, invoke)
         assert re.search(r"left out: v1 or v2 +│ +1", answer.stdout)
 
 
-def test_annotations_and_their_masks_belong_together(tmp_path, invoke) -> None:
-    answer = invoke(
-        *("ct-rate", "--root", tmp_path, "--split", "train", "--out", tmp_path / "out"),
-        *("--rexgroundingct", "x.json"),
-    )
-    assert "--rexgroundingct and --rexgroundingct-masks must be given together, got one" in str(
-        answer.exception
-    )
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture(scope="module")
 def phantom() -> Volume:
     """A rendered chest, clipped as RAD-ChestCT is, on cubes of 0.8 mm, all axes of other sizes."""
@@ -295,18 +278,17 @@ def test_a_scan_stored_both_ways_gives_the_same_shards(phantom, tmp_path, invoke
     )
     nib.save(on_npz.as_reoriented(turn), tmp_path / "masks" / "trn00001.nii.gz")
     for arguments in (
-        ("nifti", tmp_path / "nifti", "--out", tmp_path / "a"),
+        ("nifti", tmp_path / "nifti", "--out", tmp_path / "a", "--split", "valid"),
         ("rad-chestct", "--root", tmp_path / "rad", "--split", "train", "--out", tmp_path / "b")
         + ("--totalsegmentator", tmp_path / "masks"),
     ):
         answer = invoke(*arguments)
         assert answer.exit_code == 0, answer.output
-    np.testing.assert_array_equal(slices(tmp_path / "a", "train"), phantom.hu)
+    np.testing.assert_array_equal(slices(tmp_path / "a", "valid"), phantom.hu)
     np.testing.assert_array_equal(slices(tmp_path / "b", "train"), phantom.hu)
     shards = ShardSet(tmp_path / "b", "train")
     assert shards.volumes[0].spacing_mm == pytest.approx((0.8, 0.8, 0.8))
-    rows, columns = (((np.arange(128) + 0.5) * size / 128).astype(int) for size in ids.shape[1:])
-    np.testing.assert_array_equal(shards.read_slab(0, 0, len(ids)).read_ts(), ids[:, rows][:, :, columns])
+    np.testing.assert_array_equal(shards.read_slab(0, 0, len(ids)).read_ts(), cells_of(ids))
 
 
 def test_a_phantom_download_is_written_with_its_labels(tmp_path, invoke) -> None:
@@ -331,43 +313,6 @@ def test_a_phantom_download_is_written_with_its_labels(tmp_path, invoke) -> None
     assert entry.labels is not None
     with np.load(volumes[0]) as arrays:
         np.testing.assert_array_equal(slices(tmp_path / "out", split), arrays["ct"][::-1])
-
-
-def test_a_folder_of_nifti_files_is_written(tmp_path, tiny, save_nifti, invoke) -> None:
-    for name in ("scan-a", "scan-b"):
-        save_nifti(tmp_path / "in" / f"{name}.nii.gz", tiny.hu(name), tiny.affine())
-    save_nifti(tmp_path / "masks" / "scan-b.nii.gz", np.full(SHAPE_XYZ, 51, np.uint8), tiny.affine())
-    answer = invoke(
-        "nifti", tmp_path / "in", "--out", tmp_path / "out", "--split", "valid", "--masks", tmp_path / "masks"
-    )
-    assert answer.exit_code == 0, answer.output
-    shards = ShardSet(tmp_path / "out", "valid")
-    assert [(entry.volume, entry.has_ts) for entry in shards.volumes] == [("scan-a", False), ("scan-b", True)]
-    assert np.unique(shards.read_slab(1, 0, 5).read_ts()).tolist() == [51]
-
-
-@pytest.mark.real_ct
-def test_real_scans_and_their_label_maps_are_written(real_ct_dir, tmp_path, invoke) -> None:
-    """Two scans stored as LPS and RAS, whose label maps are stored as LAS and RAS."""
-    for ct, mask in (
-        ("example_ct_sm_3mm", "example_sm_seg117_3mm"),
-        ("dicom_ct_native", "dicom_seg117_native"),
-    ):
-        for folder, name in (("ct", ct), ("ts", mask)):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            link = tmp_path / folder / f"{ct}.nii.gz"
-            link.symlink_to(real_ct_dir / f"totalseg_{name}.nii.gz")
-    answer = invoke("nifti", tmp_path / "ct", "--masks", tmp_path / "ts", "--out", tmp_path / "out")
-    assert answer.exit_code == 0, answer.output
-    shards = ShardSet(tmp_path / "out", "train")
-    for volume_id, entry in enumerate(shards.volumes):
-        ids = shards.read_slab(volume_id, 0, entry.num_slices).read_ts()
-        rows, columns = (((np.arange(128) + 0.5) * size / 128).astype(int) for size in entry.shape)
-        hu = np.stack([shards.read_slab(volume_id, z, 1).read_ct(0) for z in range(entry.num_slices)])[
-            :, rows
-        ][:, :, columns]
-        for muscle in (86, 87):
-            assert -20 < np.median(hu[ids == muscle]) < 80
 
 
 def hu(seed: int) -> np.ndarray:
@@ -399,9 +344,7 @@ def test_a_tree_of_series_is_written_with_label_maps(tmp_path, invoke, write_ser
         np.testing.assert_array_equal(slices, expected)
         assert shards.volumes[volume_id].spacing_mm == pytest.approx((0.7, 0.8, 1.5))
         assert re.fullmatch("[0-9a-f]{64}", shards.volumes[volume_id].source_sha256)
-    rows, columns = (((np.arange(128) + 0.5) * size / 128).astype(int) for size in (17, 19))
-    expected_ids = ids[:, ::-1, ::-1][:, rows][:, :, columns]
-    np.testing.assert_array_equal(shards.read_slab(1, 0, 4).read_ts(), expected_ids)
+    np.testing.assert_array_equal(shards.read_slab(1, 0, 4).read_ts(), cells_of(ids[:, ::-1, ::-1]))
 
 
 def test_a_series_with_a_gap_is_listed_and_the_others_are_written(tmp_path, invoke, write_series) -> None:

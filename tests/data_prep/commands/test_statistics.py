@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
+from tests.noise_volume import noise_volume
 
 
 @pytest.fixture
@@ -15,9 +16,7 @@ def hu_shards(tmp_path: Path) -> Path:
     for number, hu in ((0, 40), (1, 60)):
         ct = np.full((3, 30, 30), -1000, np.int16)
         ct[:, 5:25, 5:25] = hu
-        volume = VolumeSlices(
-            f"train_{number}_a_1", ct, None, None, (1, 1, 1), (30, 30, 3), "LPS", None, "train"
-        )
+        volume = noise_volume(f"train_{number}_a_1", ts=False, ct=ct)
         write_shard(tmp_path / f"train-{number:06d}.tar", [volume])
     return tmp_path
 
@@ -62,11 +61,10 @@ def test_a_damaged_volume_ends_with_status_1_and_its_name(hu_shards, invoke) -> 
 
 @pytest.fixture
 def mask_shards(tmp_path: Path) -> Path:
-    ct = np.full((2, 8, 9), -1000, np.int16)
     ts = np.zeros((2, 128, 128), np.uint8)
     ts[:, :32] = 5  # a quarter of the cells is liver
     for name, mask in (("a", ts), ("b", None)):
-        item = VolumeSlices(name, ct, mask, None, (1, 1, 1), (9, 8, 2), "LPS", None, "train")
+        item = noise_volume(name, 2)._replace(ts=mask)
         write_shard(tmp_path / f"train-00000{'ab'.index(name)}.tar", [item])
     return tmp_path
 

@@ -1,6 +1,5 @@
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from common.shards.shards import ShardSet
-from data_prep import __main__ as module
+from tests.data_prep.conftest import cells_of
 
 SHAPE_XYZ = (140, 150, 5)
 AFFINE = np.diag([-0.7, -0.8, 1.5, 1.0])
@@ -22,10 +20,6 @@ PARTS = (
     "Dataset294_TotalSegmentator_part4_muscles_1559subj",
     "Dataset295_TotalSegmentator_part5_ribs_1559subj",
 )
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(module.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 @pytest.fixture
@@ -55,12 +49,6 @@ def answer_with(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cal
     return replace
 
 
-def nearest(ids_zyx: np.ndarray) -> np.ndarray:
-    """Ids at the centres of 128 x 128 cells, each slice by itself."""
-    rows, columns = (((np.arange(128) + 0.5) * size / 128).astype(int) for size in ids_zyx.shape[1:])
-    return ids_zyx[:, rows][:, :, columns]
-
-
 def radiological(image: nib.Nifti1Image) -> np.ndarray:
     """The voxels as (Z, H, W): reoriented by nibabel alone."""
     lps = nib.orientations.axcodes2ornt("LPS")
@@ -78,27 +66,31 @@ def ids_of(image: nib.Nifti1Image) -> nib.Nifti1Image:
     return nib.Nifti1Image(ids, image.affine, image.header)
 
 
-def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(answer_with, tmp_path, save_nifti) -> None:
+def test_a_folder_is_segmented_and_becomes_shards_with_its_masks(
+    answer_with, run_command, tmp_path, save_nifti
+) -> None:
     for seed, name in enumerate(("sub/a.nii.gz", "b.nii")):
         save_nifti(tmp_path / "in" / name, scan(seed), AFFINE)
     answer_with(ids_of)
     masks = tmp_path / "masks"
-    first = invoke("totalsegment", tmp_path / "in", "--out", masks, "--device", "cpu")
+    first = run_command("totalsegment", tmp_path / "in", "--out", masks, "--device", "cpu")
     assert first.exit_code == 0, first.output
     assert re.search(r"segmented +│ +2", first.stdout), first.stdout
-    again = invoke("totalsegment", tmp_path / "in", "--out", masks, "--device", "cpu")
+    again = run_command("totalsegment", tmp_path / "in", "--out", masks, "--device", "cpu")
     assert re.search(r"there before +│ +2", again.stdout), again.stdout
-    written = invoke("nifti", tmp_path / "in", "--masks", masks, "--out", tmp_path / "out", "--workers", 1)
+    written = run_command(
+        "nifti", tmp_path / "in", "--masks", masks, "--out", tmp_path / "out", "--workers", 1
+    )
     assert written.exit_code == 0, written.output
     shards = ShardSet(tmp_path / "out", "train")
     assert [entry.volume for entry in shards.volumes] == ["a", "b"]
     for seed in (0, 1):
-        expected = nearest((scan(seed).astype(int) % 118).transpose(2, 1, 0))
+        expected = cells_of((scan(seed).astype(int) % 118).transpose(2, 1, 0))
         np.testing.assert_array_equal(shards.read_slab(seed, 0, 5).read_ts(), expected)
 
 
 @pytest.mark.real_ct
-def test_real_label_maps_reach_the_shards(answer_with, real_ct_dir, tmp_path) -> None:
+def test_real_label_maps_reach_the_shards(answer_with, run_command, real_ct_dir, tmp_path) -> None:
     """The label map that the package's authors publish for this CT, in place of the one the weights make."""
     real = nib.load(real_ct_dir / "totalseg_example_sm_seg117_3mm.nii.gz")
     (tmp_path / "in").mkdir()
@@ -112,30 +104,34 @@ def test_real_label_maps_reach_the_shards(answer_with, real_ct_dir, tmp_path) ->
 
     answer_with(segment)
     masks = tmp_path / "masks"
-    made = invoke("totalsegment", tmp_path / "in", "--out", masks, "--device", "cpu")
+    made = run_command("totalsegment", tmp_path / "in", "--out", masks, "--device", "cpu")
     assert made.exit_code == 0, made.output
     original = nib.load(link)
     np.testing.assert_array_equal(seen[0], np.clip(np.asarray(original.dataobj), -1024, 3071))
     label_map = nib.load(masks / "scan.nii.gz")
     np.testing.assert_array_equal(np.asarray(label_map.dataobj), np.asarray(real.dataobj))
     np.testing.assert_allclose(label_map.affine, original.affine, atol=1e-4)
-    written = invoke("nifti", tmp_path / "in", "--masks", masks, "--out", tmp_path / "out", "--workers", 1)
+    written = run_command(
+        "nifti", tmp_path / "in", "--masks", masks, "--out", tmp_path / "out", "--workers", 1
+    )
     assert written.exit_code == 0, written.output
     shards = ShardSet(tmp_path / "out", "train")
-    expected = nearest(radiological(real))
+    expected = cells_of(radiological(real))
     np.testing.assert_array_equal(shards.read_slab(0, 0, len(expected)).read_ts(), expected)
     assert len(np.unique(expected)) > 35
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(None, 1), (0.5, 0)])
 def test_volumes_without_a_label_map_are_listed_and_a_failure(
-    allowed, status, answer_with, tmp_path, save_nifti
+    allowed, status, answer_with, run_command, tmp_path, save_nifti
 ) -> None:
     save_nifti(tmp_path / "in" / "a.nii.gz", scan(0), AFFINE)
     save_nifti(tmp_path / "in" / "raw.nii.gz", scan(1) + 1024, np.eye(4))
     answer_with(ids_of)
     options = [] if allowed is None else ["--max-rejected", allowed]
-    answer = invoke("totalsegment", tmp_path / "in", "--out", tmp_path / "out", "--device", "cpu", *options)
+    answer = run_command(
+        "totalsegment", tmp_path / "in", "--out", tmp_path / "out", "--device", "cpu", *options
+    )
     assert answer.exit_code == status, answer.output
     assert re.search(r"left out: v1 or v2 +│ +1", answer.stdout)
     table = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
@@ -145,21 +141,25 @@ def test_volumes_without_a_label_map_are_listed_and_a_failure(
     assert (said is not None) == (status == 1)
 
 
-def test_processes_share_a_folder(answer_with, tmp_path, save_nifti) -> None:
+def test_processes_share_a_folder(answer_with, run_command, tmp_path, save_nifti) -> None:
     for seed, name in enumerate("abc"):
         save_nifti(tmp_path / "in" / f"{name}.nii.gz", scan(seed), AFFINE)
     answer_with(ids_of)
     command = ("totalsegment", tmp_path / "in", "--out", tmp_path / "out", "--device", "cpu", "--part")
     names = []
     for part in ("2/2", "1/2", "4/4"):
-        assert invoke(*command, part).exit_code == 0
+        assert run_command(*command, part).exit_code == 0
         names.append(sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")))
     everything = [f"{name}.nii.gz" for name in "abc"]
     assert names == [everything[1:2], everything, everything]
     assert (tmp_path / "out" / "rejected-2of2.csv").is_file()
 
 
-def test_mistakes_end_in_one_line(weights, tmp_path, save_nifti, monkeypatch, capsys) -> None:
+def test_mistakes_end_in_one_line(weights, tmp_path, save_nifti, monkeypatch, mistake) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("requests.api.request", no_network)
     save_nifti(tmp_path / "in" / "a.nii.gz", scan(0), AFFINE)
     outside = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     for arguments, message in (
@@ -168,15 +168,4 @@ def test_mistakes_end_in_one_line(weights, tmp_path, save_nifti, monkeypatch, ca
         ([str(tmp_path / "in"), *outside, "--part", "3/2"], "part must be a part such as 1/4"),
         ([str(tmp_path / "in"), *outside, "--fast"], "No weights of TotalSegmentator in '"),
     ):
-        monkeypatch.setattr(sys, "argv", ["data_prep", "totalsegment", *arguments])
-        monkeypatch.setattr("requests.api.request", no_network)
-        with pytest.raises(SystemExit) as left:
-            module.run_app(module.app)
-        assert left.value.code == 2
-        printed = capsys.readouterr().err
-        assert message in " ".join(printed.split())
-        assert "Traceback" not in printed
-
-
-def no_network(*_: object, **__: object) -> None:
-    raise ConnectionError("no route")
+        assert message in mistake("totalsegment", *arguments)

@@ -11,14 +11,12 @@ import pytest
 from common.run.process import claimed
 from data_prep.hub.access import open_repository
 from data_prep.hub.download import (
-    FailedFile,
     Plan,
     check_room,
     download,
     is_safe,
     is_whole,
     plan_download,
-    write_failed,
 )
 from data_prep.hub.files import Place, RemoteFile, list_files
 
@@ -229,10 +227,3 @@ def test_digests_are_those_of_git(tmp_path) -> None:
     assert not is_whole(path, RemoteFile("a", 15, "bd9dbf5aae1a3862dd1526723246b20206e5fc37"))
     assert is_whole(path, RemoteFile("a", 16, hashlib.sha256(b"what is up, doc?").hexdigest()))
     assert not is_whole(tmp_path / "b", RemoteFile("b", 0, hashlib.sha256(b"").hexdigest()))
-
-
-def test_failures_are_listed_and_the_list_goes_with_them(tmp_path) -> None:
-    write_failed(tmp_path, [FailedFile("a, b.csv", "404")])
-    assert (tmp_path / "failed.csv").read_text(encoding="utf-8") == 'path,reason\n"a, b.csv",404\n'
-    write_failed(tmp_path, [])
-    assert list(tmp_path.iterdir()) == []

@@ -143,9 +143,3 @@ def test_a_larger_heart_is_larger() -> None:
     box = np.random.default_rng(3).uniform([-130, -110, -160], [150, 80, 40], (20_000, 3))
     sizes = [(Anatomy(heart_scale=scale).heart_field(*columns(box)) < 1).sum() for scale in (0.9, 1.0, 1.4)]
     assert sizes[0] < sizes[1] < 0.5 * sizes[2]
-
-
-def test_generators_of_one_purpose_are_equal() -> None:
-    anatomy = Anatomy(seed=(3, 1, 4))
-    assert anatomy.rng(2).random() == anatomy.rng(2).random()
-    assert anatomy.rng(2).random() != anatomy.rng(3).random()

@@ -6,13 +6,12 @@ import pytest
 from data_prep.phantom.anatomy import IS_LUNG, TS_IDS, Anatomy
 from data_prep.phantom.body import draw_body, draw_skeleton, draw_tube, polyline
 from data_prep.phantom.canvas import Canvas
-from data_prep.phantom.grid import Grid, Pose
-
-POSE = Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0))
+from data_prep.phantom.grid import Grid
+from tests.data_prep.phantom.conftest import UPRIGHT, center
 
 
 def draw(anatomy: Anatomy) -> tuple[Canvas, np.ndarray]:
-    canvas = Canvas(Grid(62, 96, 4.2, 5.0, -188.0, POSE))
+    canvas = Canvas(Grid(62, 96, 4.2, 5.0, -188.0, UPRIGHT))
     abdomen = draw_body(canvas, anatomy)
     draw_skeleton(canvas, anatomy)
     return canvas, abdomen
@@ -21,13 +20,6 @@ def draw(anatomy: Anatomy) -> tuple[Canvas, np.ndarray]:
 @pytest.fixture(scope="module")
 def drawn() -> tuple[Canvas, np.ndarray]:
     return draw(Anatomy())
-
-
-def center(canvas: Canvas, name: str) -> np.ndarray:
-    """Mean (x, y, z) of a structure in patient mm."""
-    z, y, x = np.nonzero(canvas.labels == TS_IDS[name])
-    assert len(z), name
-    return np.array([canvas.grid.x[y, x].mean(), canvas.grid.y[y, x].mean(), canvas.grid.z[z].mean()])
 
 
 def test_all_ribs_lie_on_their_side_and_one_below_the_other(drawn) -> None:
@@ -117,7 +109,7 @@ def test_polyline_has_its_ends_its_corner_and_its_step() -> None:
 
 
 def test_a_tube_has_the_volume_of_a_cylinder() -> None:
-    canvas = Canvas(Grid(60, 80, 1.5, 1.5, -45.0, POSE))
+    canvas = Canvas(Grid(60, 80, 1.5, 1.5, -45.0, UPRIGHT))
     region = draw_tube(canvas, np.array([[0.0, 0, -40], [0.0, 0, 35]]), 8.0, 300.0)
     assert region.num_voxels() * 1.5**3 == pytest.approx(
         np.pi * 8.0**2 * 75 + 4 / 3 * np.pi * 8.0**3, rel=0.05

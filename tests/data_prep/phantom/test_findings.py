@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from data_prep.phantom.anatomy import IS_LUNG, TS_IDS, Anatomy
-from data_prep.phantom.body import draw_body, draw_skeleton
 from data_prep.phantom.canvas import Canvas
 from data_prep.phantom.findings import (
     draw_arterial_calcification,
@@ -18,20 +17,15 @@ from data_prep.phantom.findings import (
     draw_pericardial_effusion,
     draw_pleural_effusion,
 )
-from data_prep.phantom.grid import Grid, Pose
+from data_prep.phantom.grid import Grid
 from data_prep.phantom.lungs import grow_tree
-from data_prep.phantom.organs import draw_abdomen, draw_mediastinum
 from data_prep.phantom.scene import Finding, Fluid, Scene
+from tests.data_prep.phantom.conftest import UPRIGHT, draw_inside
 
 
 @cache
 def healthy(anatomy: Anatomy) -> Canvas:
-    canvas = Canvas(Grid(64, 88, 4.6, 5.0, -195.0, Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0))))
-    abdomen = draw_body(canvas, anatomy)
-    draw_skeleton(canvas, anatomy)
-    draw_abdomen(canvas, anatomy, abdomen)
-    draw_mediastinum(canvas, anatomy)
-    return canvas
+    return draw_inside(Grid(64, 88, 4.6, 5.0, -195.0, UPRIGHT), anatomy)
 
 
 def scene(anatomy: Anatomy | None = None, fluid: Fluid | None = None) -> Scene:

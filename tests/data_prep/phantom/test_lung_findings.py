@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from data_prep.phantom import scan
 from data_prep.phantom.anatomy import IS_LUNG, Anatomy, cage_field
 from data_prep.phantom.body import draw_body
 from data_prep.phantom.canvas import Canvas
-from data_prep.phantom.grid import Grid, Pose
+from data_prep.phantom.grid import Grid
 from data_prep.phantom.lung_findings import (
     draw_atelectasis,
     draw_bronchiectasis,
@@ -21,27 +22,19 @@ from data_prep.phantom.lung_findings import (
 )
 from data_prep.phantom.lungs import draw_vessels, grow_tree
 from data_prep.phantom.scene import Drawer, Finding, Fluid, Scene
+from tests.data_prep.phantom.conftest import UPRIGHT
 
 FOCUS = np.array([-70.0, 20.0, -30.0])
-DRAWERS = (
-    draw_atelectasis,
-    draw_bronchiectasis,
-    draw_consolidation,
-    draw_emphysema,
-    draw_fibrosis,
-    draw_mosaic,
-    draw_nodules,
-    draw_opacity,
-    draw_peribronchial,
-    draw_septal,
-)
+DRAWERS = [
+    drawer for drawer in scan.DRAWERS.values() if drawer.__module__ == "data_prep.phantom.lung_findings"
+]
 SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")
 def lungs() -> Scene:
     anatomy = Anatomy()
-    canvas = Canvas(Grid(60, 88, 3.8, 5.0, -190.0, Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0))))
+    canvas = Canvas(Grid(60, 88, 3.8, 5.0, -190.0, UPRIGHT))
     draw_body(canvas, anatomy)
     tree = grow_tree(anatomy, 250)
     draw_vessels(canvas, anatomy, tree)

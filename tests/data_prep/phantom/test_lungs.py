@@ -6,10 +6,9 @@ import pytest
 from data_prep.phantom.anatomy import IS_LUNG, Anatomy, in_lung
 from data_prep.phantom.body import draw_body
 from data_prep.phantom.canvas import Canvas
-from data_prep.phantom.grid import Grid, Pose
+from data_prep.phantom.grid import Grid
 from data_prep.phantom.lungs import HILA, Tree, airway_points, draw_airways, draw_vessels, grow_tree
-
-POSE = Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0))
+from tests.data_prep.phantom.conftest import UPRIGHT
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def tree() -> Tree:
 
 @pytest.fixture
 def canvas() -> Canvas:
-    drawn = Canvas(Grid(30, 96, 3.6, 5.0, -95.0, POSE))
+    drawn = Canvas(Grid(30, 96, 3.6, 5.0, -95.0, UPRIGHT))
     draw_body(drawn, Anatomy())
     return drawn
 
@@ -87,7 +86,7 @@ def test_bronchi_run_beside_the_vessels(tree, canvas) -> None:
 
 
 def test_bronchi_have_air_inside_of_a_wall(tree) -> None:
-    canvas = Canvas(Grid(16, 192, 1.5, 2.5, -50.0, POSE))
+    canvas = Canvas(Grid(16, 192, 1.5, 2.5, -50.0, UPRIGHT))
     draw_body(canvas, Anatomy())
     lung = IS_LUNG[canvas.labels]
     before = canvas.hu.copy()

@@ -4,33 +4,20 @@ import numpy as np
 import pytest
 
 from data_prep.phantom.anatomy import TS_IDS, Anatomy
-from data_prep.phantom.body import draw_body, draw_skeleton
+from data_prep.phantom.body import draw_body
 from data_prep.phantom.canvas import Canvas
-from data_prep.phantom.grid import Grid, Pose
-from data_prep.phantom.organs import draw_abdomen, draw_head, draw_mediastinum
-
-POSE = Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0))
+from data_prep.phantom.grid import Grid
+from data_prep.phantom.organs import draw_abdomen, draw_head
+from tests.data_prep.phantom.conftest import UPRIGHT, center, draw_inside
 
 
 def draw(anatomy: Anatomy) -> Canvas:
-    canvas = Canvas(Grid(64, 96, 4.2, 5.0, -195.0, POSE))
-    abdomen = draw_body(canvas, anatomy)
-    draw_skeleton(canvas, anatomy)
-    draw_abdomen(canvas, anatomy, abdomen)
-    draw_mediastinum(canvas, anatomy)
-    return canvas
+    return draw_inside(Grid(64, 96, 4.2, 5.0, -195.0, UPRIGHT), anatomy)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Canvas:
     return draw(Anatomy())
-
-
-def center(canvas: Canvas, name: str) -> np.ndarray:
-    """Mean (x, y, z) of a structure in patient mm."""
-    z, y, x = np.nonzero(canvas.labels == TS_IDS[name])
-    assert len(z), name
-    return np.array([canvas.grid.x[y, x].mean(), canvas.grid.y[y, x].mean(), canvas.grid.z[z].mean()])
 
 
 # Positive x is the patient's left.
@@ -82,7 +69,7 @@ def test_gas_in_the_stomach_gathers_in_front(plain) -> None:
 
 
 def test_a_stomach_outside_of_the_scan_is_no_error() -> None:
-    canvas = Canvas(Grid(9, 48, 8.0, 5.0, 40.0, POSE))
+    canvas = Canvas(Grid(9, 48, 8.0, 5.0, 40.0, UPRIGHT))
     abdomen = draw_body(canvas, Anatomy())
     draw_abdomen(canvas, Anatomy(), abdomen)
     assert not (canvas.labels == TS_IDS["stomach"]).any()
@@ -114,7 +101,7 @@ def test_the_aorta_descends_in_front_of_the_spine_on_the_left(plain) -> None:
 
 
 def test_a_head_has_a_skull_around_a_brain_and_nothing_of_a_chest() -> None:
-    canvas = Canvas(Grid(45, 64, 4.0, 5.0, -110.0, POSE))
+    canvas = Canvas(Grid(45, 64, 4.0, 5.0, -110.0, UPRIGHT))
     draw_head(canvas)
     assert set(np.unique(canvas.labels)) == {0, TS_IDS["brain"], TS_IDS["skull"]}
     assert np.median(canvas.hu[canvas.labels == TS_IDS["skull"]]) > 500

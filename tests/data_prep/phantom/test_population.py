@@ -74,20 +74,6 @@ def test_few_patients_are_heads_without_labels() -> None:
     assert draw_labels(heads[0]) == {}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_volumes": 0, "seed": 0}, "num_volumes must be at least 1, got 0"),
-        ({"num_volumes": 1, "seed": -1}, "seed must be at least 0, got -1"),
-        ({"num_volumes": 1, "seed": 0, "site": "c"}, "site must be one of .*, got 'c'"),
-        ({"num_volumes": 1, "seed": 0, "valid_share": 1.5}, "valid_share must be in"),
-    ],
-)
-def test_roster_refuses_arguments_out_of_range(arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        roster(**arguments)
-
-
 def test_prevalence_names_every_label_between_5_and_45_percent() -> None:
     assert list(PREVALENCE) == [label.name for label in load_labels("ct_rate")]
     assert all(0.05 <= prevalence <= 0.45 for prevalence in PREVALENCE.values())
@@ -160,3 +146,17 @@ def test_cardiomegaly_is_a_heart_larger_than_any_healthy_one() -> None:
     mild = draw_person(scan_of(0), {"Cardiomegaly": 0.05}, 0.3).anatomy.heart_scale
     assert mild > max(healthy) + 0.1
     assert draw_person(scan_of(0), {"Cardiomegaly": 1.0}, 0.3).anatomy.heart_scale > mild + 0.15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_volumes": 0, "seed": 0}, "num_volumes must be at least 1, got 0"),
+        ({"num_volumes": 1, "seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_volumes": 1, "seed": 0, "site": "c"}, "site must be one of .*, got 'c'"),
+        ({"num_volumes": 1, "seed": 0, "valid_share": 1.5}, "valid_share must be in"),
+    ],
+)
+def test_roster_refuses_arguments_out_of_range(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        roster(**arguments)

@@ -5,7 +5,6 @@ import pytest
 
 from data_prep.phantom.anatomy import Anatomy
 from data_prep.phantom.canvas import Canvas
-from data_prep.phantom.grid import Pose
 from data_prep.phantom.population import Person, draw_person, roster
 from data_prep.phantom.scanner import (
     SITES,
@@ -16,8 +15,9 @@ from data_prep.phantom.scanner import (
     draw_table,
     scan_grid,
 )
+from tests.data_prep.phantom.conftest import UPRIGHT
 
-PERSON = Person("F", 50, Anatomy(), Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0)))
+PERSON = Person("F", 50, Anatomy(), UPRIGHT)
 PROTOCOL = Protocol(
     kernel=Kernel("PLAIN", 0.0, 0.0, 1.0),
     noise_hu=0.0,

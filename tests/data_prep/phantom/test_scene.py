@@ -6,15 +6,16 @@ import pytest
 from data_prep.phantom.anatomy import IS_LUNG, Anatomy, lung_points
 from data_prep.phantom.body import draw_body
 from data_prep.phantom.canvas import Canvas, Region
-from data_prep.phantom.grid import Grid, Pose
+from data_prep.phantom.grid import Grid
 from data_prep.phantom.lungs import grow_tree
 from data_prep.phantom.scene import Fluid, Scene
+from tests.data_prep.phantom.conftest import UPRIGHT
 
 
 @pytest.fixture(scope="module")
 def scene() -> Scene:
     anatomy = Anatomy()
-    canvas = Canvas(Grid(60, 64, 6.0, 5.0, -190.0, Pose((0.0, 0.0), 0.0, (1.0, 1.0, 1.0))))
+    canvas = Canvas(Grid(60, 64, 6.0, 5.0, -190.0, UPRIGHT))
     draw_body(canvas, anatomy)
     return Scene(canvas, anatomy, grow_tree(anatomy, 40), Fluid((60.0, 0.0)), np.zeros(3))
 

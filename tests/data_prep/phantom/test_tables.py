@@ -13,7 +13,6 @@ from data_prep.phantom.population import CT_RATE_LABELS, ScanId, roster
 from data_prep.phantom.scan import describe, render
 from data_prep.phantom.scanner import SITES
 from data_prep.phantom.tables import (
-    README,
     metadata_row,
     write_ct_rate_tables,
     write_rad_chestct_tables,
@@ -119,8 +118,3 @@ def test_large_nodules_are_told_from_small_ones(tmp_path) -> None:
     assert SCANS[0].split == "train"
     assert columns(9.0) == {"nodule*left_upper"}
     assert columns(15.0) == {"nodulegr1cm*left_upper"}
-
-
-def test_the_readme_beside_the_data_says_that_it_is_synthetic() -> None:
-    assert README.startswith("# A synthetic cohort")
-    assert "18 labels" in README

@@ -8,23 +8,12 @@ from common.shards.index import index_path
 from common.shards.shards import ShardName
 from common.shards.writer import VolumeSlices, write_shard, write_tar
 from data_prep.shards.join import join_tars
+from tests.noise_volume import noise_volume
 
 
 def volume(name: str, num_slices: int, **changes: object) -> VolumeSlices:
-    rng = np.random.default_rng(sum(name.encode()))
-    return VolumeSlices(
-        volume=name,
-        ct=rng.integers(-1024, 3071, (num_slices, 17, 19)).astype(np.int16),
-        ts=rng.integers(0, 118, (num_slices, 128, 128)).astype(np.uint8),
-        rex=None,
-        spacing_mm=(0.7, 0.8, 1.5 + num_slices),
-        original_shape=(19, 17, num_slices),
-        original_axcodes="LPS",
-        labels={"x": num_slices % 2, "y": 1},
-        split="train",
-        source=f"in/{name}.nii.gz",
-        source_sha256=f"{num_slices:064x}",
-    )._replace(**changes)
+    fields = {"spacing_mm": (0.7, 0.8, 1.5 + num_slices), "labels": {"x": num_slices % 2, "y": 1}}
+    return noise_volume(name, num_slices)._replace(**fields | changes)
 
 
 LONG_NAME = "train_" + "9" * 70 + "_a_1"

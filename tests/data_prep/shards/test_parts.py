@@ -2,13 +2,10 @@ import ctypes
 import errno
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.ct.files import ct_file
@@ -19,15 +16,13 @@ from data_prep.shards import parts as module
 from data_prep.shards.parts import OutputError, assemble_shard, clean_parts, finished, put_part, write_part
 from data_prep.shards.plan import PlannedShard, PlannedVolume
 from data_prep.sources.source_volume import SourceVolume
+from tests.noise_volume import noise_volume
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1")
 
 
 def slices_of(source: SourceVolume) -> VolumeSlices:
-    rng = np.random.default_rng(sum(source.volume.encode()))
-    ct = rng.integers(-1024, 3072, (3, 17, 19)).astype(np.int16)
-    return VolumeSlices(source.volume, ct, None, None, (0.7, 0.8, 1.5), (19, 17, 3), "LPS", None, "train")
+    return noise_volume(source.volume, ts=False)
 
 
 def planned(out: Path, shard: str = "train-000000.tar", plan: str = "plan") -> PlannedShard:
@@ -208,31 +203,6 @@ def test_a_full_disk_is_named_and_nothing_is_damaged(reads, small_disk) -> None:
     (small_disk / "other data").unlink()
     assert {write_part(volume).rejected for volume in shard.volumes} == {None}
     assert assemble_shard(shard) == ()
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_parts import planned, put_part, slices_of
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-volume = planned(Path(sys.argv[1])).volumes[0]
-put_part(volume, slices_of(volume.source))
-"""
-
-
-def test_other_limits_of_the_disk_are_named_too(tmp_path) -> None:
-    """Here the largest size of a file; quotas are reported by the system in the same way."""
-    answer = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(Path(__file__).parent)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert re.search("OutputError: Cannot write to .*: File too large", answer.stderr)
-    assert left(tmp_path / "out") == []
 
 
 def test_a_folder_without_permission_is_named(reads, tmp_path) -> None:

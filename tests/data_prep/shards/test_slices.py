@@ -4,22 +4,16 @@ import numpy as np
 import pytest
 
 from common.shards.index import FIELDS, load_index
-from common.shards.writer import VolumeSlices, write_shard
+from common.shards.writer import write_shard
 from data_prep.shards.slices import read_slices
+from tests.noise_volume import noise_volume
 
-RNG = np.random.default_rng(0)
-CT = RNG.integers(-1024, 3071, (5, 17, 19)).astype(np.int16)
-TS = RNG.integers(0, 118, (5, 128, 128)).astype(np.uint8)
-REX = RNG.integers(0, 2**14, (5, 128, 128)).astype(np.uint16)
+VOLUMES = [noise_volume("first", 2, rex=True), noise_volume("second", 3, rex=True)]
+CT, TS, REX = (np.concatenate([getattr(one, name) for one in VOLUMES]) for name in ("ct", "ts", "rex"))
 
 
 def written(path: Path) -> Path:
-    common = {"spacing_mm": (1, 1, 1), "original_shape": (19, 17, 5), "original_axcodes": "LPS"}
-    volumes = [
-        VolumeSlices(name, ct, ts, rex, labels=None, split="train", **common)
-        for name, ct, ts, rex in (("first", CT[:2], TS[:2], REX[:2]), ("second", CT[2:], TS[2:], REX[2:]))
-    ]
-    write_shard(path / "train-rex-000000.tar", volumes)
+    write_shard(path / "train-rex-000000.tar", VOLUMES)
     return path / "train-rex-000000.tar"
 
 

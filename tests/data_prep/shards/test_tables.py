@@ -1,29 +1,16 @@
 import csv
 from pathlib import Path
 
-import numpy as np
-
 from common.ct.rejection import RejectedVolume
 from common.shards.index import index_path
 from common.shards.writer import VolumeSlices, write_shard
 from data_prep.shards.tables import write_manifest, write_rejected
+from tests.noise_volume import noise_volume
 
 
 def volume(name: str, split: str, num_slices: int) -> VolumeSlices:
-    return VolumeSlices(
-        volume=name,
-        ct=np.zeros((num_slices, 11, 13), np.int16),
-        ts=np.zeros((num_slices, 128, 128), np.uint8),
-        rex=None,
-        spacing_mm=(0.7, 0.8, 1.5),
-        original_shape=(13, 11, num_slices),
-        original_axcodes="LPS",
-        labels=None,
-        split=split,
-        source=f"in/{name}.nii.gz",
-        source_sha256="00ff" * 16,
-        doubts="head and feet are exchanged",
-    )
+    fields = {"source_sha256": "00ff" * 16, "doubts": "head and feet are exchanged"}
+    return noise_volume(name, num_slices, split=split, **fields)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from distributed import KilledWorker
 
@@ -14,6 +13,7 @@ from data_prep.shards.parts import OutputError, write_part
 from data_prep.shards.plan import PlannedShard, PlannedVolume
 from data_prep.shards.tasks import ShardTasks
 from data_prep.sources.source_volume import SourceVolume
+from tests.noise_volume import noise_volume
 
 
 @pytest.fixture
@@ -21,8 +21,7 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[PlannedShard
     """Three shards of four volumes, whose readers need no files."""
 
     def read(source: SourceVolume) -> VolumeSlices:
-        ct = np.zeros((2, 5, 7), np.int16)
-        return VolumeSlices(source.volume, ct, None, None, (0.7, 0.8, 1.5), (7, 5, 2), "LPS", None, "train")
+        return noise_volume(source.volume, ts=False)
 
     monkeypatch.setattr(parts, "read_volume", read)
     paths = [tmp_path / f"train-{number:06d}.tar" for number in range(3)]

@@ -2,9 +2,6 @@ import csv
 import errno
 import hashlib
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,13 @@ from distributed import Client
 from common.ct.rejection import EXCLUDED, RejectedVolume
 from common.shards.index import index_path, load_index
 from common.shards.shards import ShardSet
-from data_prep.cluster import dask_client
 from data_prep.shards import parts
 from data_prep.shards.parts import OutputError
 from data_prep.shards.write import Summary, write_shards
 from data_prep.sources.ct_rate import find_ct_rate
 from data_prep.sources.rexgroundingct import read_annotations
+from tests.data_prep.conftest import checksums
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 VOLUMES = [f"train_{n}_a_1" for n in range(1, 7)]
 SHAPE_XYZ = (19, 17, 5)
 
@@ -44,11 +40,6 @@ class Cohort:
     def run(self, out: Path, split: str = "train", **options: Any) -> Summary:
         sources, rejected = find_ct_rate(self.tiny.root, split)
         return write_shards(sources, rejected, out, split, self.client, **{"slices_per_shard": 10} | options)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.iterdir()) if path.suffix in {".tar", ".npz", ".csv"})
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def rejected_rows(out: Path) -> dict[str, tuple[str, str]]:
@@ -107,67 +98,6 @@ def test_a_finished_run_is_not_done_again(cohort, tmp_path, monkeypatch) -> None
     assert checksums(tmp_path / "out") == before
 
 
-KILLED_AT_THE_FOURTH_VOLUME = """
-import os, signal, sys
-from pathlib import Path
-from distributed import Client, LocalCluster
-from data_prep.shards import parts
-from data_prep.sources.ct_rate import find_ct_rate
-from data_prep.shards.write import write_shards
-
-read_volume, seen = parts.read_volume, []
-
-def read_or_die(source):
-    seen.append(source)
-    if len(seen) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read_volume(source)
-
-parts.read_volume = read_or_die
-cluster = LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None)
-with cluster, Client(cluster) as client:
-    sources, rejected = find_ct_rate(Path(sys.argv[1]), "train")
-    write_shards(sources, rejected, Path(sys.argv[2]), "train", client, slices_per_shard=15)
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(cohort, tmp_path) -> None:
-    """Killed while it reads the fourth volume: two or three are done, in no shard or in the first."""
-    out = tmp_path / "out"
-    whole = cohort.run(tmp_path / "whole", slices_per_shard=15)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_THE_FOURTH_VOLUME, str(cohort.tiny.root), str(out)],
-        cwd=REPOSITORY,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert not (out / "manifest.csv").exists()
-    (out / ".parts" / "train-000001").mkdir(parents=True, exist_ok=True)
-    (out / ".parts" / "train-000001.0f.tar.partial").write_bytes(b"half")
-    (out / ".parts" / "train-000007").mkdir()
-    summary = cohort.run(out, slices_per_shard=15)
-    assert (summary.num_resumed, summary.num_done) == (3, 3)
-    assert summary[:6] == whole[:6]
-    assert checksums(out) == checksums(tmp_path / "whole")
-    assert sorted(path.name for path in out.iterdir()) == [".lock", *checksums(out)]
-
-
-def test_a_lost_workers_volumes_are_done_again(cohort, tmp_path) -> None:
-    cohort.run(tmp_path / "whole")
-    with dask_client(workers=2) as client:
-        cohort.client = client
-        pids = list(client.run(os.getpid).values())
-
-        def kill_one(stage: str, done: int, total: int) -> None:
-            if stage == "Writing volumes" and done == 1 and pids:
-                os.kill(pids.pop(), signal.SIGKILL)
-
-        summary = cohort.run(tmp_path / "out", progress=kill_one)
-    assert len(pids) == 1
-    assert (summary.num_volumes, summary.rejected) == (6, ())
-    assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("damage", ["no index", "no tar", "short tar", "broken index"])
 def test_a_shard_that_is_not_whole_is_written_again(damage, cohort, tmp_path) -> None:
     cohort.run(tmp_path / "out")
@@ -221,6 +151,13 @@ def test_every_volume_is_in_the_shards_or_among_the_rejected(cohort, tmp_path, s
     }
     assert "must have the CT's shape (5, 17, 19), got (7, 5, 3)" in rows["train_3_a_1"][1]
     assert all("\n" not in detail for _, detail in rows.values())
+    with (tmp_path / "out" / "manifest.csv").open(newline="") as file:
+        manifest = {row["volume"]: row for row in csv.DictReader(file)}
+    assert [row["status"] for row in manifest.values()] == ["rejected"] * 5 + ["written"]
+    ct = cohort.tiny.path("train_6_a_1", "train")
+    assert manifest["train_6_a_1"]["source"] == ct.relative_to(cohort.tiny.root).as_posix()
+    assert manifest["train_6_a_1"]["source_sha256"] == hashlib.sha256(ct.read_bytes()).hexdigest()
+    assert manifest["train_2_a_1"]["source"].endswith("train_2_a_1.nii.gz")
     assert summary.reasons == {"unreadable": 2, "mask": 1, EXCLUDED: 1, "metadata": 1}
     assert summary.rejected_share == pytest.approx(4 / 5)  # what is no chest was not meant to be used
     assert cohort.run(tmp_path / "out").reasons == summary.reasons
@@ -283,20 +220,6 @@ def test_progress_counts_volumes_and_what_was_done_before(cohort, tmp_path) -> N
     seen.clear()
     cohort.run(tmp_path / "out", progress=lambda *step: seen.append(step))
     assert seen[2:] == [("Writing volumes", n, 6) for n in (4, 5, 6)]
-
-
-def test_the_manifest_has_a_row_for_every_volume(cohort, tmp_path) -> None:
-    cohort.tiny.path("train_2_a_1", "train").write_bytes(b"<html>")
-    cohort.run(tmp_path / "out")
-    with (tmp_path / "out" / "manifest.csv").open(newline="") as file:
-        rows = {row["volume"]: row for row in csv.DictReader(file)}
-    assert list(rows) == VOLUMES
-    assert {rows[volume]["status"] for volume in VOLUMES[2:]} == {"written"}
-    ct = cohort.tiny.path("train_3_a_1", "train")
-    assert rows["train_3_a_1"]["source"] == ct.relative_to(cohort.tiny.root).as_posix()
-    assert rows["train_3_a_1"]["source_sha256"] == hashlib.sha256(ct.read_bytes()).hexdigest()
-    assert (rows["train_2_a_1"]["status"], rows["train_2_a_1"]["reason"]) == ("rejected", "unreadable")
-    assert rows["train_2_a_1"]["source"].endswith("train_2_a_1.nii.gz")
 
 
 def test_a_full_disk_stops_the_run_and_says_what_to_do(cohort, tmp_path, monkeypatch) -> None:

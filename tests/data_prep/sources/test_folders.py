@@ -1,7 +1,4 @@
 import logging
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +7,10 @@ from pydicom.uid import MRImageStorage
 
 from common.ct import files as ct_files
 from common.ct.dicom import read_ct
-from common.ct.rejection import NOT_AXIAL_CT, RejectedError, is_failure
+from common.ct.rejection import NOT_AXIAL_CT, is_failure
 from data_prep.sources import folders
 from data_prep.sources.folders import find_series, find_volumes
+from tests.conftest import touch
 
 
 def hu(seed: int = 0, num_slices: int = 3) -> np.ndarray:
@@ -87,9 +85,7 @@ def test_what_is_no_axial_ct_is_left_out_and_no_failure(tmp_path, dask, write_se
     ]
 
 
-def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
-    tmp_path, dask, write_series, monkeypatch
-) -> None:
+def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(tmp_path, dask, write_series) -> None:
     files = write_series(tmp_path / "ct", hu(), series="1.1")
     (tmp_path / "a.dcm").write_bytes(b"<html>404</html>")
     (tmp_path / "b.DCM").write_bytes(b"")
@@ -99,24 +95,6 @@ def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(
     assert [(item.volume, item.reason) for item in rejected] == [
         (name, "unreadable") for name in ("a.dcm", "b.DCM", "cut", "link")
     ]
-
-    def closed(folder: Path, onerror: Callable[[OSError], None]) -> Any:
-        onerror(PermissionError(13, "Permission denied", str(tmp_path / "secret")))
-        return [(str(tmp_path / "ct"), [], [path.name for path in files])]
-
-    monkeypatch.setattr(ct_files.os, "walk", closed)
-    _, rejected = find_series(tmp_path, "train", dask)
-    assert [(item.volume, item.reason) for item in rejected] == [("secret", "unreadable")]
-    assert "Permission denied" in rejected[0].detail
-
-
-def test_what_only_reading_shows_is_left_to_reading(tmp_path, dask, write_series) -> None:
-    files = write_series(tmp_path, hu(num_slices=4))
-    files[2].unlink()
-    (source,), rejected = find_series(tmp_path, "train", dask)
-    assert rejected == []
-    with pytest.raises(RejectedError, match="missing slices"):
-        read_ct(source.ct.files)
 
 
 def test_many_files_are_looked_at_in_the_same_order(tmp_path, dask, write_series, monkeypatch) -> None:
@@ -155,21 +133,6 @@ def test_a_tree_without_ct_is_refused(tmp_path, dask) -> None:
         find_series(tmp_path, "train", dask)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_series(tmp_path / "nowhere", "train", dask)
-
-
-@pytest.mark.real_ct
-def test_a_real_tree_is_one_series(real_ct_dir, dask) -> None:
-    """Its identifiers are blank, and NIfTI files lie beside it."""
-    (source,), rejected = find_series(real_ct_dir, "train", dask)
-    assert rejected == []
-    assert (len(source.ct.files), source.source) == (20, "totalseg_dicom_series")
-
-
-def touch(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
 
 
 def test_volumes_of_a_folder_get_the_label_maps_of_their_name(tmp_path) -> None:
@@ -239,3 +202,11 @@ def test_folders_without_volumes_or_matching_masks_are_named(tmp_path) -> None:
     for wrong in (masks, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="masks must hold label maps"):
             find_volumes(folder, "train", wrong)
+
+
+@pytest.mark.real_ct
+def test_a_real_tree_is_one_series(real_ct_dir, dask) -> None:
+    """Its identifiers are blank, and NIfTI files lie beside it."""
+    (source,), rejected = find_series(real_ct_dir, "train", dask)
+    assert rejected == []
+    assert (len(source.ct.files), source.source) == (20, "totalseg_dicom_series")

@@ -6,9 +6,10 @@ import pytest
 
 from common.cohort.cohort import load_labels
 from common.ct.nifti import Rescale
-from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.sources.rad_chestct import METADATA, PREFIXES, find_rad_chestct, read_labels
+from tests.conftest import touch
 
+TRAIN_LABELS = "imgtrain_Abnormality_and_Location_Labels.csv"
 LOCATIONS = ("left_lung", "right_lung")
 ABNORMALITIES = sorted(
     {prefix for prefixes in PREFIXES.values() for prefix in prefixes} | {"opacity_other", "mass"}
@@ -60,22 +61,6 @@ def test_tables_that_lack_something_are_refused(tmp_path) -> None:
         read_labels([table])
 
 
-def touch(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return folder
-
-
-def write_labels(folder: Path, split: str, positive: dict[str, set[str]]) -> None:
-    """A label table with each volume's positive abnormalities, in the lung."""
-    columns = sorted({prefix for prefixes in PREFIXES.values() for prefix in prefixes})
-    with (folder / f"img{split}_Abnormality_and_Location_Labels.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["NoteAcc_DEID", *(f"{column}*lung" for column in columns)])
-        table.writerows([v, *(int(column in own) for column in columns)] for v, own in positive.items())
-
-
 def write_spacings(folder: Path, spacings: dict[str, str]) -> None:
     with (folder / METADATA).open("w", newline="") as file:
         table = csv.writer(file)
@@ -99,7 +84,9 @@ def test_the_prefix_of_a_file_is_its_split(split, prefix, tmp_path) -> None:
 def test_volumes_get_their_labels_and_label_maps(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING)
     root = touch(tmp_path / "rad", "trn00001.npz", "trn00002.npz", "trn00003.npz")
-    write_labels(root, "train", {"trn00001": {"hernia", "stent"}, "trn00002": set(), "trn00009": {"hernia"}})
+    hernia = "hernia*left_lung"
+    positive = {"trn00001": {hernia, "stent*right_lung"}, "trn00002": set(), "trn00009": {hernia}}
+    write(root / TRAIN_LABELS, positive)
     masks = touch(tmp_path / "masks", "trn00002.nii.gz")
     sources, _ = find_rad_chestct(root, "train", masks)
     labels = [source.labels for source in sources]
@@ -152,25 +139,10 @@ def test_what_is_not_there_is_named(tmp_path, caplog) -> None:
     assert "Shards will hold no labels: there is no label table of 'train'" in caplog.text
 
 
-def test_a_phantom_download_is_found_whole(tmp_path) -> None:
-    settings = Settings(seed=3, site="b", matrix=40, slice_mm=(8.0, 8.0), npz_spacing_mm=8.0)
-    assert len(list(write_cohort(tmp_path, 3, settings, 1))) == 3
-    found = {}
-    for split, prefix in (("train", "trn"), ("valid", "val"), ("test", "tst")):
-        if list(tmp_path.rglob(f"{prefix}*.npz")):
-            sources, rejected = find_rad_chestct(tmp_path, split)
-            assert rejected == []
-            found |= {source.volume: source for source in sources}
-    assert sorted(found) == sorted(path.stem for path in tmp_path.rglob("*.npz"))
-    for source in found.values():
-        assert source.rescale == Rescale(1, 0, (8, 8, 8))
-        assert set(source.labels) == set(PREFIXES)
-
-
 def test_a_table_that_is_there_twice_is_refused(tmp_path) -> None:
     root = touch(tmp_path / "rad", "trn00001.npz")
     (root / "backup").mkdir()
     for folder in (root, root / "backup"):
-        write_labels(folder, "train", {"trn00001": {"hernia"}})
+        write(folder / TRAIN_LABELS, {"trn00001": {"hernia*left_lung"}})
     with pytest.raises(ValueError, match="there twice: .*imgtrain.* Keep one"):
         find_rad_chestct(root, "train")

@@ -84,25 +84,6 @@ def test_cells_cover_all_their_pixels(shape) -> None:
         assert set().union(*(range(start, stop) for start, stop in cell_edges(size))) == set(range(size))
 
 
-def test_no_pixel_of_a_finding_is_lost(tmp_path) -> None:
-    """Nearest sampling keeps one pixel of sixteen, so most nodules of a few pixels vanish."""
-    ct = Grid((512, 512, 50), AFFINE)
-    masks = np.zeros((1, *ct.shape), np.uint8)
-    places = np.random.default_rng(0).integers(0, 512, (50, 2))
-    for z, (x, y) in enumerate(places):
-        masks[0, x, y, z] = 1
-    planes = read(masks, tmp_path, codes=("2d",), ct=ct)
-    assert [tuple(place) for place in np.argwhere(planes)] == [
-        (z, y // 4, x // 4) for z, (x, y) in enumerate(places)
-    ]
-
-
-def test_bits_of_a_cell_are_united() -> None:
-    bits = np.zeros((256, 256), np.uint16)
-    bits[0, 0], bits[1, 1] = 1, 2**13
-    assert pool_bits(pool_bits(bits, 0), 1)[0, 0] == 2**13 + 1
-
-
 def test_findings_of_one_code_are_united_and_others_keep_their_bit(tmp_path) -> None:
     planes = read(findings(), tmp_path)
     assert planes.dtype == np.uint16
@@ -209,10 +190,6 @@ def test_the_rescale_of_a_header_says_what_a_finding_is(slope, intercept, tmp_pa
     content[112:120] = np.array([slope, intercept], "<f4").tobytes()
     (tmp_path / "a.nii").write_bytes(content)
     np.testing.assert_array_equal(read_findings(Annotation(tmp_path / "a.nii", CODES), CT), expected())
-
-
-def test_findings_without_a_code_are_left_out(tmp_path) -> None:
-    np.testing.assert_array_equal(read(findings(), tmp_path, codes=("1a", "", "1a")), expected() & 1)
 
 
 @pytest.mark.parametrize(
