@@ -56,7 +56,7 @@ def embed(
         num_workers: threads that read further CTs meanwhile.
 
     Returns:
-        The embedding, if there is one CT in ``path``: ``tokens (slices, D)``, ``z_mm`` (positions of the
+        The embedding if ``path`` holds one CT, with ``tokens (slices, D)``, ``z_mm`` (positions of the
         slices, feet to head), ``patches (slices, P, D)`` or None, and ``metadata`` with ``spacing_mm`` (x, y,
         z). Tiles give ``(slices, 5 D)``, an encoder of volumes ``tokens (G0 G1 G2, D)``, row-major, the grid
         in ``metadata["grid_shape"]`` and its axes in ``metadata["axcodes"]``, no ``z_mm``. Of several CTs, a
