@@ -5,7 +5,7 @@
 import colorsys
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def show_slice(axes: Axes, hu: ArrayLike, title: str = "") -> None:
 def mark_sides(axes: Axes) -> None:
     """Write the patient's right and left, front (A) and back (P) at the sides of a canonical slice."""
     for text, x, y in (("R", 0.04, 0.5), ("L", 0.96, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)):
-        style = {"color": "white", "fontsize": 7, "ha": "center", "va": "center"}
+        style: dict[str, Any] = {"color": "white", "fontsize": 7, "ha": "center", "va": "center"}
         axes.text(x, y, text, transform=axes.transAxes, **style)
 
 
