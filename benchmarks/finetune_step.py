@@ -93,10 +93,13 @@ def our_losses(paths: list[Path], labels: torch.Tensor) -> list[float]:
     from common.embeddings.ct_bags import CTBags
     from common.embeddings.work import ct_sources
     from common.networks.finetuned import FineTunedProbe
+    from common.networks.pretraining_model import distribute
     from common.transforms.hounsfield import HUWindow
     from common.transforms.slice_strategies import SliceStrategy
 
     network = FineTunedProbe(*new_parts(), slices_per_chunk=64, amp_dtype="bfloat16")
+    place = {"sharding": "ddp", "compiled": False, "device": torch.device("cpu")}
+    distribute(network=network, blocks=torch.nn.ModuleList(), **place)
     learning = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3)
     bags = CTBags.__new__(CTBags)  # without a bundle's files
