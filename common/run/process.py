@@ -96,7 +96,8 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
                 aside.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        error.filename = error.filename or str(final)  # a full disk names no file, and closing meets it again
+        if error.errno:  # a full disk names no file, and closing meets it again
+            error.filename = error.filename or str(final)
         raise
     flush_folder(final.parent)
 
@@ -195,8 +196,12 @@ def claimed(folder: str | Path) -> Iterator[None]:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:MAX_COMMAND_CHARS]
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}
         file.truncate(0)
-        json.dump(holder, file)
-        file.flush()
+        try:
+            # past the buffer, which closing would write again
+            os.write(file.fileno(), json.dumps(holder).encode())
+        except OSError as error:
+            error.filename = str(path)  # a full disk names no file
+            raise
         _held.add(path)
         try:
             yield
