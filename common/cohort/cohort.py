@@ -77,7 +77,7 @@ def pos_weights(name: str) -> list[float]:
 
 
 UNKNOWN_PREVALENCE = 0.01
-"""Source: focal loss, arXiv:1708.02002, 4.1, for every class alike."""
+"""Stands in where the prevalence is not known. Source: where focal loss starts, arXiv:1708.02002, 4.1."""
 
 LEAST_PREVALENCE = 1e-5  # a class that was never seen may still occur
 

@@ -6,6 +6,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 
 from common.cohort.cohort import read_labels
 from common.ct.rejection import RejectedVolume, is_failure
-from common.embeddings.ct_batches import Prepared, images_of, read_ahead
+from common.embeddings.ct_batches import images_of, read_ahead, read_slices
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.work import CTSource
-from common.transforms.slice_strategies import body_box
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ class CTBags:
         volumes: Sequence[str] | None = None,
     ) -> None:
         if "strategies" not in encoder:
-            raise ValueError(f"encoder_bundle must be an encoder of slices, got '{encoder.name}' of volumes.")
+            raise ValueError(f"encoder_bundle must encode slices, got '{encoder.name}', of volumes.")
         (self.strategy, *others) = encoder.strategies
         if others or self.strategy.num_images > 1:
-            raise ValueError(f"strategies must be one image a slice, got {encoder['strategies']}.")
+            raise ValueError(f"strategies must be one, of one image per slice, got {encoder['strategies']}.")
         by_name = {source.volume: source for source in sources}
         labels = read_labels(labels_csv, class_names)
         self.volumes = list(by_name if volumes is None else volumes)
@@ -91,23 +91,19 @@ class CTBags:
         """
         rejected: list[RejectedVolume] = []
         work = (self.sources[index] for index in indices)
-        for _, prepared in read_ahead(work, self._prepare, self.num_workers, rejected):
+        prepare = partial(read_slices, is_cropped=self.strategy.is_cropped)
+        for _, prepared in read_ahead(work, prepare, self.num_workers, rejected):
             _refuse(rejected)
             region = self.strategy.region(prepared.pixels, prepared.box)
             yield images_of(region, self.strategy, self.window, self.slice_axes, self.device)
         _refuse(rejected)
-
-    def _prepare(self, source: CTSource) -> Prepared:
-        ct = source.read()
-        hu = torch.from_numpy(np.ascontiguousarray(ct.hu))
-        return Prepared(hu, ct.spacing_mm, ct.notes, body_box(hu) if self.strategy.is_cropped else None)
 
 
 def _refuse(rejected: Sequence[RejectedVolume]) -> None:
     if rejected:
         volume, reason, detail = rejected[0]
         raise ValueError(
-            f"Cannot read '{volume}': {reason}: {detail}. Mend it, or name it in --skip_list. "
+            f"Cannot read '{volume}': {reason}: {detail}. Replace the file, or name it in --skip_list. "
             "An embedding run with the same --dataset_dir lists all such volumes."
         )
 

@@ -124,6 +124,13 @@ def _checked(
         yield source, prepared
 
 
+def read_slices(source: CTSource, is_cropped: bool) -> Prepared:
+    """Read a volume as slices, and find the body in them where a strategy crops to it."""
+    ct = source.read()
+    hu = torch.from_numpy(ct.hu)
+    return Prepared(hu, ct.spacing_mm, ct.notes, body_box(hu) if is_cropped else None)
+
+
 class SliceBatches:
     """Iterate over batches of images, filled across volumes, so that all of a strategy have one shape.
 
@@ -206,10 +213,7 @@ class SliceBatches:
             yield from self._rest(batch)
 
     def _prepare(self, source: CTSource) -> Prepared:
-        ct = source.read()
-        hu = torch.from_numpy(ct.hu)
-        is_cropped = any(self.strategies[name].is_cropped for name in source.stores)
-        return Prepared(hu, ct.spacing_mm, ct.notes, body_box(hu) if is_cropped else None)
+        return read_slices(source, any(self.strategies[name].is_cropped for name in source.stores))
 
     def _fill(self, batch: "_Waiting", task: Task, region: torch.Tensor) -> Iterator[dict[str, Any]]:
         """Add the slices of a volume to the images that wait, and yield the batches that get full."""

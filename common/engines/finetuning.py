@@ -21,32 +21,14 @@ from torch.distributed.fsdp import FSDPModule
 from common.embeddings.bags import ShuffledBatches, check_disjoint
 from common.embeddings.ct_bags import CTBags
 from common.engines.pretraining_trainer import means_over_ranks
-from common.engines.probe_grid import ProbeTrainer
-from common.metrics.bootstrap import RESAMPLING_SEED, bootstrap, groups_of, interval_report, resample_weights
-from common.metrics.multilabel import average_precision, f1_thresholds, macro, multilabel_report
+from common.engines.probe_grid import BestProbe, ProbeTrainer, measured_beside_floor
+from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, resample_weights
+from common.metrics.multilabel import average_precision, macro
 from common.networks.pretraining_model import clip_by_global_norm, gradients_stay_here
 from common.reports.results import Predictions
 from common.run.process import gather_objects
 
 logger = logging.getLogger(__name__)
-
-
-class BestWeights:
-    """Keeps what has learned at the step with the highest validation macro AUPRC, and its thresholds."""
-
-    def __init__(self) -> None:
-        self.auprc = float("nan")  # before the first validation
-        self.step = -1
-        self.parameters: dict[str, torch.Tensor] = {}  # without what is frozen
-        self.thresholds = torch.empty(0, dtype=torch.float64)  # (C,), best F1 of each class on validation
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain numbers only."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        vars(self).update(state)
 
 
 class FineTuner(ProbeTrainer):
@@ -64,7 +46,7 @@ class FineTuner(ProbeTrainer):
     Args:
         train_data_loader: ``ShuffledBatches`` of places in ``train_bags``.
         cohorts: CTs by "train", "validation" and "test".
-        best: the choice so far; saved in checkpoints.
+        best: the choice so far, of one probe and what learns beneath it; saved in checkpoints.
         clip_norm: largest global norm of the gradient; None for any.
         seed: seed of dropout.
         encoder_name: name of the encoder, for reports.
@@ -83,7 +65,7 @@ class FineTuner(ProbeTrainer):
         *,
         train_data_loader: ShuffledBatches,
         cohorts: Mapping[str, CTBags],
-        best: BestWeights,
+        best: BestProbe,
         clip_norm: float | None,
         seed: int,
         encoder_name: str,
@@ -145,12 +127,16 @@ class FineTuner(ProbeTrainer):
         scores, targets = self._scores(bags), bags.labels.numpy()
         if not np.isfinite(scores).all():
             raise FloatingPointError(f"Scores are NaN or Inf at step {step}. Lower encoder_lr or probe_lr.")
-        auprc = macro(average_precision(scores[None], targets)[0], bags.class_names)[0]
+        auprc = macro(average_precision(scores, targets), bags.class_names)[0]
         if np.isnan(auprc):
             raise ValueError(f"None of the {len(bags)} validation volumes is positive of any class.")
-        if not auprc <= self.best.auprc:
-            self.best.auprc, self.best.step, self.best.parameters = auprc, step, self._learned()
-            self.best.thresholds = torch.from_numpy(f1_thresholds(scores, targets))
+        self.best.offer(
+            auprc=np.array([auprc]),
+            step=step,
+            weights_of=lambda _: self._learned(),
+            scores=scores[None],
+            targets=targets,
+        )
         self.state.metrics |= {"val_macro_auprc": auprc, "val_macro_auprc_best": self.best.auprc}
         logger.info(
             "Step %d: validation macro AUPRC %.4f, best %.4f at step %d.",
@@ -171,19 +157,9 @@ class FineTuner(ProbeTrainer):
             for bags in (self.cohorts["validation"], self.cohorts["test"])
         )
         self._set(last)
-        names, targets = self.state.predictions.class_names, self.state.predictions.labels
-        by_subject = {
-            "probe": (self.state.predictions.probabilities, targets, thresholds),
-            "prevalence": (np.zeros(targets.shape), targets, np.zeros(len(names))),
-        }
-        self.state.intervals = {
-            subject: interval_report(bootstrap(*scored, self.weights), names)
-            for subject, scored in by_subject.items()
-        }
-        self.state.reports = {
-            subject: multilabel_report(*scored, names) for subject, scored in by_subject.items()
-        }
-        macro_means = self.state.reports["probe"]["macro"]
+        reports, self.state.intervals = measured_beside_floor(self.state.predictions, self.weights)
+        self.state.reports = reports
+        macro_means = reports["probe"]["macro"]
         self.state.metrics |= {f"test_macro_{metric}": value for metric, value in macro_means.items()}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What an encoder shows of a CT before any probe is trained: alike slices, levels, body and lungs."""
+"""What an encoder shows of a CT before any probe is trained: similar slices, levels, body and lungs."""
 
 # S slices, B of them not blank, R slices of the reference, D embedding
 
@@ -48,7 +48,7 @@ def overview(
     """Embed CTs and write what can be shown of them without a probe; nothing of it is about disease.
 
     ``overview.json`` has for each volume the boxes of body and lungs, and for each slice the most similar one
-    of the reference by CLS tokens; ``<volume>.html`` shows them, which slices are alike, and, for a vision
+    of the reference by CLS tokens; ``<volume>.html`` shows them, which slices are similar, and, for a vision
     transformer, patches coloured by their first three principal components. The embeddings stay in
     ``output_dir/embeddings`` and, of the reference, in ``output_dir/reference/embeddings``.
 
@@ -80,20 +80,24 @@ def overview(
     output = Path(output_dir)
     how: dict[str, Any] = {"encoder_configs": encoder_configs, "encoder_knobs": encoder_knobs}
     embedded = embed_chest_cts(encoder_bundle, dataset_dir, output, **how, force=force)
-    other = None
+    other_hu = None
     if reference is not None:
         other = embed_chest_cts(encoder_bundle, reference, output / "reference", **how, force=True)
+        other_name = other.used[0].volume
+        other_hu, other_mm = other.used[0].read()[:2]
+        other_tokens, other_slices = (
+            _per_slice(other, other_name),
+            np.flatnonzero(other.cts[other_name].has_image),
+        )
     found = {}
     for number, source in enumerate(embedded.used):
         hu, spacing_mm = source.read()[:2]
         box = embedded.store.read(source.volume).metadata.get("box") or body_box(torch.from_numpy(hu))
         tokens, has_image = _per_slice(embedded, source.volume), embedded.cts[source.volume].has_image
         facts: dict[str, Any] = {"spacing_mm": spacing_mm, "boxes_px": find_boxes(hu, spacing_mm, box)}
-        other_hu = None
-        if other:
-            other_hu, other_mm = other.used[0].read()[:2]
-            facts["reference"] = {"name": other.used[0].volume, "slices": len(other_hu)}
-            facts["levels"] = _levels(tokens, has_image, other, other_mm[2])
+        if other_hu is not None:
+            facts["reference"] = {"name": other_name, "slices": len(other_hu)}
+            facts["levels"] = _levels(tokens, has_image, other_tokens, other_slices, other_mm[2])
         found[source.volume] = facts
         if number < num_pages:
             alike = np.full((len(hu), len(hu)), np.nan)
@@ -123,14 +127,17 @@ def _per_slice(embedded: EmbeddedCTs, volume: str) -> np.ndarray:
 
 
 def _levels(
-    tokens: np.ndarray, has_image: np.ndarray, other: EmbeddedCTs, other_mm: float
+    tokens: np.ndarray,
+    has_image: np.ndarray,
+    other_tokens: np.ndarray,
+    other_slices: np.ndarray,
+    other_mm: float,
 ) -> list[dict[str, Any] | None]:
     """Find the slice of the reference most like each slice; None for blank ones."""
-    name = other.used[0].volume
-    match, numbers = match_levels(tokens, _per_slice(other, name)), np.flatnonzero(other.cts[name].has_image)
+    match = match_levels(tokens, other_tokens)
     levels: list[dict[str, Any] | None] = [None] * len(has_image)
     for z, best, cosines in zip(np.flatnonzero(has_image), match.best, match.similarity, strict=True):
-        there, cosine = int(numbers[best]), round(float(cosines[best]), 4)
+        there, cosine = int(other_slices[best]), round(float(cosines[best]), 4)
         levels[z] = {"slice": there + 1, "z_mm": round(there * other_mm, 2), "cosine": cosine}
     return levels
 

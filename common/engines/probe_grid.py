@@ -5,7 +5,7 @@
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from common.embeddings.bags import BagBatch, BagReader, EmbeddingBags, ShuffledBatches, check_cohorts
-from common.metrics.bootstrap import RESAMPLING_SEED, bootstrap, groups_of, interval_report, resample_weights
+from common.metrics.bootstrap import (
+    RESAMPLING_SEED,
+    IntervalReport,
+    bootstrap,
+    groups_of,
+    interval_report,
+    resample_weights,
+)
 from common.metrics.multilabel import (
     MultilabelReport,
     average_precision,
@@ -34,25 +41,31 @@ logger = logging.getLogger(__name__)
 class BestProbe:
     """Keeps the probe and step with the highest validation macro AUPRC, with its weights and thresholds.
 
-    Ties keep the earlier step, and within a step the probe that the grid names first.
+    Ties keep the earlier step, and within a step the probe that comes first.
     """
 
     def __init__(self) -> None:
         self.auprc = float("nan")  # before the first validation
-        self.index = -1  # in ProbeGrid.names
+        self.index = -1  # among the probes, as in ProbeGrid.names
         self.step = -1
         self.parameters: dict[str, torch.Tensor] = {}
         self.thresholds = torch.empty(0, dtype=torch.float64)  # (C,), best F1 of each class on validation
 
     def offer(
-        self, *, auprc: np.ndarray, step: int, network: ProbeGrid, scores: np.ndarray, targets: np.ndarray
+        self,
+        *,
+        auprc: np.ndarray,
+        step: int,
+        weights_of: Callable[[int], dict[str, torch.Tensor]],
+        scores: np.ndarray,
+        targets: np.ndarray,
     ) -> None:
-        """Keep the best probe of this validation if it beats the best so far; its weights are copied.
+        """Keep the best probe of this validation if it beats the best so far.
 
         Args:
             auprc: macro AUPRC of every probe ``(L * K,)``, nan for one that diverged.
             step: optimizer steps taken.
-            network: the grid.
+            weights_of: returns a copy of a probe's weights.
             scores: validation scores ``(L * K, N, C)``.
             targets: validation labels ``(N, C)``.
         """
@@ -60,7 +73,7 @@ class BestProbe:
         if auprc[index] <= self.auprc:
             return
         self.auprc, self.index, self.step = float(auprc[index]), index, step
-        self.parameters = network.probe(index).state_dict()
+        self.parameters = weights_of(index)
         self.thresholds = torch.from_numpy(f1_thresholds(scores[index], targets))
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,7 +269,13 @@ class ProbeGridTrainer(ProbeTrainer):
         means = np.array([macro(values, self.val_bags.class_names)[0] for values in per_class])
         if np.isnan(means).all():
             raise ValueError(f"None of the {len(targets)} validation volumes is positive of any class.")
-        self.best.offer(auprc=means, step=step, network=self.grid, scores=scores, targets=targets)
+        self.best.offer(
+            auprc=means,
+            step=step,
+            weights_of=lambda index: self.grid.probe(index).state_dict(),
+            scores=scores,
+            targets=targets,
+        )
         by_probe = {f"val_macro_auprc/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
         self.state.metrics |= by_probe | {"val_macro_auprc_best": self.best.auprc}
         logger.info(
@@ -266,8 +285,7 @@ class ProbeGridTrainer(ProbeTrainer):
 
     def test(self) -> None:
         """Test the chosen probe, the floor, and the chosen probe trained with further seeds."""
-        names, targets = self.test_bags.class_names, self.test_bags.labels.double().numpy()
-        thresholds = self.best.thresholds.numpy()
+        names, thresholds = self.test_bags.class_names, self.best.thresholds.numpy()
         self.state.validation, self.state.predictions = (
             Predictions(
                 bags.identity["encoder"],
@@ -276,18 +294,12 @@ class ProbeGridTrainer(ProbeTrainer):
             )
             for cohort, bags in list(self.cohorts.items())[1:]
         )
-        scores = self.state.predictions.probabilities
-        report = multilabel_report(scores, targets, thresholds, names)
-        # one score for all volumes, all of them called positive: AUROC .5, AUPRC p, F1 2p / (1 + p)
-        same_for_all = (np.zeros(targets.shape), targets, np.zeros(len(names)))
-        self.state.intervals = {
-            "probe": interval_report(bootstrap(scores, targets, thresholds, self.weights), names),
-            "prevalence": interval_report(bootstrap(*same_for_all, self.weights), names),
-        }
+        reports, self.state.intervals = measured_beside_floor(self.state.predictions, self.weights)
         further = self.train_seeds(self.further_seeds)
-        self.state.seed_reports = [report, *map(self._report_of_seed, further)]
-        self.state.reports = {"probe": report, "prevalence": multilabel_report(*same_for_all, names)}
-        self.state.metrics |= {f"test_macro_{metric}": value for metric, value in report["macro"].items()}
+        self.state.seed_reports = [reports["probe"], *map(self._report_of_seed, further)]
+        self.state.reports = reports
+        macro_means = reports["probe"]["macro"]
+        self.state.metrics |= {f"test_macro_{metric}": value for metric, value in macro_means.items()}
 
     def train_seeds(self, seeds: Sequence[int]) -> list[MILProbe]:
         """Train the chosen probe anew for each seed, for the chosen number of steps, in one pass.
@@ -347,6 +359,25 @@ class ProbeGridTrainer(ProbeTrainer):
             logits = self.inferer(self.fixed["validation"][rows], self.network, chunk)
             parts.append(logits.double().sigmoid().cpu())
         return torch.cat(parts, dim=1).numpy()
+
+
+def measured_beside_floor(
+    predictions: Predictions, weights: np.ndarray
+) -> tuple[dict[str, MultilabelReport], dict[str, IntervalReport]]:
+    """Measure predictions ("probe"), and one score for all volumes ("prevalence"): reports and intervals.
+
+    ``weights (R, N)`` come from :func:`common.metrics.bootstrap.resample_weights`.
+    """
+    names, targets = predictions.class_names, predictions.labels
+    scored = {
+        "probe": (predictions.probabilities, targets, predictions.thresholds),
+        # all of them called positive: AUROC .5, AUPRC p, F1 2p / (1 + p)
+        "prevalence": (np.zeros(targets.shape), targets, np.zeros(len(names))),
+    }
+    reports = {subject: multilabel_report(*of, names) for subject, of in scored.items()}
+    return reports, {
+        subject: interval_report(bootstrap(*of, weights), names) for subject, of in scored.items()
+    }
 
 
 @torch.no_grad()

@@ -146,10 +146,11 @@ def finetuning_optimizer(
         momentum: of SGD.
     """
     learning = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
-    of_probe = [weight for name, weight in learning if "encoder." not in name]
+    is_of_probe = [name.removeprefix("module.").startswith("probe.") for name, _ in learning]
+    of_probe = [weight for (_, weight), is_its in zip(learning, is_of_probe, strict=True) if is_its]
     if mode == "probe":
         return torch.optim.SGD(of_probe, lr=probe_lr, momentum=momentum)
-    of_encoder = [weight for name, weight in learning if "encoder." in name]
+    of_encoder = [weight for (_, weight), is_its in zip(learning, is_of_probe, strict=True) if not is_its]
     groups = [{"params": of_encoder, "lr": encoder_lr}, {"params": of_probe, "lr": probe_lr}]
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
 

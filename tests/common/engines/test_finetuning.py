@@ -4,7 +4,8 @@ import ignite.distributed as idist
 import pytest
 import torch
 
-from common.engines.finetuning import BestWeights, rank_share
+from common.engines.finetuning import rank_share
+from common.engines.probe_grid import BestProbe
 
 
 @pytest.mark.parametrize(("size", "world"), [(1, 1), (5, 1), (4, 2), (5, 2), (1, 4), (7, 3)])
@@ -21,9 +22,9 @@ def test_ranks_share_a_batch_as_one_mean_and_run_equally_often(size, world, monk
 
 
 def test_the_best_weights_are_plain_tensors_and_numbers(tmp_path) -> None:
-    best = BestWeights()
+    best = BestProbe()
     best.auprc, best.step, best.parameters = 0.5, 3, {"a": torch.ones(2)}
     torch.save(best.state_dict(), tmp_path / "best.pt")
-    found = BestWeights()
+    found = BestProbe()
     found.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True))
     assert (found.auprc, found.step, found.parameters["a"].tolist()) == (0.5, 3, [1, 1])

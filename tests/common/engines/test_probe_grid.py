@@ -355,8 +355,9 @@ def grid() -> ProbeGrid:
 
 
 def offer(best: BestProbe, auprc: list[float], step: int, network: Any = None) -> None:
-    given = {"network": network or grid(), "scores": SCORES, "targets": TARGETS}
-    best.offer(auprc=np.array(auprc), step=step, **given)
+    network = network or grid()
+    given = {"weights_of": lambda index: network.probe(index).state_dict(), "scores": SCORES}
+    best.offer(auprc=np.array(auprc), step=step, targets=TARGETS, **given)
 
 
 def test_highest_of_all_probes_and_steps_is_kept() -> None:

@@ -36,7 +36,8 @@ def engine(write_cohort: Any) -> Engine:
     engine.best = BestProbe()
     scores, targets = np.random.default_rng(1).random((4, 13, 3)), engine.test_bags.labels.numpy()
     auprc = np.array([0.1, 0.2, 0.3, 0.4])
-    engine.best.offer(auprc=auprc, step=20, network=engine.grid, scores=scores, targets=targets)
+    given = {"weights_of": lambda index: engine.grid.probe(index).state_dict(), "scores": scores}
+    engine.best.offer(auprc=auprc, step=20, targets=targets, **given)
     engine.chosen_probe = lambda: engine.grid.probe(3)
     thresholds = engine.best.thresholds.numpy()
     report = multilabel_report(scores[3], targets, thresholds, CLASSES)
