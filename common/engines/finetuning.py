@@ -5,7 +5,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -180,7 +180,7 @@ class FineTuner(ProbeTrainer):
     def _learned(self) -> dict[str, torch.Tensor]:
         """Return a copy of what learns, whole on every rank, under plain names."""
         options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-        state = get_model_state_dict(self.network, options=options)
+        state = cast(dict[str, torch.Tensor], get_model_state_dict(self.network, options=options))
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def _set(self, parameters: Mapping[str, torch.Tensor]) -> None:

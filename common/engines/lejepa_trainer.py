@@ -56,7 +56,7 @@ class LeJEPATrainer(PretrainingTrainer):
         self.lr_scheduler = lr_scheduler
         self.auxiliary_loss = None if auxiliary_loss is None else auxiliary_loss.to(self.state.device)
         self.micro_batch_size = micro_batch_size
-        self.term_weights = dict(self.loss_function.weights)
+        self.term_weights = dict(shared["loss_function"].weights)
         if self.auxiliary_loss is not None:
             share = self.auxiliary_loss.aux_weight / len(self.auxiliary_loss.terms)
             self.term_weights |= {f"aux_{term}": share for term in self.auxiliary_loss.terms}

@@ -153,7 +153,7 @@ def _write_page(
         if not strategy.is_tiled and isinstance(bundle.network, VisionTransformer):
             box = store.read(source.volume).metadata.get("box")
             maps = cls_attention_maps(bundle, strategy, hu, box)
-        chosen = attended_slices(weights, np.arange(len(hu)) * spacing_mm[2])
+        chosen = attended_slices(weights, (np.arange(len(hu)) * spacing_mm[2]).tolist())
         tiles = {z: jpeg_of(hu[z], *WINDOWS_HU["lung"]) for z in chosen}
     auprc = card.get("validation_macro_auprc")
     auprc = "not known" if auprc is None else f"{auprc:.3f}"

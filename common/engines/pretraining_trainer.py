@@ -119,7 +119,7 @@ class PretrainingTrainer(SupervisedTrainer):
         self.amp_dtype = amp_dtype
         self.log_every = log_every
         self.grad_norms_every = grad_norms_every
-        self.loss_modules: list[nn.Module] = [self.loss_function]
+        self.loss_modules = [loss_function]
         self.term_weights: dict[str, float] = {}
         self.output_dir = Path(output_dir)
         self.unchecked: list[Step] = []

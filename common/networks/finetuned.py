@@ -127,7 +127,7 @@ def let_learn(encoder: nn.Module, mode: str, num_blocks: int, lora: Mapping[str,
         if not 1 <= num_blocks <= len(blocks):
             raise ValueError(f"num_blocks must be between 1 and {len(blocks)}, got {num_blocks}.")
         for part in (*blocks[-num_blocks:], encoder.norm):
-            part.requires_grad_(True)  # type: ignore[operator]
+            part.requires_grad_(True)
 
 
 def finetuning_optimizer(

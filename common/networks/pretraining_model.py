@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import timm
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -89,7 +90,8 @@ class AuxiliaryHead(nn.Module):
         if num_rex_classes:
             self.readouts["rex"] = nn.Linear(embed_dim, num_rex_classes)
         if prior_logits is not None and train_auxiliary_head:
-            for source, readout in self.readouts.items():
+            for source, module in self.readouts.items():
+                readout = cast(nn.Linear, module)
                 nn.init.zeros_(readout.weight)
                 with torch.no_grad():
                     readout.bias.copy_(torch.tensor(prior_logits[source]))
@@ -281,7 +283,7 @@ def _use_plain_products(network: nn.Module, device: torch.device) -> None:
     """
     for module in network.modules() if device.type == "cpu" else ():
         if isinstance(module, Attention):
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[misc]  # final for TorchScript alone
         elif isinstance(module, PatchEmbed):
             module.proj.__class__ = _PatchProduct
 
