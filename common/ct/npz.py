@@ -1,6 +1,5 @@
 """Reads a CT of RAD-ChestCT, an npz array without a header."""
 
-import hashlib
 import io
 import math
 import tokenize
@@ -25,6 +24,7 @@ from common.ct.geometry import (
 from common.ct.nifti import MAX_INFLATION
 from common.ct.rejection import RejectedError
 from common.ct.unzip import DAMAGED_ZIP
+from common.run.process import sha256_of
 
 SPACING_MM = 0.8
 """All volumes were resampled to cubes of this size. Source: the dataset's description."""
@@ -84,13 +84,11 @@ def read_ct(path: Path, spacing_mm: float = SPACING_MM) -> CT:
     with _open_array(path) as (member, _):
         stored = np.lib.format.read_array(member, allow_pickle=False)
         member.read()  # to the end, where zipfile compares the checksum
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     slices, voxel_mm = axial_slices(stored, grid.affine)
     hu, kept = np.empty(slices.shape, np.int16), HUValues()
     for z, plane in enumerate(slices):
         store_hu(plane, 1, 0, out=hu[z], kept=kept, where=f"slice {z}")
-    return CT(hu, voxel_mm, grid, sha256, kept)
+    return CT(hu, voxel_mm, grid, sha256_of(path), kept)
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from common.engines.finetuning import FineTuner
 from common.handlers.probe_report import EvaluationReport
 from common.networks.encoder import encoder_id, save_encoder
 from common.networks.finetuned import merged_lora
-from common.networks.hub import HUB, sha256_of
+from common.networks.hub import HUB
 from common.networks.mil_probe import initial_probe, save_probe
 from common.reports.paired_differences import MACRO, PREDICTIONS, paired_differences
 from common.reports.results import ResultRow, read_predictions
-from common.run.process import rank_and_ranks
+from common.run.process import rank_and_ranks, sha256_of
 
 ADAPTER, ENCODER = "adapter.safetensors", "model.safetensors"
 

@@ -4,6 +4,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common.embeddings.store import check_identity
-from common.networks.hub import HUB, download, sha256_of
+from common.networks.hub import HUB, download
 from common.networks.timm_keys import TRANSFORMERS, to_timm_keys
-from common.run.process import atomic_file
+from common.run.process import atomic_file, sha256_of
 from common.transforms.hounsfield import HU_WINDOWS, HUWindow, hu_window
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,9 @@ def _known(
     path: Path, name: str, release: str | None, licence: str | None, facts: Mapping[str, Any]
 ) -> Weights:
     """Put together what is known of a file, and log it."""
-    digest = sha256_of(path)
+    digest, blob = sha256_of(path), path.resolve()  # the hub's cache names large files by their digest
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.name != digest:
+        raise ValueError(f"'{blob}' is damaged: its SHA-256 is another. Delete it, and run this again.")
     stated = stated_identity(path) if path.suffix == ".safetensors" else {}
     if stated:
         whose = f"of {stated.get('name', 'an encoder')}, trained or imported with this code"

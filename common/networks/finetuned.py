@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.networks.hub import HUB, download, sha256_of
+from common.networks.hub import HUB, download
 from common.networks.mil_probe import MILProbe, initial_probe
+from common.run.process import sha256_of
 
 MODES = ("probe", "lora", "last_blocks", "full")
 

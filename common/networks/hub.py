@@ -1,8 +1,6 @@
 """Files of the Hugging Face hub: fetched once, with the way out in one line where that fails."""
 
-import hashlib
 import logging
-import re
 from pathlib import Path
 
 HUB = "hub:"
@@ -37,20 +35,6 @@ def download(
         page = url.partition("/resolve/")[0]
         by_hand = f"save it as '{place}'" if place else "pass the path of the file"
         raise FileNotFoundError(f"{_reason(error, page)} Or get {url} and {by_hand}.") from error
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's digest in hexadecimal.
-
-    Raises:
-        ValueError: if the file lies in the hub's cache under another digest.
-    """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    blob = path.resolve()  # the cache names large files by their digest
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.name != digest:
-        raise ValueError(f"'{blob}' is damaged: its SHA-256 is another. Delete it, and run this again.")
-    return digest
 
 
 def be_quiet() -> None:

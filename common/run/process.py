@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -107,6 +108,12 @@ def write_figure(path: str | Path, figure: Figure, dpi: int = 120) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=dpi)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the digest of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_alone(path: str, flags: int) -> int:

@@ -73,6 +73,7 @@ NOT_RUN = {
     r"raw_144|each_preprocessing": ("seven strategies", "bundles/test_external_runs.py"),
     r"docs.render_results": ("the rows of all evaluations", "docs/test_render_results.py"),
     r"^docs/elsewhere.md: (python|pip)": ("from a release", "bundles/test_release.py"),
+    r"demo/out/cohort": ("after make demo", "bundles/test_probe_runs.py"),
     r": docker ": ("every line of the Dockerfile", "dale_ct/test_dockerfile.py"),
     r"^docs/export.md": ("on small networks", "bundles/test_torchscript.py"),
     r": mlflow ": ("serves until it is stopped", "common/handlers/test_tracking.py"),

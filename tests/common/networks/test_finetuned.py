@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.networks.finetuned import MODES, FineTunedProbe, base_of, finetuned_probe, let_learn, merged_lora
-from common.networks.hub import sha256_of
 from common.networks.mil_probe import ProbeGrid
+from common.run.process import sha256_of
 from tests.common.conftest import tiny_vit
 
 LORA = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["qkv"]}
