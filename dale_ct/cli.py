@@ -136,6 +136,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of tables, pages and embeddings.")] = Path("predictions"),
     encoder: Encoder = "dale_ct_2s",
     weights: Weights = None,
+    series: Series = None,
     force: Annotated[bool, typer.Option(help="Continue even if it does not look like a chest CT.")] = False,
 ) -> None:
     """Give the probabilities of a trained probe, with a page per CT. For research, not for diagnosis."""
@@ -149,6 +150,7 @@ def predict(
     }
     knobs = {name: word_of(path) for name, path in paths.items() if path is not None}
     knobs |= {"force": "True"} if force else {}
+    knobs |= {"series": word_of(series)} if series else {}
     if weights:
         knobs["encoder_knobs"] = str({"encoder_weights": None if weights == "random" else weights})
     run_module(bundle_command(BUNDLES / "eval_ct_rate", "predict.json", knobs))
