@@ -25,7 +25,7 @@ from pathlib import Path
 
 BUNDLES = Path(__file__).resolve().parent
 REPOSITORY = BUNDLES.parent
-PARTS = ("LICENSE", "large_files.yml", "configs/*", "docs/*", "models/*")
+PARTS = ("LICENSE", "golden.json", "large_files.yml", "configs/*", "docs/*", "models/*")
 CODE = tuple(f"common/**/*.{suffix}" for suffix in ("py", "csv", "html", "json"))
 HERE = """\
 `common/` in this folder is the code that it runs on. `dale-ct`, `data_prep`, `make` and `bundles/_overlays`
@@ -54,7 +54,7 @@ bundle travel with it. Released ones are found when the workflow runs.
 
 """
 NO_TIME = (1980, 1, 1, 0, 0, 0)
-HUB_HEADER = "---\nlibrary_name: monai\nlicense: apache-2.0\ntags: [monai, medical, ct, chest]\n---\n\n"
+HUB_HEADER = "---\nlibrary_name: monai\nlicense: {}\ntags: [monai, medical, ct, chest]\n---\n\n"
 
 
 def contents(bundle: Path) -> dict[str, bytes]:
@@ -97,9 +97,13 @@ def write_zip(path: Path, top: str, files: dict[str, bytes]) -> str:
 
 
 def write_hub_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a bundle as a folder for the Hugging Face hub, with its card as README.md."""
+    """Write a bundle as a folder for the Hugging Face hub, with its card as README.md.
+
+    The code is under Apache-2.0; weights are under what the released ones and CT-RATE, their data, ask for.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    card = HUB_HEADER.encode() + files["docs/README.md"].replace(
+    licence = "cc-by-nc-sa-4.0" if "models/model.safetensors" in files else "apache-2.0"
+    card = HUB_HEADER.format(licence).encode() + files["docs/README.md"].replace(
         b"(data_license.txt)", b"(docs/data_license.txt)"
     )
     for name, data in (files | {"README.md": card}).items():

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.reports import commands as show
+from dale_ct import golden_commands
 from data_prep.__main__ import app as data_app
 from data_prep.commands.console import run_app
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="Import or export weights.")
 app.add_typer(show.app, name="show", help="Draw what encoders make of CTs, and print tables of results.")
 app.add_typer(weights_app, name="weights")
+app.add_typer(golden_commands.app, name="golden", help="Record or verify the numbers of an encoder.")
 app.add_typer(data_app, name="data", help="Download datasets, write and audit shards, draw synthetic CTs.")
 app.command(epilog="Example: dale-ct compare runs/dale_ct_0 runs/dale_ct_2s --out paired.csv")(show.compare)
 console = Console()
@@ -134,6 +136,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of tables, pages and embeddings.")] = Path("predictions"),
     encoder: Encoder = "dale_ct_2s",
     weights: Weights = None,
+    series: Series = None,
     force: Annotated[bool, typer.Option(help="Continue even if it does not look like a chest CT.")] = False,
 ) -> None:
     """Give the probabilities of a trained probe, with a page per CT. For research, not for diagnosis."""
@@ -147,6 +150,7 @@ def predict(
     }
     knobs = {name: word_of(path) for name, path in paths.items() if path is not None}
     knobs |= {"force": "True"} if force else {}
+    knobs |= {"series": word_of(series)} if series else {}
     if weights:
         knobs["encoder_knobs"] = str({"encoder_weights": None if weights == "random" else weights})
     run_module(bundle_command(BUNDLES / "eval_ct_rate", "predict.json", knobs))

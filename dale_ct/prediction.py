@@ -13,6 +13,7 @@ def predict(
     encoder: str = "dale_ct_2s",
     *,
     weights: str | None = None,
+    series: str | None = None,
     force: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Score CTs with a probe that ``eval_ct_rate`` has trained. For research, not for diagnosis.
@@ -23,6 +24,7 @@ def predict(
         output_dir: folder for tables, a page per CT, and the embeddings.
         encoder: encoder that the probe was trained on.
         weights: its weights, as for :func:`dale_ct.embed`.
+        series: the one to use of several CTs, as for :func:`dale_ct.embed`.
         force: whether to continue with what does not look like a chest CT.
 
     Returns:
@@ -34,6 +36,7 @@ def predict(
     """
     from common.engines.predict import predict as run
 
-    knobs = {"encoder_weights": None if weights == RANDOM else weights} if weights else {}
+    knobs: dict[str, Any] = {"encoder_weights": None if weights == RANDOM else weights} if weights else {}
+    knobs |= {"series": series} if series else {}
     folder = bundle_folder(encoder)
     return run(folder, probe, path, output_dir, encoder_knobs=knobs, force=force)

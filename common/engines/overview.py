@@ -78,8 +78,10 @@ def overview(
         )
     logger.warning(NO_PROBE)
     output = Path(output_dir)
-    how: dict[str, Any] = {"encoder_configs": encoder_configs, "encoder_knobs": encoder_knobs}
+    how: dict[str, Any] = {"encoder_configs": encoder_configs, "encoder_knobs": dict(encoder_knobs or {})}
     embedded = embed_chest_cts(encoder_bundle, dataset_dir, output, **how, force=force)
+    for choice in ("series", "subset_csv", "skip_list", "split"):  # of the CTs, not of the reference
+        how["encoder_knobs"].pop(choice, None)
     other_hu = None
     if reference is not None:
         other = embed_chest_cts(encoder_bundle, reference, output / "reference", **how, force=True)

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from data_prep.commands.console import console, progress_bars
 from data_prep.phantom.cohort import Settings, write_cohort
+from data_prep.phantom.reports import write_reports
 
 
 def phantom(
@@ -33,6 +34,7 @@ def phantom(
         float, typer.Option(help="Voxel edge of site b's npz; larger is faster.")
     ] = 0.8,
     processes: Annotated[int | None, typer.Option(help="Processes; the number of cores by default.")] = None,
+    reports: Annotated[bool, typer.Option("--reports", help="Also word each volume's findings.")] = False,
 ) -> None:
     """Write a SYNTHETIC chest-CT cohort in CT-RATE's, ReXGroundingCT's and (site b) RAD-ChestCT's layout."""
     settings = Settings(seed, site, form, matrix, spacing_mm, valid_share, rex_share, npz_spacing_mm)
@@ -40,6 +42,8 @@ def phantom(
         progress("Drawing synthetic volumes", 0, volumes)
         for done, _ in enumerate(write_cohort(out, volumes, settings, processes), start=1):
             progress("Drawing synthetic volumes", done, volumes)
+    if reports:
+        write_reports(out)
     console.print(f"{volumes} synthetic volumes in {escape(str(out))}", soft_wrap=True)
 
 

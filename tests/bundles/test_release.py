@@ -116,7 +116,7 @@ def test_a_bundle_travels_with_code_licence_and_card_and_without_runs(dist: Path
         "docs/README.md",
         "common/losses/lejepa.py",
     }
-    wanted |= {"common/labels/totalsegmentator.csv", "docs/data_license.txt", "large_files.yml"}
+    wanted |= {"common/labels/totalsegmentator.csv", "docs/data_license.txt", "golden.json", "large_files.yml"}
     assert {f"dale_ct_2s/{name}" for name in wanted} <= names
     assert not [name for name in names if "__pycache__" in name or "/runs/" in name]
     card = zipfile.ZipFile(path).read("dale_ct_2s/docs/README.md").decode()
@@ -126,7 +126,7 @@ def test_a_bundle_travels_with_code_licence_and_card_and_without_runs(dist: Path
 def test_a_folder_for_the_hub_has_its_card_in_front(dist: Path) -> None:
     folder = dist / "huggingface" / "dale_ct_2s"
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: monai\n")
+    assert card.startswith("---\nlibrary_name: monai\nlicense: apache-2.0\n")
     assert "## How it was trained" in card
     assert (folder / "configs" / "metadata.json").is_file()
     assert (folder / "common" / "networks" / "encoder.py").is_file()
@@ -215,6 +215,11 @@ def trained(small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     packer.write_zip(tmp_path / "served" / "dale_ct_2s_v0.2.0.zip", "dale_ct_2s", files)
     packer.write_hub_folder(tmp_path / "here" / "dale_ct_2s", files)
     return tmp_path, network.state_dict()
+
+
+def test_weights_are_not_given_away_under_the_licence_of_the_code(trained: tuple[Path, dict]) -> None:
+    card = (trained[0] / "here" / "dale_ct_2s" / "README.md").read_text(encoding="utf-8")
+    assert "license: cc-by-nc-sa-4.0\n" in card.partition("\n---\n")[0] + "\n"
 
 
 @pytest.mark.parametrize("workflow_type", ["inference", "train"])

@@ -66,6 +66,9 @@ def test_predict_without_a_probe_shows_what_needs_none_beside_a_synthetic_scan(
     assert sorted(path.name for path in (tmp_path / "ours").glob("*.html")) == ["a.html", "b.html"]
     assert not (tmp_path / "ours" / "predictions.csv").exists()
     assert EmbeddingStore(tmp_path / "ours" / "embeddings").volumes == ["a", "b"]
+    result = dale_ct("predict", ct_folder, *options, "--series", "b", "--out", "one")
+    assert result.returncode == 0, result.stderr
+    assert EmbeddingStore(tmp_path / "one" / "embeddings").volumes == ["b"]
 
 
 def test_probe_embeds_both_splits_and_trains_what_predict_takes(dale_ct, small_bundle, tmp_path):

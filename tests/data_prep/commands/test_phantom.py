@@ -9,6 +9,10 @@ def test_the_command_writes_a_cohort(tmp_path, run_command) -> None:
     arguments = ["phantom", *OPTIONS.split(), "--out", str(tmp_path / "one"), "--processes", "1"]
     answer = run_command(*arguments)
     assert answer.exit_code == 0, answer.output
+    assert not (tmp_path / "one/dataset/radiology_text_reports").exists()
+    assert run_command(*arguments, "--reports").exit_code == 0
+    reports = tmp_path / "one/dataset/radiology_text_reports/train_reports.csv"
+    assert "SYNTHETIC" in reports.read_text()
     settings = Settings(seed=3, matrix=40, slice_mm=(6.0, 8.0), valid_share=0.4, rex_share=0.6)
     list(write_cohort(tmp_path / "other", 1, settings, 1))
     files = sorted((tmp_path / "other").rglob("*.nii.gz"))
