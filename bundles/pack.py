@@ -25,7 +25,7 @@ from pathlib import Path
 
 BUNDLES = Path(__file__).resolve().parent
 REPOSITORY = BUNDLES.parent
-PARTS = ("LICENSE", "large_files.yml", "configs/*", "docs/*", "models/*")
+PARTS = ("LICENSE", "golden.json", "large_files.yml", "configs/*", "docs/*", "models/*")
 CODE = tuple(f"common/**/*.{suffix}" for suffix in ("py", "csv", "html", "json"))
 HERE = """\
 `common/` in this folder is the code that it runs on. `dale-ct`, `data_prep`, `make` and `bundles/_overlays`

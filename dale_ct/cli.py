@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.reports import commands as show
+from dale_ct import golden_commands
 from data_prep.__main__ import app as data_app
 from data_prep.commands.console import run_app
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="Import or export weights.")
 app.add_typer(show.app, name="show", help="Draw what encoders make of CTs, and print tables of results.")
 app.add_typer(weights_app, name="weights")
+app.add_typer(golden_commands.app, name="golden", help="Record or verify the numbers of an encoder.")
 app.add_typer(data_app, name="data", help="Download datasets, write and audit shards, draw synthetic CTs.")
 app.command(epilog="Example: dale-ct compare runs/dale_ct_0 runs/dale_ct_2s --out paired.csv")(show.compare)
 console = Console()
