@@ -199,18 +199,26 @@ class SliceBatches:
             for name, strategy in self.strategies.items()
         }
         for source, prepared in read_ahead(self.work, self._prepare, self.num_workers, self.rejected):
-            hu, box = prepared.pixels, prepared.box
-            for name in source.stores:
-                strategy = self.strategies[name]
-                metadata = {"slice_axes": self.slice_axes, "side_px": hu.shape[-1], **prepared.notes}
-                if strategy.is_cropped and box is not None:
-                    metadata["box"] = list(box)
-                num_images = len(hu) * strategy.num_images
-                task = Task(source.volume, name, num_images, prepared.spacing_mm, metadata, strategy)
-                yield from self._fill(waiting[name], task, strategy.region(hu, box))
-            del hu, prepared  # or the volume would stay in memory while the next is waited for
+            for task, strategy, region in self.shown(source, prepared):
+                yield from self._fill(waiting[strategy.name], task, region)
+                del region
+            del prepared  # or the volume would stay in memory while the next is waited for
         for batch in waiting.values():
             yield from self._rest(batch)
+
+    def shown(
+        self, source: CTSource, prepared: Prepared
+    ) -> Iterator[tuple[Task, SliceStrategy, torch.Tensor]]:
+        """Yield what of a volume is encoded: by each strategy that lacks it, the region of its slices."""
+        hu, box = prepared.pixels, prepared.box
+        for name in source.stores:
+            strategy = self.strategies[name]
+            metadata = {"slice_axes": self.slice_axes, "side_px": hu.shape[-1], **prepared.notes}
+            if strategy.is_cropped and box is not None:
+                metadata["box"] = list(box)
+            num_images = len(hu) * strategy.num_images
+            task = Task(source.volume, name, num_images, prepared.spacing_mm, metadata, strategy)
+            yield task, strategy, strategy.region(hu, box)
 
     def _prepare(self, source: CTSource) -> Prepared:
         return read_slices(source, any(self.strategies[name].is_cropped for name in source.stores))
@@ -263,7 +271,7 @@ def images_of(
     """Turn slices of a strategy's region ``(S, H, H)`` in HU into what an encoder takes, on its device.
 
     Args:
-        region: what :meth:`SliceStrategy.region` leaves of the slices, on the CPU.
+        region: what :meth:`SliceStrategy.region` leaves of the slices, on the CPU or on the device.
         strategy: how a slice becomes images.
         window: HU window of the encoder.
         slice_axes: "yx", or "xy" for transposed slices.
@@ -271,7 +279,7 @@ def images_of(
     """
     if slice_axes == "xy":
         region = region.transpose(1, 2)
-    if device.type == "cuda":
+    if device.type == "cuda" and not region.is_cuda:
         region = region.contiguous().pin_memory().to(device, non_blocking=True)
     return normalize_hu(strategy(region), window)
 
