@@ -241,7 +241,8 @@ def _fit_cox(
     inputs: Mapping[str, FloatArray], cohorts: Mapping[str, Cohort], _: str
 ) -> dict[str, FloatArray]:
     """Return the log hazards of the penalty with the highest partial likelihood on validation."""
-    fits = [cox(inputs["train"], *cohorts["train"].truth.T, penalty) for penalty in COX_PENALTIES]
+    times, events = cohorts["train"].truth.T
+    fits = [cox(inputs["train"], times, events, penalty) for penalty in COX_PENALTIES]
     truth = cohorts["validation"].truth.T
     quality = [partial_log_likelihood(inputs["validation"] @ fit, *truth)[0] for fit in fits]
     best = fits[int(np.argmax(quality))]
@@ -252,7 +253,7 @@ def _metrics(
     kind: str, scores: FloatArray, truth: FloatArray, weights: NDArray[np.float32]
 ) -> dict[str, FloatArray]:
     if kind == SURVIVAL:
-        return {"c_index": concordance(scores, *truth.T, weights)}
+        return {"c_index": concordance(scores, truth[:, 0], truth[:, 1], weights)}
     if kind == NUMBER:
         return number_metrics(scores, truth[:, 0], weights)
     areas = resampled_areas(scores, truth[:, 0], np.arange(len(scores)), weights)
@@ -260,7 +261,8 @@ def _metrics(
 
 
 def _rows(tested: TargetResult, encoder: str, dataset: str, settings: Mapping[str, Any]) -> list[ResultRow]:
-    facts = {"protocol": PROTOCOL, "dataset": dataset, "n": len(tested.volumes), "config": settings}
+    facts: dict[str, Any] = {"protocol": PROTOCOL, "dataset": dataset, "n": len(tested.volumes)}
+    facts["config"] = settings
     name, rows = tested.target.name, []
     for subject, metrics in tested.metrics.items():
         numbers = {f"{key}/{name}": (float(of[0]), *interval(of[1:])) for key, of in metrics.items()}
