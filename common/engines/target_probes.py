@@ -32,7 +32,7 @@ from common.metrics.linear_readout import moments, read_out, ridge
 from common.metrics.numbers import number_metrics
 from common.metrics.survival import concordance, cox, partial_log_likelihood
 from common.reports.results import ResultRow, add_rows, log_rows, result_rows
-from common.reports.target_pictures import draw_target
+from common.reports.target_pictures import TargetResult, draw_target
 
 logger = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
@@ -58,26 +58,6 @@ class Cohort(NamedTuple):
     volumes: list[str]
     features: FloatArray
     truth: FloatArray
-
-
-class TargetResult(NamedTuple):
-    """What was predicted of one target.
-
-    Args:
-        target: the target.
-        volumes: N names of the test volumes.
-        truth: as of :class:`Cohort`.
-        predicted: by encoder or floor, ``(N,)``: scores, numbers or log hazards.
-        trained: predictions of the encoder for the training volumes, which set the cuts of a picture.
-        metrics: by encoder or floor, metric to its value and those on the resamples, ``(1 + R,)``.
-    """
-
-    target: Target
-    volumes: list[str]
-    truth: FloatArray
-    predicted: dict[str, FloatArray]
-    trained: FloatArray
-    metrics: dict[str, dict[str, FloatArray]]
 
 
 def pooled_features(folder: str | Path, encoder: str | None) -> tuple[dict[str, FloatArray], dict[str, Any]]:

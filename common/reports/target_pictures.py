@@ -1,23 +1,43 @@
 """Pictures of targets that were read from embeddings: numbers as points, survival as curves of tertiles."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from common.cohort.targets import NUMBER, SURVIVAL
+from common.cohort.targets import NUMBER, SURVIVAL, Target
 from common.metrics.bootstrap import interval
 from common.metrics.survival import kaplan_meier
 from common.reports.slice_grid import PALETTE
 from common.run.process import write_figure
 
-if TYPE_CHECKING:
-    from common.engines.target_probes import TargetResult
+FloatArray = NDArray[np.float64]
 
 
-def draw_target(path: Path, tested: "TargetResult", encoder: str) -> None:
+class TargetResult(NamedTuple):
+    """What was predicted of one target.
+
+    Args:
+        target: the target.
+        volumes: N names of the test volumes.
+        truth: ``(N, 1)``; of survival times and events ``(N, 2)``.
+        predicted: by encoder or floor, ``(N,)``: scores, numbers or log hazards.
+        trained: predictions of the encoder for the training volumes, which set the cuts of a picture.
+        metrics: by encoder or floor, metric to its value and those on the resamples, ``(1 + R,)``.
+    """
+
+    target: Target
+    volumes: list[str]
+    truth: FloatArray
+    predicted: dict[str, FloatArray]
+    trained: FloatArray
+    metrics: dict[str, dict[str, FloatArray]]
+
+
+def draw_target(path: Path, tested: TargetResult, encoder: str) -> None:
     """Draw what an encoder's embeddings tell of one target, with its metrics above.
 
     Numbers: predicted against true. Survival: Kaplan-Meier curves of the test volumes in the thirds of risk
@@ -48,7 +68,7 @@ def draw_target(path: Path, tested: "TargetResult", encoder: str) -> None:
     write_figure(path, figure)
 
 
-def _draw_tertiles(axes: Axes, tested: "TargetResult", encoder: str) -> None:
+def _draw_tertiles(axes: Axes, tested: TargetResult, encoder: str) -> None:
     """Draw a curve for each third of risk; a tick where a patient was last seen."""
     thirds = np.digitize(tested.predicted[encoder], np.quantile(tested.trained, [1 / 3, 2 / 3]))
     for third, name in enumerate(("low", "middle", "high")):

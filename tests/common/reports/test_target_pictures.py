@@ -2,9 +2,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.cohort.targets import Target
-from common.engines.target_probes import TargetResult
 from common.reports import target_pictures
-from common.reports.target_pictures import draw_target
+from common.reports.target_pictures import TargetResult, draw_target
 
 
 def test_tertiles_are_cut_at_the_risks_of_the_training_volumes(tmp_path, monkeypatch):
