@@ -213,7 +213,7 @@ class EmbeddingBags(Dataset[Bag]):
                 raise FileNotFoundError(f"No embedding of volume '{volume}' in '{embeddings_dir}'.")
         self.class_names = list(class_names)
         rows = np.array([labels[volume] for volume in self.volumes], np.float32)
-        self.labels = torch.from_numpy(rows.reshape(-1, len(class_names)))
+        self.labels = torch.from_numpy(rows.reshape(len(rows), len(class_names)))
         self.identity = self.store.identity
         self.lengths = torch.tensor([length_of[volume] for volume in self.volumes]).long()
 

@@ -3,7 +3,7 @@
 # N texts, C classes
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from common.cohort.cohort import load_labels
 
 RULES = "rules"
+NOTHING_FOUND = "Nothing abnormal is found."
 CLASS_NAMES = tuple(label.name for label in load_labels("ct_rate"))
 PHRASES: dict[str, tuple[str, ...]] = {
     "Medical material": ("pacemaker", "port", "sternal wires", "gastric tube", "medical material"),
@@ -84,6 +85,24 @@ def report_labels(texts: Sequence[str], labeller: str = RULES) -> NDArray[np.flo
         rows = [[float(name in of_text) for name in CLASS_NAMES] for of_text in found]
         return np.array(rows, np.float64).reshape(-1, len(CLASS_NAMES))
     return _classified(texts, labeller)
+
+
+def positive_findings(reports: Mapping[str, str], labeller: str) -> dict[str, str]:
+    """Keep the sentences of each report that say one of the 18 classes is present.
+
+    A report without any becomes ``NOTHING_FOUND``.
+
+    Args:
+        reports: volume to text.
+        labeller: see :func:`report_labels`.
+    """
+    parts = [(volume, part) for volume, text in reports.items() for part in sentences(text)]
+    positive = report_labels([part for _, part in parts], labeller).max(1)
+    kept: dict[str, list[str]] = {volume: [] for volume in reports}
+    for (volume, part), is_positive in zip(parts, positive, strict=True):
+        if is_positive:
+            kept[volume].append(f"{part}.")
+    return {volume: " ".join(of_volume) or NOTHING_FOUND for volume, of_volume in kept.items()}
 
 
 def _classified(texts: Sequence[str], labeller: str) -> NDArray[np.float64]:

@@ -89,8 +89,10 @@ def findings_text(
 def _present(label: str, findings: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> str:
     device = findings[0]["location"] if findings else "medical material"
     largest = max(findings, key=lambda one: one["size_mm"], default={"text": "", "size_mm": 0.0})
-    kind = str(largest["text"]).partition(" of ")[0].lower() if largest["size_mm"] else "cluster of micronodules"
-    size = f" of {largest['size_mm']:.0f} mm" if largest["size_mm"] else ""
+    kind, size = "cluster of micronodules", ""
+    if largest["size_mm"]:
+        kind = str(largest["text"]).partition(" of ")[0].lower()
+        size = f" of {largest['size_mm']:.0f} mm"
     words = {"device": device, "Device": device.capitalize(), "kind": kind, "Kind": kind.capitalize()}
     template = str(rng.choice(_PRESENT[label]))
     return template.format(**words, where=_where(label, findings), size=size)

@@ -6,7 +6,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from common.metrics.report_labels import CLASS_NAMES, report_labels, stated_labels
+from common.metrics.report_labels import (
+    CLASS_NAMES,
+    NOTHING_FOUND,
+    positive_findings,
+    report_labels,
+    stated_labels,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +63,13 @@ def test_a_classifier_of_text_reads_them_too(tmp_path) -> None:
         report_labels(texts, str(tmp_path))
     with pytest.raises(OSError, match="No classifier of reports '.*nowhere'"):
         report_labels(texts, str(tmp_path / "nowhere"))
+
+
+def test_positive_findings_keep_the_sentences_that_state_a_class() -> None:
+    reports = {
+        "a": "The airways are open. No nodule. Emphysema in both lungs. Hiatal hernia.",
+        "b": "No nodule.",
+    }
+    kept = positive_findings(reports, "rules")
+    assert kept == {"a": "Emphysema in both lungs. Hiatal hernia.", "b": NOTHING_FOUND}
+    assert not report_labels([NOTHING_FOUND]).any()

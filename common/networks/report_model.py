@@ -1,0 +1,211 @@
+"""A language model that reads a bag of embeddings and writes a report."""
+
+# B bags, S tokens of a bag, D embedding, Q soft words, T words of the longest report, L width of the model
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from common.networks.poolers import pad_bags
+from common.networks.report_bridge import Bridge
+
+TINY = "tiny"
+PHASES = ("align", "full")
+IGNORED = -100  # of cross entropy: places that are no words of the report
+
+
+class LanguageModel(NamedTuple):
+    """A causal language model and its vocabulary, of ``transformers``."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+class Generated(NamedTuple):
+    """What was written of one volume."""
+
+    text: str
+    ended: bool  # by itself, before the longest length
+
+
+def open_language_model(
+    name: str, *, texts: Sequence[str], tiny: Mapping[str, Any], dtype: str, seed: int
+) -> LanguageModel:
+    """Open a language model, or make a tiny one for the words of some reports.
+
+    No code of a repository is run, and weights are safetensors. Frozen or not is for :class:`ReportModel`.
+
+    Args:
+        name: "tiny"; or the folder or Hugging Face id of any causal language model of ``transformers``.
+        texts: training reports, the vocabulary of the tiny one: every word with the blank before it.
+        tiny: further arguments of ``transformers.LlamaConfig`` for the tiny one.
+        dtype: number type of the weights, "float32" or "bfloat16".
+        seed: of the tiny one's initial weights.
+
+    Raises:
+        OSError: if there is no such model, or this machine may or can not fetch it.
+        ValueError: if its vocabulary has more entries than the model has word embeddings.
+    """
+    import transformers  # here: takes seconds, and whoever reads a config needs none
+
+    if name == TINY:
+        tokenizer = word_tokenizer(texts)
+        ids = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("pad", "bos", "eos")}
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), **ids, **tiny)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any = transformers.LlamaForCausalLM(config)
+    else:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=False, use_safetensors=True, dtype=getattr(torch, dtype)
+            )
+        except OSError as error:
+            raise OSError(
+                f"Cannot open language model '{name}' ({str(error).splitlines()[0]}). Accept its terms on "
+                f"https://huggingface.co/{name} and run 'hf auth login', or pass --language_model with a "
+                "folder or another model."
+            ) from error
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer of '{name}' has {len(tokenizer)} entries, its language model {rows} word "
+            "embeddings. Use the tokenizer that the model was trained with."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of '{name}' has no token that ends a text (eos_token).")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LanguageModel(model.to(getattr(torch, dtype)), tokenizer, name)
+
+
+def word_tokenizer(texts: Sequence[str]) -> Any:  # noqa: ANN401 (transformers has no types)
+    """Make a vocabulary of whole words and stops; decoding gives a text of known words back as it was."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words = Regex(r" ?[\w-]+| ?[^\w\s]")  # a word takes the blank before it along
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=list(special.values())))
+    options: dict[str, Any] = {"tokenizer_object": tokenizer, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(**options, **special)  # type: ignore[no-untyped-call]
+
+
+class ReportModel(nn.Module):
+    """Put the soft words of a bridge before the words of a report.
+
+    The sequence is: Q soft words, the words of ``prompt``, the report, the end of the text. Sequences are
+    padded at their ends.
+
+    Args:
+        bridge: from the bag to soft words.
+        language: the language model.
+        prompt: text between the soft words and the report, the same for all.
+        phase: "align": the bridge alone learns; "full": the language model too.
+        lora: arguments of ``peft.LoraConfig``, by which the model learns in "full"; None for all its weights.
+        seed: seed of LoRA's initial weights.
+
+    Raises:
+        ValueError: if the phase is unknown, or the bridge is not as wide as the model's words.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        language: LanguageModel,
+        *,
+        prompt: str,
+        phase: str,
+        lora: Mapping[str, Any] | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if phase not in PHASES:
+            raise ValueError(f"phase must be one of {PHASES}, got '{phase}'.")
+        self.bridge, self.language, self.tokenizer = bridge, language.model, language.tokenizer
+        width, made = self.language.get_input_embeddings().embedding_dim, bridge.exit[-1].out_features
+        if made != width:
+            raise ValueError(f"The bridge must give words {width} wide, as '{language.name}', got {made}.")
+        self.language.requires_grad_(phase == "full" and lora is None)
+        if lora is not None:
+            from peft import LoraConfig, inject_adapter_in_model  # here: takes seconds
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                inject_adapter_in_model(LoraConfig(**lora), self.language)
+            for name, weight in self.language.named_parameters():
+                if ".lora_" in name:  # small steps vanish in 16 bits
+                    weight.data = weight.data.float()
+                    weight.requires_grad_(phase == "full")
+        bos = self.tokenizer.bos_token_id
+        start = [] if bos is None else [bos]
+        self.prompt = start + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def learned(self) -> nn.ParameterDict:
+        """Return what learns, by name with ``/`` for each dot: shared with the network, not copied."""
+        weights = self.named_parameters()
+        return nn.ParameterDict({n.replace(".", "/"): w for n, w in weights if w.requires_grad})
+
+    def words(self, text: str) -> torch.Tensor:
+        """Return the numbers ``(T,)`` of a report's words and of the end of the text."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.tokenizer.eos_token_id])
+
+    def forward(self, bags: Sequence[torch.Tensor], reports: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the negative log-likelihood of the reports, summed over all their words.
+
+        Args:
+            bags: B bags ``(S, D)`` of any lengths.
+            reports: B reports ``(T,)`` of :meth:`words`, of any lengths.
+        """
+        start = self._start(bags)
+        pad = nn.utils.rnn.pad_sequence
+        targets = pad(list(reports), batch_first=True, padding_value=IGNORED).to(start.device)
+        there = targets != IGNORED
+        embedded = self.language.get_input_embeddings()(targets.clamp(min=0))
+        sequence = torch.cat([start, embedded], dim=1)
+        mask = torch.cat([there.new_ones(start.shape[:2]), there], dim=1).long()
+        # logits of the word before each word of a report
+        logits = self.language(
+            inputs_embeds=sequence,
+            attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=targets.shape[1] + 1,
+        ).logits[:, :-1]
+        return functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    @torch.no_grad()
+    def write(self, bags: Sequence[torch.Tensor], max_words: int) -> list[Generated]:
+        """Write the most likely next word until the text ends, or is ``max_words`` long."""
+        start = self._start(bags)
+        ends = self.tokenizer.eos_token_id
+        found = self.language.generate(
+            inputs_embeds=start,
+            attention_mask=torch.ones(start.shape[:2], dtype=torch.long, device=start.device),
+            max_new_tokens=max_words,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=ends,
+        ).tolist()
+        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return [Generated(text.strip(), ends in ids) for text, ids in zip(texts, found, strict=True)]
+
+    def _start(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embed soft words and prompt, ``(B, Q + P, L)``."""
+        embed = self.language.get_input_embeddings()
+        soft = self.bridge(*pad_bags(bags)).to(embed.weight.dtype)
+        prompt = embed(torch.tensor(self.prompt, device=soft.device, dtype=torch.long))
+        return torch.cat([soft, prompt.expand(len(bags), -1, -1)], dim=1)
