@@ -90,7 +90,7 @@ def test_calibration_shifts_and_stretches_hu_within_what_is_stored() -> None:
     hu = np.array([[[-1020, 40], [1000, 3000]]])
     for name, strength, expected in (
         ("hu_offset", -7, [-1024, 33, 993, 2993]),
-        ("hu_gain", 1.1, [-1024, 44, 1100, 3071]),
+        ("hu_gain", 1.1, [-1020, 44, 1100, 3071]),
         ("rescaled_again", -1024, [-1024, -984, -24, 1976]),
         ("rescaled_again", 1024, [4, 1064, 2024, 3071]),
     ):
