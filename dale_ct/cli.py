@@ -93,6 +93,12 @@ def embed(
         bool,
         typer.Option("--patch-tokens", "--patch_tokens", help="Store the patch tokens, too."),
     ] = False,
+    organs: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="TotalSegmentator's label maps, named as the CTs: store a token per organ."
+        ),
+    ] = None,
     slice_axes: SliceAxes = None,
     hu_window: HUWindow = None,
     series: Series = None,
@@ -108,6 +114,15 @@ def embed(
 ) -> None:
     """Turn CTs into embeddings: one vector per slice, feet to head, or a grid of tokens per volume."""
     from dale_ct.encoder import bundle_folder
+
+    if organs is not None:
+        from dale_ct.organs import embed_organs
+
+        given = {"weights": weights, "device": device, "strategy": strategy, "slice_axes": slice_axes}
+        embed_organs(
+            ct, organs, out, encoder, num_workers=num_workers, hu_window=window_of(hu_window), **given
+        )
+        return
 
     options: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": window_of(hu_window), "series": series}
     options |= {"split": split, "num_workers": num_workers, "max_rejected": max_rejected}

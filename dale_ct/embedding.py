@@ -68,23 +68,12 @@ def embed(
             a table of them; or if no CT can be used: says which and why.
     """
     from common.ct.rejection import is_failure
-    from common.embeddings.store import DTYPES
     from common.embeddings.work import ALL, ct_sources
-    from common.handlers.embedding_writer import VolumeOutputs
 
     sources, rejected = ct_sources(path, series=series)
     given: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": hu_window, "patch_tokens": patch_tokens}
     opened = load_encoder(encoder, weights, device, strategy, **given)
-    work = [source._replace(stores=(_store_name(opened),)) for source in sources]
-    batches = _batches(opened, work, num_workers)
-    outputs = VolumeOutputs(DTYPES[opened.config["embedding_dtype"]])
-    found: dict[str, Embedding] = {}
-
-    with closing(_encoded(opened, batches, patch_tokens)) as encoded:
-        for pieces, cls, patches in encoded:
-            found |= _sound(outputs.add(pieces, cls, patches), batches.rejected)
-    found |= _sound(outputs.rest(), batches.rejected)
-    rejected = [*rejected, *batches.rejected]
+    found = dict(embeddings_of(opened, sources, num_workers, patch_tokens, rejected))
     for volume, reason, detail in rejected:
         logger.warning("'%s' is left out, %s: %s", volume, reason, detail)
     if not found:
@@ -173,6 +162,35 @@ def embed_to_store(
             writer.close()
             raise
     return EmbeddingStore(output_dir)
+
+
+def embeddings_of(
+    opened: SliceEncoder | VolumeEncoder,
+    sources: Sequence["CTSource"],
+    num_workers: int,
+    patch_tokens: bool,
+    rejected: list["RejectedVolume"],
+) -> Generator[tuple[str, "Embedding"]]:
+    """Yield volume after volume as soon as it is encoded.
+
+    Args:
+        opened: the encoder.
+        sources: CTs.
+        num_workers: threads that read ahead.
+        patch_tokens: whether to keep the patch tokens, too.
+        rejected: list to which CTs that cannot be used are appended, at the end.
+    """
+    from common.embeddings.store import DTYPES
+    from common.handlers.embedding_writer import VolumeOutputs
+
+    work = [source._replace(stores=(_store_name(opened),)) for source in sources]
+    batches = _batches(opened, work, num_workers)
+    outputs = VolumeOutputs(DTYPES[opened.config["embedding_dtype"]])
+    with closing(_encoded(opened, batches, patch_tokens)) as encoded:
+        for pieces, cls, patches in encoded:
+            yield from _sound(outputs.add(pieces, cls, patches), batches.rejected).items()
+    yield from _sound(outputs.rest(), batches.rejected).items()
+    rejected += batches.rejected
 
 
 def _sound(volumes: Iterable["VolumeOutput"], rejected: list["RejectedVolume"]) -> dict[str, "Embedding"]:

@@ -69,18 +69,15 @@ class ChangedScans(SliceBatches):
         for name, strength in ((UNCHANGED, 0.0), *self.changes):
             changed: Scan | None = scan
             if name != UNCHANGED:
-                seeds = np.random.SeedSequence(
-                    [self.seed, *map(zlib.crc32, (source.volume.encode(), name.encode()))]
-                )
-                generator = torch.Generator(self.device).manual_seed(int(seeds.generate_state(1)[0]))
+                generator = generator_of(self.seed, source.volume, name, self.device)
                 changed = CHANGES[name].apply(scan, strength, generator)
-            if changed is not None:
-                box = body_box(changed.hu) if strategy.is_cropped else None
-                facts = {"origin": changed.origin}
-                task = Task(
-                    source.volume, label(name, strength), len(changed.hu), changed.spacing_mm, facts, strategy
-                )
-                yield task, strategy, strategy.region(changed.hu, box)
+            if changed is None:
+                continue
+            hu, spacing_mm, origin, _ = changed
+            box = body_box(hu) if strategy.is_cropped else None
+            kind = label(name, strength)
+            task = Task(source.volume, kind, len(hu), spacing_mm, {"origin": origin}, strategy)
+            yield task, strategy, strategy.region(hu, box)
 
     def _blood(self, volume: str, hu: torch.Tensor) -> torch.Tensor | None:
         path = self.masks.get(volume)
@@ -97,6 +94,13 @@ class ChangedScans(SliceBatches):
             return None
         names = [one.name for one in load_labels("totalsegmentator")]
         return torch.from_numpy(np.isin(labels, [names.index(name) for name in BLOOD])).to(hu.device)
+
+
+def generator_of(seed: int, volume: str, change: str, device: torch.device) -> torch.Generator:
+    """Return the random numbers of a change of a volume."""
+    words = (zlib.crc32(text.encode()) for text in (volume, change))
+    state = np.random.SeedSequence([seed, *words]).generate_state(1)
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 def label(change: str, strength: float) -> str:

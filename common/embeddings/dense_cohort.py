@@ -103,7 +103,7 @@ class DenseCohort:
                     f"'{volume}' was embedded in the box {box} and labelled in {labels.box}. Label and embed "
                     "the same files, with a cropped preprocessing."
                 )
-            order = _patch_order(shape, metadata.get("slice_axes", "yx"))
+            order = patch_order(shape, metadata.get("slice_axes", "yx"))
             of_patches.append((labels.findings.ravel()[order], labels.shares[order]))
             shares, findings = labels.of_slices()
             of_slices.append((findings, csr_matrix(shares)))
@@ -178,7 +178,7 @@ class DenseCohort:
         return taken
 
 
-def _patch_order(shape: tuple[int, int], slice_axes: str) -> NDArray[np.int64]:
+def patch_order(shape: tuple[int, int], slice_axes: str) -> NDArray[np.int64]:
     """Return the row of labels for each patch token."""
     rows = np.arange(shape[0] * shape[1])
     if slice_axes == "yx":

@@ -26,7 +26,7 @@ from common.run.process import atomic_file
 
 # what all embeddings of a cohort have in common, besides width and number type
 IDENTITY_KEYS = ("encoder", "encoder_id", "preprocessing", "slice_order", "token_kind")
-TOKEN_KINDS = ("slice", "grid")  # a token is the CLS of a slice, or a cell of a 3D encoder's grid
+TOKEN_KINDS = ("slice", "grid", "organ")  # the CLS of a slice, a cell of a 3D grid, patches of an organ
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SUFFIX = ".embeddings.safetensors"
 FORMAT = "dale_ct_embeddings_2"

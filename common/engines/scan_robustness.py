@@ -121,12 +121,15 @@ def scan_robustness(
     _agree(output / SETTINGS, settings)
     folder = output / "volumes"
     folder.mkdir(exist_ok=True)
-    done = {path.stem for path in folder.glob("*.npz")}
     batches = ChangedScans(
         changes=kinds,
         seed=seed,
         masks=_masks(masks_dir),
-        work=[source for source in found if source.volume in {*volumes} - done],
+        work=[
+            source
+            for source in found
+            if source.volume in {*volumes} - {path.stem for path in folder.glob("*.npz")}
+        ],
         strategies=bundle.strategies,
         window=bundle.window,
         slice_axes=bundle.slice_axes,
@@ -150,42 +153,33 @@ def scan_robustness(
     )
     effects, lines = effects_of(scores, predictions, kinds, num_resamples, resampling)
     weights = resample_weights(groups_of(scores.volumes, resampling), num_resamples, RESAMPLING_SEED)
-    reports, intervals = measured_beside_floor(predictions, weights)
-    macro = {
-        subject: {
-            f"macro_{name}": (value, *intervals[subject]["macro"][name])
-            for name, value in report["macro"].items()
-        }
-        for subject, report in reports.items()
-    }
-    facts = {
-        "dataset": dataset_name,
-        "config": {**settings, "num_resamples": num_resamples},
-        "seeds": str(seed),
-    }
-    facts |= {"n": len(scores.volumes), "encoder": predictions.encoder}
-    rows = result_rows(macro["probe"], protocol=f"robustness_{UNCHANGED}", **facts)
+    unchanged, floor = _macro_means(predictions, weights)
+    config = {**settings, "num_resamples": num_resamples, "resampling": resampling}
+    facts: dict[str, Any] = {"dataset": dataset_name, "config": config, "seeds": str(seed)}
+    protocol, n = f"robustness_{UNCHANGED}", len(scores.volumes)
+    rows = result_rows(unchanged, encoder=predictions.encoder, protocol=protocol, n=n, **facts)
     for effect in effects:
-        protocol = f"robustness_{label(effect.change, effect.strength)}"
-        rows += result_rows(effect.numbers, protocol=protocol, **{**facts, "n": effect.n})
+        changed = f"robustness_{label(effect.change, effect.strength)}"
+        rows += result_rows(
+            effect.numbers, encoder=predictions.encoder, protocol=changed, n=effect.n, **facts
+        )
     log_rows(rows, tracking_uri, experiment)
-    rows += result_rows(
-        macro["prevalence"], protocol=f"robustness_{UNCHANGED}", **{**facts, "encoder": "prevalence"}
-    )
+    rows += result_rows(floor, encoder="prevalence", protocol=protocol, n=n, **facts)
     add_rows(results_csv, rows)
     write_table(output / "robustness.csv", lines)
+    measured = {(effect.change, effect.strength) for effect in effects}
     number = len(set(groups_of(scores.volumes, resampling)))
     about = Card(
         encoder=predictions.encoder,
         dataset=dataset_name,
-        unchanged=macro["probe"],
-        floor=macro["prevalence"],
+        unchanged=unchanged,
+        floor=floor,
         effects=effects,
         left_out=[
-            f"{label(*kind)} (needs {CHANGES[kind[0]].needs})" for kind in kinds if not _has(effects, kind)
+            f"{label(*kind)} (needs {CHANGES[kind[0]].needs})" for kind in kinds if kind not in measured
         ],
         facts=[
-            f"{len(scores.volumes)} volumes of {number} {resampling}, {len(batches.rejected)} refused",
+            f"{n} volumes of {number} {resampling}, {len(batches.rejected)} refused",
             f"weights {settings['weights']}, {settings['encoder_id']}",
             f"{card['pooler'].replace('_', ' ')} pooling, probe {settings['probe'][:12]}",
         ],
@@ -194,6 +188,18 @@ def scan_robustness(
     write_card(output, about)
     print_card(about)
     return rows
+
+
+def _macro_means(predictions: Predictions, weights: NDArray[np.float32]) -> list[Numbers]:
+    """Measure the unchanged scans, and one score for all volumes."""
+    reports, intervals = measured_beside_floor(predictions, weights)
+    return [
+        {
+            f"macro_{metric}": (value, *intervals[subject]["macro"][metric])
+            for metric, value in reports[subject]["macro"].items()
+        }
+        for subject in ("probe", "prevalence")
+    ]
 
 
 def _open(
@@ -349,7 +355,3 @@ def effects_of(
             numbers[name] = (float(values.mean()), *interval(weights @ values / weights.sum(1)))
         effects.append(Effect(change, strength, CHANGES[change].axis, len(volumes), numbers))
     return effects, lines
-
-
-def _has(effects: Sequence[Effect], kind: tuple[str, float]) -> bool:
-    return any((effect.change, effect.strength) == kind for effect in effects)

@@ -83,7 +83,7 @@ def write_card(folder: Path, card: Card) -> None:
         ("TITLE", html.escape(f"Robustness of {card.encoder}")),
         ("NOTE", f'<p class="note">{html.escape(card.note)}</p>' if card.note else ""),
         ("FACTS", "".join(f"<li>{html.escape(fact)}</li>" for fact in (card.dataset, *card.facts))),
-        ("BEFORE", "".join(_cells([name, *cells]) for name, cells in _before(card))),
+        ("BEFORE", "".join(_cells([name, *cells], ("", "AUROC", "AUPRC")) for name, cells in _before(card))),
         ("CARDS", "".join(_section(card, change, effects) for change, effects in _by_change(card))),
         ("LEFT_OUT", html.escape("; ".join(card.left_out) or "none")),
     ):
@@ -170,8 +170,10 @@ def _row(effect: Effect) -> list[str]:
     ]
 
 
-def _cells(texts: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in texts) + "</tr>"
+def _cells(texts: Sequence[str], heads: Sequence[str]) -> str:
+    """A row of a table; on a narrow screen each cell has its head beside it."""
+    pairs = zip(map(html.escape, texts), map(html.escape, heads), strict=True)
+    return "<tr>" + "".join(f'<td data-name="{head}">{text}</td>' for text, head in pairs) + "</tr>"
 
 
 HEADS = ("AUROC, change", "AUPRC, change", "probability, mean change", "calls flipped", "token cosine")
@@ -179,23 +181,18 @@ HEADS = ("AUROC, change", "AUPRC, change", "probability, mean change", "calls fl
 
 def _section(card: Card, change: str, effects: Sequence[Effect]) -> str:
     """One change: its curve and its table."""
-    heads = (effects[0].axis or "strength", *HEADS)
-    table = "".join(
-        f'<tr><td data-name="{html.escape(heads[0])}">{effect.strength:g}</td>'
-        + "".join(
-            f'<td data-name="{head}">{html.escape(text)}</td>'
-            for head, text in zip(HEADS, _row(effect), strict=True)
-        )
-        + "</tr>"
-        for effect in effects
-    )
+    named_strength = [effects[0].axis] if effects[0].axis else []
+    heads = [*named_strength, *HEADS]
+    table = "<tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + "</tr>"
+    for effect in effects:
+        texts = [f"{effect.strength:g}" for _ in named_strength] + _row(effect)
+        table += _cells(texts, heads)
     fewer = {effect.n for effect in effects}
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     name = html.escape(titled(change))
     counts = " to ".join(str(n) for n in sorted({min(fewer), max(fewer)}))
     return (
         f'<section><h2>{name} <span class="soft">{counts} volumes</span></h2>{_svg(card, effects)}'
-        f"<table><tr>{head}</tr>{table}</table></section>"
+        f"<table>{table}</table></section>"
     )
 
 
@@ -209,6 +206,7 @@ def _svg(card: Card, effects: Sequence[Effect]) -> str:
         return float(8 + (high - value) / (high - low) * (height - 26))
 
     parts = [f'<line class="zero" x1="0" x2="{width:g}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>']
+    parts += [f'<text x="{width + 22:g}" y="{y(end) + 4:.1f}">{end:+.2f}</text>' for end in (high, low)]
     for place, effect in enumerate(effects):
         x = (place + 0.5) / len(effects) * width
         parts.append(
@@ -224,9 +222,8 @@ def _svg(card: Card, effects: Sequence[Effect]) -> str:
                 f'y2="{top:.1f}"/><circle class="{metric}" cx="{x + shift:.1f}" cy="{y(value):.1f}" r="4"/>'
             )
     described = html.escape(f"{effects[0].change}: paired changes of macro AUROC and AUPRC")
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
-    )
+    shape = f"0 0 {width + 45:g} {height:g}"
+    return f'<svg viewBox="{shape}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
 
 
 def _markdown(card: Card) -> str:

@@ -79,6 +79,31 @@ def test_a_probe_of_one_site_is_tested_frozen_beside_one_of_the_other(run: Run, 
     assert after["frozen", "macro_auroc"] > 0.65
 
 
+def test_a_table_of_ones_own_is_read_by_the_bundle(sites: Path, run: Run, tmp_path: Path) -> None:
+    embeddings, rows = sites / "dale_ct_2s" / "embeddings", ["VolumeName,count,days,died"]
+    for split in ("train", "valid"):
+        labels = sites / "ct_rate" / "dataset" / "multi_abnormality_labels" / f"{split}_predicted_labels.csv"
+        for volume, *cells in (line.split(",") for line in labels.read_text().splitlines()[1:]):
+            count = sum(map(int, cells))  # how many labels are raised
+            rows.append(f"{volume},{count},{100 - 4 * count},{len(rows) % 2}")
+    (tmp_path / "targets.csv").write_text("\n".join(rows))
+    run(
+        "eval_targets",
+        "evaluate",
+        targets_csv=tmp_path / "targets.csv",
+        targets={"count": "number", "death": ["days", "died"]},
+        train_embeddings_dir=embeddings / "train",
+        test_embeddings_dir=embeddings / "valid",
+        num_val_patients=8,
+        num_resamples=50,
+    )
+    values = values_of(tmp_path / "results.csv")
+    assert values["targets", "spearman/count"] > 0.5
+    assert values["targets", "c_index/death"] > 0.5
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"predictions.csv", "count.png", "death.png"}
+
+
 def test_a_strategy_is_known_by_its_embeddings(sites: Path, run: Run, tmp_path: Path) -> None:
     folder = sites / "ct_rate" / "dataset" / "multi_abnormality_labels"
     embeddings = sites / "dale_ct_2s" / "embeddings"

@@ -326,7 +326,7 @@ def test_writers_side_by_side_share_a_folder(tmp_path: Path) -> None:
         ({"encoder_id": "sha256:1"}, "float16", "encoder_id of .*'sha256:0'"),
         ({"preprocessing": "x"}, "float16", "preprocessing of .*'ct_fm'"),
         ({}, "float32", "dtype of .*'float16' as in .*'float32'"),
-        ({"token_kind": "pixel"}, "float16", r"token_kind .*\('slice', 'grid'\), got 'pixel'"),
+        ({"token_kind": "pixel"}, "float16", r"token_kind .*\('slice', 'grid', 'organ'\), got 'pixel'"),
         ({}, "bfloat16", r"dtype .*\('float16', 'float32'\), got 'bfloat16'"),
     ],
 )

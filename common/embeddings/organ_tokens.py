@@ -1,0 +1,83 @@
+"""Patch tokens of a volume, averaged within organs: a bag of some twenty tokens in place of hundreds."""
+
+# S slices, P patches of a slice, D embedding, C = 118 classes of TotalSegmentator, O organs
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from common.cohort.cohort import load_labels
+from common.embeddings.dense_cohort import patch_order
+
+OTHER = "other"
+ORGANS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("lung_upper_lobe_left", "lung_lower_lobe_left")},
+    **{name: (name,) for name in ("lung_upper_lobe_right", "lung_middle_lobe_right")},
+    **{name: (name,) for name in ("lung_lower_lobe_right", "trachea", "esophagus", "thyroid_gland")},
+    "heart": ("heart", "atrial_appendage_left"),
+    "aorta": ("aorta",),
+    "great_vessels": (
+        *("pulmonary_vein", "brachiocephalic", "subclavian", "common_carotid"),
+        *("superior_vena_cava", "inferior_vena_cava"),
+    ),
+    **{name: (name,) for name in ("liver", "gallbladder", "spleen", "pancreas")},
+    "stomach_and_bowel": ("stomach", "duodenum", "small_bowel", "colon"),
+    "kidneys": ("kidney_",),
+    "adrenal_glands": ("adrenal_gland",),
+    "spine": ("vertebrae", "spinal_cord", "sacrum"),
+    "thoracic_cage": ("rib_", "sternum", "costal_cartilages"),
+    "shoulders": ("humerus", "scapula", "clavicula"),
+    "back_muscles": ("autochthon",),
+    OTHER: (),
+}
+"""Organs to beginnings of class names. "other" is what none of them covers, background included: an effusion
+lies there. Our choice, for the chest."""
+
+
+def organ_tokens(
+    patches: torch.Tensor,
+    shares: csr_matrix,
+    slice_axes: str = "yx",
+    organs: Mapping[str, Sequence[str]] = ORGANS,
+) -> tuple[list[str], torch.Tensor]:
+    """Average patch tokens within each organ, weighted by the share of the patch that it covers.
+
+    Source: organ-wise pooling as in ORACLE-CT, arXiv:2601.13385; the weights, and "other", are ours.
+
+    Args:
+        patches: ``(S, P, D)``, square grids.
+        shares: ``(S * P, C)`` of :func:`common.transforms.dense_labels.patch_shares`.
+        slice_axes: how the encoder saw slices, "yx" or "xy", and so the order of the patches.
+        organs: organ to beginnings of class names of ``common/labels/totalsegmentator.csv``.
+
+    Returns:
+        The organs that cover anything, and their tokens, float32 ``(O, D)``, in this order.
+
+    Raises:
+        ValueError: if shares and patches do not belong together, or a class belongs to two organs.
+    """
+    num_slices, num_patches, dim = patches.shape
+    if shares.shape[0] != num_slices * num_patches:
+        raise ValueError(
+            f"shares must have a row for each of {num_slices} x {num_patches} patches, got {shares.shape[0]}."
+        )
+    member = np.array(
+        [
+            [bool(starts) and label.name.startswith(tuple(starts)) for starts in organs.values()]
+            for label in load_labels("totalsegmentator")
+        ]
+    )
+    if (member.sum(1) > 1).any():
+        raise ValueError(
+            f"organs must not share a class, got class {int((member.sum(1) > 1).argmax())} in two."
+        )
+    for place, name in enumerate(organs):
+        member[:, place] |= (name == OTHER) & ~member.any(1)
+    weights = (shares @ member.astype(np.float32))[patch_order((num_slices, num_patches), slice_axes)]
+    total = weights.sum(0, dtype=np.float64)
+    sums = weights.T @ patches.reshape(-1, dim).float().numpy()
+    found = total > 0
+    names = [name for name, is_there in zip(organs, found, strict=True) if is_there]
+    return names, torch.from_numpy((sums[found] / total[found, None]).astype(np.float32))
