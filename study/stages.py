@@ -92,6 +92,7 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     stages.append(Stage("table V", [_table_v(out, labels)], needs))
     stages.append(Stage("table VI", _table_vi(size, out, labels, amp_dtype), ("train dale_ct_2s",)))
     stages.append(Stage("beside table III", _beside(size, out, labels), ("table III dale_ct_2s",)))
+    stages.append(Stage("robustness", _robustness(size, out, labels, amp_dtype), ("table III dale_ct_2s",)))
     stages.append(Stage("curves", [_curves(out)], tuple(f"train {name}" for name in TRAINED)))
     for name in ABLATIONS:
         stages += _encoder(name, size, out, labels, amp_dtype)
@@ -340,6 +341,29 @@ def _beside(size: Size, out: Path, labels: Path) -> list[list[str]]:
         shorter = {"max_steps": 400, "val_interval": 50, "num_seeds": 1, "ct_dir": None}
         commands.append(bundle("bundles/eval_ct_rate", configs, **own, **shorter, results_csv=results))
     return commands
+
+
+def _robustness(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[str]]:
+    """Change the scans of 30 patients, for the encoder that is best in the paper."""
+    root, name, cohort = "bundles/eval_robustness", "dale_ct_2s", out / "cohort" / "dataset"
+    subset = out / "subset_robustness.csv"
+    knobs = {"encoder_weights": weights_of(name, out), "amp_dtype": amp_dtype, "subset_csv": subset}
+    own = {
+        "encoder_bundle": ENCODER,
+        "encoder_configs": [f"{size.overlays}/inference.json"],
+        "encoder_knobs": {knob: str(value) for knob, value in knobs.items()},
+        "probe_dir": out / STANDARDIZED / name,
+        "test_dir": cohort / "valid_fixed",
+        "labels_csv": labels / "valid_predicted_labels.csv",
+        "masks_dir": cohort / "ts_seg" / "ts_total" / "valid_fixed",
+        "output_dir": out / "eval_robustness" / name,
+        "results_csv": out / "results" / "eval_robustness.csv",
+    }
+    table = labels / "valid_predicted_labels.csv"
+    return [
+        prep("subset", labels=table, patients=30, out=subset),
+        bundle(root, [f"{root}/configs/evaluate.json"], **own),
+    ]
 
 
 def _curves(out: Path) -> list[str]:

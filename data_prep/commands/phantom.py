@@ -33,11 +33,19 @@ def phantom(
     npz_spacing_mm: Annotated[
         float, typer.Option(help="Voxel edge of site b's npz; larger is faster.")
     ] = 0.8,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="Kernel of all scans, such as PHANTOM_SOFT; each scan's own by default."),
+    ] = None,
+    dose: Annotated[float, typer.Option(help="Share of the dose: 0.25 doubles the noise.")] = 1.0,
+    table: Annotated[bool, typer.Option(help="Whether the patients lie on a table.")] = True,
     processes: Annotated[int | None, typer.Option(help="Processes; the number of cores by default.")] = None,
     reports: Annotated[bool, typer.Option("--reports", help="Also word each volume's findings.")] = False,
 ) -> None:
     """Write a SYNTHETIC chest-CT cohort in CT-RATE's, ReXGroundingCT's and (site b) RAD-ChestCT's layout."""
-    settings = Settings(seed, site, form, matrix, spacing_mm, valid_share, rex_share, npz_spacing_mm)
+    settings = Settings(
+        *(seed, site, form, matrix, spacing_mm, valid_share, rex_share, npz_spacing_mm, kernel, dose, table)
+    )
     with progress_bars() as progress:
         progress("Drawing synthetic volumes", 0, volumes)
         for done, _ in enumerate(write_cohort(out, volumes, settings, processes), start=1):

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from data_prep.phantom.files import (
 )
 from data_prep.phantom.population import SITE_CODES, ScanId, roster
 from data_prep.phantom.scan import describe, render
-from data_prep.phantom.scanner import SITES
+from data_prep.phantom.scanner import KERNELS, SITES, Redraw
 from data_prep.phantom.tables import (
     README,
     metadata_row,
@@ -52,6 +52,9 @@ class Settings:
             cohorts.
         rex_share: share of the scans with lung findings that have ReXGroundingCT masks (our choice: 0.3).
         npz_spacing_mm: voxel edge of RAD-ChestCT's npz at site b. RAD-ChestCT: 0.8; larger is faster.
+        kernel: see :class:`data_prep.phantom.scanner.Redraw`.
+        dose: likewise.
+        table: likewise.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -65,12 +68,20 @@ class Settings:
     valid_share: float = 0.2
     rex_share: float = 0.3
     npz_spacing_mm: float = 0.8
+    kernel: str | None = None
+    dose: float = 1.0
+    table: bool = True
+
+    @property
+    def redraw(self) -> Redraw:
+        """What of the scanner is drawn otherwise."""
+        return Redraw(self.kernel, self.dose, self.table)
 
     def __post_init__(self) -> None:
-        if self.site not in SITE_CODES:
-            raise ValueError(f"site must be one of {sorted(SITE_CODES)}, got '{self.site}'.")
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {list(FORMS)}, got '{self.form}'.")
+        allowed = {"site": sorted(SITE_CODES), "form": list(FORMS), "kernel": [None, *KERNELS]}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}, got '{getattr(self, name)}'.")
         if self.matrix < MIN_MATRIX:
             raise ValueError(f"matrix must be at least {MIN_MATRIX}, got {self.matrix}.")
         if self.slice_mm is not None and not 0 < self.slice_mm[0] <= self.slice_mm[1]:
@@ -79,6 +90,8 @@ class Settings:
             raise ValueError(f"rex_share must be in [0, 1], got {self.rex_share}.")
         if not self.npz_spacing_mm > 0:
             raise ValueError(f"npz_spacing_mm must be positive, got {self.npz_spacing_mm}.")
+        if not self.dose > 0:
+            raise ValueError(f"dose must be positive, got {self.dose}.")
 
 
 def write_cohort(
@@ -114,7 +127,9 @@ def _claim(out: Path, num_volumes: int, settings: Settings) -> None:
     path = out / "cohort.json"
     wanted = {"synthetic": True, **json.loads(json.dumps(asdict(settings)))}
     if path.exists():
-        found = json.loads(path.read_text(encoding="ascii"))
+        # a cohort of before a setting was there has its default
+        defaults = {field.name: field.default for field in fields(Settings)}
+        found = defaults | json.loads(path.read_text(encoding="ascii"))
         before = found.pop("num_volumes")
         if found != wanted:
             differing = sorted(key for key in wanted if found.get(key) != wanted[key])
@@ -156,7 +171,7 @@ def _write_volumes(
 
 
 def _make(out: Path, scan: ScanId, settings: Settings) -> dict[str, Any]:
-    volume = render(scan, settings.site, settings.matrix, settings.slice_mm)
+    volume = render(scan, settings.site, settings.matrix, settings.slice_mm, redraw=settings.redraw)
     npz_spacing_mm = settings.npz_spacing_mm if settings.site == "b" else None
     return write_volume(volume, out, settings.form, settings.rex_share, npz_spacing_mm)
 
@@ -180,7 +195,9 @@ def _write_tables(out: Path, records: dict[ScanId, dict[str, Any]], settings: Se
     site = SITES[settings.site]
     rows, labels = {}, {}
     for scan in records:
-        severities, person, protocol = describe(scan, settings.site, settings.matrix, settings.slice_mm)
+        severities, person, protocol = describe(
+            scan, settings.site, settings.matrix, settings.slice_mm, redraw=settings.redraw
+        )
         rows[scan], labels[scan] = metadata_row(scan, person, protocol, site, settings.matrix), severities
     write_ct_rate_tables(out, rows, labels)
     write_rexgroundingct_json(out, records)

@@ -14,7 +14,16 @@ from data_prep.phantom.grid import Pose
 from data_prep.phantom.lungs import draw_airways, draw_vessels, grow_tree
 from data_prep.phantom.organs import draw_abdomen, draw_head, draw_mediastinum
 from data_prep.phantom.population import CT_RATE_LABELS, Person, ScanId, draw_fluid, draw_labels, draw_person
-from data_prep.phantom.scanner import SITES, Protocol, acquire, draw_protocol, draw_table, scan_grid
+from data_prep.phantom.scanner import (
+    SITES,
+    Protocol,
+    Redraw,
+    acquire,
+    draw_protocol,
+    draw_table,
+    redrawn,
+    scan_grid,
+)
 from data_prep.phantom.scene import Drawer, Finding, Scene
 
 # In drawing order: fluid first, since no lung lies in it; dense findings after faint ones.
@@ -38,6 +47,9 @@ DRAWERS: dict[str, Drawer] = {
     "Coronary artery wall calcification": of_chest.draw_coronary_calcification,
     "Medical material": of_chest.draw_medical_material,
 }
+
+
+AS_IT_IS = Redraw()
 
 
 class Volume(NamedTuple):
@@ -68,13 +80,14 @@ def describe(
     matrix: int,
     slice_mm: tuple[float, float] | None,
     labels: dict[str, float] | None = None,
+    redraw: Redraw = AS_IT_IS,
 ) -> tuple[dict[str, float], Person, Protocol]:
     """Labels, patient and protocol of a volume, without rendering it (arguments as in :func:`render`)."""
     drawn = draw_labels(scan) if labels is None else labels
     person = draw_person(scan, drawn, SITES[site].contrast_prob)
     if scan.is_head:
         person = person._replace(pose=Pose(person.pose.shift_mm, person.pose.rotation_deg, (1.0, 1.0, 1.0)))
-    protocol = draw_protocol(scan, person, SITES[site], matrix, slice_mm)
+    protocol = redrawn(draw_protocol(scan, person, SITES[site], matrix, slice_mm), redraw)
     if scan.is_head:
         protocol = protocol._replace(bottom_mm=-110.0, num_slices=max(2, round(225 / protocol.slice_mm)))
     return drawn, person, protocol
@@ -86,6 +99,7 @@ def render(
     matrix: int = 512,
     slice_mm: tuple[float, float] | None = None,
     labels: dict[str, float] | None = None,
+    redraw: Redraw = AS_IT_IS,
 ) -> Volume:
     """Render a volume.
 
@@ -95,15 +109,17 @@ def render(
         matrix: rows and columns. CT-RATE: 512.
         slice_mm: range of the slice distance; None for the site's own.
         labels: severities to draw instead of the scan's own; all else stays the same.
+        redraw: what of the scanner is drawn otherwise.
     """
-    drawn, person, protocol = describe(scan, site, matrix, slice_mm, labels)
+    drawn, person, protocol = describe(scan, site, matrix, slice_mm, labels, redraw)
     canvas = Canvas(scan_grid(protocol, person, matrix))
     findings: list[Finding] = []
     if scan.is_head:
         draw_head(canvas)
     else:
         findings = _draw_chest(canvas, scan, person, drawn)
-    draw_table(canvas, person, protocol.table_curve_mm)
+    if redraw.table:
+        draw_table(canvas, person, protocol.table_curve_mm)
     hu = acquire(canvas, protocol, scan.reconstruction_rng(2))
     return Volume(scan, person, protocol, drawn, hu, canvas.labels, findings)
 

@@ -75,6 +75,24 @@ SITES = {
 }  # fmt: skip
 
 
+KERNELS = {kernel.name: kernel for site in SITES.values() for kernel in site.kernels}
+"""The kernels of both sites."""
+
+
+class Redraw(NamedTuple):
+    """How the same patients are scanned otherwise, to check changes of a scan against scans drawn so.
+
+    Attributes:
+        kernel: name of one of ``KERNELS``; None for each scan's own.
+        dose: share of each scan's own dose; the variance of noise is inversely proportional to it.
+        table: whether the table is there.
+    """
+
+    kernel: str | None = None
+    dose: float = 1.0
+    table: bool = True
+
+
 class Protocol(NamedTuple):
     """How one volume is taken and stored.
 
@@ -150,6 +168,15 @@ def draw_protocol(
         table_curve_mm=site.table_curve_mm,
         is_enhanced=person.anatomy.blood_hu[0] > 100,
     )
+
+
+def redrawn(protocol: Protocol, redraw: Redraw) -> Protocol:
+    """Return a protocol with another kernel and dose; all else, the pattern of noise too, stays."""
+    if redraw.kernel is not None:
+        kernel = KERNELS[redraw.kernel]
+        noise_hu = protocol.noise_hu * kernel.noise / protocol.kernel.noise
+        protocol = protocol._replace(kernel=kernel, noise_hu=noise_hu)
+    return protocol._replace(noise_hu=protocol.noise_hu / redraw.dose**0.5)
 
 
 def draw_table(canvas: Canvas, person: Person, curve_mm: float) -> None:

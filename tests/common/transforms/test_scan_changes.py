@@ -8,9 +8,10 @@ import torch
 from scipy import ndimage
 
 from common.transforms.scan_changes import CHANGES, UNSHARP_MM, Scan, chosen_changes, noise_hu
-from data_prep.phantom import scan as phantom
+from data_prep.phantom.anatomy import TS_IDS
 from data_prep.phantom.population import roster
-from data_prep.phantom.scanner import Kernel, draw_protocol
+from data_prep.phantom.scan import Volume, render
+from data_prep.phantom.scanner import KERNELS, Redraw
 from tests.common.engines.conftest import trunk
 
 
@@ -161,33 +162,45 @@ def test_an_unknown_change_is_refused_with_the_nearest_name() -> None:
     assert len(chosen_changes(None)) == sum(len(change.strengths) for change in CHANGES.values())
 
 
-def drawn(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, noise_hu: float) -> phantom.Volume:
-    """A phantom as another kernel or dose draws it."""
-
-    def protocol(*arguments):
-        return draw_protocol(*arguments)._replace(kernel=kernel, noise_hu=noise_hu, circle=False)
-
-    monkeypatch.setattr(phantom, "draw_protocol", protocol)
-    return phantom.render(roster(1, seed=0)[0], matrix=160, slice_mm=(12.0, 12.0), labels={})
+STILL = 1e9  # of the dose: no noise
 
 
-def test_a_smoother_kernel_is_the_one_that_the_phantoms_scanner_draws(monkeypatch) -> None:
-    sharp, smooth = (drawn(monkeypatch, Kernel("", share, 0.0, 1.0), 0.0) for share in (0.04, 0.20))
-    # a share s given to the two neighbours spreads by the variance s, in square pixels
+def drawn(**redraw) -> Volume:
+    """A phantom as another kernel, dose or table draws it."""
+    return render(roster(1, seed=0)[0], "a", 160, (12.0, 12.0), {}, Redraw(**redraw))
+
+
+def test_a_smoother_kernel_is_the_one_that_the_phantoms_scanner_draws() -> None:
+    names = ("PHANTOM_SHARP", "PHANTOM_SOFT")
+    sharp, smooth = (drawn(kernel=name, dose=STILL) for name in names)
+    # a share given to the two neighbours spreads by that variance, in square pixels
+    variances = [KERNELS[name].blur for name in names]
     pixel_mm = sharp.protocol.pixel_mm
     scan = scan_of(sharp.hu, (pixel_mm, pixel_mm, 12.0))
-    found = changed("smoother_kernel", scan, pixel_mm * math.sqrt(0.20 - 0.04)).hu.double().numpy()
-    differs, is_left = (np.sqrt(((of - smooth.hu) ** 2).mean()) for of in (sharp.hu.astype(float), found))
+    found = changed("smoother_kernel", scan, pixel_mm * math.sqrt(variances[1] - variances[0])).hu.double()
+    differs, is_left = (
+        np.sqrt(((of - smooth.hu) ** 2).mean()) for of in (sharp.hu.astype(float), found.numpy())
+    )
     assert is_left < 0.3 * differs  # a Gaussian is no share given to neighbours
 
 
-@pytest.mark.parametrize("texture", [0.0, 0.12])
-def test_a_lower_dose_is_as_noisy_as_the_phantoms_scanner_draws_it(texture, monkeypatch) -> None:
-    kernel = Kernel("", 0.1, texture, 1.0)
-    still, full, quarter = (drawn(monkeypatch, kernel, sigma) for sigma in (0.0, 15.0, 30.0))
+@pytest.mark.parametrize("kernel", ["PHANTOM_SOFT", "PHANTOM_LUNG"])
+def test_a_lower_dose_is_as_noisy_as_the_phantoms_scanner_draws_it(kernel) -> None:
+    still, full, quarter = (drawn(kernel=kernel, dose=dose) for dose in (STILL, 1.0, 0.25))
     pixel_mm = full.protocol.pixel_mm
     found = changed("lower_dose", scan_of(full.hu, (pixel_mm, pixel_mm, 12.0)), 0.25).hu.numpy()
-    middle = np.isin(still.ts, [5, 51])  # liver and heart, away from the borders of the stored range
-    spread = [(hu.astype(float) - still.hu)[middle].std() for hu in (full.hu, found, quarter.hu)]
-    assert spread[1] == pytest.approx(spread[2], rel=0.15)
-    assert spread[0] < 0.6 * spread[2]
+    middle = np.isin(still.ts, [TS_IDS["liver"], TS_IDS["heart"]])
+    before, simulated, expected = (
+        (of.astype(float) - still.hu)[middle].std() for of in (full.hu, found, quarter.hu)
+    )
+    assert simulated == pytest.approx(expected, rel=0.15)
+    assert before < 0.6 * expected
+
+
+def test_a_table_is_removed_as_where_the_phantom_was_drawn_without() -> None:
+    with_table, without = (drawn(dose=STILL, table=table).hu for table in (True, False))
+    found = changed("body_alone", scan_of(with_table, (2.0, 2.0, 12.0))).hu.numpy()
+    table = with_table != without
+    assert table.mean() > 0.05
+    assert (np.abs(found - without)[table] < 60).mean() > 0.98
+    assert (found[without > -500] == without[without > -500]).mean() > 0.98

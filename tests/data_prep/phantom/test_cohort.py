@@ -169,6 +169,15 @@ def test_a_folder_of_other_settings_is_refused(cohort) -> None:
                                                         valid_share=0.4, rex_share=0.6), 1))  # fmt: skip
 
 
+def test_a_cohort_of_before_a_setting_was_there_goes_on(tmp_path) -> None:
+    write(tmp_path, 1)
+    path = tmp_path / "cohort.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in known.items() if name != "dose"}))
+    write(tmp_path, 1)
+    assert json.loads(path.read_text()) == known
+
+
 def test_a_cohort_does_not_shrink(cohort) -> None:
     with pytest.raises(ValueError, match=f"volumes must be at least {NUM_VOLUMES}, the size of .* got 2"):
         next(write_cohort(cohort, 2, SMALL, 1))
@@ -186,6 +195,8 @@ def test_a_cohort_does_not_shrink(cohort) -> None:
         ({"rex_share": -0.1}, "rex_share must be in"),
         ({"npz_spacing_mm": 0.0}, "npz_spacing_mm must be positive"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"kernel": "B30f"}, "kernel must be one of .*PHANTOM_SOFT.*, got 'B30f'"),
+        ({"dose": 0.0}, "dose must be positive, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message, tmp_path) -> None:

@@ -8,6 +8,7 @@ from common.cohort.cohort import load_labels
 from data_prep.phantom.anatomy import IS_LUNG, TS_IDS
 from data_prep.phantom.population import CT_RATE_LABELS, ScanId, roster
 from data_prep.phantom.scan import DRAWERS, Volume, describe, render
+from data_prep.phantom.scanner import KERNELS, Redraw
 
 MATRIX, SLICE_MM = 72, (5.0, 5.0)
 SCANS = roster(30, seed=8)
@@ -28,6 +29,24 @@ def union(volume: Volume, label: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def healthy() -> Volume:
     return draw(SCANS[0], {})
+
+
+def test_the_same_patient_is_scanned_with_another_dose_kernel_and_table(healthy) -> None:
+    def redraw(**changes) -> Volume:
+        return render(SCANS[0], "a", MATRIX, SLICE_MM, {}, Redraw(**changes))
+
+    np.testing.assert_array_equal(redraw().hu, healthy.hu)
+    still = redraw(dose=1e9).hu.astype(float)
+    within = np.isin(healthy.ts, [TS_IDS["liver"], TS_IDS["heart"]])
+    spread = {dose: (redraw(dose=dose).hu - still)[within].std() for dose in (1.0, 0.25)}
+    assert spread[0.25] == pytest.approx(2 * spread[1.0], rel=0.02)
+    bare, differs = redraw(table=False), redraw(table=False).hu != healthy.hu
+    assert differs.any()
+    assert not differs[bare.ts > 0].any()
+    assert {redraw(kernel=name).protocol.kernel.name for name in KERNELS} == {*KERNELS}
+    smooth, sharp = (redraw(kernel=name, dose=1e9).hu for name in ("PHANTOM_SOFT", "PHANTOM_SHARP"))
+    steps = [np.abs(np.diff(hu.astype(float), axis=2)).max() for hu in (smooth, sharp)]
+    assert steps[0] < 0.9 * steps[1]
 
 
 def test_every_label_of_ct_rate_has_a_drawer() -> None:
