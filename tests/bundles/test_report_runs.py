@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from common.embeddings.store import EmbeddingStoreWriter
-from common.engines.report_trainer import ReportTrainer
-from common.metrics.report_labels import CLASS_NAMES, report_labels
 from common.reports.results import read_rows
+from common.writing.labels import CLASS_NAMES, report_labels
+from common.writing.trainer import ReportTrainer
 from data_prep.phantom.reports import COLUMNS, findings_text
 
 IDENTITY = {

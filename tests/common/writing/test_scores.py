@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from common.metrics.bootstrap import resample_weights
-from common.metrics.report_scores import (
+from common.writing.scores import (
     decision_samples,
     macro_differences,
     macro_numbers,

@@ -17,8 +17,10 @@ from tqdm import tqdm
 from common.embeddings.bags import BagReader, EmbeddingBags, ShuffledBatches, check_cohorts
 from common.engines.probe_grid import ProbeTrainer
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, resample_weights
-from common.metrics.report_labels import report_labels
-from common.metrics.report_scores import (
+from common.networks.pretraining_model import clip_by_global_norm
+from common.writing.labels import report_labels
+from common.writing.model import Generated, ReportModel
+from common.writing.scores import (
     Numbers,
     decision_samples,
     macro_differences,
@@ -26,8 +28,6 @@ from common.metrics.report_scores import (
     share_owed,
     text_scores,
 )
-from common.networks.pretraining_model import clip_by_global_norm
-from common.networks.report_model import Generated, ReportModel
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class ReportTrainer(ProbeTrainer):
         max_words: longest report in words of the model.
         eval_batch_size: volumes that are validated and written about at once.
         controls: which of ``CONTROLS`` to measure.
-        labeller: see :func:`common.metrics.report_labels.report_labels`.
+        labeller: see :func:`common.writing.labels.report_labels`.
         num_resamples: bootstrap resamples of the test set.
         resampling: "patients" or "volumes": what a resample draws.
         others: as :class:`ProbeTrainer`.

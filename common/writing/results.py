@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 
 from common.cohort.cohort import write_table
-from common.engines.report_trainer import REAL, ReportTrainer
 from common.handlers.probe_report import EvaluationReport
 from common.metrics.bootstrap import interval
-from common.metrics.report_labels import CLASS_NAMES
 from common.networks.mil_probe import without_nan
-from common.networks.report_model import CARD, LANGUAGE, WEIGHTS
 from common.reports.results import ResultRow
 from common.run.process import atomic_file, write_figure
+from common.writing.labels import CLASS_NAMES
+from common.writing.model import CARD, LANGUAGE, WEIGHTS
+from common.writing.trainer import REAL, ReportTrainer
 
 
 class ReportWriter(EvaluationReport):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.engines.report_trainer import BestWeights, best_constant, other_patients
-from common.metrics.report_scores import decision_samples
+from common.writing.scores import decision_samples
+from common.writing.trainer import BestWeights, best_constant, other_patients
 
 
 @pytest.mark.parametrize("groups", ["abcd", "aabbc", "abab", "aabccd", "aaabbbccd"])

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from common.embeddings.store import check_identity
 from common.networks.poolers import pad_bags
-from common.networks.report_bridge import Bridge
+from common.writing.bridge import Bridge
 
 TINY = "tiny"
 PHASES = ("align", "full")

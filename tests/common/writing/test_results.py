@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from common.handlers.report_writer import draw_scores
+from common.writing.results import draw_scores
 
 
 def test_undefined_classes_and_intervals_do_not_stop_the_picture(tmp_path) -> None:

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
-from common.networks.report_bridge import Bridge
-from common.networks.report_model import LanguageModel, ReportModel, open_language_model
+from common.writing.bridge import Bridge
+from common.writing.model import LanguageModel, ReportModel, open_language_model
 
 TEXTS = ["No nodule. Ground-glass opacity in the left lobe, 8 mm.", "The heart is enlarged.", "No nodule."]
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -5,7 +5,7 @@ import torch
 
 from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
-from common.networks.report_bridge import Bridge
+from common.writing.bridge import Bridge
 
 SIZES = {"lm_dim": 10, "num_tokens": 8, "num_zones": 4, "width": 16, "num_layers": 2}
 
