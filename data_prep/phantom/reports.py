@@ -16,7 +16,7 @@ COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN"
 SYNTHETIC = "SYNTHETIC: a drawn phantom, no person was scanned."
 TABLES = {"train": "train_reports.csv", "valid": "validation_reports.csv"}
 
-# A sentence of each names its label alone, by words of common.metrics.report_labels; {where} begins with a
+# A sentence of each names its label alone, by words of common.writing.labels; {where} begins with a
 # blank or is empty.
 _PRESENT = {
     "Medical material": (

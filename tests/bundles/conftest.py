@@ -158,7 +158,7 @@ class TrainingRuns:
     def start_and_wait_for_a_checkpoint(self, out: Path, ranks: int = 1, **knobs: Any) -> subprocess.Popen:
         """Start a run and return as soon as it has saved its state."""
         process = self.start(out, ranks, **knobs)
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while not list(out.glob("checkpoints/step_*.pt")):
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stderr.read()[-3000:]

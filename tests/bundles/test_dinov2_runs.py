@@ -76,7 +76,7 @@ def test_a_run_that_gets_sigterm_with_all_its_processes_resumes_to_the_same_weig
     out = tmp_path / "stopped"
     process = runs.start_and_wait_for_a_checkpoint(out, num_workers=1, checkpoint_every=2)
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's worker as well, as clusters do
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 143, said[-3000:]
     assert "Stopped: saved step" in said
     assert not (out / "model.safetensors").exists()

@@ -16,7 +16,7 @@ from common.transforms.hounsfield import HU_WINDOWS, hu_window
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLES = sorted(path.parents[1] for path in (REPOSITORY / "bundles").glob("*/configs/metadata.json"))
-ENCODERS = [bundle for bundle in BUNDLES if not bundle.name.startswith(("eval_", "finetune_"))]
+ENCODERS = [bundle for bundle in BUNDLES if not bundle.name.startswith(("eval_", "finetune_", "report_"))]
 VOLUME_ENCODERS = [bundle for bundle in ENCODERS if bundle.name in {"ct_fm", "ct_clip", "merlin", "colipri"}]
 SLICE_ENCODERS = [bundle for bundle in ENCODERS if bundle not in VOLUME_ENCODERS]
 

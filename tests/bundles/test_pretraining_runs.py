@@ -79,7 +79,7 @@ def test_a_folder_in_use_is_refused_and_ctrl_c_saves_the_step_and_says_one_line(
     assert f"'{out}' is in use by process {process.pid} " in said
     assert "Traceback" not in said
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader's worker as well
-    _, log = process.communicate(timeout=120)
+    _, log = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in log
     (step,) = re.findall(r"Stopped: saved step (\d+)", log)
@@ -166,7 +166,7 @@ def test_ranks_asked_to_stop_save_the_same_step_and_end(runs, tmp_path):
     knobs = {"batch_size": 2, "max_steps": 100_000, "warmup_steps": 2, "checkpoint_every": 5}
     process = runs.start_and_wait_for_a_checkpoint(out, 2, **knobs)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on, as srun does
-    _, log = process.communicate(timeout=120)
+    _, log = process.communicate(timeout=300)
     saved = re.findall(r"Stopped: saved step (\d+)", log)
     assert len(saved) == 1  # rank 0 says it
     newest = max(out.glob("checkpoints/step_*.pt"))

@@ -39,7 +39,7 @@ def test_it_runs_with_a_small_encoder(ct, notebook, small_bundle, request, tmp_p
     monkeypatch.delenv("MPLBACKEND")  # the notebook's own
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     parameters(notebook).source = f"CT, ENCODER, WEIGHTS = {str(path)!r}, {str(small_bundle)!r}, 'random'"
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 5

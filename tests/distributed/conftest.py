@@ -28,7 +28,7 @@ def run_two_ranks(program: str, folder: Path) -> tuple[list[int], list[str]]:
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -102,7 +102,7 @@ run.main(size="small", out=Path("{here}/out"), only="", show="--list" in sys.arg
 SLOW = """
 import os, pathlib, time
 pathlib.Path("{here}/started").write_text(str(os.getpid()))
-time.sleep(0 if pathlib.Path("{here}/go").exists() else 60)
+time.sleep(0 if pathlib.Path("{here}/go").exists() else 3600)
 """
 
 
@@ -117,7 +117,7 @@ def test_a_study_that_is_told_to_end_stops_its_command_and_goes_on_later(tmp_pat
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "same command again" in output
     assert not psutil.pid_exists(int((tmp_path / "started").read_text()))
@@ -148,7 +148,7 @@ def test_a_study_whose_server_is_killed_stops_its_command_and_says_so(tmp_path, 
     with pytest.raises(SystemExit, match="was killed"):
         run.run_stage(stage, tmp_path / "slow.log", environment, progress)
     command = int((tmp_path / "started").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while psutil.pid_exists(command) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(command)

@@ -119,7 +119,7 @@ def browse(folder: Path, *options: str, fragment: str = "") -> str:
     """Open the page in Chromium and return what it printed."""
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
     command += [f"--user-data-dir={folder / 'profile'}", *options, (folder / "page.html").as_uri() + fragment]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 @needs_browser

@@ -163,7 +163,7 @@ def test_a_killed_download_goes_on(start_hub, tiny, tmp_path, save_nifti) -> Non
     assert [(out / path).is_file() for path in paths] == [True, True, False]
     hub.stall.pop(paths[-1]).set()
     again = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert again.returncode == 0, again.stderr
     for path in paths:

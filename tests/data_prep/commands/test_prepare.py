@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(scans, tmp_
         process = start_and_freeze(scans, out, tmp_path / f"held-{number}")
         os.killpg(process.pid, number)  # as Ctrl-C does: to the command and its workers
         os.killpg(process.pid, signal.SIGCONT)
-        printed = process.communicate(timeout=120)[1]
+        printed = process.communicate(timeout=300)[1]
         assert process.returncode == 128 + number, printed
         assert printed.rstrip().endswith("Stopped. Run the same command again to resume.")
 
@@ -120,9 +120,9 @@ def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_bytes(scans, tmp_
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     os.killpg(process.pid, signal.SIGCONT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
-    assert psutil.wait_procs(workers, timeout=120)[1] == []  # workers do not outlive their client
+    assert psutil.wait_procs(workers, timeout=300)[1] == []  # workers do not outlive their client
 
     assert not (out / "manifest.csv").exists()
     summary = write(scans, out, dask)
@@ -147,7 +147,7 @@ def test_workers_that_joined_a_scheduler_share_a_run_and_one_may_be_lost(
             lost.append(done)
 
     with dask_client(address) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=300)
         client.run(importlib.import_module, "data_prep.shards.write")  # that neither is still importing
         summary = write(scans, tmp_path / "out", client, progress=kill_a_nanny)
     assert lost == [12]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.metrics.report_labels import report_labels, sentences, stated_labels
+from common.writing.labels import report_labels, sentences, stated_labels
 from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.phantom.files import sidecar
 from data_prep.phantom.population import CT_RATE_LABELS, draw_labels, roster

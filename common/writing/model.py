@@ -2,18 +2,23 @@
 
 # B bags, S tokens of a bag, D embedding, Q soft words, T words of the longest report, L width of the model
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
+from common.embeddings.store import check_identity
 from common.networks.poolers import pad_bags
-from common.networks.report_bridge import Bridge
+from common.writing.bridge import Bridge
 
 TINY = "tiny"
 PHASES = ("align", "full")
+WEIGHTS, CARD, LANGUAGE = "report.safetensors", "report.json", "language_model"  # in a run's folder
 IGNORED = -100  # of cross entropy: places that are no words of the report
 
 
@@ -209,3 +214,38 @@ class ReportModel(nn.Module):
         soft = self.bridge(*pad_bags(bags)).to(embed.weight.dtype)
         prompt = embed(torch.tensor(self.prompt, device=soft.device, dtype=torch.long))
         return torch.cat([soft, prompt.expand(len(bags), -1, -1)], dim=1)
+
+
+@torch.no_grad()
+def begin_with(network: ReportModel, folder: str | Path | None, identity: Mapping[str, Any]) -> ReportModel:
+    """Give a network what an earlier run learned, such as the bridge of phase "align"; returns the network.
+
+    Args:
+        network: the model; what the earlier run did not learn stays as it is.
+        folder: folder of the earlier run; None for none.
+        identity: facts of the embeddings at hand, which must be those that the run learned from.
+
+    Raises:
+        FileNotFoundError: if the folder holds no such run.
+        ValueError: if the embeddings are of another origin, or a weight has no place in the network or
+            another shape, as that of a bridge of another width.
+    """
+    if folder is None:
+        return network
+    for path in (card_path := Path(folder) / CARD, Path(folder) / WEIGHTS):
+        if not path.is_file():
+            raise FileNotFoundError(f"No '{path.name}' in '{folder}'. Pass the output_dir of a finished run.")
+    known = json.loads(card_path.read_text(encoding="utf-8"))["embeddings"]
+    remedy = "Use the embeddings of that encoder, or train anew."
+    check_identity(dict(identity), known, of="the embeddings", source=f"in '{folder}'", remedy=remedy)
+    weights = network.state_dict()
+    for key, tensor in load_file(Path(folder) / WEIGHTS).items():
+        name = key.replace("/", ".")
+        if name not in weights or weights[name].shape != tensor.shape:
+            there = tuple(weights[name].shape) if name in weights else "no such weight"
+            raise ValueError(
+                f"'{name}' in '{folder}' has shape {tuple(tensor.shape)}, this model {there}. Use the "
+                "bridge, lora and language_model of that run."
+            )
+        weights[name].copy_(tensor)
+    return network

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
-from common.networks.report_bridge import Bridge
-from common.networks.report_model import LanguageModel, ReportModel, open_language_model
+from common.writing.bridge import Bridge
+from common.writing.model import LanguageModel, ReportModel, open_language_model
 
 TEXTS = ["No nodule. Ground-glass opacity in the left lobe, 8 mm.", "The heart is enlarged.", "No nodule."]
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -20,7 +21,13 @@ def language(texts: list[str] = TEXTS) -> LanguageModel:
 def network(phase: str = "full", lora: dict | None = None, lm_dim: int = 16) -> ReportModel:
     torch.manual_seed(0)
     bridge = Bridge(
-        **{"dim": 5, "lm_dim": lm_dim, "kind": "zones", "num_tokens": 4, "num_zones": 2},
+        **{
+            "standardizer": Standardizer([torch.randn(9, 5)], 5),
+            "lm_dim": lm_dim,
+            "kind": "zones",
+            "num_tokens": 4,
+            "num_zones": 2,
+        },
         **{"width": 8, "num_layers": 1, "num_heads": 2},
     )
     return ReportModel(bridge, language(), prompt="No nodule.", phase=phase, lora=lora, seed=1)

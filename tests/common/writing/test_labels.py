@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from common.metrics.report_labels import (
+from common.writing.labels import (
     CLASS_NAMES,
     NOTHING_FOUND,
     positive_findings,

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.networks.mil_probe import Standardizer
+
 BRIDGES = ("zones", "perceiver")
 
 
@@ -21,11 +23,13 @@ class Bridge(nn.Module):
     body a soft word comes from is then known. With "perceiver" all queries see all tokens.
 
     Source: zones: Ker-VLJEPA-3B (arXiv:2603.23308), whose queries each see one zone of the scan; perceiver:
-    Perceiver (arXiv:2103.03206) without its attention among queries. Our choice: pre-norm, the places of
-    ``TransformerPool``, Q / Z queries for each zone, and that a token that lies in two zones is seen by both.
+    Perceiver (arXiv:2103.03206) without its attention among queries. Our choice: pre-norm, standardized
+    tokens, the places of ``TransformerPool``, Q / Z queries for each zone, and that a token that lies in two
+    zones is seen by both.
 
     Args:
-        dim: D; embeddings of another width are refused.
+        standardizer: gives each dimension of the training tokens mean 0 and deviation 1; states D, and
+            embeddings of another width are refused.
         lm_dim: L.
         kind: one of ``BRIDGES``.
         num_tokens: Q.
@@ -46,7 +50,7 @@ class Bridge(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
+        standardizer: Standardizer,
         lm_dim: int,
         kind: str,
         num_tokens: int,
@@ -62,8 +66,8 @@ class Bridge(nn.Module):
             raise ValueError(f"num_tokens must be a multiple of num_zones, got {num_tokens} and {num_zones}.")
         if width % (2 * num_heads):
             raise ValueError(f"bridge_width must be a multiple of 2 x {num_heads} heads, got {width}.")
-        self.dim, self.kind, self.num_zones = dim, kind, num_zones
-        self.entry = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        self.dim, self.kind, self.num_zones = len(standardizer.mean), kind, num_zones
+        self.entry = nn.Sequential(standardizer, nn.Linear(self.dim, width))
         self.queries = nn.Parameter(torch.randn(num_tokens, width) / math.sqrt(width))
         self.layers = nn.ModuleList(_CrossAttention(width, num_heads) for _ in range(num_layers))
         self.exit = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, lm_dim))
@@ -111,6 +115,7 @@ class Bridge(nn.Module):
         tokens, seen, queries = self._tokens(bag[None], mask), self.visible(mask)[:, None], self.queries[None]
         weights = tokens.new_empty(0)
         for layer in self.layers:
+            assert isinstance(layer, _CrossAttention)
             weights = layer.attention(queries, tokens, seen)
             queries = layer(queries, tokens, seen)
         return weights.mean((0, 1, 2))

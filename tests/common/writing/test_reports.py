@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from common.cohort.reports import read_reports, reported_volumes
+from common.writing.reports import read_reports, reported_volumes
 
 
 def table(path, *rows: str) -> str:

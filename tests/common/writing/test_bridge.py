@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
-from common.networks.report_bridge import Bridge
+from common.writing.bridge import Bridge
 
-SIZES = {"dim": 6, "lm_dim": 10, "num_tokens": 8, "num_zones": 4, "width": 16, "num_layers": 2}
+SIZES = {"lm_dim": 10, "num_tokens": 8, "num_zones": 4, "width": 16, "num_layers": 2}
 
 
 def bridge(kind: str, **changed: object) -> Bridge:
     torch.manual_seed(0)
-    return Bridge(kind=kind, num_heads=2, **(SIZES | changed)).double()  # type: ignore[arg-type]
+    standardizer = Standardizer([2 * torch.randn(50, 6) + 1], 6)
+    return Bridge(standardizer=standardizer, kind=kind, num_heads=2, **(SIZES | changed)).double()  # type: ignore[arg-type]
 
 
 def bags(*lengths: int) -> list[torch.Tensor]:
