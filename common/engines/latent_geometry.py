@@ -13,8 +13,7 @@ from ignite.engine import Engine, Events
 
 from common.cohort.cohort import natural_order, split_three_ways
 from common.embeddings.store import EmbeddingStore
-from common.engines.stride_robustness import stride_scores
-from common.engines.world_model import label_free, organ_spans, slices_of, z_position
+from common.engines.world_model import label_free, organ_spans, slices_of, stride_scores, z_position
 from common.metrics.paired_samples import Mean, compare_pairs, mean_over_volumes
 from common.metrics.slice_paths import DISTANCES, latent_continuity, matched_slices
 

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from common.cohort.cohort import load_labels, patient_of
+from common.embeddings.bags import EmbeddingBags
 from common.embeddings.dense_labels import read_dense_labels
-from common.embeddings.store import EmbeddingStore
-from common.metrics.bootstrap import interval, macro_means, resample_weights
+from common.embeddings.store import EmbeddingStore, check_identity
+from common.metrics.bootstrap import bootstrap, groups_of, interval, macro_means, resample_weights
 from common.metrics.linear_readout import moments, r_squared, read_out, ridge
+from common.metrics.multilabel import auroc_and_average_precision, macro
 from common.metrics.organ_span import SHARES_OF_PEAK, longest_run, predicted_span, span_score
 from common.metrics.paired_samples import Mean, mean_over_volumes
 from common.metrics.slice_paths import (
@@ -25,6 +28,7 @@ from common.metrics.slice_paths import (
     order_by_principal_axis,
 )
 from common.metrics.spread import jackknife, participation_ratio, spectral_effective_rank
+from common.networks.mil_probe import load_probe
 
 FloatArray = NDArray[np.float64]
 Split = Mapping[str, Sequence[str]]
@@ -232,3 +236,62 @@ def _scan_scores(predicted: FloatArray, true: FloatArray, z_mm: FloatArray, cut:
             guess = predicted_span(predicted[:, organ], cut)
             scores[organ] = (*span_score(guess, span, z_mm), float(guess is None))
     return scores
+
+
+def stride_scores(
+    store: EmbeddingStore,
+    probe_dir: str | Path,
+    labels_csv: str | Path,
+    strides: Sequence[int],
+    num_resamples: int,
+    seed: int,
+) -> dict[int, dict[str, Mean]]:
+    """Test a MIL probe on every k-th slice of each volume.
+
+    Source: DALE-CT's released stride probe: k of 1, 2, 4 and 8, probes of Table V.
+
+    Args:
+        store: slice embeddings.
+        probe_dir: folder of an evaluation of the same encoder.
+        labels_csv: labels of the probe's classes.
+        strides: every how many slices.
+        num_resamples: resamples of patients.
+        seed: seed of the resamples.
+
+    Returns:
+        Stride to ``macro_auroc`` and ``macro_auprc``.
+
+    Raises:
+        ValueError: if the probe is of other embeddings, or a stride is not positive.
+    """
+    probe, card = load_probe(probe_dir)
+    remedy = "Train a probe on these embeddings."
+    source = f"the probe in '{probe_dir}' needs"
+    check_identity(store.identity, card, of="the embeddings", source=source, remedy=remedy)
+    if min(strides) < 1:
+        raise ValueError(f"strides must be positive, got {list(strides)}.")
+    bags = EmbeddingBags(store.folder, labels_csv, card["class_names"])
+    weights = resample_weights(groups_of(bags.volumes, "patients"), num_resamples, seed)
+    return {stride: _macro_scores(_stride_logits(probe, bags, stride), bags, weights) for stride in strides}
+
+
+@torch.no_grad()
+def _stride_logits(probe: torch.nn.Module, bags: EmbeddingBags, stride: int) -> FloatArray:
+    """Return ``(N, C)``."""
+    logits = []
+    for index in range(len(bags)):
+        tokens = bags[index]["tokens"][None, ::stride]
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        logits.append(probe(tokens, mask)[0].double().numpy())
+    return np.stack(logits)
+
+
+def _macro_scores(logits: FloatArray, bags: EmbeddingBags, weights: NDArray[np.float32]) -> dict[str, Mean]:
+    targets = bags.labels.numpy()
+    samples = bootstrap(logits, targets, np.zeros(targets.shape[1]), weights)
+    found = {}
+    for name, of_class in zip(("auroc", "auprc"), auroc_and_average_precision(logits, targets), strict=True):
+        value, _ = macro(of_class, bags.class_names)
+        ends = interval(macro_means(samples[name]))
+        found[f"macro_{name}"] = Mean(value, float("nan"), *ends, len(bags))
+    return found

@@ -64,7 +64,8 @@ def draw_target(path: Path, tested: TargetResult, encoder: str) -> None:
     for name, values in tested.metrics[encoder].items():
         low, high = interval(values[1:])
         texts.append(f"{name.replace('_', ' ')} {values[0]:.3f} ({low:.3f} to {high:.3f})")
-    axes.set_title(f"{tested.target.name}, {encoder}, n = {len(truth)}\n{', '.join(texts)}", fontsize=9)
+    title = f"{tested.target.name}, {encoder}, n = {len(truth)}"
+    axes.set_title("\n".join([title, *texts]), fontsize=9)
     write_figure(path, figure)
 
 

@@ -319,7 +319,7 @@ def noise_hu(hu: torch.Tensor) -> float:
     found = deviation[(mean > 0) & (mean < 100) & (deviation < 200)]
     if not len(found):
         return 0.0
-    counts = torch.histc(found, 200, 0, 200)
+    counts = torch.histc(found.cpu(), 200, 0, 200)
     smooth = F.avg_pool1d(counts[None, None], 3, 1, 1)[0, 0]
     return float(smooth.argmax()) + 0.5
 

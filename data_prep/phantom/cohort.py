@@ -78,7 +78,11 @@ class Settings:
         return Redraw(self.kernel, self.dose, self.table)
 
     def __post_init__(self) -> None:
-        allowed = {"site": sorted(SITE_CODES), "form": list(FORMS), "kernel": [None, *KERNELS]}
+        allowed: dict[str, list[str | None]] = {
+            "site": [*sorted(SITE_CODES)],
+            "form": [*FORMS],
+            "kernel": [None, *KERNELS],
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got '{getattr(self, name)}'.")
