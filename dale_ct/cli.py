@@ -172,6 +172,32 @@ def predict(
 
 
 @app.command(
+    epilog="Example: dale-ct report ct.nii.gz --model bundles/report_generation/runs/dale_ct_2s_full"
+)
+def report(
+    ct: CT,
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of a trained report model.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of texts, pictures and embeddings.")] = Path("reports"),
+    encoder: Encoder = "dale_ct_2s",
+    weights: Weights = None,
+    series: Series = None,
+    force: Annotated[bool, typer.Option(help="Continue even if it does not look like a chest CT.")] = False,
+) -> None:
+    """Write a report in words with a trained model. For research, not for diagnosis or reporting."""
+    from dale_ct.encoder import BUNDLES, bundle_folder
+
+    paths = {"encoder_bundle": bundle_folder(encoder), "report_dir": model, "dataset_dir": ct}
+    knobs = {name: word_of(path) for name, path in (paths | {"output_dir": out}).items()}
+    knobs |= {"force": "True"} if force else {}
+    knobs |= {"series": word_of(series)} if series else {}
+    if weights:
+        knobs["encoder_knobs"] = str({"encoder_weights": None if weights == "random" else weights})
+    run_module(bundle_command(BUNDLES / "report_generation", "predict.json", knobs))
+
+
+@app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Example: dale-ct probe /data/ct_rate --out probes/dale_ct_2s",
 )

@@ -7,10 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Before anything is imported that reads them: tests download nothing, report nothing, open no window and
 # compute in one thread.
@@ -23,6 +25,7 @@ import nibabel as nib  # noqa: E402 (see above)
 import numpy as np  # noqa: E402 (see above)
 import pytest  # noqa: E402 (see above)
 import torch  # noqa: E402 (see above)
+from monai.bundle import ConfigWorkflow  # noqa: E402 (see above)
 from packaging.utils import canonicalize_name  # noqa: E402 (see above)
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 (see above)
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402 (see above)
@@ -217,6 +220,32 @@ def series_of(
 def write_series() -> Callable[..., list[Path]]:
     """Return :func:`series_of`."""
     return series_of
+
+
+@pytest.fixture
+def workflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ConfigWorkflow]]:
+    """Return ``open(bundle, config, *overlays, **knobs)``: an initialized bundle that writes to tmp_path."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # bundles set it, and what signals do
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def make(bundle: str, config: str, *overlays: Path, **knobs: Any) -> ConfigWorkflow:
+        files = [REPOSITORY / "bundles" / bundle / "configs" / f"{config}.json", *overlays]
+        settings = {"bundle_root": REPOSITORY / "bundles" / bundle, "output_dir": tmp_path / "out"}
+        if "tracking_uri" in json.loads(files[0].read_text()):
+            settings |= {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+            settings |= {"results_csv": tmp_path / "results.csv"} if bundle.startswith("eval") else {}
+        settings |= knobs
+        paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+        kind = {"train": "train", "inference": "inference"}.get(config, "infer")
+        found = ConfigWorkflow(
+            [str(file) for file in files], workflow_type=kind, logging_file=False, **settings | paths
+        )
+        found.initialize()
+        return found
+
+    yield make
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.embeddings.store import check_identity
+from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
 from common.writing.bridge import Bridge
 
@@ -216,6 +217,19 @@ class ReportModel(nn.Module):
         return torch.cat([soft, prompt.expand(len(bags), -1, -1)], dim=1)
 
 
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """Read what a finished run says of itself.
+
+    Raises:
+        FileNotFoundError: if the folder holds no such run.
+    """
+    for path in (Path(folder) / WEIGHTS, Path(folder) / CARD):
+        if not path.is_file():
+            raise FileNotFoundError(f"No '{path.name}' in '{folder}'. Pass the output_dir of a finished run.")
+    card: dict[str, Any] = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
+    return card
+
+
 @torch.no_grad()
 def begin_with(network: ReportModel, folder: str | Path | None, identity: Mapping[str, Any]) -> ReportModel:
     """Give a network what an earlier run learned, such as the bridge of phase "align"; returns the network.
@@ -232,10 +246,7 @@ def begin_with(network: ReportModel, folder: str | Path | None, identity: Mappin
     """
     if folder is None:
         return network
-    for path in (card_path := Path(folder) / CARD, Path(folder) / WEIGHTS):
-        if not path.is_file():
-            raise FileNotFoundError(f"No '{path.name}' in '{folder}'. Pass the output_dir of a finished run.")
-    known = json.loads(card_path.read_text(encoding="utf-8"))["embeddings"]
+    known = read_card(folder)["embeddings"]
     remedy = "Use the embeddings of that encoder, or train anew."
     check_identity(dict(identity), known, of="the embeddings", source=f"in '{folder}'", remedy=remedy)
     weights = network.state_dict()
@@ -249,3 +260,43 @@ def begin_with(network: ReportModel, folder: str | Path | None, identity: Mappin
             )
         weights[name].copy_(tensor)
     return network
+
+
+def open_report_model(folder: str | Path, identity: Mapping[str, Any]) -> ReportModel:
+    """Open what a finished run left, ready to write.
+
+    Args:
+        folder: its output_dir.
+        identity: facts of the embeddings to write about, with ``dim``.
+
+    Raises:
+        FileNotFoundError: if the folder holds no such run.
+        ValueError: if the embeddings are of another origin, or the tiny language model was left frozen: its
+            weights are in no file.
+    """
+    card = read_card(folder)
+    name, place = card["language_model"], Path(folder) / LANGUAGE
+    if name == TINY:
+        if card["phase"] != "full" or card["lora"] is not None:
+            raise ValueError(f"The tiny language model of '{folder}' never learned. Train it in phase full.")
+        import transformers
+
+        config = transformers.LlamaConfig.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        language = LanguageModel(transformers.LlamaForCausalLM(config), tokenizer, name)
+    else:
+        language = open_language_model(name, texts=(), tiny={}, dtype=card["lm_dtype"], seed=0)
+    bridge = Bridge(
+        standardizer=Standardizer((), identity["dim"]),
+        lm_dim=language.model.get_input_embeddings().embedding_dim,
+        kind=card["bridge"],
+        num_tokens=card["num_tokens"],
+        num_zones=card["num_zones"],
+        width=card["bridge_width"],
+        num_layers=card["bridge_layers"],
+        num_heads=card["bridge_heads"],
+    )
+    network = ReportModel(
+        bridge, language, prompt=card["prompt"], phase=card["phase"], lora=card["lora"], seed=0
+    )
+    return begin_with(network, folder, identity).eval()

@@ -4,12 +4,11 @@ import csv
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from monai.bundle import ConfigWorkflow
 from safetensors.torch import load_file
 
 from common.cohort.class_map import class_map
@@ -40,32 +38,6 @@ def assert_same_weights(found: Path, expected: Path, rtol: float = 0, atol: floa
     weights = load_file(found / "model.safetensors")
     for name, tensor in load_file(expected / "model.safetensors").items():
         torch.testing.assert_close(weights[name], tensor, rtol=rtol, atol=atol, msg=name)
-
-
-@pytest.fixture
-def workflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ConfigWorkflow]]:
-    """Return ``open(bundle, config, *overlays, **knobs)``: an initialized bundle that writes to tmp_path."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # bundles set it, and what signals do
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def make(bundle: str, config: str, *overlays: Path, **knobs: Any) -> ConfigWorkflow:
-        files = [BUNDLES / bundle / "configs" / f"{config}.json", *overlays]
-        settings = {"bundle_root": BUNDLES / bundle, "output_dir": tmp_path / "out"}
-        if "tracking_uri" in json.loads(files[0].read_text()):
-            settings |= {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
-            settings |= {"results_csv": tmp_path / "results.csv"} if bundle.startswith("eval") else {}
-        settings |= knobs
-        paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
-        kind = {"train": "train", "inference": "inference"}.get(config, "infer")
-        found = ConfigWorkflow(
-            [str(file) for file in files], workflow_type=kind, logging_file=False, **settings | paths
-        )
-        found.initialize()
-        return found
-
-    yield make
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def embed_labels(

@@ -177,7 +177,7 @@ def test_a_packed_bundle_passes_what_the_model_zoo_verifies(dist: Path, name: st
     """As its verify_bundle.py; the network's checks are in test_volume_runs.py and test_torchscript.py."""
     folder = dist / "huggingface" / name
     assert (folder / "LICENSE").is_file()
-    assert (folder / "large_files.yml").is_file() == (not name.startswith(("eval_", "finetune_")))
+    assert (folder / "large_files.yml").is_file() == (not name.startswith(("eval_", "finetune_", "report_")))
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     assert metadata["version"] in metadata["changelog"]
     schema = shutil.copy(Path(__file__).parent / "meta_schema.json", tmp_path)

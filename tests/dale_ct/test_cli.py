@@ -183,3 +183,13 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(
     )
     assert "Done: embeddings of 402 volumes" in " ".join(said.split())
     assert len(EmbeddingStore(tmp_path / "out")) == 402
+
+
+def test_report_stands_for_the_bundles_command_and_names_a_folder_that_is_no_model(
+    dale_ct, small_bundle, ct_folder
+):
+    result = dale_ct("report", ct_folder, "--model", ct_folder, "--encoder", small_bundle, "--series", "a")
+    assert result.returncode != 0
+    assert f"--report_dir {ct_folder}" in result.stderr
+    assert "--series a" in result.stderr
+    assert "No 'report.safetensors' in" in result.stderr

@@ -62,7 +62,7 @@ NOT_RUN = {
     r": python -m data_prep download": ("gated data", "data_prep/commands/test_download.py"),
     r": python -m data_prep totalsegment": ("its weights", "data_prep/commands/test_totalsegment.py"),
     r": python -m data_prep \S+$": ("only its name is mentioned", None),
-    r"dale_ct.cli (embed|predict|probe)\b": ("the release at its full size", "dale_ct/test_cli.py"),
+    r"dale_ct.cli (embed|predict|probe|report)\b": ("the release at its full size", "dale_ct/test_cli.py"),
     r"dale_ct.cli doctor": ("depends on the machine", "dale_ct/test_doctor.py"),
     r"bundles/merlin": ("weights of the hub", "bundles/test_volume_runs.py"),
     r"vit_b14_dinov2|table_v_": ("weights of the hub", "bundles/test_overlays.py"),
