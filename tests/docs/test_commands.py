@@ -60,7 +60,7 @@ NOT_RUN = {
     r": python (-m )?benchmarks": ("minutes each", None),
     r": (make|bash|python -m study\S*) ": ("minutes each", "test_hops.py"),
     r": python -m data_prep download": ("gated data", "data_prep/commands/test_download.py"),
-    r": python -m data_prep totalsegment": ("its weights", "data_prep/commands/test_totalsegment.py"),
+    r"(data_prep|dale_ct.cli data) totalsegment": ("its weights", "data_prep/commands/test_totalsegment.py"),
     r": python -m data_prep \S+$": ("only its name is mentioned", None),
     r"dale_ct.cli (embed|predict|probe|report)\b": ("the release at its full size", "dale_ct/test_cli.py"),
     r"dale_ct.cli doctor": ("depends on the machine", "dale_ct/test_doctor.py"),
