@@ -140,29 +140,32 @@ def write_record(stage: str, key: str, seconds: float, out: Path) -> None:
         file.write(json.dumps(record, indent=1) + "\n")
 
 
-def main(
-    size: Annotated[Literal["small", "gpu"], typer.Option(help="small: CPU. gpu: one large GPU.")] = "small",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of everything made. Default: study/out/<size>.")
-    ] = None,
-    only: Annotated[str, typer.Option(help="Only stages whose name holds this text.")] = "",
-    show: Annotated[bool, typer.Option("--list", help="List stages and what is done, and stop.")] = False,
+def run_stages(
+    stages: list[Stage], folder: Path, heading: str, *, only: str = "", show: bool = False
 ) -> None:
-    """Run every table of the paper on a synthetic cohort."""
-    # relative to the repository, so that results do not depend on where it lies
-    folder = Path("study", "out", size) if out is None else out.absolute()
+    """Run the stages that are not done yet, with a progress bar; or list them.
+
+    Args:
+        stages: in the order to run.
+        folder: of everything made: logs, records of what is done, results. Relative to the repository.
+        heading: first line of output.
+        only: run only stages whose name holds this text.
+        show: list stages and what is done, and run none.
+
+    Raises:
+        SystemExit: if a command fails, or this process is asked to end; the same call goes on afterwards.
+    """
     os.chdir(REPOSITORY)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
-    stages = all_stages(SIZES[size], folder, amp_dtype())
     keys = keys_of(stages)
     chosen = [stage for stage in stages if only in stage.name]
-    took = {stage.name: seconds_of(stage.name, keys[stage.name], folder) for stage in chosen}
     if show:
-        for name, seconds in took.items():
-            typer.echo(f"{'to do' if seconds is None else f'{seconds / 60:.1f} min':>10}  {name}")
+        for stage in chosen:
+            seconds = seconds_of(stage.name, keys[stage.name], folder)
+            typer.echo(f"{'to do' if seconds is None else f'{seconds / 60:.1f} min':>10}  {stage.name}")
         return
     console = Console(stderr=True)
-    console.print(f"Study, size {size}: {SIZES[size].takes}. Logs and results in {folder}.", highlight=False)
+    console.print(f"{heading} Logs and results in {folder}.", highlight=False)
     columns = (TextColumn("{task.fields[name]}{task.description}"), BarColumn(20), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         overall = progress.add_task("", total=len(chosen), name="stages")
@@ -176,7 +179,31 @@ def main(
                 write_record(stage.name, keys[stage.name], elapsed, folder)
                 console.print(f"{elapsed / 60:6.1f} min  {stage.name}", highlight=False)
             progress.advance(overall)
-    console.print(f"Done: {len(chosen)} stages. Render the tables: python -m study.render --study {folder}")
+    console.print(f"Done: {len(chosen)} stages.", highlight=False)
+
+
+def folder_of(size: str, out: Path | None) -> Path:
+    """Return ``out`` as a full path; without it study/out/SIZE, relative to the repository.
+
+    So that results do not depend on where the repository lies.
+    """
+    return Path("study", "out", size) if out is None else out.absolute()
+
+
+def main(
+    size: Annotated[Literal["small", "gpu"], typer.Option(help="small: CPU. gpu: one large GPU.")] = "small",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of everything made. Default: study/out/<size>.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only stages whose name holds this text.")] = "",
+    show: Annotated[bool, typer.Option("--list", help="List stages and what is done, and stop.")] = False,
+) -> None:
+    """Run every table of the paper on a synthetic cohort."""
+    folder = folder_of(size, out)
+    stages = all_stages(SIZES[size], folder, amp_dtype())
+    run_stages(stages, folder, f"Study, size {size}: {SIZES[size].takes}.", only=only, show=show)
+    if not show:
+        typer.echo(f"Render the tables: python -m study.render --study {folder}")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _encoder(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> 
     stages, needs = [], ("site a",)
     if name in TRAINED | ABLATIONS:
         root, overlays, knobs = (TRAINED | ABLATIONS)[name]
-        command = _train(name, root, overlays, knobs, size, out, amp_dtype)
+        command = train(name, root, overlays, knobs, size, out, amp_dtype)
         stages, needs = [Stage(f"train {name}", [command], ("shards",))], (f"train {name}",)
     stages.append(Stage(f"table III {name}", _table_iii(name, size, out, labels, amp_dtype), needs))
     if name != CEILING:
@@ -156,9 +156,10 @@ def _encoder(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> 
     return stages
 
 
-def _train(
+def train(
     name: str, root: str, overlays: list[str], knobs: dict[str, Any], size: Size, out: Path, amp_dtype: str
 ) -> list[str]:
+    """Return the command that trains an encoder of the bundle ``root`` on the study's shards."""
     smaller = "train_dinov2.json" if root == "dinov2_ct" else "train.json"
     configs = [f"bundles/{root}/configs/train.json", f"{size.overlays}/{smaller}", *overlays]
     own = {
@@ -171,9 +172,10 @@ def _train(
     return bundle(f"bundles/{root}", configs, **own, encoder_weights=weights_of(name, out), **knobs)
 
 
-def _embed(
+def embed(
     name: str, volumes: Path, to: Path, size: Size, out: Path, amp_dtype: str, **knobs: object
 ) -> list[str]:
+    """Return the command that embeds volumes with an encoder of the study, a floor or the ceiling."""
     if name == CEILING:
         return prep("lesion-areas", root=volumes, out=to, **knobs)
     root = (TRAINED | ABLATIONS).get(name, ("dale_ct_2s",))[0]
@@ -188,7 +190,7 @@ def _table_iii(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -
     embeddings = out / "embeddings" / name
     volumes = {split: out / "cohort" / "dataset" / f"{split}_fixed" for split in ("train", "valid")}
     commands = [
-        _embed(
+        embed(
             *(name, out / "cohort" if name == CEILING else volumes[split], embeddings / split),
             *(size, out, amp_dtype),
             split=split,
@@ -214,7 +216,7 @@ def _table_iv(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str
     volumes = {turn: out / "ct" / turn for turn in ("right", *turns)}
     if name == CEILING:
         volumes["right"] = out / "site_b"
-    commands = [_embed(name, volumes[turn], embeddings / turn, size, out, amp_dtype) for turn in volumes]
+    commands = [embed(name, volumes[turn], embeddings / turn, size, out, amp_dtype) for turn in volumes]
     shared = {"results_csv": out / "results" / "eval_rad_chestct.csv"}
     retrained = {
         "": out / "eval_rad_chestct" / name,
@@ -262,7 +264,7 @@ def _table_i(name: str, size: Size, out: Path, amp_dtype: str) -> list[list[str]
         own |= {"strategies": [f"cropped_{32 * size.grid}"], "patch_size_px": 32}
     config = [f"{root}/configs/train.json"]
     commands = [
-        _embed(name, out / "cohort" / "dataset" / "valid_fixed", tokens, size, out, amp_dtype, **own),
+        embed(name, out / "cohort" / "dataset" / "valid_fixed", tokens, size, out, amp_dtype, **own),
         bundle(root, config, **shared),
     ]
     if name not in ABLATIONS:
@@ -299,7 +301,7 @@ def _table_vi(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[
         table = labels / f"{split}_predicted_labels.csv"
         own = {"subset_csv": subsets[split], "strategies": size.strategies}
         commands.append(prep("subset", labels=table, patients=patients, out=subsets[split]))
-        commands.append(_embed("dale_ct_2s", volumes[split], stores[split], size, out, amp_dtype, **own))
+        commands.append(embed("dale_ct_2s", volumes[split], stores[split], size, out, amp_dtype, **own))
     each = [part for strategy in size.strategies for part in ("--strategy", strategy)]
     folders = {f"{side}_embeddings_dir": f"{stores[split]}/{{}}" for side, split in SIDES.items()}
     probes = {
