@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine
 
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.engines.finetuning import FineTuner
@@ -16,7 +15,7 @@ from common.networks.hub import HUB
 from common.networks.mil_probe import initial_probe, save_probe
 from common.reports.paired_differences import MACRO, PREDICTIONS, paired_differences
 from common.reports.results import ResultRow, read_predictions
-from common.run.process import rank_and_ranks, sha256_of
+from common.run.process import sha256_of
 
 ADAPTER, ENCODER = "adapter.safetensors", "model.safetensors"
 
@@ -63,11 +62,6 @@ class FineTuneReport(EvaluationReport):
         self.encoder, self.mode, self.lora, self.pooler = encoder, mode, lora, pooler
         self.protocol, self.dataset_name, self.frozen_probe = protocol, dataset_name, frozen_probe
         self.num_resamples, self.resampling = num_resamples, resampling
-
-    def attach(self, engine: Engine) -> None:
-        """Register with the engine, on the first rank."""
-        if rank_and_ranks()[0] == 0:
-            super().attach(engine)
 
     def results(self, engine: FineTuner) -> list[ResultRow]:
         """Return the result rows."""

@@ -26,6 +26,7 @@ from common.reports.probe_pictures import (
     threshold_rows,
 )
 from common.reports.results import Predictions, ResultRow, add_rows, result_rows, write_predictions
+from common.run.process import rank_and_ranks
 
 MAX_SHOWN = 8
 """Volumes whose slices' weights are shown, at most; our choice."""
@@ -37,7 +38,7 @@ Numbers = dict[str, tuple[float, float, float]]
 class EvaluationReport(ABC):
     """Writes the files and result rows of an evaluation when its engine has completed.
 
-    A run that was asked to stop leaves nothing.
+    A run that was asked to stop leaves nothing; of several ranks the first writes.
 
     Args:
         output_dir: folder of the files.
@@ -54,7 +55,8 @@ class EvaluationReport(ABC):
 
     def attach(self, engine: Engine) -> None:
         """Register with the engine of the evaluation."""
-        engine.add_event_handler(Events.COMPLETED, self._report)
+        if rank_and_ranks()[0] == 0:
+            engine.add_event_handler(Events.COMPLETED, self._report)
 
     def _report(self, engine: Engine) -> None:
         if not getattr(engine.state, "exit_status", None):

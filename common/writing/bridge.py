@@ -66,7 +66,12 @@ class Bridge(nn.Module):
             raise ValueError(f"num_tokens must be a multiple of num_zones, got {num_tokens} and {num_zones}.")
         if width % (2 * num_heads):
             raise ValueError(f"bridge_width must be a multiple of 2 x {num_heads} heads, got {width}.")
-        self.dim, self.kind, self.num_zones = len(standardizer.mean), kind, num_zones
+        self.dim, self.kind, self.num_zones, self.num_heads = (
+            len(standardizer.mean),
+            kind,
+            num_zones,
+            num_heads,
+        )
         self.entry = nn.Sequential(standardizer, nn.Linear(self.dim, width))
         self.queries = nn.Parameter(torch.randn(num_tokens, width) / math.sqrt(width))
         self.layers = nn.ModuleList(_CrossAttention(width, num_heads) for _ in range(num_layers))
@@ -132,7 +137,7 @@ class _CrossAttention(nn.Module):
         self.to_key_value = nn.Linear(width, 2 * width)
         self.think = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, queries: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         query, key, value = self._heads(queries, tokens)
         read = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         queries = queries + self.to_out(read.transpose(1, 2).flatten(2))
@@ -149,3 +154,33 @@ class _CrossAttention(nn.Module):
         query = self.to_query(self.norm_queries(queries))
         key, value = self.to_key_value(self.norm_tokens(tokens)).chunk(2, dim=-1)
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+
+
+class GatedReader(nn.Module):
+    """Words of a report read the soft words, between two layers of a language model; at first to no effect.
+
+    Source: Flamingo (arXiv:2204.14198), the gate tanh(a) with a = 0 at first. Our choice: one gate for
+    attention and perceptron together.
+
+    Args:
+        width: L, a multiple of the number of heads.
+        num_heads: attention heads.
+
+    Shape:
+        ``words (B, T, L)``, ``soft (B, Q, L)``, ``seen (T, Q)`` bool or None for all. Output: as the words,
+        in their number type.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"A language model {width} wide cannot be read by {num_heads} bridge_heads.")
+        self.read = _CrossAttention(width, num_heads)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, words: torch.Tensor, soft: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read; see the class."""
+        entered = words.float()  # small gates vanish in 16 bits
+        return words + (self.gate.tanh() * (self.read(entered, soft, seen) - entered)).to(words.dtype)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from common.embeddings.store import check_identity
 from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
-from common.writing.bridge import Bridge
+from common.writing.bridge import Bridge, GatedReader
 
 TINY = "tiny"
 PHASES = ("align", "full")
@@ -106,10 +106,11 @@ def word_tokenizer(texts: Sequence[str]) -> Any:  # noqa: ANN401 (transformers h
 
 
 class ReportModel(nn.Module):
-    """Put the soft words of a bridge before the words of a report.
+    """Put the soft words of a bridge before the words of a report, or let these read them on the way.
 
-    The sequence is: Q soft words, the words of ``prompt``, the report, the end of the text. Sequences are
-    padded at their ends.
+    The sequence is: Q soft words, the words of ``prompt``, the report, the end of the text. With
+    ``cross_layers`` the soft words are not in it: before each of those layers, gated cross-attention reads
+    them. Sequences are padded at their ends, or packed: in one row behind each other, none seeing another.
 
     Args:
         bridge: from the bag to soft words.
@@ -118,9 +119,12 @@ class ReportModel(nn.Module):
         phase: "align": the bridge alone learns; "full": the language model too.
         lora: arguments of ``peft.LoraConfig``, by which the model learns in "full"; None for all its weights.
         seed: seed of LoRA's initial weights.
+        cross_layers: numbers of layers of the language model, from 0; none for a soft prompt.
+        packed: whether a batch learns as one row; the loss is the same.
 
     Raises:
-        ValueError: if the phase is unknown, or the bridge is not as wide as the model's words.
+        ValueError: if the phase is unknown, the bridge is not as wide as the model's words, or there is no
+            such layer, or with ``cross_layers`` no prompt.
     """
 
     def __init__(
@@ -132,6 +136,8 @@ class ReportModel(nn.Module):
         phase: str,
         lora: Mapping[str, Any] | None,
         seed: int,
+        cross_layers: Sequence[int] = (),
+        packed: bool = False,
     ) -> None:
         super().__init__()
         if phase not in PHASES:
@@ -154,6 +160,25 @@ class ReportModel(nn.Module):
         bos = self.tokenizer.bos_token_id
         start = [] if bos is None else [bos]
         self.prompt = start + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        self.packed = packed
+        self.soft = torch.empty(0)  # what the readers read: of the bags at hand
+        self.seen: torch.Tensor | None = None  # by which word of a packed row; None for all
+        self.readers = nn.ModuleList(GatedReader(width, bridge.num_heads) for _ in cross_layers)
+        if cross_layers:
+            self._read_before(cross_layers)
+
+    def _read_before(self, numbers: Sequence[int]) -> None:
+        count = self.language.config.num_hidden_layers
+        if wrong := [number for number in numbers if not 0 <= number < count]:
+            raise ValueError(f"cross_layers must be numbers from 0 to {count - 1}, got {wrong}.")
+        if not self.prompt:
+            raise ValueError("prompt must have a word with cross_layers, after which the report begins.")
+        lists = (part for part in self.language.modules() if isinstance(part, nn.ModuleList))
+        layers = next(part for part in lists if len(part) == count)
+        for reader, number in zip(self.readers, numbers, strict=True):
+            layers[number].register_forward_pre_hook(
+                lambda _, given, reader=reader: (reader(given[0], self.soft, self.seen), *given[1:])
+            )
 
     def learned(self) -> nn.ParameterDict:
         """Return what learns, by name with ``/`` for each dot: shared with the network, not copied."""
@@ -173,6 +198,8 @@ class ReportModel(nn.Module):
             reports: B reports ``(T,)`` of :meth:`words`, of any lengths.
         """
         start = self._start(bags)
+        if self.packed:
+            return self._packed_loss(start, [report.to(start.device) for report in reports])
         pad = nn.utils.rnn.pad_sequence
         targets = pad(list(reports), batch_first=True, padding_value=IGNORED).to(start.device)
         there = targets != IGNORED
@@ -189,6 +216,29 @@ class ReportModel(nn.Module):
         return functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
+
+    def _packed_loss(self, start: torch.Tensor, reports: list[torch.Tensor]) -> torch.Tensor:
+        """Return the loss of reports that lie in one row behind each other, each behind its start."""
+        embed, device = self.language.get_input_embeddings(), start.device
+        row = torch.cat(
+            [part for begin, report in zip(start, reports, strict=True) for part in (begin, embed(report))]
+        )
+        lengths = torch.tensor([len(report) for report in reports], device=device) + start.shape[1]
+        owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        place = torch.arange(len(row), device=device) - (lengths.cumsum(0) - lengths)[owner]
+        self.seen = owner[:, None] == torch.arange(len(lengths), device=device).repeat_interleave(
+            self.soft.shape[1]
+        )
+        self.soft = self.soft.flatten(0, 1)[None]
+        before_words = (place >= start.shape[1] - 1) & (place < lengths[owner] - 1)
+        # where positions begin anew, transformers lets no word look further back
+        logits = self.language(
+            inputs_embeds=row[None],
+            position_ids=place[None],
+            use_cache=False,
+            logits_to_keep=before_words.nonzero()[:, 0],
+        ).logits[0]
+        return functional.cross_entropy(logits.float(), torch.cat(reports), reduction="sum")
 
     @torch.no_grad()
     def write(self, bags: Sequence[torch.Tensor], max_words: int) -> list[Generated]:
@@ -210,11 +260,12 @@ class ReportModel(nn.Module):
         return [Generated(text.strip(), ends in ids) for text, ids in zip(texts, found, strict=True)]
 
     def _start(self, bags: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed soft words and prompt, ``(B, Q + P, L)``."""
+        """Embed soft words, unless they are read on the way, and prompt, ``(B, Q + P, L)``."""
         embed = self.language.get_input_embeddings()
-        soft = self.bridge(*pad_bags(bags)).to(embed.weight.dtype)
-        prompt = embed(torch.tensor(self.prompt, device=soft.device, dtype=torch.long))
-        return torch.cat([soft, prompt.expand(len(bags), -1, -1)], dim=1)
+        self.soft, self.seen = self.bridge(*pad_bags(bags)), None
+        ids = torch.tensor(self.prompt, device=self.soft.device, dtype=torch.long)
+        prompt: torch.Tensor = embed(ids).expand(len(bags), -1, -1)
+        return prompt if self.readers else torch.cat([self.soft.to(prompt.dtype), prompt], dim=1)
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -297,6 +348,9 @@ def open_report_model(folder: str | Path, identity: Mapping[str, Any]) -> Report
         num_heads=card["bridge_heads"],
     )
     network = ReportModel(
-        bridge, language, prompt=card["prompt"], phase=card["phase"], lora=card["lora"], seed=0
+        bridge,
+        language,
+        **{name: card[name] for name in ("prompt", "phase", "lora", "cross_layers")},
+        seed=0,
     )
     return begin_with(network, folder, identity).eval()

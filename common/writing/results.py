@@ -57,7 +57,7 @@ class ReportWriter(EvaluationReport):
     def write(self, engine: ReportTrainer) -> None:
         """Write the files."""
         state, test = engine.state, engine.cohorts["test"]
-        network: Any = engine.network
+        network = engine.model
         # with the bridge's means and deviations of the training tokens, which do not learn
         bridge = {
             f"bridge.{name}".replace(".", "/"): weight for name, weight in network.bridge.state_dict().items()

@@ -5,19 +5,23 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.embeddings.bags import BagReader, EmbeddingBags, ShuffledBatches, check_cohorts
+from common.embeddings.store import EmbeddingStore
 from common.engines.probe_grid import ProbeTrainer
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, resample_weights
 from common.networks.pretraining_model import clip_by_global_norm
+from common.run.distributed import sum_over_ranks
+from common.run.process import gather_objects, rank_and_ranks
 from common.writing.labels import report_labels
 from common.writing.model import Generated, ReportModel
 from common.writing.scores import (
@@ -60,6 +64,8 @@ class BestWeights:
 class ReportTrainer(ProbeTrainer):
     """Train on batches of volumes and their reports; the loss is the mean over all words of a batch.
 
+    Ranks share a batch, validation and writing; but for dropout, each step is that of one process.
+
     Every ``val_interval`` steps and after the last, the loss is measured on validation; the weights of the
     lowest are kept, and write the reports of the test set when training has ended: from the embeddings
     ("real"), and in place of them from those of another patient ("shuffled"), zeros ("zero"), and the mean
@@ -76,7 +82,7 @@ class ReportTrainer(ProbeTrainer):
         train_data_loader: ``ShuffledBatches`` of places in the training cohort.
         cohorts: embeddings by "train", "validation" and "test"; their labels are not used.
         reports: volume to text, of all cohorts.
-        network: the model.
+        network: a ``ReportModel``, of :func:`common.networks.pretraining_model.distribute` on several ranks.
         learned: what of it learns.
         best: the choice so far; saved in checkpoints.
         clip_norm: largest global norm of the gradient.
@@ -90,8 +96,9 @@ class ReportTrainer(ProbeTrainer):
         others: as :class:`ProbeTrainer`.
 
     Raises:
-        ValueError: if cohorts differ in the origin of their embeddings or share a patient, a control is
-            unknown, or one patient has more than half of the test set.
+        ValueError: if cohorts differ in the origin of their embeddings or share a patient, zones are asked of
+            tokens that do not lie along z, a control is unknown, or one patient has more than half of the
+            test set.
         FloatingPointError: in training, if a loss is not finite.
     """
 
@@ -101,7 +108,7 @@ class ReportTrainer(ProbeTrainer):
         train_data_loader: ShuffledBatches,
         cohorts: Mapping[str, EmbeddingBags],
         reports: Mapping[str, str],
-        network: ReportModel,
+        network: nn.Module,
         learned: nn.ParameterDict,
         best: BestWeights,
         clip_norm: float,
@@ -118,8 +125,12 @@ class ReportTrainer(ProbeTrainer):
         if unknown := [name for name in controls if name not in CONTROLS]:
             raise ValueError(f"controls must be among {CONTROLS}, got {unknown}.")
         self.cohorts, self.best, self.learned, self.seed = dict(cohorts), best, learned, seed
+        whole = network.module if isinstance(network, DistributedDataParallel) else network
+        self.model = cast(ReportModel, whole)
+        if self.model.bridge.kind == "zones":
+            check_tokens_lie_along_z(cohorts["train"])
         self.texts = {name: [reports[volume] for volume in bags.volumes] for name, bags in cohorts.items()}
-        self.words = {name: [network.words(text) for text in texts] for name, texts in self.texts.items()}
+        self.words = {name: [self.model.words(text) for text in texts] for name, texts in self.texts.items()}
         self.max_words, self.eval_batch_size = max_words, eval_batch_size
         self.controls, self.labeller = list(controls), labeller
         groups = groups_of(cohorts["test"].volumes, resampling)
@@ -145,17 +156,21 @@ class ReportTrainer(ProbeTrainer):
 
     def losses(self, batch: list[int]) -> torch.Tensor:
         """Return the mean loss over the words of a batch, its places in the training cohort."""
-        seeds = np.random.SeedSequence([self.seed, self.state.iteration]).generate_state(1)
+        rank, ranks = rank_and_ranks()
+        seeds = np.random.SeedSequence([self.seed, self.state.iteration, rank]).generate_state(1)
         torch.manual_seed(int(seeds[0]))  # of dropout
-        loss = self._loss("train", batch) / self._num_words("train", batch)
+        mine = batch[rank::ranks]
+        # the ranks must run equally often: one without a volume takes another's, which does not count
+        total = self._loss(self.network, "train", mine or batch[:1]) * bool(mine)
+        loss = sum_over_ranks(total) / self._num_words("train", batch)
         if not loss.isfinite():
             volumes = [self.cohorts["train"].volumes[index] for index in batch]
             raise FloatingPointError(f"The loss is {loss} at step {self.state.iteration}, of {volumes}.")
         return loss
 
-    def _loss(self, cohort: str, places: Sequence[int]) -> torch.Tensor:
+    def _loss(self, network: nn.Module, cohort: str, places: Sequence[int]) -> torch.Tensor:
         words = [self.words[cohort][index] for index in places]
-        total: torch.Tensor = self.network(self.readers[cohort](places), words)
+        total: torch.Tensor = network(self.readers[cohort](places), words)
         return total
 
     def _num_words(self, cohort: str, places: Sequence[int]) -> int:
@@ -166,8 +181,8 @@ class ReportTrainer(ProbeTrainer):
         """Measure the mean loss over the words of validation and keep the weights if it is the lowest."""
         self.network.eval()
         places = range(len(self.cohorts["validation"]))
-        total = sum(float(self._loss("validation", part)) for part in self._parts(places))
-        loss = total / self._num_words("validation", places)
+        total = shared(self._parts(places), lambda part: float(self._loss(self.model, "validation", part)))
+        loss = sum(total) / self._num_words("validation", places)
         if not math.isfinite(loss):
             raise FloatingPointError(f"The validation loss is {loss} at step {step}. Lower lr.")
         self.best.offer(loss, step, self.learned)
@@ -214,20 +229,22 @@ class ReportTrainer(ProbeTrainer):
     def _write(self, condition: str) -> list[Generated]:
         """Write the reports of the test set from what a condition puts in place of its embeddings."""
         self.network.eval()
-        reader, found, mean = self.readers["test"], [], None
+        reader, mean = self.readers["test"], None
         if condition == "mean":
             train = self.readers["train"]
             sums = [train([index])[0].double().sum(0) for index in range(len(self.cohorts["train"]))]
             mean = (torch.stack(sums).sum(0) / int(self.cohorts["train"].lengths.sum())).float()
-        parts = self._parts(range(len(self.cohorts["test"])))
-        for places in tqdm(parts, desc=f"Writing reports, {condition}", unit="batch", dynamic_ncols=True):
+
+        def write(places: range) -> list[Generated]:
             bags = reader([self.partners[place] for place in places] if condition == "shuffled" else places)
             if condition == "zero":
                 bags = [torch.zeros_like(bag) for bag in bags]
             elif mean is not None:
                 bags = [mean.expand(len(bag), -1) for bag in bags]
-            found += self.network.write(bags, self.max_words)  # type: ignore[operator]
-        return found
+            return self.model.write(bags, self.max_words)
+
+        parts = self._parts(range(len(self.cohorts["test"])))
+        return sum(shared(parts, write, f"Writing reports, {condition}"), [])
 
     def _parts(self, places: range) -> list[range]:
         size = self.eval_batch_size
@@ -237,6 +254,38 @@ class ReportTrainer(ProbeTrainer):
     def _set(self, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, weight in self.learned.items():
             weight.copy_(parameters[name])
+
+
+def check_tokens_lie_along_z(bags: EmbeddingBags) -> None:
+    """Refuse tokens whose order does not follow z: of organs, or of a grid whose first axis is another.
+
+    Raises:
+        ValueError: if they are such; plain arrays do not say what they are, and pass.
+    """
+    kind = bags.identity["token_kind"]
+    if kind not in ("grid", "organ"):
+        return
+    axes = cast(EmbeddingStore, bags.store).read(bags.volumes[0]).metadata.get("axcodes", "unknown")
+    if kind == "organ" or axes[0] not in "SI":
+        of = "of organs" if kind == "organ" else f"of a grid with axes {axes}"
+        raise ValueError(
+            f"--bridge zones needs tokens in the order of z, those of '{bags.identity['encoder']}' are {of}. "
+            "Pass --bridge perceiver."
+        )
+
+
+def shared(parts: Sequence[range], work: Callable[[range], Any], progress: str | None = None) -> list[Any]:
+    """Do a work part by part, in turns among the ranks; return all results in order, on every rank.
+
+    Args:
+        parts: places of a cohort.
+        work: what to do with a part.
+        progress: title of a progress bar; None for no bar.
+    """
+    rank, ranks = rank_and_ranks()
+    bar = {"desc": progress, "unit": "batch", "dynamic_ncols": True, "disable": progress is None or rank > 0}
+    found = gather_objects([work(part) for part in tqdm(parts[rank::ranks], **bar)])
+    return [found[number % ranks][number // ranks] for number in range(len(parts))]
 
 
 def other_patients(groups: Sequence[str], seed: int) -> list[int]:

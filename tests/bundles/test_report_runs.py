@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.embeddings.store import EmbeddingStoreWriter
+from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
 from common.reports.results import read_rows
 from common.writing.labels import CLASS_NAMES, report_labels
+from common.writing.model import open_report_model
 from common.writing.trainer import ReportTrainer
 from data_prep.phantom.reports import COLUMNS, findings_text
+from tests.bundles.conftest import TrainingRuns
 
 IDENTITY = {
     **{"encoder": "areas", "encoder_id": "areas:1", "preprocessing": "none", "slice_order": "feet_to_head"},
@@ -161,3 +163,28 @@ def test_a_run_that_broke_off_goes_on_to_the_same_weights(
     assert "Resumed at step 14" in caplog.text
     for name, weight in load_file(tmp_path / "broken" / "report.safetensors").items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.two_ranks
+def test_two_ranks_train_and_write_as_one_and_what_they_leave_opens(
+    workflow, python_m_on, cohort, tmp_path
+) -> None:
+    # of 9 reports, the third batch leaves one rank without any
+    knobs = {"num_val_patients": 80, "batch_size": 4, "max_steps": 6, "cross_layers": [1], "clip_norm": 0.5}
+    expected = train(workflow, cohort, tmp_path / "one", **knobs)
+    given = {"tiny": json.dumps(TINY), "lora": "$None", "embeddings_dir": cohort / "embeddings"}
+    runs = TrainingRuns(python_m_on, "report_generation", cohort, KNOBS | knobs | given)
+    runs.run(tmp_path / "two", 2, results_csv=tmp_path / "two.csv")
+    found = load_file(tmp_path / "two" / "report.safetensors")
+    assert found["readers/0/gate"] != 0
+    for name, weight in load_file(expected / "report.safetensors").items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    ours, theirs = (read_rows(path) for path in (tmp_path / "two.csv", expected / "results.csv"))
+    assert [(row.protocol, row.metric) for row in ours] == [(row.protocol, row.metric) for row in theirs]
+    tables = [(folder / "reports.csv").read_text() for folder in (tmp_path / "two", expected)]
+    assert tables[0] == tables[1]
+    opened = open_report_model(expected, IDENTITY | {"dim": 18})
+    store = EmbeddingStore(cohort / "embeddings" / "valid")
+    with (expected / "reports.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+    assert opened.write([store.view(first["volume"])], 60)[0].text == first["real"]

@@ -5,7 +5,7 @@ import torch
 
 from common.networks.mil_probe import Standardizer
 from common.networks.poolers import pad_bags
-from common.writing.bridge import Bridge
+from common.writing.bridge import Bridge, GatedReader
 
 SIZES = {"lm_dim": 10, "num_tokens": 8, "num_zones": 4, "width": 16, "num_layers": 2}
 
@@ -84,3 +84,15 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         bridge("zones", width=18)
     with pytest.raises(ValueError, match="6 wide.*got 7"):
         bridge("zones")(*pad_bags([torch.ones(3, 7)]))
+
+
+def test_a_gate_lets_nothing_through_at_first_and_then_its_share() -> None:
+    torch.manual_seed(0)
+    reader, words, soft = GatedReader(8, 2), torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    assert torch.equal(reader(words, soft), words)
+    reader.gate.data.fill_(0.5)
+    queries = words + reader.read(words, soft, None) - words
+    torch.testing.assert_close(reader(words, soft), words + 0.46211716 * (queries - words))
+    assert reader(words.bfloat16(), soft).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="10 wide cannot be read by 3"):
+        GatedReader(10, 3)

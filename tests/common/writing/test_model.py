@@ -18,7 +18,13 @@ def language(texts: list[str] = TEXTS) -> LanguageModel:
     return open_language_model("tiny", texts=texts, tiny=TINY, dtype="float32", seed=3)
 
 
-def network(phase: str = "full", lora: dict | None = None, lm_dim: int = 16) -> ReportModel:
+def network(
+    phase: str = "full",
+    lora: dict | None = None,
+    lm_dim: int = 16,
+    prompt: str = "No nodule.",
+    cross: tuple = (),
+) -> ReportModel:
     torch.manual_seed(0)
     bridge = Bridge(
         **{
@@ -30,7 +36,7 @@ def network(phase: str = "full", lora: dict | None = None, lm_dim: int = 16) -> 
         },
         **{"width": 8, "num_layers": 1, "num_heads": 2},
     )
-    return ReportModel(bridge, language(), prompt="No nodule.", phase=phase, lora=lora, seed=1)
+    return ReportModel(bridge, language(), prompt=prompt, phase=phase, lora=lora, seed=1, cross_layers=cross)
 
 
 def bags(*lengths: int) -> list[torch.Tensor]:
@@ -118,3 +124,46 @@ def test_models_of_a_folder_are_opened_and_misfits_refused(tmp_path) -> None:
         network(lm_dim=12)
     with pytest.raises(ValueError, match="phase must be one of.*'all'"):
         network("all")
+
+
+def test_cross_attention_begins_as_the_language_model_alone_and_learns_to_read() -> None:
+    model, found = network(cross=(0, 1)), bags(4, 6)
+    words = [model.words(text) for text in TEXTS[1:]]
+    alone = 0.0
+    for report in words:
+        logits = language().model(torch.cat([torch.tensor(model.prompt), report])[None]).logits[0]
+        alone -= logits.log_softmax(-1)[len(model.prompt) - 1 : -1].gather(1, report[:, None]).sum().item()
+    assert model(found, words).item() == pytest.approx(alone, rel=1e-5)
+    optimizer = torch.optim.AdamW(model.learned().parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(found, words)
+        loss.backward()
+        optimizer.step()
+    for name, weight in model.learned().items():
+        assert weight.grad.abs().sum() > 0, name
+    assert loss < 0.1 * alone
+    model.eval()
+    swapped = model(found[::-1], words)
+    assert swapped > loss + 1  # each report was read from its own bag
+    written = model.write(found, max_words=3)
+    assert [one.text for one in written] == [model.write([bag], max_words=3)[0].text for bag in found]
+    with pytest.raises(ValueError, match=r"from 0 to 1, got \[2\]"):
+        network(cross=(2,))
+
+
+@pytest.mark.parametrize("cross", [(), (1,)])
+def test_packed_reports_have_the_loss_and_gradient_of_padded_ones(cross) -> None:
+    model, found = network(cross=cross), bags(3, 7, 2)
+    for reader in model.readers:
+        reader.gate.data.fill_(0.5)
+    losses, gradients = [], []
+    for model.packed in (False, True):
+        model.zero_grad()
+        loss = model(found, [model.words(text) for text in TEXTS])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: weight.grad.clone() for name, weight in model.learned().items()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)

@@ -51,9 +51,24 @@ def test_means_differences_and_the_share_owed_go_resample_by_resample() -> None:
 
 def test_words_are_compared_in_lower_case_by_bleu_and_rouge() -> None:
     text = "The heart is enlarged. No nodule is seen."
-    assert text_scores([text.upper()], [text]) == pytest.approx({"bleu_4": 1, "rouge_l": 1})
-    assert text_scores(["", "x"], [text, text]) == {"bleu_4": 0, "rouge_l": 0}
+    assert text_scores([text.upper()], [text]) == pytest.approx(
+        {"bleu_4": 1, "rouge_l": 1, "meteor_without_synonyms": 1 - 0.5 / 10**3}
+    )
+    assert text_scores(["", "x"], [text, text]) == {
+        **{"bleu_4": 0, "rouge_l": 0},
+        "meteor_without_synonyms": 0,
+    }
     # "the heart is enlarged ." of 10 tokens: all its n-grams are right, brevity exp(1 - 10/5), P 1, R 1/2
     found = text_scores(["The heart is enlarged."], [text])
     assert found["bleu_4"] == pytest.approx(math.exp(1 - 10 / 5))
     assert found["rouge_l"] == pytest.approx(2 * 0.5 / 1.5)
+    # F is P R / (.9 P + .1 R), less .5 (4 / 5)^3 of it: NLTK takes the last "is" and ".", so 4 chunks of 5
+    assert found["meteor_without_synonyms"] == pytest.approx(0.5 / 0.95 * (1 - 0.5 * (4 / 5) ** 3))
+
+
+def test_meteor_knows_stems_and_no_synonyms() -> None:
+    # "nodules" and "nodule" have one stem, "big" and "large" are not one word: 2 of 4 match, in two chunks
+    found = text_scores(["big nodules are seen"], ["large nodule is seen"])["meteor_without_synonyms"]
+    assert found == pytest.approx(2 / 4 * (1 - 0.5 * (2 / 2) ** 3))
+    found = text_scores(["two nodules seen now"], ["two nodule seen before"])["meteor_without_synonyms"]
+    assert found == pytest.approx(3 / 4 * (1 - 0.5 * (1 / 3) ** 3))

@@ -5,8 +5,16 @@ import pytest
 import torch
 from torch import nn
 
+from common.embeddings.bags import EmbeddingBags
+from common.embeddings.store import EmbeddingStoreWriter
 from common.writing.scores import decision_samples
-from common.writing.trainer import BestWeights, best_constant, other_patients
+from common.writing.trainer import (
+    BestWeights,
+    best_constant,
+    check_tokens_lie_along_z,
+    other_patients,
+    shared,
+)
 
 
 @pytest.mark.parametrize("groups", ["abcd", "aabbc", "abab", "aabccd", "aaabbbccd"])
@@ -43,3 +51,24 @@ def test_the_lowest_loss_keeps_a_copy_that_a_file_of_tensors_holds(tmp_path) -> 
     found = BestWeights()
     found.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True))
     assert (found.loss, found.step, found.parameters["a"].tolist()) == (1.0, 1, [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "refused"),
+    [("grid", "RAS", "of a grid with axes RAS"), ("grid", "SPL", None), ("organ", None, "of organs")],
+)
+def test_zones_are_refused_where_tokens_do_not_lie_along_z(kind, axes, refused, tmp_path) -> None:
+    identity = {"encoder": "colipri", "encoder_id": "x", "preprocessing": "none", "slice_order": "none"}
+    with EmbeddingStoreWriter(tmp_path, identity | {"token_kind": kind}, "float32") as writer:
+        writer.add("a", torch.ones(8, 3), (1, 1, 1), grid_shape=[2, 2, 2], axcodes=axes)
+    (tmp_path / "labels.csv").write_text("VolumeName\na\n")
+    bags = EmbeddingBags(tmp_path, tmp_path / "labels.csv", [])
+    if refused is None:
+        check_tokens_lie_along_z(bags)
+        return
+    with pytest.raises(ValueError, match=f"zones needs.*'colipri' are {refused}.*--bridge perceiver"):
+        check_tokens_lie_along_z(bags)
+
+
+def test_parts_of_a_work_come_back_in_order() -> None:
+    assert shared([range(0, 2), range(2, 4), range(4, 5)], sum) == [1, 5, 4]
