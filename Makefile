@@ -35,7 +35,7 @@ demo: $(INSTALLED) ## the whole path on a synthetic cohort: some 20 minutes on 2
 study: $(INSTALLED) ## every table of the paper on a synthetic cohort, resumable: SIZE=small or gpu
 	$(BIN)/python -m study.run --size $(SIZE)
 
-test: $(INSTALLED) ## all tests, doctests included: about 11 minutes on 2 cores
+test: $(INSTALLED) ## all tests, doctests included: about 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
 test-fast: $(INSTALLED) ## the tests without the slow and the two-rank ones
