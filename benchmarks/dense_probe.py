@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,6 +99,11 @@ def seconds_of(once: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
+def our_labels(ids: np.ndarray, bits: np.ndarray) -> tuple[Any, Any]:
+    """Count as the package does: shares of organs, and which findings a patch shows."""
+    return patch_shares(ids, BOX, GRID, TASKS["totalsegmentator"]), patch_bits(bits, BOX, GRID)
+
+
 def write_cohort(root: Path) -> dict[str, float]:
     """Label and embed synthetic scans; return the times and the largest difference of both ways' labels."""
     ours = plain = error = 0.0
@@ -107,16 +113,9 @@ def write_cohort(root: Path) -> dict[str, float]:
     with EmbeddingStoreWriter(root / "tokens", identity, "float16") as writer:
         for number in range(VOLUMES):
             ids, bits = masks(number)
-            seconds, (shares, found) = seconds_of(
-                lambda ids=ids, bits=bits: (
-                    patch_shares(ids, BOX, GRID, TASKS["totalsegmentator"]),
-                    patch_bits(bits, BOX, GRID),
-                )
-            )
+            seconds, (shares, found) = seconds_of(partial(our_labels, ids, bits))
             ours += seconds
-            seconds, (plain_shares, plain_present) = seconds_of(
-                lambda ids=ids, bits=bits: plain_labels(ids, bits)
-            )
+            seconds, (plain_shares, plain_present) = seconds_of(partial(plain_labels, ids, bits))
             plain += seconds
             error = max(error, float(np.abs(shares.toarray() - plain_shares).max()))
             assert (findings_present(found.ravel()) == plain_present).all()
@@ -126,11 +125,9 @@ def write_cohort(root: Path) -> dict[str, float]:
             generator = torch.Generator().manual_seed(number)
             patches = torch.randn(len(signal), DIM, generator=generator) + signal @ directions
             patches = patches.unflatten(0, (SLICES, -1))
-            writer.add(
-                *(volume, patches.mean(1), (0.7, 0.7, 2.0)),
-                **{"z_mm": torch.arange(SLICES) * 2.0, "patches": patches},
-                **{"patch_grid": [GRID, GRID], "box": list(BOX)},
-            )
+            z_mm = torch.arange(SLICES) * 2.0
+            grid = {"patches": patches, "patch_grid": [GRID, GRID], "box": list(BOX)}
+            writer.add(volume, patches.mean(1), (0.7, 0.7, 2.0), z_mm=z_mm, **grid)
     return {"ours": ours, "plain": plain, "error": error}
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import timm
 import torch
@@ -29,27 +29,33 @@ from common.networks.pretraining_model import clip_by_global_norm, distribute, p
 from common.optimizers.adamw import layerwise_adamw
 from common.transforms.patch_masks import PatchMasks, masked_places
 
-VIT_L = {"patch_size": 14, "img_size": 518, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-SMALL = {"patch_size": 14, "img_size": 112, "embed_dim": 96, "depth": 3, "num_heads": 3}
+VIT_L: dict[str, Any] = {"patch_size": 14, "img_size": 518, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+SMALL: dict[str, Any] = {"patch_size": 14, "img_size": 112, "embed_dim": 96, "depth": 3, "num_heads": 3}
 VIEWS = (2, 14)
 TEMP, STUDENT_TEMP, MOMENTUM = 0.05, 0.1, 0.994
+
+
+def blocks_of(encoder: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the blocks of a ViT of timm."""
+    return cast("torch.nn.ModuleList", encoder.get_submodule("blocks"))
 
 
 class Networks:
     """Student, teacher, losses and optimizer, with the same weights each time."""
 
-    def __init__(self, size: dict[str, int], prototypes: int, device: torch.device, compiled: bool) -> None:
+    def __init__(self, size: dict[str, Any], prototypes: int, device: torch.device, compiled: bool) -> None:
         torch.manual_seed(0)
         encoder = timm.create_model(
             "vit_large_patch14_reg4_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, **size
         )
         width, hidden = size["embed_dim"], 2048 if device.type == "cuda" else 256
-        heads = [DINOHead(width, hidden, 256 if device.type == "cuda" else 64, prototypes) for _ in range(2)]
-        student = DINOModel(encoder, *heads, checkpoint_activations=False)
+        narrow = 256 if device.type == "cuda" else 64
+        cls_head, patch_head = (DINOHead(width, hidden, narrow, prototypes) for _ in range(2))
+        student = DINOModel(encoder, cls_head, patch_head, checkpoint_activations=False)
         teacher = new_teacher(student)
-        how = {"sharding": "ddp", "compiled": compiled, "device": device}
-        self.teacher = distribute(network=teacher, blocks=teacher.encoder.blocks, **how)
-        self.student = distribute(network=student, blocks=encoder.blocks, **how)
+        how: dict[str, Any] = {"sharding": "ddp", "compiled": compiled, "device": device}
+        self.teacher = distribute(network=teacher, blocks=blocks_of(teacher.get_submodule("encoder")), **how)
+        self.student = distribute(network=student, blocks=blocks_of(encoder), **how)
         self.optimizer = layerwise_adamw(
             self.student,
             depth=size["depth"],
@@ -117,7 +123,9 @@ class Networks:
 
 
 def heads_on_all(
-    network: DINOModel, images: torch.Tensor, mask: torch.Tensor | None
+    network: Any,  # noqa: ANN401 (a DINOModel, or one that is distributed)
+    images: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the prototypes of the CLS token and of all patches of one view."""
     tokens = network.tokens(images, mask)
@@ -192,7 +200,7 @@ def main(
     for name, ours in (("loop over views", False), ("ours", True)):
         networks = Networks(size, prototypes, device, compiled=on_gpu and ours)
         found[name] = median_seconds(partial(networks.step, batch, ours), device, repeats)
-        encoder = networks.student.encoder
+        encoder = networks.student.get_submodule("encoder")
         del networks
     (loop_s, loop_losses), (ours_s, ours_losses) = found["loop over views"], found["ours"]
     logits = torch.rand(batch["masked_places"].numel(), prototypes, device=device) * 2 - 1

@@ -44,8 +44,9 @@ IDENTITY = {
     "slice_order": "feet_to_head",
     "token_kind": "slice",
 }
-SMALL = {"embed_dim": 192, "depth": 6, "num_heads": 3}
-GPU, CPU = {"slices": 128, "amp_dtype": "bfloat16"}, {"slices": 32, "amp_dtype": "float32"}
+SMALL: dict[str, Any] = {"embed_dim": 192, "depth": 6, "num_heads": 3}
+GPU: dict[str, Any] = {"slices": 128, "amp_dtype": "bfloat16"}
+CPU: dict[str, Any] = {"slices": 32, "amp_dtype": "float32"}
 
 
 def write_cohort(folder: Path, num_volumes: int, num_slices: int) -> None:
@@ -64,7 +65,7 @@ def write_cohort(folder: Path, num_volumes: int, num_slices: int) -> None:
 
 def encoder(device: torch.device) -> torch.nn.Module:
     """Build DALE-CT's ViT-L/16, or a small ViT without a GPU."""
-    size = {} if device.type == "cuda" else SMALL
+    size: dict[str, Any] = {} if device.type == "cuda" else SMALL
     return (
         timm.create_model(
             "vit_large_patch14_dinov2",
@@ -113,7 +114,7 @@ def embed(
         device=device,
         val_data_loader=batches,
         network=network,
-        inferer=inferer,
+        inferer=inferer,  # type: ignore[arg-type]  # called as one is
         prepare_batch=PrepareBatchExtraInput({"is_fixed": "is_fixed"}),
         val_handlers=[writer],
         decollate=False,

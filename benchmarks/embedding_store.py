@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import blosc2
 import numpy as np
@@ -154,13 +155,13 @@ def read_parquet(folder: Path, names: list[str], dim: int) -> list[np.ndarray]:
 def formats(dim: int) -> list[Format]:
     """Rows of the table; ours first. HDF5 and Parquet need h5py and pyarrow."""
 
-    def of_files(read: Callable[[Path, str], np.ndarray]) -> tuple:
+    def of_files(read: Callable[[Path, str], np.ndarray]) -> tuple[Any, Any]:
         return (
             lambda folder, names: packed([read(folder, name) for name in names]),
             lambda folder, names: sum(len(read(folder, name)) for name in names),
         )
 
-    def of_one(read: Callable[[Path, list[str]], list[np.ndarray]]) -> tuple:
+    def of_one(read: Callable[[Path, list[str]], list[np.ndarray]]) -> tuple[Any, Any]:
         return (
             lambda folder, names: packed(read(folder, names)),
             lambda folder, names: sum(len(read(folder, [name])[0]) for name in names),
@@ -231,10 +232,10 @@ def main(
             folder = Path(root, "embeddings")
             folder.mkdir()
             times = seconds[row.name]
-            times["write"].append(timed(lambda row=row, folder=folder: row.write(folder, cohort)))
+            times["write"].append(timed(partial(row.write, folder, cohort)))
             assert np.array_equal(row.load(folder, names), expected)
-            times["load"].append(timed(lambda row=row, folder=folder: row.load(folder, names)))
-            times["read"].append(timed(lambda row=row, folder=folder: row.read(folder, shuffled)))
+            times["load"].append(timed(partial(row.load, folder, names)))
+            times["read"].append(timed(partial(row.read, folder, shuffled)))
             sizes[row.name] = sum(path.stat().st_size for path in folder.iterdir()) / expected.nbytes
             files[row.name] = len(list(folder.iterdir()))
             shutil.rmtree(folder)

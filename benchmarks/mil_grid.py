@@ -26,12 +26,12 @@ import torch
 import typer
 from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
-from sigreg import keep_pages, peak_bytes
 from sklearn import metrics as sklearn_metrics
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from benchmarks.sigreg import keep_pages, peak_bytes
 from common.embeddings.bags import BagReader, ShuffledBatches, collate_bags
 from common.metrics.bootstrap import bootstrap, resample_weights
 from common.metrics.multilabel import auroc_and_average_precision
@@ -81,7 +81,8 @@ class GridStep:
         ).to(device)
         self.optimizer = torch.optim.SGD(self.grid.parameter_groups(), momentum=0.95)
         self.scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=0, t_total=total_steps)
-        self.reader, self.loss = BagReader(bags, device), nn.BCEWithLogitsLoss(reduction="none")
+        self.reader = BagReader(bags, device)  # type: ignore[arg-type]  # stands in for what it takes
+        self.loss = nn.BCEWithLogitsLoss(reduction="none")
         batches = ShuffledBatches(len(bags), BATCH_SIZE, SEED)
         self.loader = iter(DataLoader(bags, batch_sampler=batches, collate_fn=collate_bags))
         self.fixed = torch.empty(0)
@@ -145,7 +146,8 @@ def parity(before: list[MILProbe], alone: list[MILProbe], together: list[MILProb
     Returns:
         Of the classifiers, and of the learned queries.
     """
-    of_classifiers, of_queries = [], []
+    of_classifiers: list[float] = []
+    of_queries: list[float] = []
     for old, one, other in zip(before, alone, together, strict=True):
         for part, differences in (("classifier", of_classifiers), ("pooler", of_queries)):
             states = [getattr(probe, part).state_dict() for probe in (old, one, other)]

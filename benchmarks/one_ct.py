@@ -30,14 +30,14 @@ import numpy as np
 import torch
 import typer
 from isal import igzip
-from prepare_volume import make_inputs, save_gzipped
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from benchmarks.prepare_volume import make_inputs, save_gzipped
 from common.networks.encoder import save_encoder
 from common.transforms.hounsfield import hu_window
-from dale_ct.encoder import load_encoder
+from dale_ct.encoder import SliceEncoder, load_encoder
 
 WAYS = Path(__file__).with_name("one_ct_ways.py")
 PARTS = ("import", "load", "read", "crop", "resize", "write")
@@ -69,6 +69,7 @@ def run(way: str, settings: dict[str, Any]) -> dict[str, Any]:
 def settings_of(name: str, folder: Path, encoded: int) -> dict[str, Any]:
     """Say what the ways need to know of an encoder, with random weights in a file."""
     opened = load_encoder(name, "random", "cpu")
+    assert isinstance(opened, SliceEncoder), f"{name} takes volumes, not slices"
     config, network = opened.config, opened.network
     window = list(hu_window(config["weights_hu_window"]))
     facts = {"slice_axes": config["weights_slice_axes"], "hu_window": window}
@@ -90,7 +91,7 @@ def settings_of(name: str, folder: Path, encoded: int) -> dict[str, Any]:
 
 def stacked(ct: Path, folder: Path, num_slices: int) -> Path:
     """Write a scan's slices there and back until there are enough."""
-    hu = np.asanyarray(nib.load(ct).dataobj).astype(np.int16)
+    hu = np.asanyarray(nib.nifti1.Nifti1Image.from_filename(ct).dataobj).astype(np.int16)
     rows = np.pad(np.arange(hu.shape[2]), (0, max(0, num_slices - hu.shape[2])), mode="reflect")
     return save_gzipped(np.asfortranarray(hu[..., rows[:num_slices]]), folder / "ct.nii.gz")
 
@@ -122,10 +123,11 @@ def middle(reports: list[dict[str, Any]], *names: str) -> float:
     """Return the median of a figure over all turns but the first."""
     values = []
     for report in reports[1:]:
+        value: Any = report
         for name in names:
-            report = report.get(name, 0.0)
-        values.append(report)
-    return statistics.median(values)  # type: ignore[type-var]  # the last are numbers
+            value = value.get(name, 0.0)
+        values.append(float(value))
+    return statistics.median(values)
 
 
 def figures(settings: dict[str, Any], reports: dict[str, list[Any]], num_slices: int) -> dict[str, Any]:

@@ -76,21 +76,36 @@ class Watch:
         sys.stdout.write(json.dumps({"parts": self.seconds, "first": self.first}) + "\n")
 
 
+def stand_in(watch: Watch, afterwards: Callable[[], None] = lambda: None) -> None:
+    """Let a watch take the images in place of the encoder."""
+    from common.networks.encoder import SlicesInferer
+
+    def encode(_: Any, images: Any, network: Any, **options: Any) -> tuple[Any, None]:  # noqa: ANN401
+        tokens = watch.encode(images, network)
+        afterwards()
+        return tokens, None
+
+    owner, name = SlicesInferer, "__call__"
+    setattr(owner, name, encode)
+
+
 def ours(settings: Settings) -> None:
     """Run ``dale-ct embed``."""
     from common.embeddings import ct_batches, work
     from common.embeddings.store import EmbeddingStoreWriter
-    from common.networks.encoder import SlicesInferer
     from dale_ct import cli, encoder
 
     watch = Watch(settings)
-    work._read_file = watch.timed("read", work._read_file)
-    ct_batches.body_box = watch.timed("crop", ct_batches.body_box)
-    ct_batches.images_of = watch.timed("resize", ct_batches.images_of)
-    for name in ("add", "close"):
-        setattr(EmbeddingStoreWriter, name, watch.timed("write", getattr(EmbeddingStoreWriter, name)))
-    SlicesInferer.__call__ = lambda self, images, network, **options: (watch.encode(images, network), None)
-    encoder._loaded = watch.timed("load", encoder._loaded)
+    for part, owner, name in (
+        ("read", work, "_read_file"),
+        ("crop", ct_batches, "body_box"),
+        ("resize", ct_batches, "images_of"),
+        ("load", encoder, "_opened"),
+        ("write", EmbeddingStoreWriter, "add"),
+        ("write", EmbeddingStoreWriter, "close"),
+    ):
+        setattr(owner, name, watch.timed(part, getattr(owner, name)))
+    stand_in(watch)
     words = ["embed", settings["ct"], "--out", settings["out"], "--encoder", settings["encoder"]]
     sys.argv = ["dale-ct", *words, "--weights", settings["weights"], "--device", "cpu"]
     try:
@@ -101,17 +116,14 @@ def ours(settings: Settings) -> None:
 
 def bundle(settings: Settings) -> None:
     """Run ``python -m monai.bundle run`` of the same job, up to its first images."""
-    from common.networks.encoder import SlicesInferer
-
     watch = Watch(settings)
 
-    def first(self: Any, images: Any, network: Any, **options: Any) -> None:  # noqa: ANN401
-        watch.encode(images, network)
+    def end() -> None:
         watch.report()
         sys.stdout.flush()
         os._exit(0)
 
-    SlicesInferer.__call__ = first
+    stand_in(watch, end)
     folder = Path(__file__).resolve().parents[1] / "bundles" / settings["encoder"]
     words = ["--config_file", str(folder / "configs" / "inference.json"), "--bundle_root", str(folder)]
     words += ["--dataset_dir", settings["ct"], "--output_dir", settings["out"]]
@@ -122,15 +134,11 @@ def bundle(settings: Settings) -> None:
 def twice(settings: Settings) -> None:
     """Call ``dale_ct.embed`` twice in one process."""
     import dale_ct
-    from common.networks.encoder import SlicesInferer
 
     calls = []
     for _ in range(2):
         watch = Watch(settings | {"started": time.clock_gettime(time.CLOCK_MONOTONIC)})
-        SlicesInferer.__call__ = lambda self, images, network, watch=watch, **options: (
-            watch.encode(images, network),
-            None,
-        )
+        stand_in(watch)
         start = time.process_time()
         dale_ct.load_encoder(settings["encoder"], settings["weights"], "cpu")
         loaded = time.process_time() - start

@@ -147,12 +147,15 @@ def run_unbroken(arguments: list[str]) -> Unbroken:
     console.print("Unbroken ...")
     start = time.monotonic()
     process = data_prep(arguments)
+    assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.monotonic() - start
     if status:
         raise RuntimeError(f"the unbroken run ended with {status}:\n{printed}")
     peak = re.search(r"peak memory of a worker, MB +│ +([\d,]+)", printed)
+    if peak is None:
+        raise RuntimeError(f"the unbroken run did not say how much memory it took:\n{printed}")
     return Unbroken(seconds, usage.ru_utime + usage.ru_stime, float(peak[1].replace(",", "")))
 
 

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the repository, where this may run from
+from common.ct.files import CTFile
 from common.ct.geometry import STORED_HU_RANGE
 from common.shards.codec import decode_ct
 from common.shards.writer import write_shard
@@ -86,7 +87,8 @@ class Inputs(NamedTuple):
 def write_ours(inputs: Inputs, out: Path) -> Cost:
     """Write a volume as ``python -m data_prep`` does."""
     rex = None if inputs.findings is None else Annotation(inputs.findings, CODES)
-    source = SourceVolume("volume", "train", inputs.ct, "v2", ts=inputs.label_map, rex=rex)
+    ct = CTFile("volume", inputs.ct, (inputs.ct,))
+    source = SourceVolume("volume", "train", ct, "v2", ts=inputs.label_map, rex=rex)
     shard = out / ("train-000000.tar" if rex is None else "train-rex-000000.tar")
     return measured(lambda: read_volume(source), lambda volume: write_shard(shard, [volume]), shard)
 

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,8 +201,8 @@ def keep_pages() -> bool:
 def show_costs(measured: dict[tuple[int, int, int], dict[str, Cost]], console: Console) -> None:
     """Print times and memory, each also as a multiple of SIGReg's."""
     for title, unit, of in (
-        ("Forward and backward, ms", 1e3, lambda cost: cost.seconds),
-        ("Peak memory, MiB", 2**-20, lambda cost: cost.peak_bytes),
+        ("Forward and backward, ms", 1e3, attrgetter("seconds")),
+        ("Peak memory, MiB", 2**-20, attrgetter("peak_bytes")),
     ):
         table = Table(title=f"{title} (as a multiple of compiled SIGReg)")
         table.add_column("V x N x K")

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from unittest.mock import patch
 
 import ignite.engine
@@ -56,11 +56,11 @@ from study.run import amp_dtype
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = "bundles/dale_ct_2s"
 NOT_TIMED = 10  # steps that compile, warm up and use what a worker read ahead
-VIT_L = {"patch_size": 16, "img_size": 512, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-SMALL = {"patch_size": 16, "img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 3}
+VIT_L: dict[str, Any] = {"patch_size": 16, "img_size": 512, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+SMALL: dict[str, Any] = {"patch_size": 16, "img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 3}
 
 
-def new_network(size: dict[str, int], device: torch.device, compiled: bool) -> PretrainingModel:
+def new_network(size: dict[str, Any], device: torch.device, compiled: bool) -> PretrainingModel:
     """Build encoder, projector and read-outs with the same weights each time."""
     torch.manual_seed(0)
     encoder = timm.create_model(
@@ -69,7 +69,8 @@ def new_network(size: dict[str, int], device: torch.device, compiled: bool) -> P
     width = size["embed_dim"]
     head = AuxiliaryHead(width, 118, 14, train_auxiliary_head=True, prior_logits=None)
     network = PretrainingModel(encoder, ProjectionHead(width, 2048, 124), head, checkpoint_activations=False)
-    distribute(network=network, blocks=encoder.blocks, sharding="ddp", compiled=compiled, device=device)
+    blocks = cast("nn.ModuleList", encoder.get_submodule("blocks"))
+    distribute(network=network, blocks=blocks, sharding="ddp", compiled=compiled, device=device)
     return network
 
 
@@ -186,13 +187,15 @@ def every_cell(boxes: torch.Tensor, flips: torch.Tensor, shapes: torch.Tensor, *
         touched = patches.amin(2, keepdim=True) + torch.arange(sizes["most_cells"])
         pixels = (patches[..., None, :] == touched[..., None]).sum(-1).float()
         axes += [touched.clamp_(max=sizes["grid"] - 1), pixels]
-    return soft_labels.PatchCells(*axes, sizes["patch_size_px"])
+    rows, row_pixels, columns, column_pixels = axes
+    return soft_labels.PatchCells(rows, row_pixels, columns, column_pixels, sizes["patch_size_px"])
 
 
 def every_bit(planes: torch.Tensor, plane: torch.Tensor, cells: Any, num_classes: int) -> torch.Tensor:  # noqa: ANN401
     """Do what counting findings did: look at every patch of a plane that is not empty."""
     shown = planes.flatten(1).any(1)[plane]
-    views = soft_labels.PatchCells(*(part[shown] for part in cells[:4]), cells.patch_size_px)
+    rows, row_pixels, columns, column_pixels = (part[shown] for part in cells[:4])
+    views = soft_labels.PatchCells(rows, row_pixels, columns, column_pixels, cells.patch_size_px)
     bits, pixels = soft_labels._cells_of_patches(planes, plane[shown], views)
     counts = torch.zeros(len(plane), bits.shape[1], num_classes)
     for k in range(num_classes):
@@ -223,7 +226,8 @@ def train_demo(shards: Path, steps: int, plain: bool, dtype: str) -> dict[str, A
     def note(engine: ignite.engine.Engine) -> None:
         if engine.state.iteration in (NOT_TIMED, steps):
             marks.append((time.perf_counter(), processor_seconds()))
-        losses.append(float(engine.state.output[0]["loss"]))
+        output: Any = engine.state.output
+        losses.append(float(output[0]["loss"]))
 
     with ExitStack() as stack:
         if plain:
@@ -248,7 +252,7 @@ def products_ms(encoder: nn.Module, config: ConfigParser, dtype: torch.dtype) ->
     for views, size_px in (("num_global", "global_size_px"), ("num_local", "local_size_px")):
         tokens = (config[size_px] // config["patch_size_px"]) ** 2 + 1
         rows = config["batch_size"] * config[views] * tokens
-        for module in encoder.blocks.modules():
+        for module in encoder.get_submodule("blocks").modules():
             if isinstance(module, nn.Linear):
                 weight = module.weight.detach().to(dtype)
                 products.append([torch.randn(rows, side).to(dtype) for side in weight.shape] + [weight])
@@ -266,7 +270,7 @@ def demo_on_cpu(repeats: int) -> dict[str, float]:
     dtype, cores = amp_dtype(), len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         shards = demo_shards(Path(folder))
-        own = {"max_workers": 1, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
+        own: dict[str, Any] = {"max_workers": 1, "mp_context": get_context("spawn"), "max_tasks_per_child": 1}
         with ProcessPoolExecutor(**own) as alone:  # what one says of memory holds for its process
             ways = [(NOT_TIMED + 1, "float32")] + [(NOT_TIMED + 30, dtype)] * repeats
             tasks = [(shards, steps, plain, dtype) for steps, dtype in ways for plain in (True, False)]
@@ -276,7 +280,7 @@ def demo_on_cpu(repeats: int) -> dict[str, float]:
     table = Table(title=f"make demo in {dtype}, {cores} cores, median of {repeats}")
     for column in ("", "plain", "ours", "ratio"):
         table.add_column(column, justify="right")
-    line = {}
+    line: dict[str, float] = {}
     for name, better in (("views_per_s", 1), ("cpu_ms", -1), ("products_ms", -1)):
         plain, ours = (statistics.median(run[name] for run in runs[which]) for which in (True, False))
         ratios = [(our[name] / their[name]) ** better for their, our in zip(*runs.values(), strict=True)]

@@ -190,7 +190,9 @@ def errors(slabs: SlabViews, number: int) -> tuple[float, bool]:
     return worst, equal
 
 
-def milliseconds(passes: dict[str, Callable[[], object]], samples: dict[str, int], repeats: int) -> dict:
+def milliseconds(
+    passes: dict[str, Callable[[], object]], samples: dict[str, int], repeats: int
+) -> dict[str, float]:
     """Median processor time a sample of each pass, in turns."""
     spent: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(repeats):
@@ -218,7 +220,7 @@ def main(
         batch = slabs.collate(items)
         few = range(2)
         read = [plain_slab(slabs, place) for place in few]
-        passes = {
+        passes: dict[str, Callable[[], object]] = {
             "finished sample": lambda: finished(slabs, places),
             "  read, draw, cut": lambda: [slabs[place] for place in places],
             "  collate": lambda: slabs.collate(items),

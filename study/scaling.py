@@ -57,7 +57,7 @@ def scaling_stages(size: Size, out: Path, amp_dtype: str, *, max_steps: int, see
             for encoder in ENCODERS:
                 name = point_name(encoder, steps, seed)
                 schedule = {"max_steps": steps, "warmup_steps": min(100, steps // 4), "seed": seed}
-                commands = [train(name, f"{encoder}", [], schedule, size, out, amp_dtype)]
+                commands = [train(name, encoder, [], schedule, size, out, amp_dtype)]
                 embeddings = out / "embeddings" / name
                 for split in ("train", "valid"):
                     volumes = out / "cohort" / "dataset" / f"{split}_fixed"
@@ -99,10 +99,8 @@ def draw_panel(
     for encoder in ENCODERS:
         values = points(rows, encoder, metric)
         views = [steps * views_per_step for steps in values]
-        axes.plot(
-            *(views, [np.mean(of_steps) for of_steps in values.values()]),
-            **{"color": COLOURS[encoder], "label": encoder, "linewidth": 1.5},
-        )
+        means = [np.mean(of_steps) for of_steps in values.values()]
+        axes.plot(views, means, color=COLOURS[encoder], label=encoder, linewidth=1.5)
         for seen, of_steps in zip(views, values.values(), strict=True):
             axes.plot([seen] * len(of_steps), of_steps, "o", color=COLOURS[encoder], markersize=4)
     for row in floors:

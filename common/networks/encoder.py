@@ -346,6 +346,8 @@ def load_encoder(encoder: nn.Module, path: str | Path | None, identity: Mapping[
 def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Load weights that must have exactly the keys and shapes of a network, and say which do not.
 
+    Weights of the network's own types are taken as they lie, a mapped file without a copy.
+
     Args:
         network: network that takes the weights.
         tensors: its state dictionary.
@@ -354,8 +356,11 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path:
     Raises:
         ValueError: if a key or a shape differs.
     """
+    own = network.state_dict()
+    shared = own.keys() & tensors.keys()
+    is_alike = all((own[n].dtype, own[n].device) == (tensors[n].dtype, tensors[n].device) for n in shared)
     try:
-        network.load_state_dict(tensors, strict=True)
+        network.load_state_dict(tensors, strict=True, assign=is_alike)
     except RuntimeError as error:  # names every key
         reason = " ".join(str(error).split())[:500]
         raise ValueError(f"Weights '{path}' do not fit the network. {reason}") from error

@@ -15,6 +15,7 @@ from common.networks.encoder import (
     cls_and_patches,
     encoder_id,
     load_encoder,
+    load_strictly,
     save_encoder,
     slice_input,
 )
@@ -51,6 +52,19 @@ def test_saved_weights_have_plain_timm_keys_and_load_into_the_same_tokens(tmp_pa
     load_encoder(fresh, path, IDENTITY)
     torch.testing.assert_close(fresh(images), trained(images), rtol=0, atol=0)
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_weights_of_the_networks_type_are_taken_without_a_copy_and_others_converted():
+    trained, fresh, half = tiny_vit(), tiny_vit(), tiny_vit().half()
+    load_strictly(fresh, trained.state_dict(), "a")
+    assert all(
+        ours.data_ptr() == theirs.data_ptr()
+        for ours, theirs in zip(fresh.parameters(), trained.parameters(), strict=True)
+    )
+    assert all(weight.requires_grad for weight in fresh.parameters())
+    load_strictly(fresh, half.state_dict(), "b")
+    assert {weight.dtype for weight in fresh.parameters()} == {torch.float32}
+    torch.testing.assert_close(fresh.norm.weight, half.norm.weight.float())
 
 
 def test_weights_for_another_input_are_refused(tmp_path):
