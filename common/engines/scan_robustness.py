@@ -208,8 +208,8 @@ def _open(
     bundle = open_encoder_bundle(encoder_bundle, configs, knobs)
     if "strategies" not in bundle:
         raise ValueError(
-            f"encoder_bundle must encode slices, got '{bundle.name}', of volumes: changed scans reach an encoder "
-            "as images of slices. Pass an encoder of slices."
+            f"encoder_bundle must encode slices, got '{bundle.name}', of volumes: changed scans reach an "
+            "encoder as images of slices. Pass an encoder of slices."
         )
     bundle.update({"strategies": [card["preprocessing"]]})
     remedy = "Pass the --encoder_bundle and weights that the probe was made for."
