@@ -99,6 +99,9 @@ def embed(
             exists=True, help="TotalSegmentator's label maps, named as the CTs: store a token per organ."
         ),
     ] = None,
+    radiomics: Annotated[
+        bool, typer.Option("--radiomics", help="With --organs: volume, mean HU and texture after each token.")
+    ] = False,
     slice_axes: SliceAxes = None,
     hu_window: HUWindow = None,
     series: Series = None,
@@ -118,11 +121,12 @@ def embed(
     if organs is not None:
         from dale_ct.organs import embed_organs
 
-        given = {"weights": weights, "device": device, "strategy": strategy, "slice_axes": slice_axes}
-        embed_organs(
-            ct, organs, out, encoder, num_workers=num_workers, hu_window=window_of(hu_window), **given
-        )
+        given: dict[str, Any] = {"weights": weights, "device": device, "strategy": strategy}
+        given |= {"slice_axes": slice_axes, "num_workers": num_workers, "hu_window": window_of(hu_window)}
+        embed_organs(ct, organs, out, encoder, radiomics=radiomics, **given)
         return
+    if radiomics:
+        raise typer.BadParameter("--radiomics needs --organs, the label maps.")
 
     options: dict[str, Any] = {"slice_axes": slice_axes, "hu_window": window_of(hu_window), "series": series}
     options |= {"split": split, "num_workers": num_workers, "max_rejected": max_rejected}

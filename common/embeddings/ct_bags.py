@@ -6,7 +6,6 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from common.cohort.cohort import read_labels
 from common.ct.rejection import RejectedVolume, is_failure
-from common.embeddings.ct_batches import images_of, read_ahead, read_slices
+from common.embeddings.ct_batches import Prepared, images_of, read_ahead, read_slices
 from common.embeddings.encoder_bundle import EncoderBundle
 from common.embeddings.work import CTSource
 
@@ -91,12 +90,17 @@ class CTBags:
         """
         rejected: list[RejectedVolume] = []
         work = (self.sources[index] for index in indices)
-        prepare = partial(read_slices, is_cropped=self.strategy.is_cropped)
-        for _, prepared in read_ahead(work, prepare, self.num_workers, rejected):
+        for _, prepared in read_ahead(work, self._images, self.num_workers, rejected):
             _refuse(rejected)
-            region = self.strategy.region(prepared.pixels, prepared.box)
-            yield images_of(region, self.strategy, self.window, self.slice_axes, self.device)
+            yield prepared.pixels
         _refuse(rejected)
+
+    def _images(self, source: CTSource) -> Prepared:
+        """Read a volume and make its images, in a thread: they take less memory than its slices."""
+        prepared = read_slices(source, self.strategy.is_cropped)
+        region = self.strategy.region(prepared.pixels, prepared.box)
+        images = images_of(region, self.strategy, self.window, self.slice_axes, self.device)
+        return prepared._replace(pixels=images)
 
 
 def _refuse(rejected: Sequence[RejectedVolume]) -> None:

@@ -20,16 +20,16 @@ MODES = ("probe", "lora", "last_blocks", "full")
 class FineTunedProbe(nn.Module):
     """Encode the slices of one volume, pool their CLS tokens and read the classes.
 
-    Slices go through the encoder in chunks, of which the backward pass computes one at a time again: memory
-    depends on the chunk, not on the volume, for one forward pass more. Value and gradient are those of all
-    slices at once.
+    Slices go through the encoder in chunks of equal size, which the backward pass computes again one by one,
+    but for the last, with which it begins: memory depends on the chunk, not on the volume, for at most one
+    forward pass more. Value and gradient are those of all slices at once.
 
     Source: DALE-CT IV-B for the probe; end-to-end training as in the authors' release (their LoRA script).
 
     Args:
         encoder: timm VisionTransformer, see :func:`let_learn`.
         probe: pooler and classifier.
-        slices_per_chunk: slices that go through the encoder at once.
+        slices_per_chunk: slices that go through the encoder at once, at most.
         amp_dtype: "bfloat16" for autocast of the encoder, "float32" for none.
 
     Shape:
@@ -50,13 +50,13 @@ class FineTunedProbe(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Classify one volume; see the class."""
-        chunks = images.split(self.slices_per_chunk)
+        *chunks, last = images.tensor_split(-(-len(images) // self.slices_per_chunk))
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
-        if learns and len(chunks) > 1:
+        if learns:
             tokens = [checkpoint(self._encode, chunk, use_reentrant=False) for chunk in chunks]
         else:
             tokens = [self._encode(chunk) for chunk in chunks]
-        bag = torch.cat(tokens)[None]
+        bag = torch.cat([*tokens, self._encode(last)])[None]
         logits: torch.Tensor = self.probe(bag, bag.new_ones(bag.shape[:2], dtype=torch.bool))
         return logits[0]
 

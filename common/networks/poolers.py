@@ -1,4 +1,4 @@
-"""Poolers of the MIL probe, from slices to one embedding per volume: the paper's five, and two more.
+"""Poolers of the MIL probe, from slices to one embedding per volume: the paper's five, and three more.
 
 Each is called with ``bags (B, S, D)`` and ``mask (B, S)`` bool, True where there is a slice, and returns
 ``(B, D)``; what stands in the padding never matters. It raises ``ValueError`` if the mask has another shape
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+NUM_RADIOMICS = 3  # volume, mean HU, texture
 
 
 class MeanPool(nn.Module):
@@ -178,6 +180,34 @@ class TransformerPool(nn.Module):
         return bag.new_full((len(bag),), 1 / len(bag))
 
 
+class RadiomicsGatePool(GatedAttentionPool):
+    """Gate each organ's token by its macro-radiomics, x * sigmoid(W r + b), then attend over organs.
+
+    The last ``NUM_RADIOMICS`` dimensions of a bag are r, which stay beside what they gate: volume, mean HU
+    and texture, see :func:`common.embeddings.organ_tokens.organ_radiomics`.
+
+    Source: the idea of anatomically guided gating in JANUS, arXiv:2605.13813, which gates the visual features
+    of a disease by numbers chosen for it; here every organ is gated by its own, and attention is that of
+    :class:`GatedAttentionPool`.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 128) -> None:
+        super().__init__(dim, hidden_dim)
+        self.radiomics = nn.Linear(NUM_RADIOMICS, dim - NUM_RADIOMICS)
+
+    def forward(self, bags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pool; see the module."""
+        return super().forward(self._gated(_masked(bags, mask)), mask)
+
+    def slice_weights(self, bag: torch.Tensor) -> torch.Tensor:
+        """Return the attention on gated tokens."""
+        return super().slice_weights(self._gated(bag))
+
+    def _gated(self, bags: torch.Tensor) -> torch.Tensor:
+        tokens, radiomics = bags[..., :-NUM_RADIOMICS], bags[..., -NUM_RADIOMICS:]
+        return torch.cat([tokens * self.radiomics(radiomics).sigmoid(), radiomics], -1)
+
+
 POOLERS: dict[str, Callable[[int], nn.Module]] = {
     "average": lambda dim: MeanPool(),
     "max": lambda dim: MaxPool(),
@@ -186,6 +216,7 @@ POOLERS: dict[str, Callable[[int], nn.Module]] = {
     "multi_learned_attention": lambda dim: LearnedQueryAttentionPool(dim, num_queries=4),
     "gated_abmil": GatedAttentionPool,
     "transformer": TransformerPool,
+    "radiomics_gate": RadiomicsGatePool,
 }
 PAPER_POOLERS = tuple(POOLERS)[:5]
 """Source: DALE-CT IV-B."""

@@ -271,7 +271,7 @@ class _PatchProduct(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         """Return ``(N, D, H / patch, W / patch)`` of images ``(N, 1, H, W)``."""
-        pixels = functional.pixel_unshuffle(input, self.kernel_size[0]).movedim(1, -1)
+        pixels = functional.pixel_unshuffle(input, self.kernel_size[0]).movedim(1, -1).contiguous()
         return functional.linear(pixels, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 

@@ -2,7 +2,7 @@
 
 Each is a function of a scan, a strength and a generator of random numbers; ``CHANGES`` lists them with their
 strengths. They run on the device of the scan and start from the image: what a scanner does before it
-reconstructs (beam hardening, streaks, the spread of noise by attenuation) is not simulated.
+reconstructs (beam hardening, the spread of noise by attenuation) is simulated for metal alone.
 """
 
 # Z slices, H side of a square slice
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from common.ct.anatomy import AIR_HU, coarse_grid, coarse_steps, find_anatomy
 from common.ct.geometry import STORED_HU_RANGE
+from common.transforms.streaks import ROD_BEHIND_MM, streaks_of_rods
 
 AIR = -1000
 NOISE_PEAK_PER_MM = 0.3
@@ -260,6 +261,30 @@ def more_contrast(scan: Scan, strength: float, generator: torch.Generator) -> Sc
     return scan._replace(hu=torch.cat([_stored(hu.float() + strength * blood) for hu, blood in parts]))
 
 
+def metal_streaks(scan: Scan, strength: float, generator: torch.Generator) -> Scan | None:
+    """Implant two rods beside the spine along the middle half of the lungs, with streaks of this RMS in HU.
+
+    The streaks of the middle slice, see :func:`common.transforms.streaks.streaks_of_rods`, are added to each
+    slice; rods read the highest HU that is stored. The size is our choice.
+    """
+    anatomy = find_anatomy(coarse_grid(scan.hu.cpu().numpy(), scan.spacing_mm))
+    if anatomy is None or not anatomy.lungs.any():
+        return None
+    _, row_mm, column_mm = anatomy.grid.voxel_mm
+    down, across = anatomy.spine[0] * row_mm + ROD_BEHIND_MM, anatomy.spine[1] * column_mm
+    if down >= anatomy.box[1] * row_mm:
+        return None
+    step = coarse_steps(scan.spacing_mm)[0]
+    low, high = (end * step for end in anatomy.lung_ends)
+    first, stop = low + (high - low) // 4, min(high - (high - low) // 4, len(scan.hu))
+    middle = scan.hu[(first + stop) // 2].float()
+    streaks, is_rod = streaks_of_rods(middle, scan.spacing_mm[:2], (across, down), generator)
+    hu = scan.hu.clone()
+    for part in hu[first:stop].split(PART_SLICES):
+        part.copy_(_stored(part.float() + strength * streaks).where(~is_rod, STORED_HU_RANGE[1]))
+    return scan._replace(hu=hu)
+
+
 CHANGES: dict[str, Change] = {
     "every_nth_slice": Change(every_nth_slice, (2, 4, 8), "n", "more slices"),
     "thicker_slices": Change(thicker_slices, (2, 4, 8), "slices averaged", "more slices"),
@@ -271,6 +296,7 @@ CHANGES: dict[str, Change] = {
     "field_of_view": Change(field_of_view, (40, 20, 0), "margin in mm", "lungs, and more around them"),
     "coarser_pixels": Change(coarser_pixels, (1.5, 2, 3), "pixel in mm", "finer pixels"),
     "more_contrast": Change(more_contrast, (75, 150, 300), "HU added to blood", "masks, see --masks_dir"),
+    "metal_streaks": Change(metal_streaks, (25, 50, 100), "RMS of streaks in HU", "lungs and a spine"),
     "rescaled_again": Change(rescaled_again, (-1024, 1024), "HU added"),
     "body_alone": Change(body_alone, needs="a body"),
     "flipped_left_right": Change(flipped_left_right),

@@ -181,8 +181,12 @@ class ReportTrainer(ProbeTrainer):
         """Measure the mean loss over the words of validation and keep the weights if it is the lowest."""
         self.network.eval()
         places = range(len(self.cohorts["validation"]))
-        total = shared(self._parts(places), lambda part: float(self._loss(self.model, "validation", part)))
-        loss = sum(total) / self._num_words("validation", places)
+
+        def measure(part: range) -> float:
+            return float(self._loss(self.model, "validation", part))
+
+        total = sum(shared(places, self.eval_batch_size, measure))
+        loss = total / self._num_words("validation", places)
         if not math.isfinite(loss):
             raise FloatingPointError(f"The validation loss is {loss} at step {step}. Lower lr.")
         self.best.offer(loss, step, self.learned)
@@ -243,12 +247,8 @@ class ReportTrainer(ProbeTrainer):
                 bags = [mean.expand(len(bag), -1) for bag in bags]
             return self.model.write(bags, self.max_words)
 
-        parts = self._parts(range(len(self.cohorts["test"])))
-        return sum(shared(parts, write, f"Writing reports, {condition}"), [])
-
-    def _parts(self, places: range) -> list[range]:
-        size = self.eval_batch_size
-        return [places[first : first + size] for first in range(0, len(places), size)]
+        places, title = range(len(self.cohorts["test"])), f"Writing reports, {condition}"
+        return sum(shared(places, self.eval_batch_size, write, title), [])
 
     @torch.no_grad()
     def _set(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -274,14 +274,16 @@ def check_tokens_lie_along_z(bags: EmbeddingBags) -> None:
         )
 
 
-def shared(parts: Sequence[range], work: Callable[[range], Any], progress: str | None = None) -> list[Any]:
+def shared(places: range, size: int, work: Callable[[range], Any], progress: str | None = None) -> list[Any]:
     """Do a work part by part, in turns among the ranks; return all results in order, on every rank.
 
     Args:
-        parts: places of a cohort.
+        places: places of a cohort.
+        size: places of a part, at most.
         work: what to do with a part.
         progress: title of a progress bar; None for no bar.
     """
+    parts = [places[first : first + size] for first in range(0, len(places), size)]
     rank, ranks = rank_and_ranks()
     bar = {"desc": progress, "unit": "batch", "dynamic_ncols": True, "disable": progress is None or rank > 0}
     found = gather_objects([work(part) for part in tqdm(parts[rank::ranks], **bar)])

@@ -117,10 +117,17 @@ def test_a_strategy_is_known_by_its_embeddings(sites: Path, run: Run, tmp_path: 
     assert ("preprocessing_cropped_256", "macro_auprc") in values_of(tmp_path / "results.csv")
 
 
-@pytest.mark.parametrize("overlay", ["gated_abmil", "transformer", "low_shot_1", "low_shot_10"])
+@pytest.mark.parametrize(
+    "overlay", ["gated_abmil", "transformer", "radiomics_gate", "low_shot_1", "low_shot_10"]
+)
 def test_overlays_of_probes_are_rows_beside_the_papers(overlay: str, run: Run, tmp_path: Path) -> None:
     own = json.loads((BUNDLES / "_overlays" / "probe" / f"{overlay}.json").read_text())
     changes = {"poolers": own["poolers"], "learning_rates": [0.001]} if "poolers" in own else {}
+    if overlay == "radiomics_gate":  # the embeddings here are of slices
+        with pytest.raises(RuntimeError, match="dim_with_radiomics") as refused:
+            run("eval_ct_rate", overlay=overlay, num_val_patients=8, **changes)
+        assert "of organs with radiomics, got preprocessing 'cropped_256'" in str(refused.value.__cause__)
+        changes["network_def::dim"] = 23
     trainer = run("eval_ct_rate", overlay=overlay, num_val_patients=8, **changes).trainer
     assert (own["protocol"], "macro_auroc") in values_of(tmp_path / "results.csv")
     patients = {volume.rsplit("_", 2)[0] for volume in trainer.train_bags.volumes}
@@ -159,7 +166,7 @@ def test_a_pooler_added_as_the_readme_says_is_trained_and_comes_back(
 
 def test_every_overlay_of_probes_is_tested_above() -> None:
     names = sorted(path.stem for path in (BUNDLES / "_overlays" / "probe").glob("*.json"))
-    assert names == ["gated_abmil", "low_shot_1", "low_shot_10", "transformer"]
+    assert names == ["gated_abmil", "low_shot_1", "low_shot_10", "radiomics_gate", "transformer"]
 
 
 DENSE = [label.name for task in ("rexgroundingct", "totalsegmentator") for label in load_labels(task)]

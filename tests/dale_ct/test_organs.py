@@ -2,9 +2,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from common.ct.files import ct_file, read_grid
+from common.ct.files import ct_file, read_ct, read_grid
 from common.embeddings.bags import EmbeddingBags
-from common.embeddings.organ_tokens import organ_tokens
+from common.embeddings.organ_tokens import organ_radiomics, organ_tokens
 from common.embeddings.store import EmbeddingStore
 from common.networks.poolers import GatedAttentionPool, pad_bags
 from common.transforms.dense_labels import patch_shares
@@ -48,6 +48,27 @@ def test_organs_of_a_folder_are_bags_that_a_probe_reads(small_bundle, cohort, tm
     before = store.checksums(store.volumes)
     again = embed_organs(cohort / "train_fixed", cohort / "ts_seg", tmp_path / "o", bundle, weights="random")
     assert again.checksums(again.volumes) == before
+
+
+def test_radiomics_follow_the_token_of_their_organ(small_bundle, cohort, tmp_path):
+    path = min((cohort / "train_fixed").rglob("*.nii.gz"))
+    (label_map,) = (cohort / "ts_seg").rglob(path.name)
+    (plain, more) = (
+        embed_organs(path, label_map, tmp_path / f"o{on}", str(small_bundle), radiomics=on, weights="random")
+        for on in (False, True)
+    )
+    assert more.identity["preprocessing"] == "cropped_32_organs_radiomics"
+    (volume,) = more.volumes
+    before, after = plain.read(volume), more.read(volume)
+    assert after.metadata["organs"] == before.metadata["organs"]
+    assert torch.equal(after.tokens[:, :-3], before.tokens)
+    ct = read_ct(ct_file(path))
+    top, left, side = after.metadata["box"]
+    ids = read_full_label_map(label_map, read_grid(ct_file(path)))
+    hu, ids = (whole[:, top : top + side, left : left + side] for whole in (ct.hu, ids))
+    torch.testing.assert_close(after.tokens[:, -3:], organ_radiomics(hu, ids, ct.spacing_mm).half())
+    result = CliRunner().invoke(app, ["embed", str(path), "--radiomics", "--out", str(tmp_path / "no")])
+    assert result.exit_code == 2
 
 
 def test_one_ct_takes_one_label_map(small_bundle, cohort, tmp_path):

@@ -4,7 +4,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from common.cohort.cohort import load_labels
-from common.embeddings.organ_tokens import ORGANS, OTHER, organ_tokens
+from common.embeddings.organ_tokens import ORGANS, OTHER, dim_with_radiomics, organ_radiomics, organ_tokens
 
 NAMES = [label.name for label in load_labels("totalsegmentator")]
 
@@ -49,6 +49,26 @@ def test_every_class_belongs_to_one_organ(drawn):
         torch.testing.assert_close(tokens[0], patches[1, 3])
     found = {organ for organ, starts in ORGANS.items() if organ == OTHER or starts}
     assert found == set(ORGANS)
+
+
+def test_radiomics_are_volume_mean_and_deviation_of_each_organs_voxels():
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1024, 1500, (3, 8, 8)).astype(np.int16)
+    classes = [NAMES.index(name) for name in ("background", "liver", "rib_left_3", "rib_right_11")]
+    ids = rng.choice(classes, (3, 8, 8)).astype(np.uint8)
+    found = organ_radiomics(hu, ids, (0.7, 0.8, 3.0))
+    masks = [ids == classes[1], (ids == classes[2]) | (ids == classes[3]), ids == 0]
+    expected = [
+        [np.log(mask.sum() * 0.7 * 0.8 * 3 / 1000), hu[mask].mean() / 100, hu[mask].std() / 100]
+        for mask in masks
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_tokens_without_radiomics_are_refused_for_the_gate():
+    assert dim_with_radiomics({"preprocessing": "cropped_512_organs_radiomics", "dim": 1027}) == 1027
+    with pytest.raises(ValueError, match="got preprocessing 'cropped_512_organs'.*--radiomics"):
+        dim_with_radiomics({"preprocessing": "cropped_512_organs", "dim": 1024})
 
 
 def test_what_does_not_belong_together_is_refused(drawn):

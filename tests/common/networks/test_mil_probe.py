@@ -97,7 +97,7 @@ def test_grid_names_every_pair_once_rates_first() -> None:
         ["learned_attention"],
         ["multi_learned_attention", "max"],
         ["gated_abmil"],
-        ["transformer", "average", "scaled_attention", "learned_attention", "gated_abmil"],
+        ["transformer", "average", "scaled_attention", "radiomics_gate", "gated_abmil"],
         ["frozen", "learned_attention", "average_attention"],
     ],
 )
@@ -160,7 +160,7 @@ def test_each_learning_rate_is_a_parameter_group_and_none_is_forgotten() -> None
 
 def test_poolers_with_weights_learn_as_they_would_alone_at_each_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     names, rates = (
-        ["gated_abmil", "average", "transformer", "scaled_attention", "learned_attention"],
+        ["gated_abmil", "average", "radiomics_gate", "scaled_attention", "learned_attention"],
         [0.3, 0.02],
     )
     targets = (torch.arange(15).reshape(5, CLASSES) % 2).double()

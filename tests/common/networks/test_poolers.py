@@ -14,6 +14,7 @@ from common.networks.poolers import (
     MaxPool,
     MeanPool,
     MeanQueryAttentionPool,
+    RadiomicsGatePool,
     TransformerPool,
     build_pooler,
     pad_bags,
@@ -56,6 +57,16 @@ def gated_attention_by_hand(pooler: GatedAttentionPool, rows: np.ndarray) -> np.
     return softmax(scores) @ rows
 
 
+def radiomics_gate_by_hand(pooler: RadiomicsGatePool, rows: np.ndarray) -> np.ndarray:
+    weight, bias = (tensor.detach().numpy() for tensor in pooler.radiomics.parameters())
+    gated = rows.copy()
+    for organ, row in enumerate(rows):
+        for d in range(DIM - 3):
+            score = sum(weight[d, n] * row[DIM - 3 + n] for n in range(3)) + bias[d]
+            gated[organ, d] = row[d] / (1 + math.exp(-score))
+    return gated_attention_by_hand(pooler, gated)
+
+
 def normed(x: np.ndarray, weights: dict[str, np.ndarray], name: str) -> np.ndarray:
     x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
     return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
@@ -91,6 +102,8 @@ def reference(pooler: nn.Module, bag: torch.Tensor) -> np.ndarray:
     rows = bag.numpy()
     if isinstance(pooler, MeanPool):
         return sum(rows) / len(rows)
+    if isinstance(pooler, RadiomicsGatePool):
+        return radiomics_gate_by_hand(pooler, rows)
     if isinstance(pooler, GatedAttentionPool):
         return gated_attention_by_hand(pooler, rows)
     if isinstance(pooler, TransformerPool):
@@ -193,7 +206,7 @@ def test_impossible_poolers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
         LearnedQueryAttentionPool(DIM, num_queries=0)
 
 
-@pytest.mark.parametrize("name", sorted(POOLERS.keys() - {"max", "transformer"}))
+@pytest.mark.parametrize("name", sorted(POOLERS.keys() - {"max", "transformer", "radiomics_gate"}))
 def test_slice_weights_add_up_to_one_and_give_the_pooling(name: str) -> None:
     pooler = build_pooler(name, DIM).double()
     for bag in ragged():
@@ -201,6 +214,14 @@ def test_slice_weights_add_up_to_one_and_give_the_pooling(name: str) -> None:
         assert weights.shape == (len(bag),)
         assert float(weights.sum()) == pytest.approx(1.0)
         np.testing.assert_allclose((weights @ bag).numpy(), reference(pooler, bag), rtol=1e-12)
+
+
+def test_slice_weights_of_the_radiomics_gate_are_the_attention_on_gated_tokens() -> None:
+    pooler, (bag, *_) = build_pooler("radiomics_gate", DIM).double(), ragged()
+    gates = torch.sigmoid(bag[:, -3:] @ pooler.radiomics.weight.T + pooler.radiomics.bias)
+    gated = torch.cat([bag[:, :-3] * gates, bag[:, -3:]], 1)
+    pooled = (pooler.slice_weights(bag) @ gated).detach().numpy()
+    np.testing.assert_allclose(pooled, reference(pooler, bag), rtol=1e-12)
 
 
 def test_slice_weights_of_the_maximum_are_shares_of_the_dimensions() -> None:

@@ -153,6 +153,21 @@ def test_contrast_is_added_to_blood_alone() -> None:
     assert changed("more_contrast", scan_of(hu), 150) is None
 
 
+def test_rods_and_streaks_lie_within_the_lungs_height_and_grow_with_the_strength() -> None:
+    hu = trunk(0, 23)
+    weak, strong = (changed("metal_streaks", scan_of(hu, (6, 6, 8)), strength).hu for strength in (25, 50))
+    slices = np.flatnonzero((strong != torch.from_numpy(hu)).any(2).any(1))
+    lungs = np.flatnonzero((hu[:, :, 14:54] == -850).any((1, 2)))
+    assert lungs[0] < slices[0] < slices[-1] < lungs[-1]
+    assert (np.diff(slices) == 1).all()
+    is_rod = strong[slices[0]] == 3071
+    assert 1 <= int(is_rod.sum()) <= 4  # 6 mm wide, as a pixel
+    once, twice = (of[slices[0]][~is_rod].numpy() - hu[slices[0]][~is_rod.numpy()] for of in (weak, strong))
+    held = np.abs(twice + hu[slices[0]][~is_rod.numpy()]) < 1000  # the rest is clipped
+    np.testing.assert_allclose(twice[held], 2.0 * once[held], atol=2)
+    assert changed("metal_streaks", scan_of(np.full((9, 32, 32), 40), (6, 6, 8)), 50) is None
+
+
 def test_an_unknown_change_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"got 'thick_slices'. Did you mean 'thicker_slices'\?"):
         chosen_changes(["thick_slices"])
