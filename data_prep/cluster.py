@@ -31,6 +31,9 @@ ALLOWED_DEATHS = 1
 TASKS_AHEAD = 1000
 """Tasks queued at the scheduler: enough for as many workers, and few enough to submit in a second."""
 
+RESULT_WITHIN_S = 120
+"""Seconds in which the result of a finished task must be here; else it runs again."""
+
 _SCHEDULER_LACKS_IT = "deserialization of the task graph"
 
 # A worker's process must outlive Ctrl-C, which goes to all processes of a terminal: its client stops it.
@@ -140,7 +143,13 @@ class Tasks:
                 _, function, item = self._started.pop(future.key)
                 if future.cancelled():
                     raise ConnectionError("Lost the Dask scheduler. Run the same command again: it resumes.")
-                error = future.exception()
+                try:
+                    error = future.exception(timeout=RESULT_WITHIN_S)
+                    result = future.result(timeout=RESULT_WITHIN_S) if error is None else error
+                except TimeoutError:  # the worker was lost with its result, and Dask may wait for ever
+                    future.cancel()
+                    self._submit(function, item, priority=0)
+                    continue
                 if isinstance(error, KilledWorker) and future.key != self._alone:
                     self._suspects.append((function, item))
                     continue
@@ -150,7 +159,7 @@ class Tasks:
                         f"The Dask scheduler or a worker cannot import data_prep: {said}. Start them in this "
                         "environment, with PYTHONPATH set to the repository's folder."
                     ) from error
-                yield item, future.result() if error is None else error
+                yield item, result
             if not self._suspects:
                 return
             self._alone = self._submit(*self._suspects.pop(0), priority=0)

@@ -10,7 +10,7 @@ import dask.system
 import distributed.system
 import psutil
 import pytest
-from distributed import Client, KilledWorker
+from distributed import Client, Future, KilledWorker
 
 from data_prep import cluster as module
 from data_prep.cluster import Tasks, dask_client, default_workers, run_tasks
@@ -173,6 +173,23 @@ def test_a_lost_workers_tasks_run_again(local, tmp_path) -> None:
 
     assert sorted(run_tasks(local, die_once, range(8))) == [(n, n) for n in range(8)]
     assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("question", ["exception", "result"])
+def test_a_task_whose_result_never_comes_runs_again(dask, monkeypatch, question) -> None:
+    """As when its worker is lost between the end of the task and the fetching of its result."""
+    asked: list[str] = []
+    answer = getattr(Future, question)
+
+    def once_lost(future: Future, timeout: float | None = None) -> object:
+        asked.append(future.key)
+        if len(asked) == 3:
+            raise TimeoutError
+        return answer(future, timeout=timeout)
+
+    monkeypatch.setattr(Future, question, once_lost)
+    assert sorted(run_tasks(dask, square, range(5))) == [(n, n * n) for n in range(5)]
+    assert len(set(asked)) == 6
 
 
 # With a scheduler of others
