@@ -22,8 +22,9 @@ def test_levels_are_those_of_the_same_slices_and_boxes_lie_where_they_were_drawn
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hu = trunk(0, 25)
-    save_ct(tmp_path / "ct" / "whole.nii.gz", np.concatenate([np.full((1, 64, 64), -1024, np.int16), hu]))
-    save_ct(tmp_path / "other" / "SYNTHETIC_top.nii.gz", hu[4:], spacing_mm=9.0)
+    blank = np.full((2, 64, 64), -1024, np.int16)
+    save_ct(tmp_path / "ct" / "whole.nii.gz", np.concatenate([blank[:1], hu]))
+    save_ct(tmp_path / "other" / "SYNTHETIC_top.nii.gz", np.concatenate([blank, hu[4:]]), spacing_mm=9.0)
     found = run(tmp_path / "ct", tmp_path / "out", reference=tmp_path / "other", force=True)
     (facts,) = found.values()
     assert facts["boxes_px"] == {
@@ -31,16 +32,16 @@ def test_levels_are_those_of_the_same_slices_and_boxes_lie_where_they_were_drawn
         "body": {"slices": [0, 26], "rows": [12, 64], "columns": [8, 60]},
         "lungs": {"slices": [2, 25], "rows": [24, 52], "columns": [14, 54]},
     }
-    assert facts["reference"] == {"name": "SYNTHETIC_top", "slices": 21}
+    assert facts["reference"] == {"name": "SYNTHETIC_top", "slices": 23}
     assert facts["levels"][0] is None  # it is blank
     for z, level in enumerate(facts["levels"][5:]):
-        assert level == {"slice": z + 1, "z_mm": 9.0 * z, "cosine": pytest.approx(1, abs=1e-4)}
+        assert level == {"slice": z + 3, "z_mm": 9.0 * (z + 2), "cosine": pytest.approx(1, abs=1e-4)}
     record = json.loads((tmp_path / "out" / "overview.json").read_text())
     assert record["volumes"] == json.loads(json.dumps(found))
     assert "diagnosis" in record["note"]
     chest = data_of(tmp_path / "out" / "whole.html")["chest"]
     assert {name: chest[name] for name in facts} == record["volumes"]["whole"]
-    assert len(chest["reference_windows"]["lung"]) == 21
+    assert len(chest["reference_windows"]["lung"]) == 23
     assert "dale-ct probe" in caplog.text
     # the reference's embeddings stay apart, and are there the next time
     assert EmbeddingStore(tmp_path / "out" / "embeddings").volumes == ["whole"]
