@@ -284,6 +284,19 @@ class Page:
         heads += ["patches, findings: AUPRC", "less 2S's"]
         return markdown(heads, lines)
 
+    def robustness(self) -> str:
+        """What changes of the scan do to each encoder's AUROC, and to the calls and tokens."""
+        prefix, names = "robustness_", ("macro_auroc_change", "calls_flipped", "token_cosine")
+        known = dict.fromkeys(protocol for _, protocol, _ in self.rows if protocol.startswith(prefix))
+        lines = []
+        for protocol in known:
+            change = protocol.removeprefix(prefix).replace("_", " ")
+            for encoder in DENSE_ENCODERS:
+                cells = [self.cell(encoder, protocol, name, name == names[0]) for name in names]
+                lines.append([change, f"`{encoder}`", *cells])
+        heads = ("change", "encoder", "AUROC, change", "calls flipped", "cosine of tokens")
+        return markdown(heads, lines, num_names=2)
+
     def two_trainings(self) -> str:
         """What the encoders of two runs of the study score; seeds are the same, orders of sums are not."""
         lines = []

@@ -15,6 +15,8 @@ ENCODER = "bundles/dale_ct_2s"
 SIDES = {"train": "train", "test": "valid"}
 """What an evaluation calls a split, and what CT-RATE calls it."""
 TURNS = ("transposed", "flipped", "sagittal")
+CHANGES = ("thicker_slices", "lower_dose", "sharper_kernel", "hu_offset", "metal_streaks", "transposed")
+"""Changes of the scan that every encoder meets; DALE-CT-2S meets all there are."""
 STANDARDIZED = "eval_ct_rate_standardized"
 """Folder of the MIL probes that standardize tokens, beside the paper's."""
 
@@ -92,7 +94,13 @@ def all_stages(size: Size, out: Path, amp_dtype: str) -> list[Stage]:
     stages.append(Stage("table V", [_table_v(out, labels)], needs))
     stages.append(Stage("table VI", _table_vi(size, out, labels, amp_dtype), ("train dale_ct_2s",)))
     stages.append(Stage("beside table III", _beside(size, out, labels), ("table III dale_ct_2s",)))
-    stages.append(Stage("robustness", _robustness(size, out, labels, amp_dtype), ("table III dale_ct_2s",)))
+    table, subset = labels / "valid_predicted_labels.csv", out / "subset_robustness.csv"
+    chosen = [prep("subset", labels=table, patients=30, out=subset)]
+    stages.append(Stage("patients robustness", chosen, ("site a",)))
+    for name in DENSE_ENCODERS:
+        command = _robustness(name, size, out, labels, amp_dtype)
+        needs = (f"table III {name}", "patients robustness")
+        stages.append(Stage(f"robustness {name}", [command], needs))
     stages.append(Stage("curves", [_curves(out)], tuple(f"train {name}" for name in TRAINED)))
     for name in ABLATIONS:
         stages += _encoder(name, size, out, labels, amp_dtype)
@@ -178,12 +186,18 @@ def embed(
     """Return the command that embeds volumes with an encoder of the study, a floor or the ceiling."""
     if name == CEILING:
         return prep("lesion-areas", root=volumes, out=to, **knobs)
+    root, smaller = _opened(name, size)
+    configs = [f"{root}/configs/inference.json", smaller]
+    own = {"name": name, "dataset_dir": volumes, "output_dir": to, "encoder_weights": weights_of(name, out)}
+    return bundle(root, configs, **own, amp_dtype=amp_dtype, **knobs)
+
+
+def _opened(name: str, size: Size) -> tuple[str, str]:
+    """Return the bundle of an encoder or floor, and the config that makes it the study's."""
     root = (TRAINED | ABLATIONS).get(name, ("dale_ct_2s",))[0]
     is_floor = name in FLOORS and name != "random_weights"
     smaller = f"bundles/_overlays/floors/{name}.json" if is_floor else f"{size.overlays}/inference.json"
-    configs = [f"bundles/{root}/configs/inference.json", smaller]
-    own = {"name": name, "dataset_dir": volumes, "output_dir": to, "encoder_weights": weights_of(name, out)}
-    return bundle(f"bundles/{root}", configs, **own, amp_dtype=amp_dtype, **knobs)
+    return f"bundles/{root}", smaller
 
 
 def _table_iii(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[str]]:
@@ -335,37 +349,30 @@ def _beside(size: Size, out: Path, labels: Path) -> list[list[str]]:
             f"{size.overlays}/eval.json",
             f"bundles/_overlays/probe/{overlay}.json",
         ]
-        own = {
-            "embeddings_dir": embeddings,
-            "labels_dir": labels,
-            "output_dir": out / "beside_table_iii" / overlay,
-        }
+        folder = out / "beside_table_iii" / overlay
+        own = {"embeddings_dir": embeddings, "labels_dir": labels, "output_dir": folder}
         shorter = {"max_steps": 400, "val_interval": 50, "num_seeds": 1, "ct_dir": None}
         commands.append(bundle("bundles/eval_ct_rate", configs, **own, **shorter, results_csv=results))
     return commands
 
 
-def _robustness(size: Size, out: Path, labels: Path, amp_dtype: str) -> list[list[str]]:
-    """Change the scans of 30 patients, for the encoder that is best in the paper."""
-    root, name, cohort = "bundles/eval_robustness", "dale_ct_2s", out / "cohort" / "dataset"
-    subset = out / "subset_robustness.csv"
-    knobs = {"encoder_weights": weights_of(name, out), "amp_dtype": amp_dtype, "subset_csv": subset}
+def _robustness(name: str, size: Size, out: Path, labels: Path, amp_dtype: str) -> list[str]:
+    root, cohort, weights = "bundles/eval_robustness", out / "cohort" / "dataset", weights_of(name, out)
+    encoder, smaller = _opened(name, size)
+    knobs = {"name": name, "amp_dtype": amp_dtype, "subset_csv": str(out / "subset_robustness.csv")}
     own = {
-        "encoder_bundle": ENCODER,
-        "encoder_configs": [f"{size.overlays}/inference.json"],
-        "encoder_knobs": {knob: str(value) for knob, value in knobs.items()},
+        "encoder_bundle": encoder,
+        "encoder_configs": [smaller],
+        "encoder_knobs": knobs | {"encoder_weights": str(weights) if weights else None},
         "probe_dir": out / STANDARDIZED / name,
         "test_dir": cohort / "valid_fixed",
         "labels_csv": labels / "valid_predicted_labels.csv",
         "masks_dir": cohort / "ts_seg" / "ts_total" / "valid_fixed",
         "output_dir": out / "eval_robustness" / name,
+        "changes": None if name == "dale_ct_2s" else list(CHANGES),
         "results_csv": out / "results" / "eval_robustness.csv",
     }
-    table = labels / "valid_predicted_labels.csv"
-    return [
-        prep("subset", labels=table, patients=30, out=subset),
-        bundle(root, [f"{root}/configs/evaluate.json"], **own),
-    ]
+    return bundle(root, [f"{root}/configs/evaluate.json"], **own)
 
 
 def _curves(out: Path) -> list[str]:

@@ -45,7 +45,7 @@ class ChangedScans(SliceBatches):
 
     Yields:
         As :class:`SliceBatches`; the ``store`` of a task is the label of its change, and its metadata have
-        ``origin``, see :class:`common.transforms.scan_changes.Scan`.
+        ``origin``, see :class:`common.transforms.scan_changes.Scan`, and the ``sha256`` of its files.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class ChangedScans(SliceBatches):
             hu, spacing_mm, origin, _ = changed
             box = body_box(hu) if strategy.is_cropped else None
             kind = label(name, strength)
-            task = Task(source.volume, kind, len(hu), spacing_mm, {"origin": origin}, strategy)
+            facts = {"origin": origin, "sha256": prepared.notes.get("sha256", "")}
+            task = Task(source.volume, kind, len(hu), spacing_mm, facts, strategy)
             yield task, strategy, strategy.region(hu, box)
 
     def _blood(self, volume: str, hu: torch.Tensor) -> torch.Tensor | None:

@@ -19,10 +19,10 @@ from common.ct.files import VOLUME_SUFFIXES, only_file, volume_files
 from common.ct.rejection import RejectedError, is_failure
 from common.embeddings.changed_scans import UNCHANGED, ChangedScans, label
 from common.embeddings.ct_bags import labelled_cts
-from common.embeddings.ct_batches import Task
+from common.embeddings.ct_batches import Prepared, Task, read_ahead
 from common.embeddings.encoder_bundle import EncoderBundle, open_encoder_bundle
 from common.embeddings.store import DTYPES, check_identity
-from common.embeddings.work import report_rejected
+from common.embeddings.work import CTSource, report_rejected
 from common.engines.probe_grid import measured_beside_floor
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, interval, resample_weights
 from common.networks.mil_probe import MILProbe, load_probe
@@ -68,9 +68,10 @@ def scan_robustness(
     """Measure what changes of the scan do to a frozen encoder's tokens and to a probe on them.
 
     Each CT is read once; the slices of all its changes go through the encoder in full batches. What was
-    measured of a volume is a file in ``output_dir/volumes``, so that a stopped run resumes. Files of
-    ``output_dir`` besides: ``robustness.csv`` (each change, macro and by class), ``robustness.html``,
-    ``robustness.png``, ``robustness.md`` for a model card, and ``rejected.csv``. Rows: protocol
+    measured of a volume is a file in ``output_dir/volumes``, so that a stopped run resumes; CTs measured
+    before are read again for their checksum alone. Files of ``output_dir`` besides: ``robustness.csv`` (each
+    change, macro and by class), ``robustness.html``, ``robustness.png``, ``robustness.md`` for a model card,
+    and ``rejected.csv``. Rows: protocol
     ``robustness_<change>_<strength>``, ``robustness_unchanged``, and the floor "prevalence".
 
     Source: our choice; the changes state theirs. Intervals are those of paired differences, over the same
@@ -97,8 +98,8 @@ def scan_robustness(
     Raises:
         FileNotFoundError: if bundle, probe, CTs or labels are not there.
         ValueError: if a change is unknown, the encoder is not one of slices or not the probe's, there are
-            fewer than two patients, no class has positives, too many CTs are refused, or ``output_dir`` is
-            another run's.
+            fewer than two patients, no class has positives, too many CTs are refused, ``output_dir`` is
+            another run's, or a CT was measured there from another file.
     """
     if encoder_bundle is None or probe_dir is None:
         raise ValueError("Pass --encoder_bundle and --probe_dir, the folders of encoder and probe.")
@@ -125,11 +126,9 @@ def scan_robustness(
         changes=kinds,
         seed=seed,
         masks=_masks(masks_dir),
-        work=[
-            source
-            for source in found
-            if source.volume in {*volumes} - {path.stem for path in folder.glob("*.npz")}
-        ],
+        work=_not_measured(
+            [source for source in found if source.volume in {*volumes}], folder, bundle["num_workers"]
+        ),
         strategies=bundle.strategies,
         window=bundle.window,
         slice_axes=bundle.slice_axes,
@@ -208,7 +207,10 @@ def _open(
     """Open the encoder as the probe knows it."""
     bundle = open_encoder_bundle(encoder_bundle, configs, knobs)
     if "strategies" not in bundle:
-        raise ValueError(f"encoder_bundle must encode slices, got '{bundle.name}', of volumes.")
+        raise ValueError(
+            f"encoder_bundle must encode slices, got '{bundle.name}', of volumes: changed scans reach an "
+            "encoder as images of slices. Pass an encoder of slices."
+        )
     bundle.update({"strategies": [card["preprocessing"]]})
     remedy = "Pass the --encoder_bundle and weights that the probe was made for."
     identity = bundle["embedding_identity"]
@@ -244,6 +246,30 @@ def _agree(path: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
+def _not_measured(sources: Sequence[CTSource], folder: Path, num_workers: int) -> list[CTSource]:
+    """Pass over the volumes that were measured before, read to refuse one of another file."""
+    done = [source for source in sources if (folder / f"{source.volume}.npz").is_file()]
+    checksums = {
+        source.volume: prepared.notes.get("sha256", "")
+        for source, prepared in read_ahead(done, _without_pixels, num_workers, [])
+    }
+    for source in done:
+        with np.load(folder / f"{source.volume}.npz", allow_pickle=False) as file:
+            known = str(file["sha256"])
+        if checksums.get(source.volume) != known:
+            raise ValueError(
+                f"'{source.volume}' was measured in '{folder}' from another file. Delete "
+                f"'{source.volume}.npz' there, or use another --output_dir."
+            )
+    return [source for source in sources if source not in done]
+
+
+def _without_pixels(source: CTSource) -> Prepared:
+    """Read a CT and keep what is known of it, not its slices."""
+    ct = source.read()
+    return Prepared(torch.empty(0), ct.spacing_mm, ct.notes)
+
+
 def _masks(folder: str | Path | None) -> dict[str, Path]:
     found = {} if folder is None else volume_files(Path(folder), VOLUME_SUFFIXES)
     return {volume: only_file(paths, "masks") for volume, paths in found.items()}
@@ -272,10 +298,10 @@ def _measure(
     places = {name: place for place, name in enumerate((UNCHANGED, *labels))}
     with tqdm(total=len(batches.work), unit="volume", dynamic_ncols=True) as bar:
         for volume, kinds in groupby(_encoded(batches, bundle), lambda found: found[0].volume):
-            probabilities, cosines = _scored(kinds, probe, places)
+            probabilities, cosines, sha256 = _scored(kinds, probe, places)
             if np.isfinite(probabilities[0]).all():
                 with atomic_file(folder / f"{volume}.npz") as file:
-                    np.savez(file, probabilities=probabilities, cosines=cosines)
+                    np.savez(file, probabilities=probabilities, cosines=cosines, sha256=sha256)
             else:
                 reason = RejectedError("embedding", "its tokens contain NaN or Inf")
                 batches.rejected.append(reason.of(volume))
@@ -285,19 +311,19 @@ def _measure(
 @torch.no_grad()
 def _scored(
     kinds: Iterable[tuple[Task, torch.Tensor]], probe: MILProbe, places: Mapping[str, int]
-) -> tuple[FloatArray, FloatArray]:
-    """Apply the probe to each kind of scan of a volume: ``(K, C)`` and ``(K,)``."""
+) -> tuple[FloatArray, FloatArray, str]:
+    """Apply the probe to each kind of scan of a volume: ``(K, C)`` and ``(K,)``, and its checksum."""
     probabilities = np.full((len(places), probe.classifier.out_features), np.nan)
-    cosines, original = np.full(len(places), np.nan), torch.empty(0)
+    cosines, original, sha256 = np.full(len(places), np.nan), torch.empty(0), ""
     for task, tokens in kinds:
         if task.store == UNCHANGED:
-            original = tokens
+            original, sha256 = tokens, task.metadata["sha256"]
         mask = torch.ones(1, len(tokens), dtype=torch.bool)
         place = places[task.store]
         probabilities[place] = torch.sigmoid(probe(tokens[None], mask))[0].double().numpy()
         cosine = torch.cosine_similarity(tokens.double(), original[task.metadata["origin"]].double())
         cosines[place] = float(cosine.mean())
-    return probabilities, cosines
+    return probabilities, cosines, sha256
 
 
 def read_scores(folder: Path, volumes: Sequence[str]) -> Scores:

@@ -7,12 +7,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from monai.bundle import ConfigWorkflow
 
-from common.embeddings.dense_cohort import labelled_and_embedded
-from common.embeddings.store import EmbeddingStore, EmbeddingStoreWriter
-from data_prep.phantom.truth import IDENTITY
+from common.embeddings.store import EmbeddingStore
 
 FLOORS = sorted((Path(__file__).resolve().parents[2] / "bundles" / "_overlays" / "floors").glob("*.json"))
 
@@ -47,10 +44,3 @@ def test_a_floor_embeds_slices_and_patches(
     assert store.identity["encoder_id"].startswith(f"{floor.stem}:")
     assert store.identity["weights"] == "none"
     assert len(json.loads(floor.read_text())["_desc_"]) > 40
-
-
-def test_table_i_refuses_the_ceiling_which_has_no_patches(tmp_path: Path) -> None:
-    with EmbeddingStoreWriter(tmp_path, IDENTITY, "float32") as writer:
-        writer.add("valid_1_a_1", torch.ones(3, 18), (1, 1, 1), z_mm=torch.arange(3))
-    with pytest.raises(ValueError, match="patch"):
-        labelled_and_embedded(tmp_path, tmp_path)

@@ -47,10 +47,6 @@ def tensors_of(bundle: Path) -> dict[str, dict[str, Any]]:
     return network["inputs"] | network["outputs"]
 
 
-def test_the_bundles_are_found() -> None:
-    assert {"dale_ct_2s", "eval_ct_rate"} <= {bundle.name for bundle in BUNDLES}
-
-
 @each_bundle
 def test_metadata_has_what_the_schema_requires(bundle: Path) -> None:
     jsonschema.validate(metadata_of(bundle), SCHEMA)

@@ -203,15 +203,6 @@ def test_volumes_that_cannot_be_segmented_are_refused_before(segmenter, tmp_path
     assert reasons(outcome)["raw"][1].startswith("a volume in HU must state its geometry, got a blank header")
 
 
-def test_volumes_of_one_name_are_not_guessed_at(tmp_path, save_nifti) -> None:
-    for name in ("y/a.nii.gz", "y/a.nii", "y/b.nii"):
-        save_nifti(tmp_path / name, ct(), AFFINE)
-    np.savez_compressed(tmp_path / "trn1.npz", ct=ct())
-    sources, rejected = find_cts(tmp_path)
-    assert [source.volume for source in sources] == ["b", "trn1"]
-    assert [(item.volume, item.reason) for item in rejected] == [("a", "duplicate")]
-
-
 def test_a_folder_without_cts_is_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="No volume in NIfTI"):
         find_cts(tmp_path)

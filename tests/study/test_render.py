@@ -30,6 +30,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         row("dale_ct_2s", "preprocessing_raw_48", "macro_auroc", 0.8),
         row("dale_ct_2s", "preprocessing_raw_48", "slices_per_second", 349.2),
         row("dale_ct_0", "latent_geometry", "continuity_cosine", 1.5, 1.25, 1.75),
+        row("pixels", "robustness_hu_offset_7", "macro_auroc_change", -0.04, -0.1, 0.02),
+        row("pixels", "robustness_hu_offset_7", "token_cosine", 0.9),
         row("2s_wide_knots", "mil_probe", "macro_auroc", 0.5),
     ]
     add_rows(folder / "results" / "all.csv", rows)
@@ -64,7 +66,7 @@ def test_the_committed_page_is_what_its_rows_give():
 
 def test_tables_hold_our_values_their_intervals_and_the_papers(study, tmp_path):
     names = ("TABLE_I", "TABLE_III", "TABLE_IV", "TABLE_V", "TABLE_VI", "ABLATIONS", "TIMES", "COMMITS")
-    names += ("TWO_TRAININGS", "TABLE_III_STANDARDIZED")
+    names += ("TWO_TRAININGS", "TABLE_III_STANDARDIZED", "ROBUSTNESS")
     (tmp_path / "kept" / "results.md.template").write_text("\n\n".join(f"@{name}@" for name in names))
     render.main(study)
     page = (tmp_path / "results.md").read_text()
@@ -79,6 +81,8 @@ def test_tables_hold_our_values_their_intervals_and_the_papers(study, tmp_path):
     assert "| `pixels` |  | .220 |" in page
     assert "| `pixels` |  | .290 (.200 to .400) |" in page
     assert "| `lesion_areas` | retrained_standardized | .900 |" in page
+    assert "| hu offset 7 | `pixels` | -.040 (-.100 to +.020) |  | .900 |" in page
+    assert "| hu offset 7 | `dale_ct_2s` |" not in page
     assert "| raw 48 | .800 |  |  | 349 |  |" in page
     assert "| SIGReg: 27 knots on ±5, not 17 on ±3 | .500 |" in page
     assert "| all | 2 | 2.0 |" in page

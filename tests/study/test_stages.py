@@ -1,3 +1,4 @@
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_floors_are_read_at_the_grid_of_the_labels_plainly_and_standardized(stag
     assert all(name in table_v[table_v.index("--floor_embeddings_dirs") + 1] for name in FLOORS)
 
 
+def test_every_encoder_and_floor_meets_changed_scans_as_it_was_embedded(stages):
+    by_name = {stage.name: stage.commands for stage in stages}
+    for name in (*FLOORS, *TRAINED):
+        (command,) = by_name[f"robustness {name}"]
+        embed = by_name[f"table III {name}"][0]
+        (config,) = literal_eval(command[command.index("--encoder_configs") + 1])
+        assert config in embed[embed.index("--config_file") + 1]
+        knobs = literal_eval(command[command.index("--encoder_knobs") + 1])
+        for knob in ("name", "encoder_weights", "amp_dtype"):
+            assert embed[embed.index(f"--{knob}") + 1] == str(knobs[knob] or "$None")
+
+
 def test_every_config_file_is_there(stages):
     files = [
         word.strip("[]'")
@@ -80,6 +93,7 @@ def test_a_changed_command_is_run_again_with_all_that_builds_on_it_and_nothing_e
         "table I dale_ct_0",
         "table III dale_ct_0",
         "table IV dale_ct_0",
+        "robustness dale_ct_0",
         "table V",
         "curves",
         "differences",

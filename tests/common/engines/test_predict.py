@@ -287,11 +287,6 @@ def test_another_file_of_the_same_name_is_refused(cts: Path, tmp_path: Path) -> 
     )
 
 
-def test_one_file_is_scored_alone(cts: Path, tmp_path: Path) -> None:
-    everything = run(cts, tmp_path)
-    assert run(cts / "p2.nii.gz", tmp_path) == {"p2": everything["p2"]}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

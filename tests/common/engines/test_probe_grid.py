@@ -375,12 +375,6 @@ def test_ties_keep_the_earlier_step_and_the_first_probe() -> None:
     assert (best.index, best.step) == (1, 10)
 
 
-def test_a_probe_that_diverged_is_not_chosen() -> None:
-    best = BestProbe()
-    offer(best, [np.nan, 0.1, np.nan, 0.2], 10)
-    assert best.index == 3
-
-
 def test_weights_are_those_of_the_moment_of_choice() -> None:
     best, network = BestProbe(), grid()
     offer(best, [0.1, 0.4, 0.2, 0.3], 10, network)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,10 @@ def test_a_stopped_run_goes_on_with_what_is_missing(measured, root, monkeypatch,
     assert len(list((tmp_path / "volumes").iterdir())) == NUM_VOLUMES
     with pytest.raises(ValueError, match="was measured with seed 3, now 4"):
         run(root, tmp_path, seed=4)
+    shutil.copytree(root / "ct", tmp_path / "ct")
+    save_ct(tmp_path / "ct" / "valid_2_a_1.nii.gz", trunk(99, 10))
+    with pytest.raises(ValueError, match="'valid_2_a_1' was measured in .* from another file"):
+        run(root, tmp_path, dataset_dir=tmp_path / "ct")
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["encoder_id"] == "random:42:layer_scale=1"
 

@@ -1,7 +1,5 @@
 """Cohorts are written by processes of their own here, which are stopped and killed."""
 
-import csv
-import hashlib
 import importlib
 import os
 import re
@@ -25,7 +23,6 @@ from common.ct.rejection import EXCLUDED, RejectedVolume
 from common.shards.shards import PARTS, ShardSet
 from data_prep.cluster import dask_client
 from data_prep.commands.prepare import finish
-from data_prep.phantom.cohort import Settings, write_cohort
 from data_prep.phantom.files import npz_bytes, rad_chestct_array
 from data_prep.phantom.population import roster
 from data_prep.phantom.scan import Volume, render
@@ -291,30 +288,6 @@ def test_a_scan_stored_both_ways_gives_the_same_shards(phantom, tmp_path, invoke
     np.testing.assert_array_equal(shards.read_slab(0, 0, len(ids)).read_ts(), cells_of(ids))
 
 
-def test_a_phantom_download_is_written_with_its_labels(tmp_path, invoke) -> None:
-    settings = Settings(seed=3, site="b", matrix=40, slice_mm=(8.0, 8.0), npz_spacing_mm=8.0)
-    assert len(list(write_cohort(tmp_path, 2, settings, 1))) == 2
-    volumes = sorted((tmp_path / "rad_chestct").glob("*.npz"))
-    split = {"trn": "train", "val": "valid", "tst": "test"}[volumes[0].stem[:3]]
-    bad = volumes[0].with_name(f"{volumes[0].stem[:3]}99999.npz")
-    bad.write_bytes(b"<html><body>Too many requests</body></html>")
-    arguments = ("rad-chestct", "--root", tmp_path, "--split", split, "--out", tmp_path / "out")
-    answer = invoke(*arguments)
-    assert answer.exit_code == 1
-    assert re.search(r"left out: unreadable +│ +1", answer.stdout)
-    with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["volume"] == bad.stem
-    assert "not a zip file. Copy or download it again" in row["detail"]
-    entry = ShardSet(tmp_path / "out", split).volumes[0]
-    assert (entry.volume, entry.source) == (volumes[0].stem, f"rad_chestct/{volumes[0].name}")
-    assert entry.source_sha256 == hashlib.sha256(volumes[0].read_bytes()).hexdigest()
-    assert entry.spacing_mm == pytest.approx((8, 8, 8))
-    assert entry.labels is not None
-    with np.load(volumes[0]) as arrays:
-        np.testing.assert_array_equal(slices(tmp_path / "out", split), arrays["ct"][::-1])
-
-
 def hu(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(-1000, 600, (4, 17, 19)).astype(np.int16)
 
@@ -345,16 +318,6 @@ def test_a_tree_of_series_is_written_with_label_maps(tmp_path, invoke, write_ser
         assert shards.volumes[volume_id].spacing_mm == pytest.approx((0.7, 0.8, 1.5))
         assert re.fullmatch("[0-9a-f]{64}", shards.volumes[volume_id].source_sha256)
     np.testing.assert_array_equal(shards.read_slab(1, 0, 4).read_ts(), cells_of(ids[:, ::-1, ::-1]))
-
-
-def test_a_series_with_a_gap_is_listed_and_the_others_are_written(tmp_path, invoke, write_series) -> None:
-    write_series(tmp_path / "in" / "1", hu(1), series="1.2.3")
-    write_series(tmp_path / "in" / "2", hu(2), series="1.2.4")[2].unlink()
-    answer = invoke("dicom", tmp_path / "in", "--out", tmp_path / "out")
-    assert answer.exit_code == 1
-    assert re.search(r"left out: missing slices +│ +1", answer.stdout)
-    assert [entry.volume for entry in ShardSet(tmp_path / "out", "train").volumes] == ["1_2_3"]
-    assert "1_2_4,train,missing slices," in (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.real_ct

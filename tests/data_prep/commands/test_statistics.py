@@ -42,12 +42,6 @@ def test_statistics_are_shown_beside_the_windows_in_use_and_written(hu_shards, i
         assert np.asarray(image.convert("L")).std() > 10
 
 
-def test_a_sample_is_as_large_as_asked_for(hu_shards, invoke) -> None:
-    answer = invoke("hu-stats", hu_shards, "--volumes", 1, "--slice-stride", 2)
-    assert answer.exit_code == 0, answer.output
-    assert "1 volumes, 2 slices" in answer.stdout
-
-
 def test_a_damaged_volume_ends_with_status_1_and_its_name(hu_shards, invoke) -> None:
     shard = hu_shards / "train-000000.tar"
     content = bytearray(shard.read_bytes())

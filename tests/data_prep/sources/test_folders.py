@@ -1,13 +1,7 @@
-import logging
-
 import numpy as np
 import pytest
-from pydicom import Dataset
-from pydicom.uid import MRImageStorage
 
-from common.ct import files as ct_files
 from common.ct.dicom import read_ct
-from common.ct.rejection import NOT_AXIAL_CT, is_failure
 from data_prep.sources import folders
 from data_prep.sources.folders import find_series, find_volumes
 from tests.conftest import touch
@@ -34,67 +28,6 @@ def test_series_are_told_apart_by_their_headers(tmp_path, dask, write_series) ->
     ]
     for seed, source in enumerate(sources, start=1):
         np.testing.assert_array_equal(read_ct(source.ct.files).hu, hu(seed))
-
-
-def test_files_without_a_series_are_one_series_a_folder(tmp_path, dask, write_series) -> None:
-    """As in scans whose identifiers were blanked; the class is then in the meta information alone."""
-
-    def blank(z: int, dataset: Dataset) -> None:
-        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-        dataset.SOPClassUID = ""
-
-    for place in ("a", "a/b"):
-        write_series(tmp_path / place, hu(), series="", edit=blank)
-    sources, _ = find_series(tmp_path, "train", dask)
-    assert sorted(source.source for source in sources) == ["a", "a/b"]
-    assert len({source.volume for source in sources}) == 2
-    assert all(source.volume.startswith("series_") for source in sources)
-    (tmp_path / "a").rename(tmp_path / "c")
-    again, _ = find_series(tmp_path / "c", "train", dask)
-    assert sorted(source.source for source in again) == [".", "b"]
-
-
-def test_what_is_no_axial_ct_is_left_out_and_no_failure(tmp_path, dask, write_series, caplog) -> None:
-    caplog.set_level(logging.INFO)
-
-    def scout(z: int, dataset: Dataset) -> None:
-        dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
-
-    def magnet(z: int, dataset: Dataset) -> None:
-        dataset.SOPClassUID, dataset.Modality = MRImageStorage, "MR"
-
-    axial = write_series(tmp_path / "ct", hu(), series="1.1")
-    write_series(tmp_path / "scout", hu(num_slices=2), series="1.2", edit=scout)
-    write_series(tmp_path / "mr", hu(num_slices=1), series="1.3", edit=magnet)
-    write_series(tmp_path / "coronal", hu(), series="1.4", orientation=(1, 0, 0, 0, 0, -1))
-    write_series(tmp_path / "ct" / "own scout", hu(num_slices=1), series="1.1", edit=scout)
-    (tmp_path / "notes.txt").write_text("no DICOM")
-    (tmp_path / "again").symlink_to(tmp_path / "ct")
-    sources, rejected = find_series(tmp_path, "train", dask)
-    assert [(source.volume, sorted(source.ct.files)) for source in sources] == [("1_1", sorted(axial))]
-    assert {item.volume: item.detail.partition("got ")[2] for item in rejected} == {
-        "1_2": f"files in '{tmp_path / 'scout'}': 2 of CT localizer",
-        "1_3": f"files in '{tmp_path / 'mr'}': 1 of MR Image Storage",
-        "1_4": f"files in '{tmp_path / 'coronal'}': 3 of CT of another plane",
-    }
-    assert {item.reason for item in rejected} == {NOT_AXIAL_CT}
-    assert not any(map(is_failure, rejected))
-    assert [r.getMessage() for r in caplog.records if r.name == ct_files.__name__] == [
-        f"'{tmp_path / 'again'}' is a link to a folder and is not searched.",
-        f"Not read, as no volumes: 1 .txt, such as '{tmp_path / 'notes.txt'}'.",
-    ]
-
-
-def test_files_that_should_be_dicom_and_cannot_be_read_are_failures(tmp_path, dask, write_series) -> None:
-    files = write_series(tmp_path / "ct", hu(), series="1.1")
-    (tmp_path / "a.dcm").write_bytes(b"<html>404</html>")
-    (tmp_path / "b.DCM").write_bytes(b"")
-    (tmp_path / "cut").write_bytes(files[0].read_bytes()[:150])
-    (tmp_path / "link").symlink_to("nowhere")
-    _, rejected = find_series(tmp_path, "train", dask)
-    assert [(item.volume, item.reason) for item in rejected] == [
-        (name, "unreadable") for name in ("a.dcm", "b.DCM", "cut", "link")
-    ]
 
 
 def test_many_files_are_looked_at_in_the_same_order(tmp_path, dask, write_series, monkeypatch) -> None:
@@ -182,15 +115,6 @@ def test_a_file_name_that_is_not_unique_takes_its_folders(tmp_path) -> None:
     assert [source.source for source in find_volumes(folder / "s0" / "ct.nii.gz", "train")[0]] == [
         "ct.nii.gz"
     ]
-
-
-def test_folders_and_dead_links_under_the_name_of_a_volume_are_accounted_for(tmp_path) -> None:
-    folder = touch(tmp_path / "Thorax é 中", "1 2/a.nii.gz")
-    touch(folder, "b.nii.gz/b.nii")  # as some tools unpack
-    (folder / "c.nii.gz").symlink_to("nowhere")
-    sources, rejected = find_volumes(folder, "train")
-    assert [source.source for source in sources] == ["1 2/a.nii.gz", "b.nii.gz/b.nii", "c.nii.gz"]
-    assert rejected == []
 
 
 def test_folders_without_volumes_or_matching_masks_are_named(tmp_path) -> None:
