@@ -70,7 +70,7 @@ MUTANTS = (
         "tokens[torch.from_numpy(has_image | True)",
         "tests/common/engines/test_predict.py",
     ),
-    Mutant("common/engines/overview.py", "int(numbers[best])", "int(best) + 1"),
+    Mutant("common/engines/overview.py", "int(other_slices[best])", "int(best) + 1"),
     Mutant("common/engines/overview.py", "int(at.min()) * n", "int(at.min()) * n + 1"),
     Mutant("data_prep/audit/volume.py", "if z % every_z == 0:", "if z % every_z == 0 and z:"),
     Mutant("common/embeddings/store.py", 'if header["crc32"] != _header_crc32(header)', "if False"),
@@ -220,8 +220,8 @@ MUTANTS = (
     Mutant("common/engines/probe_grid.py", " or step == self.num_steps:", ":"),
     Mutant(
         "common/engines/probe_grid.py",
-        "thresholds = self.best.thresholds.numpy()",
-        "thresholds = 0 * self.best.thresholds.numpy() + 0.5",
+        "self.best.thresholds.numpy()",
+        "0 * self.best.thresholds.numpy() + 0.5",
     ),
     Mutant("common/engines/probe_grid.py", "start_step = self.state.iteration", "start_step = 0"),
     Mutant(

@@ -26,14 +26,11 @@ from common.metrics.bootstrap import (
 )
 from common.metrics.multilabel import multilabel_report
 from common.networks.mil_probe import load_probe
-from common.reports.results import ResultRow, add_rows, log_rows, result_rows
+from common.reports.results import Numbers, ResultRow, add_rows, log_rows, result_rows
 
 logger = logging.getLogger(__name__)
 
 RANKING = ("auroc", "auprc")
-
-Numbers = dict[str, tuple[float, float, float]]
-"""Metric to value and the ends of its interval."""
 
 
 class Prediction(NamedTuple):

@@ -25,14 +25,11 @@ from common.reports.probe_pictures import (
     seed_rows,
     threshold_rows,
 )
-from common.reports.results import Predictions, ResultRow, add_rows, result_rows, write_predictions
+from common.reports.results import Numbers, Predictions, ResultRow, add_rows, result_rows, write_predictions
 from common.run.process import rank_and_ranks
 
 MAX_SHOWN = 8
 """Volumes whose slices' weights are shown, at most; our choice."""
-
-Numbers = dict[str, tuple[float, float, float]]
-"""Metric to value and the ends of its interval."""
 
 
 class EvaluationReport(ABC):

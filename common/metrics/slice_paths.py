@@ -117,7 +117,7 @@ def gap_curve(
     gaps = np.asarray(gaps_mm, np.float64)
     if gaps.ndim != 1 or len(gaps) == 0 or gaps[0] <= 0 or (np.diff(gaps) <= 0).any():
         raise ValueError(f"gaps_mm must ascend from above 0, got {list(gaps_mm)}.")
-    unit, place = _unit(np.asarray(embeddings, np.float64)), np.asarray(z_mm, np.float64)
+    unit, place = unit_vectors(np.asarray(embeddings, np.float64)), np.asarray(z_mm, np.float64)
     tolerance = np.diff(gaps, prepend=0).min() / 2
     curve = np.full(len(gaps), np.nan)
     for index, gap in enumerate(gaps):
@@ -145,7 +145,7 @@ def order_by_nearest_neighbours(embeddings: ArrayLike) -> NDArray[np.intp]:
     Source: DALE-CT's released world-model probes; the start is our choice.
     """
     tokens, shuffled = _shuffled(embeddings)
-    unit = _unit(tokens)
+    unit = unit_vectors(tokens)
     near = unit @ unit.T
     order = [int(near.sum(1).argmin())]
     free = np.ones(len(tokens), bool)
@@ -170,9 +170,10 @@ def agreement(order: ArrayLike) -> float:
     return float(abs(kendalltau(places, np.arange(len(places))).statistic))
 
 
-def _unit(vectors: FloatArray) -> FloatArray:
-    unit: FloatArray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-300)
-    return unit
+def unit_vectors(vectors: FloatArray) -> FloatArray:
+    """Divide vectors ``(..., D)`` by their lengths; one of length 0 stays."""
+    lengths: FloatArray = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / lengths.clip(min=1e-300)
 
 
 def _shuffled(embeddings: ArrayLike) -> tuple[FloatArray, NDArray[np.intp]]:

@@ -31,6 +31,8 @@ MACRO_COLUMNS = {
     "macro_balanced_accuracy": "BA",
 }
 """Metrics of the printed tables, and the heads of their columns."""
+Numbers = dict[str, tuple[float, float, float]]
+"""Metric to value and the ends of its interval."""
 MAX_METRICS_PER_CALL = 1000  # MLflow's limit on a batch
 
 

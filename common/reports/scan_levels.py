@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from common.metrics.linear_readout import PENALTIES, moments, read_out, ridge
+from common.metrics.slice_paths import unit_vectors
 from common.reports.ct_tokens import CTImages
 from common.reports.latent_paths import COLOURS, draw_path, heights
 from common.reports.slice_grid import Row, slice_grid
@@ -46,13 +47,9 @@ def match_levels(query: ArrayLike, other: ArrayLike) -> Match:
     if one.shape[1:] != two.shape[1:]:
         raise ValueError(f"scans must be of one encoder, got widths {one.shape[1:]} and {two.shape[1:]}.")
     mean = np.concatenate([one, two]).mean(0)
-    similarity = _unit(one - mean) @ _unit(two - mean).T
-    return Match(similarity, similarity.argmax(1), float(_unit(one.mean(0)) @ _unit(two.mean(0))))
-
-
-def _unit(vectors: FloatArray) -> FloatArray:
-    lengths: FloatArray = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / lengths.clip(min=1e-300)
+    similarity = unit_vectors(one - mean) @ unit_vectors(two - mean).T
+    of_volumes = unit_vectors(one.mean(0)) @ unit_vectors(two.mean(0))
+    return Match(similarity, similarity.argmax(1), float(of_volumes))
 
 
 class Reading(NamedTuple):
