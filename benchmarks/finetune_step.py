@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
@@ -31,7 +31,7 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["qkv"]
 WAYS = ("plain", "plain in bfloat16", "ours")
 SIDE, WINDOW = 128, (-997.0, 888.0, -142.39, 360.97)
 BATCH, STEPS = 2, 2
-Parts = tuple[torch.nn.Module, torch.nn.Module]
+Parts = tuple[torch.nn.Module, Any]  # encoder and probe
 
 
 class Plain(Dataset):
@@ -45,7 +45,9 @@ class Plain(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         low, high, mean, std = WINDOW
-        hu = nib.load(self.paths[index]).get_fdata(dtype=np.float32)  # (X, Y, Z), pointing left, back, up
+        hu = nib.nifti1.Nifti1Image.from_filename(self.paths[index]).get_fdata(
+            dtype=np.float32
+        )  # (X, Y, Z), pointing left, back, up
         images = torch.from_numpy(hu).permute(2, 1, 0)[:, None]
         images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
         return (images.clamp(low, high) - mean) / std, self.labels[index]
@@ -59,7 +61,7 @@ def new_parts(seed: int = 0) -> Parts:
     from common.networks.mil_probe import initial_probe
 
     torch.manual_seed(seed)
-    size = {"patch_size": 16, "img_size": SIDE, "embed_dim": 192, "depth": 6, "num_heads": 3}
+    size: dict[str, Any] = {"patch_size": 16, "img_size": SIDE, "embed_dim": 192, "depth": 6, "num_heads": 3}
     encoder = timm.create_model(
         "vit_large_patch14_dinov2", in_chans=1, num_classes=0, dynamic_img_size=True, init_values=0.1, **size
     )
@@ -100,8 +102,8 @@ def our_losses(parts: Parts, paths: list[Path], labels: torch.Tensor) -> list[fl
     from common.transforms.slice_strategies import SliceStrategy
 
     network = FineTunedProbe(*parts, slices_per_chunk=32, amp_dtype="bfloat16")
-    place = {"sharding": "ddp", "compiled": False, "device": torch.device("cpu")}
-    distribute(network=network, blocks=torch.nn.ModuleList(), **place)
+    cpu = torch.device("cpu")
+    distribute(network=network, blocks=torch.nn.ModuleList(), sharding="ddp", compiled=False, device=cpu)
     learning = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3)
     bags = CTBags.__new__(CTBags)  # without a bundle's files
