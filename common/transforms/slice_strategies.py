@@ -15,7 +15,7 @@ STRATEGIES = (
 """Table VI in its order, and the tiles as items of the sequence. Other sizes work too: ``cropped_252``."""
 
 FULL_PX = 512
-"""Largest side of "full"; half of it, in whole patches, is the side of a tile. Source: FACTS 8."""
+"""Largest side of "full"; half of it, in whole patches, is the side of a tile. Source: DALE-CT, Table VI."""
 
 NUM_TILES = 5
 NAME = re.compile(r"(?P<region>raw|cropped)_(?P<size>[1-9][0-9]{0,3}|full)|tiled_5cut(?P<items>_items)?")
