@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.reports.results import ResultRow, read_rows
-from common.run.process import atomic_file
+from common.run.process import write_figure
 from study.plan import FLOORS, SIZES, Size
 from study.run import amp_dtype, folder_of, run_stages
 from study.stages import REPOSITORY, Stage, all_stages, bundle, embed, train
@@ -125,8 +125,7 @@ def draw(out: Path, views_per_step: int) -> Path:
     )
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path = out / "scaling.png"
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure, dpi=110)
     return path
 
 

@@ -27,8 +27,8 @@ from common.engines.probe_grid import measured_beside_floor
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, interval, resample_weights
 from common.networks.mil_probe import MILProbe, load_probe
 from common.reports.paired_differences import MACRO, paired_differences
-from common.reports.results import NAN, Predictions, ResultRow, add_rows, log_rows, result_rows
-from common.reports.robustness_card import Card, Effect, Numbers, print_card, write_card
+from common.reports.results import NAN, Numbers, Predictions, ResultRow, add_rows, log_rows, result_rows
+from common.reports.robustness_card import Card, Effect, print_card, write_card
 from common.run.process import atomic_file, sha256_of
 from common.transforms.scan_changes import CHANGES, chosen_changes
 
@@ -261,7 +261,7 @@ def _not_measured(sources: Sequence[CTSource], folder: Path, num_workers: int) -
                 f"'{source.volume}' was measured in '{folder}' from another file. Delete "
                 f"'{source.volume}.npz' there, or use another --output_dir."
             )
-    return [source for source in sources if source not in done]
+    return [source for source in sources if source.volume not in checksums]
 
 
 def _without_pixels(source: CTSource) -> Prepared:

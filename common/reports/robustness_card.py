@@ -13,16 +13,13 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from common.reports.results import print_whole
+from common.reports.results import Numbers, print_whole
 from common.reports.slice_grid import PALETTE
 from common.run.process import atomic_file, write_figure
 
 TEMPLATE = Path(__file__).with_name("robustness_card.html")
 BLUE, RED = PALETTE[:2]
 COLUMNS = 4
-
-Numbers = dict[str, tuple[float, float, float]]
-"""Metric to value and the ends of its interval."""
 
 
 class Effect(NamedTuple):

@@ -66,12 +66,8 @@ class Bridge(nn.Module):
             raise ValueError(f"num_tokens must be a multiple of num_zones, got {num_tokens} and {num_zones}.")
         if width % (2 * num_heads):
             raise ValueError(f"bridge_width must be a multiple of 2 x {num_heads} heads, got {width}.")
-        self.dim, self.kind, self.num_zones, self.num_heads = (
-            len(standardizer.mean),
-            kind,
-            num_zones,
-            num_heads,
-        )
+        self.dim, self.kind = len(standardizer.mean), kind
+        self.num_zones, self.num_heads = num_zones, num_heads
         self.entry = nn.Sequential(standardizer, nn.Linear(self.dim, width))
         self.queries = nn.Parameter(torch.randn(num_tokens, width) / math.sqrt(width))
         self.layers = nn.ModuleList(_CrossAttention(width, num_heads) for _ in range(num_layers))

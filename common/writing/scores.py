@@ -13,10 +13,9 @@ from nltk.translate.meteor_score import single_meteor_score
 from numpy.typing import ArrayLike, NDArray
 
 from common.metrics.bootstrap import Difference, interval, macro_means, paired_difference
+from common.reports.results import Numbers
 
 DECISIONS = ("f1", "precision", "recall")
-Numbers = dict[str, tuple[float, float, float]]
-"""Metric to value and the ends of its interval."""
 
 
 def decision_samples(

@@ -20,12 +20,12 @@ from common.embeddings.store import EmbeddingStore
 from common.engines.probe_grid import ProbeTrainer
 from common.metrics.bootstrap import RESAMPLING_SEED, groups_of, resample_weights
 from common.networks.pretraining_model import clip_by_global_norm
+from common.reports.results import Numbers
 from common.run.distributed import sum_over_ranks
 from common.run.process import gather_objects, rank_and_ranks
 from common.writing.labels import report_labels
 from common.writing.model import Generated, ReportModel
 from common.writing.scores import (
-    Numbers,
     decision_samples,
     macro_differences,
     macro_numbers,
